@@ -1,0 +1,178 @@
+"""The keys of each recipe's config, typed. Loading and checking them is :mod:`rolltune.config`.
+
+A field of type ``Component`` is a node with a ``_component_``: the dotted path of a class or function, and its
+arguments beside it. A new option belongs to the arguments of a component wherever it can; the keys
+below are frozen by a test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+Component = dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The policy's weights: where they come from, and the precision they are held in."""
+
+    path: str = MISSING  # a Hub id, a local folder, or "smollm2-135m-instruct" (packaged, needs no network)
+    dtype: str = "float32"  # float32 or bfloat16: weights and matrix products; log-softmax and losses are always fp32
+    master_weights: bool = False  # with bfloat16: the optimizer steps an fp32 copy, so that small updates are not lost
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, about 1/3 more time
+
+
+@dataclass(kw_only=True)
+class LoRAConfig:
+    """Low-rank adapters (peft). Left out of a config, every weight is trained."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str = "all-linear"  # or module names with commas between: "q_proj,v_proj"
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    train: Component = MISSING
+    heldout: Component = MISSING  # never trained on; greedy accuracy on it picks the best checkpoint
+
+
+@dataclass(kw_only=True)
+class ExampleTurn:
+    """A few-shot example: one user turn and its answer."""
+
+    user: str = MISSING
+    assistant: str = MISSING
+
+
+@dataclass(kw_only=True)
+class PromptConfig:
+    """What stands around a problem, all of it rendered by the model's own chat template."""
+
+    system: str | None = None
+    few_shot: list[ExampleTurn] = field(default_factory=list)
+    prefill: str = ""  # start of the assistant's turn ("<think>"); rewards see it as written by the model
+    chat_template: str | None = None  # a Jinja file, for base models that have no template of their own
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """The distribution that completions are sampled from; the trainer's log-probs are of the same one."""
+
+    group_size: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    max_new_tokens: int = 256
+    stop: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class BatchConfig:
+    """How the completions of a step become optimizer steps."""
+
+    prompts_per_step: int = 8  # over all processes
+    num_iterations: int = 1  # passes over the completions of one step
+    minibatches: int = 1  # optimizer steps in each pass; whole groups, so it divides prompts_per_step
+    microbatch_tokens: int = 4096  # tokens in one forward and backward pass: bounds activation memory
+    dynamic_sampling_rounds: int = 0  # DAPO: redraw groups without variance, at most so many rounds; 0 keeps every group
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Greedy accuracy on held-out problems, independent of the training reward."""
+
+    every_n_steps: int = 10  # also before the first step and after the last
+    max_problems: int = 200
+    max_new_tokens: int | None = None  # None: as in sampling
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    every_n_steps: int = 10
+    keep_last: int = 2  # besides the best
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    """Metrics always go to <output_dir>/metrics.jsonl."""
+
+    wandb: bool = False  # offline where no WANDB_API_KEY is set
+    wandb_project: str = "rolltune"
+    tensorboard: bool = False
+    samples_every_n_steps: int = 1  # sample tables in <output_dir>/samples/
+
+
+@dataclass(kw_only=True)
+class GRPOConfig:
+    """recipes/grpo.py"""
+
+    output_dir: str = MISSING
+    seed: int = 0
+    device: str = "auto"  # auto, cpu or cuda
+    resume: bool = False  # go on from the last checkpoint in output_dir, if there is one
+    dry_run: bool = False  # check everything, print config, tokens and memory, load no weights
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    rewards: dict[str, Component] = field(default_factory=dict)  # name -> component and its `weight`
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampler: Component = MISSING
+    advantage: Component = MISSING
+    loss: Component = MISSING
+    optimizer: Component = MISSING
+    lr_scheduler: Component | None = None
+    num_steps: int = MISSING
+    max_grad_norm: float = 1.0
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+@dataclass(kw_only=True)
+class PrimeBatchConfig:
+    examples_per_step: int = 16  # over all processes
+    microbatch_tokens: int = 4096
+
+
+@dataclass(kw_only=True)
+class PrimeConfig:
+    """recipes/prime.py"""
+
+    output_dir: str = MISSING
+    seed: int = 0
+    device: str = "auto"
+    resume: bool = False
+    dry_run: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    answer_format: str = "<think>{solution}</think>\n<answer>{answer}</answer>"  # the turn that is learnt
+    optimizer: Component = MISSING
+    lr_scheduler: Component | None = None
+    num_steps: int = MISSING
+    max_grad_norm: float = 1.0
+    batch: PrimeBatchConfig = field(default_factory=PrimeBatchConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+@dataclass(kw_only=True)
+class AuditRewardsConfig:
+    """recipes/audit_rewards.py"""
+
+    output_dir: str = MISSING
+    seed: int = 0
+    dry_run: bool = False
+    data: Component = MISSING
+    rewards: dict[str, Component] = field(default_factory=dict)
+    answer_format: str = "<think>{solution}</think>\n<answer>{answer}</answer>"
+    max_problems: int | None = None  # None: all of them
