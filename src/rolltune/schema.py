@@ -121,6 +121,7 @@ class GRPOConfig:
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     rewards: dict[str, Component] = field(default_factory=dict)  # name -> component and its `weight`
+    answer_format: str = "<think>{solution}</think>\n<answer>{answer}</answer>"  # a right turn, for the self-test
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     sampler: Component = MISSING
     advantage: Component = MISSING

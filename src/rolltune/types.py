@@ -249,8 +249,8 @@ class Loss(Protocol):
     """An objective: per-token tensors to (scalar, metrics).
 
     The scalar is this micro-batch's share of the loss, already divided by the step's totals: the sum of it
-    over micro-batches and ranks is the loss. Metrics are sums over the micro-batch's tokens; whoever logs them divides by
-    ``totals.tokens``.
+    over micro-batches and ranks is the loss. Metrics are sums over the micro-batch's tokens, for whoever
+    logs them to divide.
     """
 
     @property

@@ -1,0 +1,307 @@
+"""GRPO: sample groups of completions, score them, step on the group-relative advantage.
+
+Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, eq. 3-4), outcome supervision:
+
+  - kept: a group of completions for each prompt, the z-score of its rewards as advantage (no value model), the clipped ratio, and
+    the k3 KL to a frozen reference inside the loss;
+  - changed by config, one component each: the advantage (``rolltune.advantages``) and the objective (``rolltune.losses``),
+    which together give Dr. GRPO, DAPO, GSPO, CISPO and RLOO;
+  - dropped: refreshing the reference in mid-run, process supervision, and old log-probs from the sampler: where there is
+    more than one update a step they are computed by the trainer, and where there is one the ratio is exactly 1.
+
+One process or many: every rank samples and trains on its share of the step's prompts, whole groups at a time; denominators
+and metrics are global. All randomness comes from (seed, step, purpose), so a killed run resumes to the same numbers.
+
+    tune run grpo --config quickstart.yaml
+    tune run --nproc_per_node 2 grpo --config quickstart.yaml
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from rolltune import config, estimates, report, runs
+from rolltune.batch import count_totals, pack, train_group, without_zero_advantages
+from rolltune.checkpoint import Checkpoints, TrainState, load_optimization, load_state
+from rolltune.components import component, instantiate
+from rolltune.data.dataset import ProblemStream
+from rolltune.distributed import World, close_world, init_world
+from rolltune.evaluation import evaluate_greedy
+from rolltune.metrics import MetricsLog, Progress, plot_curves
+from rolltune.models import load_tokenizer
+from rolltune.policy import Policy, build_policy
+from rolltune.rewards.combine import WeightedReward
+from rolltune.rollout import Rollout, collect, is_trainable, sample_groups
+from rolltune.samplers import Sampler
+from rolltune.schema import GRPOConfig
+from rolltune.seeding import derive_seed
+from rolltune.selftest import run_selftest
+from rolltune.selftest import report as report_selftest
+from rolltune.timing import Phases, peak_memory_gib
+from rolltune.types import Group, Loss, LossTotals, Problem, Prompt, SamplingParams
+from rolltune.update import Optimization, prepare_rows, update_policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the config names, built; nothing here changes during a run but the weights."""
+
+    world: World
+    policy: Policy
+    sampler: Sampler
+    tokenizer: PreTrainedTokenizerBase
+    stream: ProblemStream
+    heldout: Sequence[Problem]
+    render: Callable[[Problem], Prompt]
+    reward: WeightedReward
+    advantage: Callable[[Sequence[float]], list[float]]
+    loss: Loss
+    optimization: Optimization
+
+
+def run(cfg: GRPOConfig) -> None:
+    """Train from the config to ``<output_dir>/summary.json``."""
+    if cfg.dry_run:
+        dry_run(cfg)
+        return
+    output_dir = Path(cfg.output_dir)
+    world = init_world(cfg.device)
+    checkpoints = Checkpoints(output_dir, keep_last=cfg.checkpoint.keep_last)
+    resume_from = runs.start(cfg, checkpoints, world)
+    state = load_state(resume_from) if resume_from else TrainState()
+    parts = build(cfg, world, resume_from)
+    parts.policy.version = state.policy_version
+    log = runs.open_log(cfg, world, resume_step=state.step if resume_from else None)
+    console = Console(quiet=not world.is_main)
+    with Progress(cfg.num_steps, state.step, enabled=world.is_main) as progress:
+        if state.step == 0:
+            log.log(0, evaluate(cfg, parts, progress))
+        first_step = state.step + 1
+        for step in range(first_step, cfg.num_steps + 1):
+            started = time.perf_counter()
+            phases = Phases()
+            rollout = sample(cfg, parts, step, state.cursor, phases, progress)
+            if step == first_step:
+                selftest(cfg, parts, rollout, console, starts_as_reference=state.policy_version == 0)
+            metrics, advantages = train(cfg, parts, step, rollout, phases, progress)
+            seconds = state.seconds + time.perf_counter() - started
+            state = replace(
+                state, step=step, cursor=rollout.cursor, policy_version=parts.policy.version, seconds=seconds
+            )
+            is_last = step == cfg.num_steps
+            if step % cfg.eval.every_n_steps == 0 or is_last:
+                metrics |= evaluate(cfg, parts, progress)
+            log.log(step, metrics)
+            if step % cfg.logging.samples_every_n_steps == 0:
+                log.log_samples(step, rollout.sampled, advantages)
+            progress.step(step, report.live_line(metrics))
+            state = runs.save(
+                parts.policy,
+                parts.tokenizer,
+                parts.optimization,
+                checkpoints,
+                state,
+                world,
+                score=metrics.get("heldout/accuracy"),
+                is_due=is_last or step % cfg.checkpoint.every_n_steps == 0,
+            )
+    log.close()
+    if world.is_main:
+        plot_curves(output_dir)
+        report.write_summary(output_dir, console)
+    close_world()
+
+
+def dry_run(cfg: GRPOConfig) -> None:
+    """Everything short of the weights: data, prompts and rewards are built; tokens and memory are estimated."""
+    console = Console()
+    tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
+    train, heldout = runs.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
+    runs.build_reward(cfg.rewards)
+    stream = ProblemStream(train, seed=cfg.seed)
+    prompts = [runs.prompt_renderer(cfg.prompt, tokenizer)(p) for p in stream.take(0, min(256, len(train)))]
+    console.print("first prompt:", Text(tokenizer.decode(list(prompts[0].token_ids)), style="dim"), sep="\n")
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    estimates.check_context(cfg.model, prompt_tokens=longest, max_new_tokens=cfg.sampling.max_new_tokens)
+    rows = cfg.batch.prompts_per_step * cfg.sampling.group_size
+    console.print(
+        f"{len(train)} training problems, {len(heldout)} held out; prompts of {longest} tokens at most (of {len(prompts)});\n"
+        f"{rows} completions a step, {rows * cfg.sampling.max_new_tokens} sampled tokens a step at most, "
+        f"{cfg.num_steps * rows * cfg.sampling.max_new_tokens} in all"
+    )
+    parts = estimates.estimate_memory(
+        cfg.model,
+        cfg.lora,
+        microbatch_tokens=cfg.batch.microbatch_tokens,
+        kv_tokens=min(rows, cfg.sampler.get("max_rows", 64)) * (cfg.sampling.max_new_tokens + longest // 2),
+        with_reference=instantiate(cfg.loss).kl_coef > 0,
+    )
+    estimates.print_memory(parts, console)
+    console.print("dry run: everything resolves; nothing was loaded, nothing was written")
+
+
+def build(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Parts:
+    """Everything the loop uses, cheap things first, so that a mistake shows before weights are loaded."""
+    tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
+    train, heldout = runs.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
+    loss = instantiate(cfg.loss)
+    policy = build_policy(
+        cfg.model,
+        cfg.lora,
+        device=world.device,
+        seed=cfg.seed,
+        with_reference=loss.kl_coef > 0,
+        resume_from=resume_from / "policy" if resume_from else None,
+    )
+    optimization = runs.build_optimization(
+        cfg, policy, num_updates=cfg.num_steps * cfg.batch.num_iterations * cfg.batch.minibatches
+    )
+    if resume_from:
+        optimization.load_state_dict(load_optimization(resume_from, world.device))
+    return Parts(
+        world=world,
+        policy=policy,
+        sampler=instantiate(cfg.sampler, policy.model, tokenizer),
+        tokenizer=tokenizer,
+        stream=ProblemStream(train, seed=cfg.seed),
+        heldout=heldout,
+        render=runs.prompt_renderer(cfg.prompt, tokenizer),
+        reward=runs.build_reward(cfg.rewards),
+        advantage=component(cfg.advantage),
+        loss=loss,
+        optimization=optimization,
+    )
+
+
+def sample(cfg: GRPOConfig, parts: Parts, step: int, cursor: int, phases: Phases, progress: Progress) -> Rollout:
+    """This rank's groups of one step, written by the current weights."""
+    parts.sampler.sync(parts.policy.version)
+    params = runs.sampling_params(cfg.sampling)
+
+    def sample_some(problems) -> list[Group]:
+        return sample_groups(
+            problems,
+            render=parts.render,
+            sampler=parts.sampler,
+            score=parts.reward,
+            params=params,
+            group_size=cfg.sampling.group_size,
+            seed=(cfg.seed, step),
+            on_progress=progress.phase("sampling"),
+        )
+
+    with phases("sample"):
+        rollout = collect(
+            parts.stream,
+            cursor,
+            parts.world,
+            sample_some,
+            num_groups=cfg.batch.prompts_per_step,
+            dynamic_rounds=cfg.batch.dynamic_sampling_rounds,
+        )
+    written = (c for group in rollout.sampled for c in group.completions)
+    assert all(c.policy_version == parts.policy.version for c in written), "the sampler's weights are stale"
+    return rollout
+
+
+def selftest(cfg: GRPOConfig, parts: Parts, rollout: Rollout, console: Console, *, starts_as_reference: bool) -> None:
+    """Check the gradient path on a group of the first batch; raises before anything is trained."""
+    checks = run_selftest(
+        parts.policy,
+        rollout.sampled,
+        tokenizer=parts.tokenizer,
+        rewards=parts.reward.text_rewards,
+        answer_format=cfg.answer_format,
+        temperature=cfg.sampling.temperature,
+        dtype=cfg.model.dtype,
+        with_reference=parts.loss.kl_coef > 0,
+        starts_as_reference=starts_as_reference,
+    )
+    report_selftest(checks, rollout.sampled[0], parts.tokenizer, console)
+
+
+def train(
+    cfg: GRPOConfig, parts: Parts, step: int, rollout: Rollout, phases: Phases, progress: Progress
+) -> tuple[dict[str, float], list[list[float] | None]]:
+    """The optimizer steps on one rollout; returns the step's metrics and each sampled group's advantages."""
+    world, policy = parts.world, parts.policy
+    torch.manual_seed(derive_seed(cfg.seed, step, world.rank, "dropout"))
+    groups = {number: group.scored() for number, group in rollout.kept.items() if is_trainable(group)}
+    advantages = {number: parts.advantage(group.rewards) for number, group in groups.items()}
+    trained = {number: train_group(group, advantages[number]) for number, group in groups.items()}
+    num_updates = cfg.batch.num_iterations * cfg.batch.minibatches
+    with_reference = parts.loss.kl_coef > 0
+    device = world.device
+
+    minibatches = []
+    with phases("prepare"):
+        for m in range(cfg.batch.minibatches):
+            mine = [g for number, g in trained.items() if number * cfg.batch.minibatches // rollout.num_kept == m]
+            totals = count_totals(mine)
+            tokens, sequences = world.sum([totals.tokens, totals.sequences])
+            kept = mine if with_reference else without_zero_advantages(mine)
+            rows = prepare_rows(
+                policy,
+                pack(kept, max_tokens=cfg.batch.microbatch_tokens, device=device),
+                temperature=cfg.sampling.temperature,
+                with_old=num_updates > 1,
+                with_reference=with_reference,
+            )
+            minibatches.append((rows, LossTotals(tokens=int(tokens), sequences=int(sequences))))
+
+    updates = []
+    with phases("train"):
+        for _ in range(cfg.batch.num_iterations):
+            for rows, totals in minibatches:
+                updates.append(
+                    update_policy(
+                        policy,
+                        rows,
+                        parts.loss,
+                        totals,
+                        parts.optimization,
+                        world,
+                        temperature=cfg.sampling.temperature,
+                        on_row=progress.phase("training"),
+                    )
+                )
+    metrics = report.rollout_metrics(rollout, world) | report.update_metrics(updates)
+    sampled_tokens, trained_tokens = world.sum(
+        [
+            sum(len(c.token_ids) for group in rollout.sampled for c in group.completions),
+            sum(len(row.microbatch.input_ids) for rows, _ in minibatches for row in rows) * cfg.batch.num_iterations,
+        ]
+    )
+    metrics |= phases.metrics(sample=sampled_tokens, train=trained_tokens) | {"memory/peak_gib": peak_memory_gib()}
+    by_problem = {id(group): advantages.get(number) for number, group in rollout.kept.items()}
+    return metrics, [by_problem.get(id(group)) for group in rollout.sampled]
+
+
+def evaluate(cfg: GRPOConfig, parts: Parts, progress: Progress) -> dict[str, float]:
+    """Greedy accuracy on the held-out problems with the current weights."""
+    parts.sampler.sync(parts.policy.version)
+    params = SamplingParams(
+        temperature=0.0,
+        max_new_tokens=cfg.eval.max_new_tokens or cfg.sampling.max_new_tokens,
+        stop=tuple(cfg.sampling.stop),
+    )
+    return evaluate_greedy(
+        parts.heldout,
+        render=parts.render,
+        sampler=parts.sampler,
+        params=params,
+        world=parts.world,
+        on_progress=progress.phase("evaluating"),
+    )
+
+
+if __name__ == "__main__":
+    config.main(GRPOConfig, run)

@@ -1,0 +1,207 @@
+"""Prime: supervised fine-tuning on worked turns, before RL.
+
+A base model often has the ability and lacks the form: where it never writes the tags that a reward looks for, every group
+scores the same and RL has nothing to learn from. A few hundred worked turns are enough to change that.
+
+  - the turn that is learnt is ``answer_format`` filled with each problem's own solution and answer;
+  - loss on the turn's tokens alone, EOS included; the prompt is context;
+  - examples are packed without padding and never see each other; [tokens, vocab] logits never exist whole;
+  - the best checkpoint by held-out loss is ``<output_dir>/best``, which ``grpo`` starts from directly
+    (``model.path=<output_dir>/best``).
+
+    tune run prime --config quickstart_prime.yaml
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from rolltune import config, estimates, runs
+from rolltune.batch import TrainGroup, TrainSequence, count_totals, pack
+from rolltune.checkpoint import Checkpoints, TrainState, load_optimization, load_state
+from rolltune.data.dataset import ProblemStream
+from rolltune.distributed import World, close_world, init_world
+from rolltune.losses.nll import NLLLoss
+from rolltune.metrics import Progress
+from rolltune.models import load_tokenizer
+from rolltune.policy import Policy, build_policy
+from rolltune.prompts import completion_ids, worked_turn
+from rolltune.schema import PrimeConfig
+from rolltune.seeding import derive_seed
+from rolltune.timing import Phases, peak_memory_gib
+from rolltune.types import LossTotals, Problem, Prompt
+from rolltune.update import Optimization, prepare_rows, update_policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the config names, built."""
+
+    world: World
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+    stream: ProblemStream
+    heldout: Sequence[Problem]
+    render: Callable[[Problem], Prompt]
+    optimization: Optimization
+
+
+def run(cfg: PrimeConfig) -> None:
+    """Train from the config to ``<output_dir>/best``."""
+    if cfg.dry_run:
+        dry_run(cfg)
+        return
+    output_dir = Path(cfg.output_dir)
+    world = init_world(cfg.device)
+    checkpoints = Checkpoints(output_dir, keep_last=cfg.checkpoint.keep_last)
+    resume_from = runs.start(cfg, checkpoints, world)
+    state = load_state(resume_from) if resume_from else TrainState()
+    parts = build(cfg, world, resume_from)
+    parts.policy.version = state.policy_version
+    log = runs.open_log(cfg, world, resume_step=state.step if resume_from else None)
+    with Progress(cfg.num_steps, state.step, enabled=world.is_main) as progress:
+        if state.step == 0:
+            log.log(0, {"heldout/loss": heldout_loss(cfg, parts)})
+        for step in range(state.step + 1, cfg.num_steps + 1):
+            started = time.perf_counter()
+            metrics = train(cfg, parts, step, state.cursor)
+            is_last = step == cfg.num_steps
+            if step % cfg.eval.every_n_steps == 0 or is_last:
+                metrics["heldout/loss"] = heldout_loss(cfg, parts)
+            log.log(step, metrics)
+            progress.step(step, {name: metrics[name] for name in ("loss", "heldout/loss") if name in metrics})
+            state = replace(
+                state,
+                step=step,
+                cursor=state.cursor + cfg.batch.examples_per_step,
+                policy_version=parts.policy.version,
+                seconds=state.seconds + time.perf_counter() - started,
+            )
+            score = -metrics["heldout/loss"] if "heldout/loss" in metrics else None
+            state = runs.save(
+                parts.policy,
+                parts.tokenizer,
+                parts.optimization,
+                checkpoints,
+                state,
+                world,
+                score=score,
+                is_due=is_last or step % cfg.checkpoint.every_n_steps == 0,
+            )
+    log.close()
+    if world.is_main:
+        Console().print(f"{cfg.num_steps} steps in {state.seconds / 60:.1f} minutes; weights: {output_dir / 'best'}")
+    close_world()
+
+
+def dry_run(cfg: PrimeConfig) -> None:
+    """Everything short of the weights: data and turns are built; tokens and memory are estimated."""
+    console = Console()
+    tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
+    train_set, heldout = runs.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
+    render = runs.prompt_renderer(cfg.prompt, tokenizer)
+    examples = [
+        example(cfg, problem, render, tokenizer)
+        for problem in ProblemStream(train_set, seed=cfg.seed).take(0, min(256, len(train_set)))
+    ]
+    prompt, turn = examples[0].prompt.token_ids, examples[0].sequences[0].token_ids
+    console.print(
+        "first example, trained tokens in green:\n",
+        Text.assemble((tokenizer.decode(list(prompt)), "dim"), (tokenizer.decode(list(turn)), "green")),
+    )
+    longest = max(len(e.prompt.token_ids) for e in examples), max(len(e.sequences[0].token_ids) for e in examples)
+    estimates.check_context(cfg.model, prompt_tokens=longest[0], max_new_tokens=longest[1])
+    console.print(
+        f"{len(train_set)} examples, {len(heldout)} held out; {cfg.num_steps * cfg.batch.examples_per_step} are "
+        f"trained on; prompts of {longest[0]} and turns of {longest[1]} tokens at most (of {len(examples)})"
+    )
+    parts = estimates.estimate_memory(
+        cfg.model, cfg.lora, microbatch_tokens=cfg.batch.microbatch_tokens, kv_tokens=0, with_reference=False
+    )
+    estimates.print_memory(parts, console)
+    console.print("dry run: everything resolves; nothing was loaded, nothing was written")
+
+
+def build(cfg: PrimeConfig, world: World, resume_from: Path | None) -> Parts:
+    tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
+    train_set, heldout = runs.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
+    policy = build_policy(
+        cfg.model,
+        cfg.lora,
+        device=world.device,
+        seed=cfg.seed,
+        with_reference=False,
+        resume_from=resume_from / "policy" if resume_from else None,
+    )
+    optimization = runs.build_optimization(cfg, policy, num_updates=cfg.num_steps)
+    if resume_from:
+        optimization.load_state_dict(load_optimization(resume_from, world.device))
+    return Parts(
+        world=world,
+        policy=policy,
+        tokenizer=tokenizer,
+        stream=ProblemStream(train_set, seed=cfg.seed),
+        heldout=heldout,
+        render=runs.prompt_renderer(cfg.prompt, tokenizer),
+        optimization=optimization,
+    )
+
+
+def example(
+    cfg: PrimeConfig, problem: Problem, render: Callable[[Problem], Prompt], tokenizer: PreTrainedTokenizerBase
+) -> TrainGroup:
+    """A prompt with the one turn that is learnt."""
+    prompt = render(problem)
+    ids = completion_ids(worked_turn(problem, cfg.answer_format), prompt, tokenizer)
+    sequence = TrainSequence(token_ids=ids, logprobs=(0.0,) * len(ids), advantage=1.0)
+    return TrainGroup(prompt=prompt, sequences=(sequence,))
+
+
+def train(cfg: PrimeConfig, parts: Parts, step: int, cursor: int) -> dict[str, float]:
+    """One optimizer step on the next examples."""
+    world, phases = parts.world, Phases()
+    torch.manual_seed(derive_seed(cfg.seed, step, world.rank, "dropout"))
+    problems = world.shard(parts.stream.take(cursor, cfg.batch.examples_per_step))
+    examples = [example(cfg, problem, parts.render, parts.tokenizer) for problem in problems]
+    totals = count_totals(examples)
+    tokens, sequences = world.sum([totals.tokens, totals.sequences])
+    with phases("train"):
+        microbatches = pack(examples, max_tokens=cfg.batch.microbatch_tokens, device=world.device)
+        metrics = update_policy(
+            parts.policy,
+            prepare_rows(parts.policy, microbatches, temperature=1.0, with_old=False, with_reference=False),
+            NLLLoss(),
+            LossTotals(tokens=int(tokens), sequences=int(sequences)),
+            parts.optimization,
+            world,
+            temperature=1.0,
+        )
+    kept = {name: metrics[name] for name in ("loss", "entropy", "grad_norm", "lr")}  # the rest compares with a sampler
+    (row_tokens,) = world.sum([sum(len(m.input_ids) for m in microbatches)])
+    return kept | phases.metrics(train=row_tokens) | {"memory/peak_gib": peak_memory_gib()}
+
+
+@torch.no_grad()
+def heldout_loss(cfg: PrimeConfig, parts: Parts) -> float:
+    """Mean negative log-likelihood of the held-out turns' tokens, adapters' dropout off."""
+    examples = [example(cfg, p, parts.render, parts.tokenizer) for p in parts.world.shard(parts.heldout)]
+    parts.policy.model.eval()
+    total, count = 0.0, 0
+    for microbatch in pack(examples, max_tokens=cfg.batch.microbatch_tokens, device=parts.world.device):
+        logprobs, _ = parts.policy.logprobs(microbatch, temperature=1.0)
+        total, count = total - logprobs.double().sum().item(), count + len(logprobs)
+    parts.policy.model.train()
+    total, count = parts.world.sum([total, count])
+    return total / count
+
+
+if __name__ == "__main__":
+    config.main(PrimeConfig, run)

@@ -1,0 +1,238 @@
+"""Does a correctness reward take what is right and refuse what is wrong? Asked before it is trained on.
+
+For every problem of a data set, turns are built whose verdict is known: the gold answer in its usual spellings, which
+must all score 1, and answers that are wrong in the ways models and reward hackers are wrong, which must all score 0. A
+reward that fails here teaches the failure.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Literal
+
+from rolltune.rewards.answer import gold_answer
+from rolltune.types import Problem, Reward
+
+MAX_EXAMPLES = 3
+
+Turn = tuple[str, str]  # (kind, text)
+Verdict = Literal["right", "wrong"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """A turn that was scored otherwise than it should be."""
+
+    problem_id: str
+    text: str
+    total: float | None
+    failure: str | None
+
+
+@dataclass(kw_only=True, slots=True)
+class Tally:
+    """What became of the turns of one kind.
+
+    Attributes:
+        kind: e.g. "guess_list".
+        verdict: "right" turns must score 1, "wrong" ones 0.
+        checked: number of turns.
+        missed: those of them that scored anything else; unscored ones are among them.
+        examples: the first few of the missed.
+    """
+
+    kind: str
+    verdict: Verdict
+    checked: int = 0
+    missed: int = 0
+    examples: list[Example] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuditReport:
+    """One tally for each kind of turn: the right ones first, each in the order in which they were met."""
+
+    tallies: tuple[Tally, ...]
+
+    @property
+    def false_negatives(self) -> int:
+        """Right turns that did not score 1."""
+        return sum(tally.missed for tally in self.tallies if tally.verdict == "right")
+
+    @property
+    def false_positives(self) -> int:
+        """Wrong turns that did not score 0."""
+        return sum(tally.missed for tally in self.tallies if tally.verdict == "wrong")
+
+
+def audit(
+    problems: Iterable[Problem], reward: Reward, answer_format: str, *, seed: int, wrong_turns: bool = True
+) -> AuditReport:
+    """Score right and wrong turns on every problem.
+
+    Args:
+        problems: with gold answers.
+        reward: must give 1 to right turns and 0 to wrong ones, as :func:`rolltune.rewards.answer.answer_reward` does.
+        answer_format: the whole turn, with ``{answer}`` and, where it has room for working, ``{solution}`` in it:
+            ``"<think>{solution}</think>\\n<answer>{answer}</answer>"``.
+        seed: of the mutations; each problem has its own stream, whatever the order.
+        wrong_turns: False leaves the wrong turns out, for a reward that judges something other than correctness,
+            such as the format: it must still give full marks to right turns.
+
+    Raises:
+        ValueError: a problem without a gold answer, or a format without ``{answer}``.
+    """
+    if "{answer}" not in answer_format:
+        raise ValueError(f"answer_format is {answer_format!r}; it must contain {{answer}}")
+    tallies: dict[tuple[Verdict, str], Tally] = {}
+    for problem in problems:
+        rng = random.Random(f"{seed}/{problem.id}")
+        for kind, text in right_turns(problem, answer_format):
+            _count(tallies, "right", kind, problem, text, reward)
+        for kind, text in _wrong_turns(problem, answer_format, rng) if wrong_turns else ():
+            _count(tallies, "wrong", kind, problem, text, reward)
+    return AuditReport(tallies=tuple(sorted(tallies.values(), key=lambda tally: tally.verdict)))
+
+
+def _count(
+    tallies: dict[tuple[Verdict, str], Tally], verdict: Verdict, kind: str, problem: Problem, text: str, reward: Reward
+) -> None:
+    tally = tallies.setdefault((verdict, kind), Tally(kind=kind, verdict=verdict))
+    score = reward(problem, text)
+    tally.checked += 1
+    if score.total == (1.0 if verdict == "right" else 0.0):
+        return
+    tally.missed += 1
+    if len(tally.examples) < MAX_EXAMPLES:
+        tally.examples.append(Example(problem_id=problem.id, text=text, total=score.total, failure=score.failure))
+
+
+# --- whole turns ------------------------------------------------------------------------------------------------------
+
+
+def render_turn(answer_format: str, *, solution: str, answer: str) -> str:
+    """Fill in ``{solution}`` and ``{answer}``. Other braces, in the format or in what is filled in, are left alone."""
+    filling = {"{solution}": solution, "{answer}": answer}
+    return re.sub(r"\{solution\}|\{answer\}", lambda slot: filling[slot[0]], answer_format)
+
+
+def right_turns(problem: Problem, answer_format: str) -> Iterator[Turn]:
+    """Turns that must score 1: the gold answer in its spellings."""
+    for kind, answer in variants(gold_answer(problem)):
+        yield kind, render_turn(answer_format, solution=_working(problem), answer=answer)
+
+
+def _wrong_turns(problem: Problem, answer_format: str, rng: random.Random) -> Iterator[Turn]:
+    """Turns that must score 0. The working of each of them holds the right answer."""
+    gold, working = gold_answer(problem), _working(problem)
+    wrong = mutations(gold, rng)
+    for kind, answer in wrong:
+        yield kind, render_turn(answer_format, solution=working, answer=answer)
+    right_turn = render_turn(answer_format, solution=working, answer=gold)
+    yield "changed_mind", right_turn + "\n" + render_turn(answer_format, solution=working, answer=wrong[0][1])
+    # What stands around the answer decides the rest; a format without tags has none of it to break.
+    untagged = re.sub(r"</?\w+>", "", right_turn)
+    if untagged != right_turn:
+        yield "no_tags", untagged
+        yield "cut_off", right_turn[: right_turn.rindex("</")]
+    if "{solution}" in answer_format:
+        yield "swapped", render_turn(answer_format, solution=gold, answer=working)
+
+
+def _working(problem: Problem) -> str:
+    gold = gold_answer(problem)
+    return f"{problem.solution or 'Step 1 and step 2 lead there.'}\nSo it is {gold}."
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+_PLAIN_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+
+
+def variants(answer: str) -> list[Turn]:
+    """The gold answer in spellings that are all right, as (kind, text inside the answer block)."""
+    spelled = [("gold", answer), ("spaced", f"\n {answer} \n"), ("bold", f"**{answer}**")]
+    spelled += [("boxed", f"\\boxed{{{answer}}}"), ("math_mode", f"${answer}$")]
+    if not _PLAIN_NUMBER.fullmatch(answer):
+        return spelled
+    sign, digits = _split_sign(answer)
+    whole, dot, decimals = digits.partition(".")
+    spelled += [("full_stop", f"{answer}."), ("currency", f"{sign}${digits}"), ("unit", f"{answer} dollars")]
+    spelled += [("equation", f"x = {answer}"), ("sentence", f"The answer is {answer}.")]
+    spelled.append(("cents", f"{answer}00" if dot else f"{answer}.00"))
+    if len(whole) > 3:
+        spelled.append(("commas", f"{sign}{int(whole):,}{dot}{decimals}"))
+    return spelled
+
+
+def mutations(answer: str, rng: random.Random) -> list[Turn]:
+    """Answers that are wrong though they look like the gold one, as (kind, text inside the answer block)."""
+    numeric = _PLAIN_NUMBER.fullmatch(answer) is not None
+    wrong = _wrong_numbers(answer, rng) if numeric else [("other", f"not {answer} but something else")]
+    other = wrong[0][1]
+    wrong += [
+        ("guess_list", f"{other}, {answer}"),
+        ("guess_or", f"{answer} or {other}"),
+        ("guess_lines", f"{other}\n{answer}"),
+        ("hedge", rng.choice(("maybe {}", "about {}", "probably {}", "{}?", "{}, I think")).format(answer)),
+        ("denial", f"not {answer}"),
+        ("retraction", f"{answer} is wrong"),
+        ("empty", ""),
+        ("blank", "\n"),
+        ("no_answer", "I do not know."),
+    ]
+    return wrong
+
+
+def _wrong_numbers(answer: str, rng: random.Random) -> list[Turn]:
+    value, (sign, digits) = Decimal(answer), _split_sign(answer)
+    wrong = [
+        ("off_by_one", _plain(value + rng.choice((-1, 1)))),
+        ("digit_in_front", f"{sign}{rng.randint(1, 9)}{digits}"),
+        ("digit_behind", f"{answer}{rng.randint(1, 9)}"),
+        ("unworked", f"{_plain(value - 1)} + 1"),
+    ]
+    if value != 0:
+        wrong += [("sign_flipped", _plain(-value)), ("times_ten", _plain(value * 10))]
+    shorter = [digits[:i] + digits[i + 1 :] for i in range(len(digits))]
+    shorter = [sign + d for d in shorter if _PLAIN_NUMBER.fullmatch(d) and Decimal(sign + d) != value]
+    if shorter:
+        wrong.append(("digit_dropped", rng.choice(shorter)))
+    if len(digits) > 1:
+        cut = rng.randrange(1, len(digits))
+        wrong.append(("split", f"{sign}{digits[:cut]} {digits[cut:]}"))
+    return wrong
+
+
+def _split_sign(number: str) -> tuple[str, str]:
+    return ("-", number[1:]) if number.startswith("-") else ("", number)
+
+
+def _plain(value: Decimal) -> str:
+    return format(value, "f")
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def render(report: AuditReport) -> str:
+    """The report as a table in plain text, with the first examples of each miss below it."""
+    width = max([len(tally.kind) for tally in report.tallies], default=0)
+    lines = [f"{'turn':5}  {'kind':{width}}  {'checked':>7}  {'missed':>6}"]
+    lines += [f"{t.verdict:5}  {t.kind:{width}}  {t.checked:7}  {t.missed:6}" for t in report.tallies]
+    lines.append(f"false negatives: {report.false_negatives}, false positives: {report.false_positives}")
+    for tally in report.tallies:
+        lines += [_example_line(tally, example) for example in tally.examples]
+    return "\n".join(lines)
+
+
+def _example_line(tally: Tally, example: Example) -> str:
+    scored = "unscored" if example.total is None else f"scored {example.total:g}"
+    reason = f" ({example.failure})" if example.failure else ""
+    # The end of a turn is where the answer is.
+    text = example.text if len(example.text) <= 80 else "..." + example.text[-77:]
+    return f"{tally.verdict} {tally.kind}, {example.problem_id}: {scored}{reason}: {text!r}"

@@ -1,0 +1,157 @@
+"""Are two LaTeX expressions equal? math-verify says, in a process that can be killed.
+
+sympy can run for hours on a short expression, and math-verify's own time limit is an alarm signal, which works in the
+main thread only. So the checks run in a worker process: started at the first check, kept, killed and replaced when it
+is late. That holds in any thread and in forked processes.
+
+This file is also the worker's program. It is run by path, so that neither rolltune nor the caller's ``__main__`` is
+imported again, and must import nothing of ours.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import threading
+from multiprocessing.connection import wait
+
+# Importing sympy takes a second or two, more on a busy machine. Not part of a check's own time.
+STARTUP_SECONDS = 120.0
+WORKER_MEMORY_BYTES = 4 << 30
+
+_READY, _EQUAL, _DIFFERENT, _NO_GOLD, _NO_ANSWER = b"r", b"=", b"!", b"g", b"a"
+
+
+class UnparseableError(ValueError):
+    """math-verify cannot read the answer."""
+
+
+class SymbolicChecker:
+    """A lazily started worker process and the one line of talk to it. Thread-safe: one check at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def equal(self, gold: str, answer: str, *, timeout: float) -> bool:
+        """Whether ``answer`` equals ``gold``, both LaTeX without dollar signs.
+
+        math-verify compares symbolically, and to six decimals where one side has a decimal point.
+
+        Args:
+            gold: trusted.
+            answer: a model's, already held to a grammar without towers of powers.
+            timeout: seconds for this check.
+
+        Raises:
+            TimeoutError: no verdict in time, or not within the worker's memory.
+            UnparseableError: the answer cannot be read.
+            ValueError: the gold answer cannot be read.
+        """
+        with self._lock:
+            reply = self._ask({"gold": gold, "answer": answer, "timeout": timeout})
+        if reply == _NO_GOLD:
+            raise ValueError(f"math-verify cannot read the gold answer {gold!r}: write it as a number or as LaTeX")
+        if reply == _NO_ANSWER:
+            raise UnparseableError(f"math-verify cannot read {answer!r}")
+        if reply not in (_EQUAL, _DIFFERENT):
+            raise TimeoutError(f"no verdict on {answer!r} within {timeout} s")
+        return reply == _EQUAL
+
+    def close(self) -> None:
+        """End the worker. The next check starts a new one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _ask(self, request: dict[str, str | float]) -> bytes:
+        process = self._running()
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        reply = _read_byte(process, float(request["timeout"]))
+        if reply not in (_EQUAL, _DIFFERENT, _NO_GOLD, _NO_ANSWER):
+            self.close()
+        return reply
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            # -P: this folder must not come first on the worker's path. No buffer: wait() sees the pipe itself.
+            command = [sys.executable, "-P", __file__]
+            self._process = subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            if _read_byte(self._process, STARTUP_SECONDS) != _READY:
+                self.close()
+                raise RuntimeError(f"the math-verify worker did not start: {' '.join(command)}")
+        return self._process
+
+
+def _read_byte(process: subprocess.Popen[bytes], timeout: float) -> bytes:
+    """One byte from the process; empty where none came in time or the process is gone."""
+    assert process.stdout is not None
+    return process.stdout.read(1) if wait([process.stdout], timeout) else b""  # type: ignore[list-item]
+
+
+_checker = SymbolicChecker()
+atexit.register(lambda: _checker.close())
+
+
+def equal(gold: str, answer: str, *, timeout: float) -> bool:
+    """:meth:`SymbolicChecker.equal` of this process's one checker."""
+    return _checker.equal(gold, answer, timeout=timeout)
+
+
+def _forget_parents_worker() -> None:
+    global _checker
+    _checker = SymbolicChecker()
+
+
+# After a fork the pipes and perhaps a held lock are the parent's.
+os.register_at_fork(after_in_child=_forget_parents_worker)
+
+
+def serve() -> None:
+    """The worker: one JSON request a line on stdin, one byte each on stdout, until stdin closes."""
+    import logging
+    import resource
+    import signal
+
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    logging.disable()  # math-verify warns that its own time limit is off
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # macOS refuses the limit
+        resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    # Units off: with them "2ab" is read as 2 of the unit "ab".
+    plain = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
+    )
+    config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=plain)
+
+    def read(latex: str) -> list:
+        return parse(f"${latex}$", [config], fallback_mode="no_fallback", parsing_timeout=0)
+
+    def check(gold: str, answer: str) -> bytes:
+        golds, answers = read(gold), read(answer)
+        if not golds or not answers:
+            return _NO_ANSWER if golds else _NO_GOLD
+        return _EQUAL if verify(golds, answers, timeout_seconds=0) else _DIFFERENT
+
+    sys.stdout.buffer.write(_READY)
+    sys.stdout.buffer.flush()
+    for line in sys.stdin:
+        request = json.loads(line)
+        # Should the caller be killed while this runs, nobody else would end it.
+        signal.alarm(int(request["timeout"]) + 2)
+        reply = check(request["gold"], request["answer"])
+        signal.alarm(0)
+        sys.stdout.buffer.write(reply)
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    serve()

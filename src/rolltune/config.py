@@ -1,0 +1,483 @@
+"""A recipe's config: YAML and ``key=value`` to a checked dataclass of :mod:`rolltune.schema`, or what is wrong with it.
+
+Mistakes are collected, all of them, and read ``key: what is wrong; what would be right``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rolltune.components import ConfigError, describe_type, did_you_mean, mismatch, nearest, show
+from rolltune.schema import Component
+
+T = TypeVar("T")
+USER_MISTAKE = 2
+INTERRUPTED = 130
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """``--config path [--dry-run] [key=value ...]``, taken apart."""
+
+    config: str | None
+    overrides: tuple[str, ...]
+    help: bool
+
+
+def parse_args(argv: Sequence[str]) -> Arguments:
+    """Take a recipe's command line apart.
+
+    Raises:
+        ConfigError: a flag that there is none of, or ``--config`` without a value.
+    """
+    config, overrides, problems = None, [], []
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.partition("=")
+        if name == "--config":
+            config = value if equals else rest.pop(0) if rest else ""
+            if not config:
+                problems.append("--config: no value; give a YAML file")
+        elif argument == "--dry-run":
+            overrides.append("dry_run=true")
+        elif argument.startswith("--") and argument != "--help":
+            known = did_you_mean(name, ["--config", "--dry-run", "--help"])
+            right = f"{name[2:].replace('-', '_')}={value or '...'}"
+            problems.append(f"{name}: no such flag{known or f'; config keys are set as {right}'}")
+        elif argument not in ("-h", "--help"):
+            overrides.append(argument)
+    if problems:
+        raise ConfigError(problems)
+    return Arguments(config=config, overrides=tuple(overrides), help=bool({"-h", "--help"} & set(argv)))
+
+
+def main(schema: type[T], run: Callable[[T], None], check: Callable[[T], None] | None = None) -> None:
+    """The command line of a recipe: load and check the config, print it, run.
+
+    A user's mistake is printed in a few lines and ends the process with status 2. These are a :class:`ConfigError`,
+    and a ValueError that rolltune's own code raises; any other error is a bug and keeps its traceback.
+
+    Args:
+        schema: the dataclass of the config's keys.
+        run: the recipe.
+        check: further checks of the recipe's own; raises ConfigError.
+    """
+    try:
+        arguments = parse_args(sys.argv[1:])
+        if arguments.help:
+            print(explain(schema))
+            return
+        if arguments.config is None:
+            raise ConfigError(["--config: missing; give a YAML file"])
+        config = validate(schema, arguments.config, arguments.overrides)
+        if check is not None:
+            check(config)
+    except ConfigError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process finds the same
+            print(report(error, Path(sys.argv[0]).stem), file=sys.stderr)
+        sys.exit(USER_MISTAKE)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"# {arguments.config}\n{dump(config)}", flush=True)
+    try:
+        run(config)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except ValueError as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        if not isinstance(error, ConfigError) and not _is_ours(place.filename):
+            raise
+        print(f"{report(error, Path(sys.argv[0]).stem)}\n  (from {place.filename}:{place.lineno})", file=sys.stderr)
+        sys.exit(USER_MISTAKE)
+
+
+def _is_ours(filename: str) -> bool:
+    """Whether a file is part of rolltune, or is the recipe that runs."""
+    package = Path(__file__).parent
+    folders = [package.resolve(), *((package / name).resolve() for name in ("rewards", "data", "recipes"))]
+    file = Path(filename).resolve()
+    return any(folder in file.parents for folder in folders) or file == Path(sys.argv[0]).resolve()
+
+
+def report(error: ValueError, title: str) -> str:
+    """The mistakes below a title, one a line."""
+    problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+    return "\n".join([f"{title}: {len(problems)} mistake{'s' * (len(problems) > 1)}", *(f"  {p}" for p in problems)])
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Read a config and merge ``key=value`` into it; every value has the type that its key wants.
+
+    Args:
+        schema: the dataclass of the config's keys.
+        path: the YAML file.
+        overrides: ``key=value`` with the key dotted and the value in YAML, or ``~key`` to leave a key out. A dotted
+            path given to a component's key sets its ``_component_``.
+
+    Returns:
+        An instance of ``schema``, interpolations resolved.
+
+    Raises:
+        ConfigError: with all that is wrong in the file's syntax, or else in its keys and values.
+    """
+    config, problems = _load(schema, path, overrides)
+    if problems:
+        raise ConfigError(list(problems.values()))
+    return config
+
+
+def validate(schema: type[T], path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> T:
+    """:func:`load`, then check components against their signatures and keys against each other.
+
+    Args:
+        schema: the dataclass of the config's keys.
+        path: the YAML file.
+        overrides: as in :func:`load`.
+        world_size: number of processes; None: as torchrun's environment says.
+
+    Raises:
+        ConfigError: with all that is wrong.
+    """
+    from rolltune.checks import check_config  # it imports torch, which a look at the keys does not need
+
+    config, problems = _load(schema, path, overrides)
+    found = check_config(config, world_size=world_size or int(os.environ.get("WORLD_SIZE", "1")))
+    # A key that is wrong has its default here: what the checks say of it would mislead.
+    wrong = [re.compile(rf"(?<![\w.]){re.escape(key)}(?!\w)") for key in problems]
+    found = [problem for problem in found if not any(key.search(problem) for key in wrong)]
+    if problems or found:
+        raise ConfigError([*problems.values(), *found])
+    return config
+
+
+def dump(config: Any) -> str:
+    """A config as YAML, all keys, interpolations resolved."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _load(schema: type[T], path: str | Path, overrides: Sequence[str]) -> tuple[T, dict[str, str]]:
+    """The config, with defaults in place of what is wrong, and the problems by key."""
+    tree = read_yaml(path)
+    problems: dict[str, str] = {}
+    for override in overrides:
+        _apply(override, tree, problems)
+    resolved = _resolve(tree, _defaults(schema), problems)
+    known = [*_all_keys(schema), *_argument_keys(resolved)]
+    return _build_dataclass(schema, resolved, "", problems, known), problems
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 but for three traps: 1e-6 is a number, a date is a string, and a key stands once in a mapping."""
+
+    yaml_implicit_resolvers: Mapping = {
+        first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else []:
+            name = str(key_node.value)
+            if name in seen:
+                raise yaml.MarkedYAMLError(problem=f"{name}: stands here twice", problem_mark=key_node.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)  # pyright: ignore[reportArgumentType]
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, interpolations as they stand.
+
+    Raises:
+        ConfigError: no such file, or not a mapping; a syntax error names its line.
+    """
+    try:
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError([f"--config: {path}: {(error.strerror or str(error)).lower()}"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"--config: {path}: is no UTF-8 text"]) from error
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{path}{_yaml_problem(error)}"]) from error
+    if not isinstance(tree, dict):
+        raise ConfigError([f"{path}: {'is empty' if tree is None else show(tree)}; a config is a mapping of keys"])
+    return tree
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    return f"{f', line {mark.line + 1}' if mark else ''}: {problem or str(error).splitlines()[0]}"
+
+
+def _apply(override: str, tree: dict[str, Any], problems: dict[str, str]) -> None:
+    """Merge one ``key=value`` or ``~key`` into the tree."""
+    key, equals, text = override.partition("=")
+    if key.startswith("~") and not equals:
+        if not _remove(tree, _split(key[1:])):
+            problems[override] = f"{override}: the config has no {key[1:]} to leave out"
+        return
+    if not equals or not key:
+        problems[override] = f"{override}: not of the form key=value"
+        return
+    try:
+        value = yaml.load(text, _Loader) if text else ""
+    except yaml.YAMLError as error:
+        problems[key] = f"{key}: {text} is no YAML value{_yaml_problem(error).replace(', line 1', '')}"
+        return
+    *parents, last = _split(key)
+    node: Any = tree
+    for name in parents:
+        child = _child(node, name)
+        if not isinstance(child, dict | list):
+            child = {}
+            _put(node, name, child)
+        node = child
+    old = _child(node, last)
+    if isinstance(value, str) and isinstance(old, dict) and "_component_" in old:
+        node, last = old, "_component_"
+    elif isinstance(value, dict) and isinstance(old, dict) and "_component_" not in value:
+        value = old | value
+    if not _put(node, last, value):
+        problems[key] = f"{key}: the list has {len(node)} items, counted from 0"
+
+
+def _split(key: str) -> list[str]:
+    """The names in a dotted key; items of a list as ``.0`` or ``[0]``."""
+    return [name for name in re.split(r"[.\[\]]", key) if name]
+
+
+def _child(node: Any, name: str) -> Any:
+    if isinstance(node, list):
+        return node[int(name)] if name.isdigit() and int(name) < len(node) else None
+    return node.get(name)
+
+
+def _put(node: Any, name: str, value: Any) -> bool:
+    if isinstance(node, list):
+        if not name.isdigit() or int(name) >= len(node):
+            return False
+        node[int(name)] = value
+    else:
+        node[name] = value
+    return True
+
+
+def _remove(tree: dict[str, Any], names: Sequence[str]) -> bool:
+    node: Any = tree
+    for name in names[:-1]:
+        node = _child(node, name) if isinstance(node, dict | list) else None
+    last = names[-1] if names else ""
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        del node[int(last)]
+    elif isinstance(node, dict) and last in node:
+        del node[last]
+    else:
+        return False
+    return True
+
+
+def _defaults(schema: type) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.structured(schema))  # pyright: ignore[reportReturnType]
+
+
+def _resolve(tree: dict[str, Any], defaults: dict[str, Any], problems: dict[str, str]) -> dict[str, Any]:
+    """The tree over the defaults, with ``${...}`` replaced; those that cannot be are left out."""
+    while True:
+        try:
+            merged = OmegaConf.merge(OmegaConf.create(defaults), OmegaConf.create(tree))
+            return OmegaConf.to_container(merged, resolve=True)  # pyright: ignore[reportReturnType]
+        except OmegaConfBaseException as error:
+            key = error.full_key or ""
+            problems[key] = f"{key}: {_interpolation_problem(error)}"
+            if not _remove(tree, _split(key)):
+                raise ConfigError(list(problems.values())) from error
+
+
+def _interpolation_problem(error: OmegaConfBaseException) -> str:
+    text = str(error).splitlines()[0]
+    text = re.sub(r"^\w+ (raised )?while resolving interpolation: ", "", text).strip('"')
+    return f"{text[:1].lower()}{text[1:]}" if not text.startswith("Missing mandatory value") else f"needs {text[25:]}"
+
+
+# --- types and keys ---------------------------------------------------------------------------------------------------
+
+_WRONG = object()
+_PLACEHOLDERS: Mapping[Any, Any] = {int: 1, float: 1.0, bool: False, str: "", Component: {}}
+
+
+def _build(hint: Any, value: Any, key: str, problems: dict[str, str], known: Sequence[str]) -> Any:
+    """``value`` as an instance of ``hint``, or ``_WRONG`` with the reason in ``problems``."""
+    if value is None and _without_none(hint) is not hint:
+        return None
+    inner = _without_none(hint)
+    if value == MISSING:
+        problems[key] = f"{key}: missing; {_wanted(inner)} is wanted, in the config or as {key}=..."
+        return _WRONG
+    if dataclasses.is_dataclass(inner) and isinstance(value, Mapping):
+        return _build_dataclass(inner, value, key, problems, known)  # pyright: ignore[reportArgumentType]
+    if get_origin(inner) is list and isinstance(value, list):
+        items = [_build(get_args(inner)[0], item, f"{key}[{i}]", problems, known) for i, item in enumerate(value)]
+        return [item for item in items if item is not _WRONG]
+    if inner == dict[str, Component] and isinstance(value, Mapping):
+        parts = {str(name): _build(Component, part, f"{key}.{name}", problems, known) for name, part in value.items()}
+        return {name: {} if part is _WRONG else part for name, part in parts.items()}
+    if inner == Component and isinstance(value, Mapping):
+        return {str(name): item for name, item in value.items()}
+    value = _from_text(value, inner)
+    if dataclasses.is_dataclass(inner) or inner == Component:
+        problems[key] = f"{key}: {show(value)}; {_wanted(inner)} is wanted"
+    elif wrong := mismatch(value, hint):
+        problems[key] = f"{key}: {wrong}"
+    else:
+        return float(value) if inner is float else value
+    return _WRONG
+
+
+def _build_dataclass(
+    hint: type, value: Mapping[str, Any], key: str, problems: dict[str, str], known: Sequence[str]
+) -> Any:
+    hints = get_type_hints(hint)
+    for name in map(str, value):
+        if name not in hints:
+            path = _join(key, name)
+            problems[path] = f"{path}: no such key{_nearest_key(path, known)}"
+    fields = {}
+    for field in dataclasses.fields(hint):
+        path = _join(key, field.name)
+        fields[field.name] = _build(hints[field.name], value.get(field.name, _default(field)), path, problems, known)
+        if fields[field.name] is _WRONG:
+            fields[field.name] = _stand_in(field, _without_none(hints[field.name]))
+    return hint(**fields)
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """A field's default as YAML would give it."""
+    value = field.default if field.default_factory is NO_DEFAULT else field.default_factory()
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # pyright: ignore[reportArgumentType]
+
+
+def _stand_in(field: dataclasses.Field, hint: Any) -> Any:
+    """What the checks see in place of a wrong value."""
+    if field.default_factory is not NO_DEFAULT:
+        return field.default_factory()
+    return _PLACEHOLDERS[hint] if field.default == MISSING else field.default
+
+
+def _without_none(hint: Any) -> Any:
+    args = get_args(hint)
+    return next(arg for arg in args if arg is not type(None)) if type(None) in args else hint
+
+
+def _from_text(value: Any, hint: Any) -> Any:
+    """Numbers and booleans that come as text, as they do from the environment and in quotes."""
+    if not isinstance(value, str) or hint not in (int, float, bool):
+        return value
+    try:
+        parsed = yaml.load(value, _Loader)
+    except yaml.YAMLError:
+        return value
+    return value if isinstance(parsed, str | dict | list) or parsed is None else parsed
+
+
+def _wanted(hint: Any) -> str:
+    if dataclasses.is_dataclass(hint):
+        return f"a mapping with keys of {', '.join(field.name for field in dataclasses.fields(hint))}"
+    return "a component (a mapping with _component_ and its arguments)" if hint == Component else describe_type(hint)
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _nearest_key(path: str, keys: Sequence[str]) -> str:
+    """The key that was meant: of that name elsewhere, else the nearest in this section, else the nearest of all."""
+    section, _, name = path.rpartition(".")
+    elsewhere = [key for key in keys if key.rpartition(".")[2] == name]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}?"
+    here = [key.rpartition(".")[2] for key in keys if key.rpartition(".")[0] == section]
+    near = nearest(name, here)
+    if near:
+        return f"; did you mean {_join(section, near)}?"
+    near = nearest(name, leaves := {key.rpartition(".")[2]: key for key in keys})
+    return f"; did you mean {leaves[near]}?" if near else f"; keys here: {', '.join(here)}"
+
+
+def _all_keys(schema: type, prefix: str = "") -> list[str]:
+    """The dotted keys of a schema, sections included."""
+    keys = []
+    for name, hint in get_type_hints(schema).items():
+        key, inner = _join(prefix, name), _without_none(hint)
+        keys += [key, *(_all_keys(inner, key) if dataclasses.is_dataclass(inner) else [])]  # pyright: ignore[reportArgumentType]
+    return keys
+
+
+def _argument_keys(tree: Any, prefix: str = "") -> list[str]:
+    """The dotted keys of the arguments of a tree's components."""
+    if not isinstance(tree, dict):
+        return []
+    here = [_join(prefix, str(name)) for name in tree if "_component_" in tree and name != "_component_"]
+    return here + [key for name, item in tree.items() for key in _argument_keys(item, _join(prefix, str(name)))]
+
+
+# --- explaining -------------------------------------------------------------------------------------------------------
+
+
+def explain(schema: type) -> str:
+    """The keys of a schema with their types, defaults and comments, for ``--help``."""
+    rows = _explained(schema, "")
+    width = max(len(left) for left, _ in rows) + 2
+    lines = [f"  {left:<{width}}{comment}".rstrip() for left, comment in rows]
+    return "\n".join(["usage: --config FILE [--dry-run] [key=value ...] [~key ...]", "", "keys of the config:", *lines])
+
+
+def _explained(schema: type, prefix: str) -> list[tuple[str, str]]:
+    comments = _comments(schema)
+    hints = get_type_hints(schema)
+    rows = []
+    for field in dataclasses.fields(schema):
+        key, inner = _join(prefix, field.name), _without_none(hints[field.name])
+        if dataclasses.is_dataclass(inner):
+            if inner is not hints[field.name]:
+                rows.append((f"{key}: null", (inspect.getdoc(inner) or "").splitlines()[0]))
+            rows += _explained(inner, key)  # pyright: ignore[reportArgumentType]
+        else:
+            default = _default(field)
+            comment = comments.get(field.name, "")
+            if default == MISSING:
+                rows.append((f"{key}:", f"required: {comment or _wanted(inner)}"))
+            else:
+                rows.append((f"{key}: {json.dumps(default)}", comment))
+    return rows
+
+
+def _comments(schema: type) -> dict[str, str]:
+    """The comments behind the fields of a dataclass, from its source."""
+    lines = inspect.getsource(schema).splitlines()
+    found = (re.match(r"\s+(\w+): [^#]*#\s*(.*)$", line) for line in lines)
+    return {match[1]: match[2] for match in found if match}

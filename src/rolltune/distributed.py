@@ -1,0 +1,108 @@
+"""The process group: one process or many take the same path. Data parallel with replicated weights.
+
+Every rank holds whole groups of a step's prompts; gradients and metrics are summed over ranks, and since
+losses are divided by global totals already, a sum is all that is needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+BUCKET_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process's place among all of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's items: every ``size``-th, so that each minibatch of a step is spread evenly."""
+        return items[self.rank :: self.size]
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over ranks, in float64."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Sequence[float], op) -> list[float]:
+        if self.size == 1 or not values:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=op)
+        return tensor.tolist()
+
+    def gather(self, items: Iterable[T]) -> list[T]:
+        """All ranks' items, in rank order, on every rank."""
+        if self.size == 1:
+            return list(items)
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, list(items))
+        return [item for part in parts for item in part]
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Sum .grad over ranks in flat buckets. A parameter without a gradient here counts as zero."""
+        if self.size == 1:
+            return
+        bucket: list[Tensor] = []
+        size = 0
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if bucket and (size > BUCKET_BYTES or bucket[0].dtype != parameter.grad.dtype):
+                _reduce_bucket(bucket)
+                bucket, size = [], 0
+            bucket.append(parameter.grad)
+            size += parameter.grad.nbytes
+        if bucket:
+            _reduce_bucket(bucket)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def _reduce_bucket(gradients: list[Tensor]) -> None:
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def init_world(device: str = "auto") -> World:
+    """Join the process group that torchrun set up, or be a world of one.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+    """
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(local)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(minutes=30))
+    return World(rank=rank, size=size, device=local)
+
+
+def close_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,88 @@
+"""Tokens and memory of a run, before any weight is loaded."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from rolltune.components import ConfigError
+from rolltune.logprobs import CHUNK_BYTES
+from rolltune.models import DTYPES, load_config
+from rolltune.schema import LoRAConfig, ModelConfig
+
+GIB = 2**30
+
+
+def count_parameters(config) -> tuple[int, int]:
+    """(all parameters, those of the linear layers that "all-linear" adapts), from shapes alone."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    return sum(p.numel() for p in model.parameters()), sum(m.in_features + m.out_features for m in linear)
+
+
+def check_context(model: ModelConfig, *, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raise ConfigError where prompt and completion do not fit the model's context."""
+    context = getattr(load_config(model.path).get_text_config(), "max_position_embeddings", None)
+    if context is not None and prompt_tokens + max_new_tokens > context:
+        raise ConfigError(
+            [
+                f"sampling.max_new_tokens: {max_new_tokens}: with prompts of {prompt_tokens} tokens that is beyond the "
+                f"{context} tokens of {model.path}; at most {context - prompt_tokens}"
+            ]
+        )
+
+
+def estimate_memory(
+    model: ModelConfig,
+    lora: LoRAConfig | None,
+    *,
+    microbatch_tokens: int,
+    kv_tokens: int,
+    with_reference: bool,
+) -> dict[str, float]:
+    """GiB of each part of one process. The activations are an estimate (about +-30 %), the rest is counted.
+
+    Args:
+        model: the policy.
+        lora: its adapters, if any.
+        microbatch_tokens: tokens in one forward and backward pass.
+        kv_tokens: tokens whose keys and values are held at most while sampling.
+        with_reference: whether a frozen copy is held.
+    """
+    config = load_config(model.path)
+    text = config.get_text_config()
+    size = torch.finfo(DTYPES[model.dtype]).bits // 8
+    parameters, linear_features = count_parameters(config)
+    trained = lora.rank * linear_features if lora else parameters
+    trained_size = 4 if lora else size
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv_width = head_dim * text.num_key_value_heads
+    # Kept for the backward pass in each layer: norms, q, k, v, attention's output, residuals; gate, up, product.
+    layer = 8 * text.hidden_size + 2 * kv_width + 4 * text.intermediate_size
+    layers = text.num_hidden_layers
+    per_token = text.hidden_size * layers + layer if model.gradient_checkpointing else layer * layers
+    parts = {
+        "weights": parameters * size + (trained * 4 if lora else 0),
+        "gradients": trained * trained_size,
+        "AdamW moments": 2 * trained * (4 if model.master_weights else trained_size),
+        "fp32 master weights": trained * 4 if model.master_weights else 0,
+        "frozen reference": parameters * size if with_reference and not lora else 0,
+        "activations of a micro-batch": per_token * microbatch_tokens * size,
+        "logits of a chunk": 3 * CHUNK_BYTES,
+        "keys and values while sampling": 2 * kv_width * layers * kv_tokens * size,
+    }
+    return {name: value / GIB for name, value in parts.items() if value}
+
+
+def print_memory(parts: dict[str, float], console: Console) -> None:
+    table = Table("memory of one process", "GiB", show_edge=False, pad_edge=False)
+    for name, gib in parts.items():
+        table.add_row(name, f"{gib:.2f}")
+    # Sampling and training take turns, so activations and the KV cache do not add up.
+    activations, cache = parts["activations of a micro-batch"], parts.get("keys and values while sampling", 0.0)
+    table.add_row("peak, about", f"{sum(parts.values()) - min(activations, cache):.2f}")
+    console.print(table)

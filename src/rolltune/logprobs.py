@@ -1,0 +1,77 @@
+"""Hidden states x LM head -> log-prob and entropy of each trained token, without the full [tokens, vocab] logits.
+
+Forward and backward walk over chunks of tokens; the backward pass computes a chunk's logits again rather than keep
+them. (Liger's and mgmalek's way of computing the gradient in the forward pass does not fit here: the
+gradient that comes from a policy loss is not known before all log-probs are.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 32 * 2**20  # fp32 logits held at a time: small enough to be reused warm, large enough for the product
+
+
+def chunk_size(vocab_size: int) -> int:
+    return max(16, CHUNK_BYTES // (4 * vocab_size))
+
+
+class _SelectedLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float):
+        logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        entropy, logsumexp = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        size = chunk_size(len(weight))
+        for start in range(0, len(targets), size):
+            part = slice(start, start + size)
+            z = (hidden[part] @ weight.T).float().div_(temperature)  # [chunk, V]
+            top = z.amax(-1, keepdim=True)
+            z.sub_(top)  # in place from here on: each copy of a chunk would be the largest tensor around
+            chosen = z.gather(-1, targets[part, None]).squeeze(-1)
+            p = torch.exp(z)
+            total = p.sum(-1)
+            log_total = total.log()
+            logprobs[part] = chosen - log_total
+            entropy[part] = log_total - p.mul_(z).sum(-1) / total
+            logsumexp[part] = log_total + top.squeeze(-1)
+        ctx.save_for_backward(hidden, weight, targets, logsumexp)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        hidden, weight, targets, logsumexp = ctx.saved_tensors
+        upstream = grads[0]
+        d_hidden = torch.empty_like(hidden)
+        # Chunks of a bf16 head would lose their tail if they were summed in bf16.
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        size = chunk_size(len(weight))
+        for start in range(0, len(targets), size):
+            part = slice(start, start + size)
+            z = (hidden[part] @ weight.T).float().div_(ctx.temperature)
+            # d logp[y] / dz = (onehot(y) - softmax(z)) / T
+            scale = upstream[part, None] / ctx.temperature
+            dz = torch.exp_(z.sub_(logsumexp[part, None])).mul_(-scale)
+            dz.scatter_add_(-1, targets[part, None], scale)
+            dz = dz.to(weight.dtype)
+            torch.matmul(dz, weight, out=d_hidden[part])
+            if d_weight is not None:
+                d_weight.addmm_(dz.T, hidden[part]) if dz.dtype == torch.float32 else d_weight.add_(dz.T @ hidden[part])
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None
+
+
+def selected_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs of ``targets`` under softmax(hidden @ weight.T / temperature), and that softmax's entropy.
+
+    Args:
+        hidden: [N, H], float32 or bfloat16.
+        weight: [V, H], the LM head, same dtype.
+        targets: int64 [N].
+        temperature: > 0, the one that was sampled with.
+
+    Returns:
+        ``(logprobs, entropy)``, both float32 [N] in nats; the entropy carries no gradient.
+    """
+    return _SelectedLogprobs.apply(hidden, weight, targets, temperature)  # pyright: ignore[reportReturnType]

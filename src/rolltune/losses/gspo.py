@@ -1,0 +1,65 @@
+"""GSPO: one ratio a completion, clipped as a whole."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rolltune.losses.terms import (
+    check_clip_range,
+    check_kl_coef,
+    clipped_policy_loss,
+    sequence_mean_token_mean,
+    sequence_means,
+    token_losses,
+)
+from rolltune.types import LossInputs, LossTotals
+
+
+@dataclass(frozen=True, kw_only=True)
+class GSPOLoss:
+    """Group Sequence Policy Optimization (arXiv 2507.18071), eq. 5-7; advantages as in GRPO.
+
+    ::
+
+        L = 1/S sum_i [ -min(s_i A_i, clip(s_i, 1 - clip_low, 1 + clip_high) A_i) + kl_coef mean_t k3_it ]
+        s_i = exp( 1/|o_i| sum_t log(pi(o_it) / pi_old(o_it)) )
+
+    S counts the completions of the step. The gradient of s_i reaches every token of the completion with the same
+    weight, s_i A_i / |o_i|. verl's per-token form (GSPO-token, eq. 13-14) has the same value and, with one advantage
+    a completion, the same gradient. The two part only where importance weights differ within a completion: here, as in
+    TRL, the completion's mean weight multiplies all of its tokens.
+
+    The ranges are small because s_i is a geometric mean: single tokens move far more than it does. With one optimizer
+    step per rollout s_i is 1 and GSPO is GRPO.
+
+    Attributes:
+        clip_low: in (0, 1].
+        clip_high: > 0.
+        kl_coef: >= 0; 0 needs no reference model.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+    kl_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_clip_range(clip_low=self.clip_low, clip_high=self.clip_high)
+        check_kl_coef(self.kl_coef)
+
+    def __call__(self, inputs: LossInputs, totals: LossTotals) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's share of the loss; metrics "clip_fraction" and "kl" (sum of k3).
+
+        A clipped completion counts with all of its tokens, so that "clip_fraction" is a number of tokens here too.
+        """
+        log_ratios = sequence_means(inputs.logprobs - inputs.old_logprobs, inputs.sequence_ids, inputs.num_sequences)
+        ratios = torch.exp(log_ratios)[inputs.sequence_ids]  # [num_sequences] to [N]
+        policy_losses, clipped = clipped_policy_loss(
+            ratios, inputs.advantages, clip_low=self.clip_low, clip_high=self.clip_high
+        )
+        losses, metrics = token_losses(policy_losses, inputs, kl_coef=self.kl_coef)
+        metrics["clip_fraction"] = clipped.to(losses.dtype).sum()
+        return sequence_mean_token_mean(losses, inputs, totals), metrics

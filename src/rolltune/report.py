@@ -1,0 +1,122 @@
+"""Numbers for people: a step's metrics, the live line, the run's summary."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rolltune.distributed import World
+from rolltune.metrics import read_metrics, write_json_atomic
+from rolltune.rollout import Rollout, has_signal, is_trainable
+
+
+def rollout_metrics(rollout: Rollout, world: World) -> dict[str, float]:
+    """What was sampled, over all ranks: rewards and their parts, failures, lengths, groups."""
+    values: dict[str, list[float]] = defaultdict(list)
+    failures: dict[str, float] = defaultdict(float)
+    for group in rollout.sampled:
+        values["groups/zero_variance"].append(float(is_trainable(group) and not has_signal(group)))
+        values["groups/skipped"].append(float(not is_trainable(group)))
+        for completion, score in zip(group.completions, group.scores, strict=True):
+            values["completions/length"].append(float(len(completion.token_ids)))
+            values["completions/truncated"].append(float(completion.finish_reason == "length"))
+            values["reward/unscored"].append(float(score.total is None))
+            if score.total is not None:
+                values["reward"].append(score.total)
+            for name, part in score.parts.items():
+                if "/failure/" in name:
+                    failures[f"failures/{name.replace('/failure/', '/')}"] += 1.0
+                elif part is not None:
+                    values[f"reward/{name}"].append(part)
+    completions = len(values["reward/unscored"])
+    moments = {name: (len(v), sum(v), sum(x * x for x in v)) for name, v in values.items()}
+    moments |= {name: (completions, count, 0.0) for name, count in failures.items()}
+    names = sorted(set(world.gather(moments)))  # a failure may have been seen by one rank alone
+    absent = {name: (completions if name.startswith("failures/") else 0, 0.0, 0.0) for name in names}
+    sums = world.sum([x for name in names for x in (absent | moments)[name]])
+    metrics = {}
+    for i, name in enumerate(names):
+        count, total, squares = sums[3 * i : 3 * i + 3]
+        if name.startswith(("groups/", "failures/")) or name in ("completions/truncated", "reward/unscored"):
+            metrics[name] = total / count
+        else:
+            metrics[f"{name}/mean" if name.startswith("reward") else f"{name}_mean"] = total / count
+            if name.startswith("reward"):
+                metrics[f"{name}/std"] = max(0.0, squares / count - (total / count) ** 2) ** 0.5
+    return metrics
+
+
+def update_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """One step's optimizer steps as one row: extremes of extremes, the last learning rate, means of the rest."""
+    taken = [update for update in updates if update]
+    metrics: dict[str, float] = {"updates": float(len(taken))}
+    for name in sorted({name for update in taken for name in update}):
+        seen = [update[name] for update in taken if name in update]
+        if name.endswith(("/max", "/max_abs")):
+            metrics[name] = max(seen)
+        elif name.endswith("/min"):
+            metrics[name] = min(seen)
+        else:
+            metrics[name] = seen[-1] if name == "lr" else statistics.fmean(seen)
+    return metrics
+
+
+def live_line(metrics: dict[str, float]) -> dict[str, float]:
+    """The few numbers that are watched while a run goes on."""
+    names = {
+        "reward": "reward/mean",
+        "loss": "loss",
+        "kl": "kl",
+        "length": "completions/length_mean",
+        "entropy": "entropy",
+        "held-out": "heldout/accuracy",
+    }
+    return {label: metrics[name] for label, name in names.items() if name in metrics}
+
+
+def write_summary(output_dir: Path, console: Console) -> dict:
+    """``summary.json``: rewards of the first and last fifth of the steps, held-out accuracy before and after.
+
+    Read back from metrics.jsonl, so a resumed run's summary covers all of its parts.
+    """
+    rows = read_metrics(output_dir)
+    steps = [row for row in rows if "reward/mean" in row]
+    fifth = max(1, len(steps) // 5)
+    evaluations = [row for row in rows if "heldout/accuracy" in row]
+    seconds = sum(value for row in rows for name, value in row.items() if name.startswith("seconds/"))
+    summary: dict = {"steps": len(steps), "train_minutes": seconds / 60}
+    for name in sorted({name for row in steps for name in row if name.startswith("reward/") and name.endswith("/mean")}):
+        key = name.removesuffix("/mean").replace("/", "_")
+        for label, part in (("first", steps[:fifth]), ("last", steps[-fifth:])):
+            summary[f"{key}_{label}_fifth"] = statistics.fmean(row[name] for row in part if name in row)
+    for label, row in (("before", evaluations[0]), ("after", evaluations[-1])):
+        summary[f"heldout_{label}"] = row["heldout/accuracy"]
+        summary[f"heldout_{label}_interval"] = [row["heldout/accuracy_low"], row["heldout/accuracy_high"]]
+    best = max(evaluations[1:] or evaluations, key=lambda row: row["heldout/accuracy"])
+    summary |= {"heldout_best": best["heldout/accuracy"], "heldout_best_step": best["step"]}
+    write_json_atomic(output_dir / "summary.json", summary)
+    _print_summary(summary, output_dir, console)
+    return summary
+
+
+def _print_summary(summary: dict, output_dir: Path, console: Console) -> None:
+    table = Table("", "before / first fifth", "after / last fifth", show_edge=False, pad_edge=False)
+    for key in sorted(key for key in summary if key.endswith("_first_fifth")):
+        name = key.removesuffix("_first_fifth")
+        table.add_row(name.replace("_", " "), f"{summary[key]:.3f}", f"{summary[f'{name}_last_fifth']:.3f}")
+    cells = []
+    for label in ("before", "after"):
+        low, high = summary[f"heldout_{label}_interval"]
+        cells.append(f"{summary[f'heldout_{label}']:.3f}  (95 %: {low:.3f} to {high:.3f})")
+    table.add_row("held-out accuracy, greedy", *cells)
+    console.print(table)
+    console.print(
+        f"{summary['steps']} steps in {summary['train_minutes']:.1f} minutes; best held-out accuracy "
+        f"{summary['heldout_best']:.3f} at step {summary['heldout_best_step']}\n"
+        f"curves: {output_dir / 'curves.png'}   weights: {output_dir / 'best'}   summary: {output_dir / 'summary.json'}"
+    )

@@ -1,0 +1,124 @@
+"""Problems -> prompts -> completions -> scores -> Groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rolltune.data.dataset import ProblemStream
+from rolltune.distributed import World
+from rolltune.samplers import Sampler
+from rolltune.seeding import derive_seed
+from rolltune.types import Completion, Group, Problem, Prompt, SampleRequest, SamplingParams, Score
+
+
+def sample_groups(
+    problems: Sequence[Problem],
+    *,
+    render: Callable[[Problem], Prompt],
+    sampler: Sampler,
+    score: Callable[[Problem, Completion], Score],
+    params: SamplingParams,
+    group_size: int,
+    seed: tuple[int | str, ...],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Group]:
+    """``group_size`` completions of each problem, scored.
+
+    Args:
+        problems: this rank's.
+        render: problem to prompt.
+        sampler: current with the policy.
+        score: the weighted reward.
+        params: the distribution that is sampled from.
+        group_size: completions a problem.
+        seed: with the problem's id and the sample's number it seeds each completion, so that what is sampled
+            depends neither on the other problems in the batch nor on the number of processes.
+        on_progress: called with (completions done, completions in all).
+    """
+    requests = [
+        SampleRequest(
+            prompt=render(problem),
+            seeds=tuple(derive_seed(*seed, "sample", problem.id, i) for i in range(group_size)),
+        )
+        for problem in problems
+    ]
+    sampled = sampler.generate(requests, params, on_progress=on_progress)
+    return [
+        Group(
+            problem=problem,
+            prompt=request.prompt,
+            completions=completions,
+            scores=tuple(score(problem, completion) for completion in completions),
+        )
+        for problem, request, completions in zip(problems, requests, sampled, strict=True)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """What one step sampled on this rank.
+
+    Attributes:
+        sampled: every group, those left out by dynamic sampling included.
+        kept: the groups to train on, by their number among all ranks' kept groups.
+        num_kept: kept groups over all ranks.
+        cursor: where the problem stream stands afterwards.
+    """
+
+    sampled: list[Group]
+    kept: dict[int, Group]
+    num_kept: int
+    cursor: int
+
+
+def collect(
+    stream: ProblemStream,
+    cursor: int,
+    world: World,
+    sample: Callable[[Sequence[Problem]], list[Group]],
+    *,
+    num_groups: int,
+    dynamic_rounds: int = 0,
+) -> Rollout:
+    """Sample one step's groups; with dynamic sampling, draw again until enough of them can teach something.
+
+    DAPO (arXiv 2503.14476, section 3.2) keeps the groups in which some but not all completions are right, and refills.
+    Here a group counts if its rewards differ, which is the same for a 0/1 reward and is meant for every other.
+
+    Args:
+        stream: training problems.
+        cursor: problems taken so far.
+        world: which part of each draw this rank samples.
+        sample: problems to groups.
+        num_groups: over all ranks.
+        dynamic_rounds: most draws of ``num_groups`` problems; 0 keeps every group of one draw.
+    """
+    sampled: list[Group] = []
+    kept: dict[int, Group] = {}
+    num_kept = 0
+    for _ in range(max(1, dynamic_rounds)):
+        groups = sample(world.shard(stream.take(cursor, num_groups)))
+        cursor += num_groups
+        sampled += groups
+        flags = [not dynamic_rounds or has_signal(group) for group in groups]
+        by_number = sorted(world.gather([(i * world.size + world.rank, flag) for i, flag in enumerate(flags)]))
+        for number, flag in by_number:
+            if flag and num_kept < num_groups:
+                if number % world.size == world.rank:
+                    kept[num_kept] = groups[number // world.size]
+                num_kept += 1
+        if num_kept == num_groups:
+            break
+    return Rollout(sampled=sampled, kept=kept, num_kept=num_kept, cursor=cursor)
+
+
+def has_signal(group: Group) -> bool:
+    """Whether a group can teach anything: two scores or more, not all the same."""
+    rewards = group.scored().rewards
+    return len(rewards) >= 2 and min(rewards) != max(rewards)
+
+
+def is_trainable(group: Group) -> bool:
+    """A group with fewer than two scored completions has no baseline."""
+    return len(group.scored().completions) >= 2

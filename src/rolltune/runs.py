@@ -1,0 +1,173 @@
+"""What recipes do around their loop: start or resume, build from the config, open the logs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from transformers import PreTrainedTokenizerBase
+
+from rolltune.checkpoint import Checkpoints, TrainState
+from rolltune.components import ConfigError, component, instantiate
+from rolltune.data.dataset import overlap
+from rolltune.distributed import World
+from rolltune.metrics import MetricsLog
+from rolltune.policy import Policy
+from rolltune.prompts import render_prompt
+from rolltune.rewards.combine import WeightedReward
+from rolltune.schema import Component, DataConfig, GRPOConfig, PrimeConfig, PromptConfig, SamplingConfig
+from rolltune.types import Problem, Prompt, SamplingParams
+from rolltune.update import MasterWeights, Optimization
+
+# Keys that may change between the parts of a resumed run: none of them touches a number that is trained with.
+FREE_ON_RESUME = {"resume", "dry_run", "device", "checkpoint", "logging"}
+
+
+def start(cfg: GRPOConfig | PrimeConfig, checkpoints: Checkpoints, world: World) -> Path | None:
+    """Begin in an empty output folder, or find the checkpoint to resume from.
+
+    Returns:
+        The newest whole checkpoint when resuming; None for a fresh start.
+
+    Raises:
+        ConfigError: the folder holds another run, or the config is not the one the run was started with.
+    """
+    saved = checkpoints.output_dir / "config.yaml"
+    latest = checkpoints.latest() if cfg.resume else None
+    if not cfg.resume and checkpoints.steps():
+        raise ConfigError(
+            [
+                f"output_dir: {cfg.output_dir}: holds the checkpoints of an earlier run; "
+                "add resume=true to go on with it, or choose another output_dir"
+            ]
+        )
+    if latest is not None and saved.exists():
+        before, now = OmegaConf.to_container(OmegaConf.load(saved)), asdict(cfg)
+        assert isinstance(before, dict)
+        changed = [k for k in now if k not in FREE_ON_RESUME and before.get(k) != now[k]]
+        if changed:
+            raise ConfigError(
+                [
+                    f"{key}: {now[key]}: the run in {cfg.output_dir} was started with {before.get(key)}; "
+                    "resume with the same, or choose another output_dir"
+                    for key in changed
+                ]
+            )
+    world.barrier()  # every rank has looked before rank 0 writes
+    if world.is_main:
+        checkpoints.output_dir.mkdir(parents=True, exist_ok=True)
+        temporary = saved.with_name(".tmp-config.yaml")
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(cfg))))
+        temporary.replace(saved)
+    return latest
+
+
+def open_log(cfg: GRPOConfig | PrimeConfig, world: World, *, resume_step: int | None) -> MetricsLog:
+    if not world.is_main:
+        return MetricsLog.null()
+    return MetricsLog(
+        Path(cfg.output_dir),
+        wandb=cfg.logging.wandb,
+        wandb_project=cfg.logging.wandb_project,
+        tensorboard=cfg.logging.tensorboard,
+        config=asdict(cfg),
+        resume_step=resume_step,
+    )
+
+
+def load_data(data: DataConfig, *, max_heldout: int) -> tuple[Sequence[Problem], list[Problem]]:
+    """Training problems, and the first ``max_heldout`` held-out ones, none of which may be trained on.
+
+    Raises:
+        ConfigError: a data set cannot be loaded, or a held-out question is among the training questions.
+    """
+    train, heldout = instantiate(data.train), instantiate(data.heldout)
+    heldout = [heldout[i] for i in range(min(max_heldout, len(heldout)))]
+    shared = overlap(train, heldout)
+    if shared:
+        raise ConfigError(
+            [
+                f"data.heldout: {len(shared)} of its {len(heldout)} questions are in data.train too, "
+                f"first {next(iter(shared))!r}; choose another split, seed or slice"
+            ]
+        )
+    return train, heldout
+
+
+def build_reward(nodes: dict[str, Component]) -> WeightedReward:
+    """The weighted sum of the configured rewards; a node's ``weight`` defaults to 1."""
+    return WeightedReward(
+        rewards={name: (component(node, ignore=("weight",)), float(node.get("weight", 1.0))) for name, node in nodes.items()}
+    )
+
+
+def build_optimization(cfg: GRPOConfig | PrimeConfig, policy: Policy, *, num_updates: int) -> Optimization:
+    """Optimizer, schedule and clip norm over the policy's trainable parameters.
+
+    Args:
+        cfg: names the optimizer and the schedule.
+        policy: on its device, in its precision.
+        num_updates: optimizer steps of the whole run, for the schedule.
+    """
+    weights = MasterWeights(policy.trainable_parameters, enabled=cfg.model.master_weights)
+    optimizer = instantiate(cfg.optimizer, weights.masters)
+    scheduler = instantiate(cfg.lr_scheduler, optimizer, num_training_steps=num_updates) if cfg.lr_scheduler else None
+    return Optimization(weights=weights, optimizer=optimizer, scheduler=scheduler, max_grad_norm=cfg.max_grad_norm)
+
+
+def prompt_renderer(prompt: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[Problem], Prompt]:
+    return partial(
+        render_prompt, tokenizer=tokenizer, system=prompt.system, few_shot=prompt.few_shot, prefill=prompt.prefill
+    )
+
+
+def sampling_params(sampling: SamplingConfig) -> SamplingParams:
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_new_tokens=sampling.max_new_tokens,
+        stop=tuple(sampling.stop),
+    )
+
+
+def save(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    optimization: Optimization,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    world: World,
+    *,
+    score: float | None,
+    is_due: bool,
+) -> TrainState:
+    """Checkpoint where one is due, and whenever the held-out score is the best yet.
+
+    Args:
+        policy, tokenizer, optimization: what is saved; rank 0 writes, the others wait.
+        checkpoints: where to.
+        state: after the step.
+        world: all ranks call this.
+        score: held-out score of this step, higher is better; None where none was taken.
+        is_due: by the step's number.
+
+    Returns:
+        The state, with the best score brought up to date.
+    """
+    is_best = score is not None and (state.best_score is None or score > state.best_score)
+    if is_best:
+        state = replace(state, best_score=score)
+    if is_best or is_due:
+        if world.is_main:
+            checkpoints.save(
+                state,
+                save_policy=lambda folder: policy.save(folder, tokenizer),
+                optimization=optimization.state_dict(),
+                is_best=is_best,
+            )
+        world.barrier()
+    return state

@@ -1,0 +1,200 @@
+"""One optimizer step: micro-batches, backward, clip, step. Every number that is averaged is a sum until the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rolltune.distributed import World
+from rolltune.policy import Policy
+from rolltune.types import Loss, LossInputs, LossTotals, MicroBatch
+
+
+class MasterWeights:
+    """fp32 copies that the optimizer steps, for parameters held in bf16.
+
+    bf16 has 8 bits of mantissa: an update below 1/256 of a weight is rounded away. The copies keep it.
+    Without bf16 parameters this is a pass-through of the parameters themselves.
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], *, enabled: bool):
+        self.parameters = list(parameters)
+        self.masters = (
+            [torch.nn.Parameter(p.detach().float().clone()) for p in self.parameters] if enabled else self.parameters
+        )
+
+    def take_gradients(self) -> None:
+        """Move gradients to the copies, in fp32."""
+        for master, parameter in zip(self.masters, self.parameters, strict=True):
+            if master is not parameter:
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+                parameter.grad = None
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        for master, parameter in zip(self.masters, self.parameters, strict=True):
+            if master is not parameter:
+                parameter.copy_(master)
+
+    def state_dict(self) -> list[Tensor]:
+        return [m.detach() for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]
+
+    @torch.no_grad()
+    def load_state_dict(self, state: list[Tensor]) -> None:
+        copies = [m for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]
+        for master, saved in zip(copies, state, strict=True):
+            master.copy_(saved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimization:
+    """What a step steps with: the optimizer over the master weights, its schedule, and the clip norm."""
+
+    weights: MasterWeights
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    max_grad_norm: float
+
+    def step(self, world: World) -> dict[str, float]:
+        """Sum gradients over ranks, clip, step. A gradient that is not finite raises: nothing was written yet."""
+        world.sum_gradients(self.weights.parameters)
+        self.weights.take_gradients()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.weights.masters, self.max_grad_norm).item()
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"the gradient norm is {grad_norm}: the weights were left as they were; "
+                "lower optimizer.lr or look at the ratio curves"
+            )
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.weights.write_back()
+        return {"grad_norm": grad_norm, "lr": lr}
+
+    def state_dict(self) -> dict:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "masters": self.weights.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.weights.load_state_dict(state["masters"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A micro-batch with the log-probs that stay fixed while it is trained on.
+
+    Attributes:
+        old_logprobs: float32 [N], of the weights before the first update; None where there is one update only, whose
+            old policy is the current one: the ratio is exactly 1 and no pass is spent on it.
+        reference_logprobs: float32 [N]; None where the loss has no KL term.
+    """
+
+    microbatch: MicroBatch
+    old_logprobs: Tensor | None
+    reference_logprobs: Tensor | None
+
+
+def prepare_rows(
+    policy: Policy, microbatches: Iterable[MicroBatch], *, temperature: float, with_old: bool, with_reference: bool
+) -> list[Row]:
+    rows = []
+    for microbatch in microbatches:
+        old = None
+        if with_old:
+            with torch.no_grad():
+                old = policy.logprobs(microbatch, temperature=temperature)[0]
+        reference = policy.reference_logprobs(microbatch, temperature=temperature) if with_reference else None
+        rows.append(Row(microbatch=microbatch, old_logprobs=old, reference_logprobs=reference))
+    return rows
+
+
+def update_policy(
+    policy: Policy,
+    rows: Sequence[Row],
+    loss_fn: Loss,
+    totals: LossTotals,
+    optimization: Optimization,
+    world: World,
+    *,
+    temperature: float,
+    on_row: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """One optimizer step on ``rows``.
+
+    Args:
+        policy: its ``version`` goes up by one.
+        rows: this rank's; may be empty where other ranks have some.
+        loss_fn: called once a row.
+        totals: global denominators, the same on every rank.
+        optimization: optimizer, schedule and clip norm.
+        world: gradients and metrics are summed over it.
+        temperature: the one that was sampled with.
+        on_row: called with (rows done, rows in all).
+
+    Returns:
+        Metrics, means over the tokens of all ranks' rows but for the loss; the same on every rank. Empty, and no step is
+        taken, where no rank has a row.
+    """
+    sums: dict[str, float] = dict.fromkeys(_METRICS, 0.0)
+    extremes = [-math.inf, -math.inf, 0.0]  # max of ratio, of -ratio, of |sampler - trainer|
+    for done, row in enumerate(rows):
+        logprobs, entropy = policy.logprobs(row.microbatch, temperature=temperature)
+        inputs = LossInputs(
+            logprobs=logprobs,
+            old_logprobs=logprobs.detach() if row.old_logprobs is None else row.old_logprobs,
+            advantages=row.microbatch.advantages,
+            sequence_ids=row.microbatch.sequence_ids,
+            num_sequences=row.microbatch.num_sequences,
+            reference_logprobs=row.reference_logprobs,
+        )
+        loss, metrics = loss_fn(inputs, totals)
+        loss.backward()
+        ratio = torch.exp(logprobs.detach() - inputs.old_logprobs)
+        gap = logprobs.detach() - row.microbatch.sampler_logprobs
+        metrics |= {
+            "loss": loss.detach(),
+            "entropy": entropy.sum(),
+            "ratio/mean": ratio.sum(),
+            "ratio/outside": ((ratio < 0.9) | (ratio > 1.1)).sum(),
+            "mismatch/mean_abs": gap.abs().sum(),
+            "mismatch/k3": (torch.expm1(gap) - gap).sum(),
+            "tokens": torch.tensor(float(len(logprobs))),
+        }
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+        extremes = [max(a, b) for a, b in zip(extremes, [ratio.max().item(), -ratio.min().item(), gap.abs().max().item()])]
+        if on_row:
+            on_row(done + 1, len(rows))
+    names = world.gather(sums) if world.size > 1 else list(sums)  # a rank without rows lacks the loss's own metrics
+    names = sorted(set(names))
+    reduced = dict(zip(names, world.sum([sums.get(name, 0.0) for name in names]), strict=True))
+    extremes = world.max(extremes)
+    tokens = reduced.pop("tokens")
+    if tokens == 0:
+        return {}  # no rank has anything to learn from
+    step_metrics = optimization.step(world)
+    policy.version += 1
+    # The loss is divided by the step's totals already. The rest are means over the tokens in the rows, which are fewer
+    # than the totals where completions without an advantage were left out.
+    means = {name: value / tokens for name, value in reduced.items() if name != "loss"}
+    return means | step_metrics | {
+        "loss": reduced["loss"],
+        "ratio/max": extremes[0],
+        "ratio/min": -extremes[1],
+        "mismatch/max_abs": extremes[2],
+    }
+
+
+_METRICS = ("loss", "entropy", "ratio/mean", "ratio/outside", "mismatch/mean_abs", "mismatch/k3", "tokens")

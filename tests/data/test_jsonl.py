@@ -1,0 +1,120 @@
+"""Files of one's own: columns, canonical answers, and errors that name file and line."""
+
+import json
+import re
+
+import pytest
+
+from rolltune.data.jsonl import jsonl
+
+
+def write(tmp_path, *lines, name="own.jsonl"):
+    path = tmp_path / name
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), "utf-8")
+    return str(path)
+
+
+def test_rows_become_problems(tmp_path):
+    path = write(tmp_path, {"question": "2 + 2?", "answer": " 4 "}, "", {"question": "Où ?", "answer": "là"})
+    first, second = jsonl(path=path)
+    assert first.messages == ({"role": "user", "content": "2 + 2?"},)
+    assert (first.id, first.answer, first.solution) == ("own/1", "4", None)
+    # The empty line counts, so that the id is the line number that an editor shows.
+    assert (second.id, second.messages[0]["content"], second.answer) == ("own/3", "Où ?", "là")
+
+
+def test_other_columns(tmp_path):
+    row = {"q": "2 + 2?", "gold": "4", "key": 17, "cot": " 2 + 2 = 4. "}
+    (problem,) = jsonl(path=write(tmp_path, row), question_key="q", answer_key="gold", id_key="key", solution_key="cot")
+    assert (problem.id, problem.answer, problem.solution) == ("17", "4", "2 + 2 = 4.")
+
+
+@pytest.mark.parametrize(("answer", "expected"), [(4, "4"), (-3.0, "-3"), (0.5, "0.5"), ("1,800", "1,800")])
+def test_answers(tmp_path, answer, expected):
+    assert jsonl(path=write(tmp_path, {"question": "?", "answer": answer}))[0].answer == expected
+
+
+def test_data_without_answers(tmp_path):
+    assert jsonl(path=write(tmp_path, {"question": "Write a poem."}), answer_key=None)[0].answer is None
+
+
+def test_conversations(tmp_path):
+    turns = [
+        {"role": "system", "content": "Be short.", "weight": 0},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "2 + 2?"},
+    ]
+    (problem,) = jsonl(path=write(tmp_path, {"messages": turns, "answer": "4"}), messages_key="messages")
+    assert problem.messages == tuple({"role": t["role"], "content": t["content"]} for t in turns)
+
+
+def test_slices(tmp_path):
+    path = write(tmp_path, *({"question": f"q{i}", "answer": i} for i in range(5)))
+    assert [p.answer for p in jsonl(path=path, start=1, count=2)] == ["1", "2"]
+    with pytest.raises(ValueError, match="count=9"):
+        jsonl(path=path, count=9)
+
+
+def test_byte_order_mark_and_line_separators_inside_strings(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + '{"question": "a\u2028b", "answer": "1"}\r\n'.encode())
+    assert jsonl(path=str(path))[0].messages[0]["content"] == "a\u2028b"
+
+
+GOOD = {"question": "2 + 2?", "answer": "4"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ('{"question": "a"', "not JSON"),
+        ("[1, 2]", "must be a JSON object, not list"),
+        ({"question": "a"}, "no column 'answer'; the row has 'question'"),
+        ({"question": "", "answer": "1"}, "'question' must be a non-empty string, not ''"),
+        ({"question": 3, "answer": "1"}, "'question' must be a non-empty string, not 3"),
+        ({"question": "a", "answer": None}, "'answer' must be a non-empty string or a number, not None"),
+        ({"question": "a", "answer": True}, "not True"),
+        ('{"question": "a", "answer": NaN}', "not nan"),
+    ],
+)
+def test_malformed_rows_name_file_and_line(tmp_path, bad, message):
+    path = write(tmp_path, GOOD, bad)
+    with pytest.raises(ValueError, match=f"{re.escape(path)}:2: .*{re.escape(message)}"):
+        jsonl(path=path)
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ("Hi", "'messages' must be a list of turns"),
+        ([], "'messages' must be a list of turns"),
+        ([{"role": "tool", "content": "x"}], "turn 0 of 'messages' needs a role out of system, user, assistant"),
+        ([{"role": "user"}], "turn 0: no column 'content'"),
+        ([{"role": "assistant", "content": "x"}], "must end with a user turn, not with 'assistant'"),
+    ],
+)
+def test_malformed_conversations(tmp_path, turns, message):
+    path = write(tmp_path, {"messages": turns, "answer": "4"})
+    with pytest.raises(ValueError, match=f":1.*{re.escape(message)}"):
+        jsonl(path=path, messages_key="messages")
+
+
+def test_not_utf8(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_bytes(b'{"question": "a", "answer": "1"}\n{"question": "\xff", "answer": "1"}\n')
+    with pytest.raises(ValueError, match=r"own\.jsonl:2: not UTF-8"):
+        jsonl(path=str(path))
+
+
+def test_duplicate_ids_name_both_lines(tmp_path):
+    path = write(tmp_path, GOOD | {"key": "a"}, GOOD | {"key": "b"}, GOOD | {"key": "a"})
+    with pytest.raises(ValueError, match=r"own\.jsonl:3: the id 'a' is taken by .*own\.jsonl:1"):
+        jsonl(path=path, id_key="key")
+
+
+def test_missing_and_empty_files(tmp_path):
+    with pytest.raises(ValueError, match=r"jsonl: path='.*nowhere\.jsonl' is not a file"):
+        jsonl(path=str(tmp_path / "nowhere.jsonl"))
+    with pytest.raises(ValueError, match="no rows"):
+        jsonl(path=write(tmp_path, ""))

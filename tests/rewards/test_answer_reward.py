@@ -1,0 +1,362 @@
+from __future__ import annotations
+
+import json
+import threading
+from fractions import Fraction
+from pathlib import Path
+
+import math_verify
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rolltune.rewards import answer as answer_module
+from rolltune.rewards import symbolic
+from rolltune.rewards.answer import MAX_ANSWER_CHARS, Grade, answer_reward, grade, is_correct, lenient_number
+from rolltune.types import Problem
+
+GSM8K = Path(__file__).parents[2].parent / "shared/data/gsm8k/train.jsonl"
+
+
+def problem(answer: str | None) -> Problem:
+    return Problem(id="p/7", messages=({"role": "user", "content": "?"},), answer=answer)
+
+
+def turn(answer: str, working: str = "Working gives 18.") -> str:
+    return f"<think>{working}</think>\n<answer>{answer}</answer>"
+
+
+@pytest.fixture
+def no_sympy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> bool:
+        raise AssertionError("numbers must not need sympy")
+
+    monkeypatch.setattr(symbolic, "equal", refuse)
+
+
+RIGHT = [
+    ("18", "18"), ("18", " 18\n"), ("18", "18."), ("18", "18.0"), ("18", "18.00"), ("18", "+18"), ("0", "0"),
+    ("18", "$18"), ("18", "$18.00"), ("18", "$ 18"), ("18", "18$"), ("18", r"\$18"), ("18", "€18"), ("18", "18%"),
+    ("18", r"18\%"), ("18", "18 %"), ("18", "18 dollars"), ("18", "18 dollars."), ("18", "18dollars"), ("18", "18 cm"),
+    ("18", "18kg"), ("18", "18 m"), ("60", "60 miles per hour"), ("60", "60 miles/hour"), ("18", "$18/hour"),
+    ("18", "$18 per hour."), ("18", "18 square feet per minute"), ("18", "18°"), ("18", "18 °C"),
+    ("18", "18 years old"),
+    ("18", "**18**"), ("18", "**18.**"), ("18", "**$18**"), ("18", "`18`"), ("18", "$18$"), ("18", "$$18$$"),
+    ("18", r"\boxed{18}"), ("18", r"$\boxed{18}$."), ("18", r"\(18\)"), ("18", r"\[ 18 \]"), ("18", r"\text{18}"),
+    ("18", r"18\text{ dollars}"), ("18", r"$\boxed{18\text{ cm}}$"), ("18", r"\boxed{\textbf{18}}"),
+    ("18", "x = 18"), ("18", "x=18"), ("18", "$x = 18$"), ("18", "x_1 = 18"), ("18", "total = $18"), ("18", "a = 18"),
+    ("18", "The answer is 18."), ("18", "the final answer is: 18"), ("18", "Answer: 18"), ("18", "Answer: **$18.00**"),
+    ("1800", "1,800"), ("1800", "$1,800.00"), ("1800", "1{,}800"), ("1800", r"1\,800"), ("1234567.5", "1,234,567.5"),
+    ("1,800", "1800"), ("$1,800", "1800"),
+    ("-3", "-3"), ("-3", "-$3"), ("-3", "$-3"), ("-3", "\u22123"), ("-3", "x = -3"), ("-3", "-3.0"),
+    ("0.5", ".5"), ("0.75", "3/4"), ("0.75", "6/8"), ("0.75", "3 / 4"), ("3/4", "0.75"), ("-0.75", "-3/4"),
+    ("0.75", r"\frac{3}{4}"), ("0.75", r"$\frac{3}{4}$"), ("0.75", r"\dfrac{3}{4}"), ("0.75", r"\frac34"),
+    ("-0.75", r"-\frac{3}{4}"), ("-0.75", r"\frac{-3}{4}"), (r"\frac{3}{4}", "3/4"), ("0.75", "3/4 cup"),
+    ("12345678901234567890", "12,345,678,901,234,567,890"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gold", "answer"), RIGHT)
+@pytest.mark.usefixtures("no_sympy")
+def test_right(gold: str, answer: str) -> None:
+    score = answer_reward(problem(gold), turn(answer))
+    assert (score.total, score.failure) == (1.0, None)
+
+
+# Wrong for gold 18, and what is said of it; None: a number, but another one.
+WRONG = [
+    ("118", None), ("181", None), ("8", None), ("1", None), ("-18", None), ("180", None), ("17", None), ("19", None),
+    ("18.5", None), ("18.01", None), ("0.18", None), ("18,000", None), ("1.8", None), ("18/5", None), ("180%", None),
+    ("18.000000001", None), ("17.9999999999", None),
+    ("17, 18", "ambiguous"), ("18, 19", "ambiguous"), ("18 or 19", "ambiguous"), ("17 18 19", "ambiguous"),
+    ("18 19", "ambiguous"), ("18\n19", "ambiguous"), ("17; 18", "ambiguous"), ("17 and 18", "ambiguous"),
+    ("18 18", "ambiguous"), ("either 17 or 18", "ambiguous"), ("18 dollars or 19 dollars", "ambiguous"),
+    ("18 dollars and 50 cents", "ambiguous"), (r"\boxed{17}\boxed{18}", "unparseable"), ("$17$ $18$", "ambiguous"),
+    ("**17** **18**", "unparseable"), ("{17, 18}", "ambiguous"), ("[18]", "unparseable"), ("(18)", "unparseable"),
+    ("x = 17, 18", "ambiguous"), ("17|18", "ambiguous"), ("17-18", "unparseable"), ("18 +/- 1", "unparseable"),
+    ("18±1", "ambiguous"), ("17 = 18", "unparseable"), ("x = 17 = 18", "unparseable"), ("18 eighteen", "unparseable"),
+    ("18 nineteen", "unparseable"), ("18 or nineteen", "ambiguous"),
+    ("maybe 18", "ambiguous"), ("about 18", "ambiguous"), ("probably 18", "ambiguous"), ("18?", "ambiguous"),
+    ("18, I think", "ambiguous"), ("18 I think", "ambiguous"), ("18 maybe", "ambiguous"), ("18ish", "ambiguous"),
+    ("~18", "ambiguous"), ("\u224818", "ambiguous"), ("I guess 18", "ambiguous"), ("maybe = 18", "ambiguous"),
+    ("18 or so", "ambiguous"), ("at least 18", "unparseable"), ("> 18", "unparseable"), ("18+", "unparseable"),
+    ("not 18", "ambiguous"), ("18 is wrong", "ambiguous"), ("18 wrong", "ambiguous"), ("not = 18", "ambiguous"),
+    ("The answer is not 18", "ambiguous"), ("never 18", "ambiguous"), ("18 is not it", "ambiguous"),
+    ("x \u2260 18", "unparseable"), ("!18", "unparseable"), ("18!", "unparseable"), ("18 false", "ambiguous"),
+    (r"\text{not }18", "ambiguous"),
+    ("12 + 6", "unparseable"), ("12+6", "unparseable"), ("12 + 6 = 18", "unparseable"), ("6 * 3", "unparseable"),
+    ("36/2", "unparseable"), ("18/1", "unparseable"), (r"\frac{36}{2}", "unparseable"), (r"\sqrt{324}", "unparseable"),
+    ("18^1", "unparseable"), ("18 + 0", "unparseable"), ("18 squared", "unparseable"), ("18/0", "unparseable"),
+    ("1 8", "ambiguous"), ("1,8", "ambiguous"), ("18,00", "ambiguous"), ("1,8,", "ambiguous"), ("0,018", "ambiguous"),
+    ("018", "unparseable"), ("0018", "unparseable"), ("18..", "unparseable"), ("18.0.0", "unparseable"),
+    ("18 1/2", "unparseable"),
+    ("1.8e1", "ambiguous"), ("1.8 x 10^1", "unparseable"), ("18e0", "ambiguous"), ("0x12", "ambiguous"),
+    ("1_8", "ambiguous"), ("--18", "unparseable"), ("- 18", "unparseable"), ("-$-18", "unparseable"),
+    ("'18'", "unparseable"),
+    ("18k", "unparseable"), ("18 k", "unparseable"), ("18M", "unparseable"), ("18 million", "unparseable"),
+    ("18 thousand", "unparseable"), ("18 dozen", "unparseable"), ("18 halves", "unparseable"), ("18x", "unparseable"),
+    ("18 pi", "unparseable"), ("18th", "unparseable"), ("18 hundredths", "unparseable"),
+    ("\uff11\uff18", "unparseable"), ("\u0661\u0668", "unparseable"), ("1\u200b8", "ambiguous"),
+    ("\u2461\u2467", "unparseable"),
+    ("18\u00b2", "unparseable"), ("nan", "unparseable"), ("inf", "unparseable"), ("-inf", "unparseable"),
+    ("infinity", "unparseable"), ("eighteen", "unparseable"), ("XVIII", "unparseable"), ("I do not know.", "ambiguous"),
+    ("9**9**9", "unparseable"), ("9^9^9^9", "unparseable"), ("factorial(18)", "unparseable"), ("%", "unparseable"),
+    ("__import__('os')", "unparseable"), ("(" * 100 + "18" + ")" * 100, "unparseable"), ("dollars", "unparseable"),
+    ("{" * 250, "unparseable"), ("$" * 250, "unparseable"), ("*" * 250, "unparseable"),
+    (r"\boxed{" * 30, "unparseable"),
+    ("Natalia sold 18 clips", "unparseable"), ("18 <answer", "unparseable"), (".", "unparseable"), ("-", "unparseable"),
+    ("", "empty"), (" \n\t", "empty"),
+    ("18" * 200, "too_long"), ("18" + " " * 300 + "dollars", "too_long"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "failure"), WRONG)
+@pytest.mark.usefixtures("no_sympy")
+def test_wrong(answer: str, failure: str | None) -> None:
+    score = answer_reward(problem("18"), turn(answer))
+    assert (score.total, score.failure) == (0.0, failure)
+
+
+@pytest.mark.parametrize(
+    ("text", "failure"),
+    [
+        ("18", "no_answer"),
+        ("The answer is 18.", "no_answer"),
+        (r"\boxed{18}", "no_answer"),
+        ("#### 18", "no_answer"),
+        ("", "no_answer"),
+        ("<think>18</think>", "no_answer"),
+        ("<think>It is <answer>18</answer></think>", "no_answer"),
+        ("<answer>18", "no_answer"),
+        ("18</answer>", "no_answer"),
+        ("<think>18</think><answer>17</answer>", None),
+        ("<answer>18</answer> No: <answer>17</answer>", None),
+        ("<answer>17</answer>18</answer>", "unparseable"),
+        ("<answer>18</answer><answer></answer>", "empty"),
+    ],
+)
+def test_only_the_last_block_counts(text: str, failure: str | None) -> None:
+    score = answer_reward(problem("18"), text)
+    assert (score.total, score.failure) == (0.0, failure)
+
+
+def test_a_block_is_enough_without_the_rest_of_the_format() -> None:
+    assert answer_reward(problem("18"), "Hm. <answer>17</answer> No: <answer>18</answer> That is it.").total == 1.0
+
+
+def test_percent_is_a_unit_and_never_a_second_reading() -> None:
+    assert is_correct("18", turn("18%"))
+    assert not is_correct("0.18", turn("18%"))
+    assert is_correct("18%", turn("18"))
+
+
+@pytest.mark.parametrize("gold", [None, "", " "])
+def test_a_problem_without_gold_answer_is_named(gold: str | None) -> None:
+    with pytest.raises(ValueError, match="'p/7' has no gold answer"):
+        answer_reward(problem(gold), turn("18"))
+
+
+@pytest.mark.parametrize(
+    ("gold", "message"), [("18 dollars", "carries a unit"), ("5 cm", "carries a unit"), ("1" * 300, "300")]
+)
+def test_a_gold_answer_that_nothing_can_match_is_refused(gold: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        grade(gold, turn("18"))
+
+
+@pytest.mark.usefixtures("no_sympy")
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        ("Monday", "Monday", True), ("Monday", "**Monday**", True), ("Monday", "The answer is Monday.", True),
+        ("Monday", "monday", False), ("Monday", "Monday or Tuesday", False), ("Monday", "not Monday", False),
+        ("B", "B", True), ("B", r"\boxed{B}", True), ("B", "A, B", False), ("B", "AB", False),
+        ("0110", "0110", True), ("0110", "110", False), ("1ba", "1ab", False), ("1e5", "5e1", False),
+        ("(1, 2)", "(1, 2)", True), ("(1, 2)", "(2, 1)", False), ("a.b.", "a.b", True),
+    ],
+)  # fmt: skip
+def test_text_must_be_repeated(gold: str, answer: str, right: bool) -> None:
+    assert grade(gold, turn(answer)) == Grade(correct=right)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        (r"2\sqrt{3}", r"$2\sqrt{3}$", True), (r"2\sqrt{3}", r"\sqrt{12}", True), (r"2\sqrt{3}", r"\sqrt{13}", False),
+        ("x^2+1", "1 + x**2", True), ("x^2+1", "x^2 - 1", False), ("(x+1)^2", "x^2 + 2x + 1", True),
+        ("2x", "x*2", True), ("2x", "2", False), ("2x", "x", False), ("y = 2x", "2x", True), ("2^{10}", "1024", True),
+        ("2^{10}", "1025", False), (r"\frac{\pi}{2}", "pi/2", True), (r"\frac{\pi}{2}", r"\frac{2\pi}{4}", True),
+        ("x^{1/2}", r"\sqrt{x}", True), ("x^(1/2)", "x^{1/2}", True), ("36/2", "18", True),
+    ],
+)  # fmt: skip
+def test_expressions_are_compared_by_math_verify(gold: str, answer: str, right: bool) -> None:
+    assert grade(gold, turn(answer)) == Grade(correct=right)
+
+
+@pytest.mark.usefixtures("no_sympy")
+@pytest.mark.parametrize(
+    ("answer", "failure"),
+    [
+        ("2x, 3x", "ambiguous"), ("2x or 3x", "ambiguous"), ("maybe 2x", "ambiguous"), ("2x?", "ambiguous"),
+        ("2 3", "ambiguous"), ("x 3", "unparseable"), ("{2}3", "ambiguous"), ("9^9^9", "unparseable"),
+        ("9**9**9", "unparseable"), ("9^{9^9}", "unparseable"), ("((9^{99})^{99})^{99}", "unparseable"),
+        ("9^{9}{^9}", "unparseable"), ("9^{9}{}^{9}", "unparseable"), ("9^999", "unparseable"),
+        ("(" * 20 + "x" + ")" * 20, "unparseable"), ("9" * 21, "unparseable"), ("exec(x)", "unparseable"),
+        (r"\input{x}", "unparseable"), ("x!", "unparseable"), ("lambda", "unparseable"), (r"\sum_{i}x", "unparseable"),
+    ],
+)  # fmt: skip
+def test_what_sympy_must_not_see(answer: str, failure: str) -> None:
+    assert grade("3x", turn(answer)) == Grade(correct=False, failure=failure)
+
+
+def test_a_check_that_is_late_is_unscored_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def late(gold: str, answer: str, *, timeout: float) -> bool:
+        calls.append(timeout)
+        raise TimeoutError
+
+    monkeypatch.setattr(symbolic, "equal", late)
+    for _ in range(2):
+        score = answer_reward(problem("3x+5"), turn("5+3x"), timeout=0.25)
+        assert (score.total, score.failure) == (None, "timeout")
+    assert calls == [0.25, 0.25]
+    assert not is_correct("3x+5", turn("5+3x"))
+
+
+def test_a_verdict_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(symbolic, "equal", lambda *args, **kwargs: calls.append(args) or True)
+    assert is_correct("3x+7", turn("7+3x")) and is_correct("3x+7", turn("7+3x"))
+    assert calls == [("3x+7", "7+3x")]
+
+
+def test_an_unreadable_expression_is_wrong() -> None:
+    assert grade("3x", turn("((x")) == Grade(correct=False, failure="unparseable")
+
+
+def test_works_outside_the_main_thread() -> None:
+    # math-verify's own time limit raises there, and verl scored every such answer 0.
+    found: dict[str, float | None] = {}
+
+    def run() -> None:
+        found["number"] = answer_reward(problem("18"), turn("$18")).total
+        found["equal"] = answer_reward(problem(r"3\sqrt{5}"), turn(r"\sqrt{45}")).total
+        found["other"] = answer_reward(problem(r"3\sqrt{5}"), turn(r"\sqrt{46}")).total
+        found["hostile"] = answer_reward(problem(r"3\sqrt{5}"), turn("9**9**9**9")).total
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert found == {"number": 1.0, "equal": 1.0, "other": 0.0, "hostile": 0.0}
+
+
+@pytest.mark.usefixtures("no_sympy")
+@pytest.mark.parametrize("gold", ["18", "3x", "Monday"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<answer>" * 125_000,
+        "<answer>18</answer" * 60_000,
+        "<answer></answer>" * 60_000,
+        f"<answer>{'9' * 1_000_000}</answer>",
+        f"<answer>{'(' * 1_000_000}</answer>",
+        f"<answer>{' ' * 1_000_000}18</answer",
+        "\x00\ud800" * 100_000,
+    ],
+)
+def test_megabytes_reach_no_parser(gold: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    undress = answer_module._undress
+    monkeypatch.setattr(answer_module, "_undress", lambda block: seen.append(len(block)) or undress(block))
+    assert answer_reward(problem(gold), text).total == 0.0
+    assert all(length <= MAX_ANSWER_CHARS for length in seen)
+
+
+@pytest.mark.usefixtures("no_sympy")
+@given(st.text(alphabet="0123456789.,/$%*-+= (){}\\abfrcx?^<>\n", max_size=MAX_ANSWER_CHARS))
+def test_any_block_gets_a_verdict_and_none_reaches_sympy_for_a_number(block: str) -> None:
+    verdict = grade("18", f"<think>18</think><answer>{block}</answer>")
+    assert verdict.correct is not None
+    if verdict.correct:
+        assert "18" in block.replace(",", "").replace("{,}", "") or "/" in block or "frac" in block
+
+
+INTEGERS = st.integers(min_value=-(10**15), max_value=10**15)
+
+
+@pytest.mark.usefixtures("no_sympy")
+@given(INTEGERS, INTEGERS)
+def test_two_integers_match_exactly_where_they_are_equal(gold: int, said: int) -> None:
+    assert is_correct(str(gold), turn(f"{gold:,}")) and is_correct(str(gold), turn(f"{gold}.00"))
+    assert is_correct(str(gold), turn(str(said))) == (gold == said)
+    assert not is_correct(str(gold), turn(f"{said} {gold}"))
+    assert not is_correct(str(gold), turn(f"{gold}, {said}"))
+
+
+@pytest.mark.usefixtures("no_sympy")
+@given(st.integers(-999, 999), st.integers(2, 999))
+def test_a_fraction_equals_its_decimals_exactly_or_not_at_all(top: int, bottom: int) -> None:
+    value = Fraction(top, bottom)
+    if value.denominator == 1:
+        assert not is_correct(str(value), turn(f"{top}/{bottom}"))
+        return
+    assert is_correct(f"{top}/{bottom}", turn(str(value)))
+    assert is_correct(str(value), turn(rf"\frac{{{top}}}{{{bottom}}}"))
+    decimals = f"{top / bottom:.6f}"
+    assert is_correct(f"{top}/{bottom}", turn(decimals)) == (Fraction(decimals) == value)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("0.75", "3/4"), ("0.75", "0.750"), ("0.75", r"\frac{3}{4}"), ("0.75", "4/3"), ("0.75", "0.76"),
+        ("0.75", "0.7"),
+        ("1/8", "0.125"), ("1/8", "0.126"), ("-1/8", "-0.125"), ("-1/8", "0.125"), ("18", "18.0"), ("18", "18.5"),
+        ("18", "118"), ("1800", "1,800"), ("1800", "1,801"), ("2.5", "5/2"), ("2.5", "-5/2"), ("0.3", "3/10"),
+        ("0.3", "1/3"),
+    ],
+)  # fmt: skip
+def test_agrees_with_math_verify_on_exact_numbers(gold: str, answer: str) -> None:
+    theirs = math_verify.verify(math_verify.parse(f"${gold}$"), math_verify.parse(f"${answer}$"))
+    assert is_correct(gold, turn(answer)) == theirs
+
+
+@pytest.mark.parametrize(("gold", "answer"), [("1/3", "0.333333"), ("18", "12 + 6"), ("0.18", "18%")])
+def test_is_stricter_than_math_verify_where_it_says_so(gold: str, answer: str) -> None:
+    latex = answer.replace("%", r"\%")
+    assert math_verify.verify(math_verify.parse(f"${gold}$"), math_verify.parse(f"${latex}$"))
+    assert not is_correct(gold, turn(answer))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("It costs $1,800.50 in all.", "1800.5"), ("9 * 2 = 18.", "18"), ("<answer>18.00</answer>", "18"),
+        ("x = -3", "-3"), ("-$3.50", "-3.5"), ("21-3", "3"), ("(1)-3", "3"), ("17, 18", "18"), ("17 or 18?", "18"),
+        ("1,8", "8"), ("007", "7"), ("-0.0", "0"), ("0.50", "0.5"), ("3/4", "4"), ("none", None), ("", None),
+        ("\u0661\u0668", None), ("7 " + "9" * 1_000_000, None), ("9," * 500_000, "9"), ("-" * 1_000_000 + "5", "-5"),
+    ],
+)  # fmt: skip
+def test_lenient_number_is_the_last_one(text: str, number: str | None) -> None:
+    assert lenient_number(text) == number
+
+
+@given(INTEGERS, st.text(alphabet="abc .,$-\n", max_size=20))
+def test_lenient_number_reads_what_it_writes(value: int, tail: str) -> None:
+    assert lenient_number(f"so {value:,}{tail}") == str(value)
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="GSM8K is not there")
+@pytest.mark.usefixtures("no_sympy")
+def test_every_gold_answer_of_gsm8k_is_right_and_its_neighbours_are_wrong() -> None:
+    rows = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 7473
+    for row in rows:
+        working, _, as_written = row["answer"].rpartition("#### ")
+        gold = as_written.replace(",", "")
+        assert is_correct(gold, turn(gold, working)) and is_correct(gold, turn(f"${as_written}", working))
+        for wrong in (int(gold) - 1, int(gold) + 1):
+            assert not is_correct(gold, turn(str(wrong), working))
+        assert lenient_number(row["answer"]) == gold
