@@ -15,7 +15,7 @@ What counts as stating a number:
 What does not:
 
 - lists and guesses (``17, 18``, ``18 or 19``), hedges (``about 18``, ``18?``), denials (``not 18``);
-- work left undone: ``12 + 6``, ``6 * 3``, ``\\sqrt{324}``, and ``36/2``, a fraction that is really an integer;
+- work, undone or shown: ``12 + 6``, ``12 + 6 = 18``, ``\\sqrt{324}``, and ``36/2``, a fraction that is an integer;
 - spellings that can be read twice: ``1 8``, ``1,8``, ``18,00``, ``018``, ``1.8e1``, ``1 1/2``;
 - digits other than ASCII ones, ``nan``, ``inf``.
 

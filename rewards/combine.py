@@ -53,6 +53,11 @@ class WeightedReward:
         wants = {name for name, (reward, _) in self.rewards.items() if _takes_completion(reward)}
         object.__setattr__(self, "_wants_completion", frozenset(wants))
 
+    @property
+    def text_rewards(self) -> dict[str, Callable[..., Score]]:
+        """The rewards that need nothing but the problem and the text."""
+        return {name: reward for name, (reward, _) in self.rewards.items() if name not in self._wants_completion}
+
     def __call__(self, problem: Problem, completion: Completion) -> Score:
         """Score one completion."""
         total: float | None = 0.0

@@ -46,3 +46,7 @@ def _ranks(items: Sequence[Hashable]) -> list[int]:
     """A small integer for each item, the same for equal ones: keeps the grams' memory flat in n."""
     seen: dict[Hashable, int] = {}
     return [seen.setdefault(item, len(seen)) for item in items]
+
+
+# A penalty has nothing to give: its best is 0, which the self-test before a run expects of the gold answer.
+repetition_reward.full_marks = 0.0  # pyright: ignore[reportFunctionMemberAccess]

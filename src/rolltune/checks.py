@@ -266,7 +266,7 @@ def _check_optimization(cfg: GRPOConfig | PrimeConfig, num_updates: int) -> Iter
     warmup = cfg.lr_scheduler.get("num_warmup_steps")
     if isinstance(warmup, int):
         yield from _at_least("lr_scheduler.num_warmup_steps", warmup, 0)
-        if warmup > num_updates:
+        if warmup > num_updates >= 1:
             yield (
                 f"lr_scheduler.num_warmup_steps: {warmup}; the run has {num_updates} optimizer steps in all (num_steps"
                 f"{' x batch.num_iterations x batch.minibatches' if isinstance(cfg, GRPOConfig) else ''})"

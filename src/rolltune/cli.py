@@ -1,7 +1,7 @@
 """``tune`` (and ``rolltune``, the same command): rolltune's recipes and configs, beside torchtune's CLI.
 
 What concerns our own recipes and configs is done here, without importing torch where that can be helped.
-``tune download`` and the recipes that torchtune brings are handed to torchtune, whose private CLI no other file touches.
+``tune download`` and the recipes that torchtune brings are handed to torchtune; no other file touches its private CLI.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import rolltune
 
 USER_MISTAKE = 2
 INTERRUPTED = 130
+BROKEN_PIPE = 141
 PACKAGE = Path(rolltune.__file__).parent
 
 RUN_HELP = """\
@@ -156,8 +157,7 @@ def find_config(name: str, recipe: Recipe | None = None) -> Config:
     path = Path(name)
     if path.is_file():
         return Config(name=path.stem, path=path.absolute(), recipe=recipe_of(path))
-    known = configs() if recipe is None or recipe.ours else []
-    known += torchtune_catalog()[1]
+    known = configs() if recipe else [*configs(), *torchtune_catalog()[1]]
     for config in known:
         if name.removesuffix(".yaml") == config.name:
             return config
@@ -302,7 +302,9 @@ def run(argv: Sequence[str]) -> int:
     arguments = _with_config_path(arguments, recipe, is_required=schema is not None)
     if launch is None:
         return _run_here(recipe, arguments)
-    world_size = _world_size(launch)
+    local, world_size = _count_processes(launch)
+    # torchrun would set 1 and print a banner about it.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // local, 1)))
     if schema is not None and not _is_valid(schema, arguments, title=recipe.name, world_size=world_size):
         return USER_MISTAKE
     return _run_torchrun(launch, recipe, arguments)
@@ -355,11 +357,13 @@ def _parse_torchrun(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(list(argv))
 
 
-def _world_size(launch: argparse.Namespace) -> int:
+def _count_processes(launch: argparse.Namespace) -> tuple[int, int]:
+    """Processes on this node, and on all of them (the most there can be)."""
     from torch.distributed.run import determine_local_world_size, parse_min_max_nnodes
 
     try:
-        return determine_local_world_size(launch.nproc_per_node) * parse_min_max_nnodes(launch.nnodes)[1]
+        local = determine_local_world_size(launch.nproc_per_node)
+        return local, local * parse_min_max_nnodes(launch.nnodes)[1]
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
 
@@ -405,7 +409,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="examples: tune run grpo --config quickstart    tune cp quickstart my.yaml    tune run grpo --help",
     )
     parser.add_argument("--version", action="version", version=f"rolltune {rolltune.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="command", required=True)
 
     def add(
         name: str, command: Callable[[argparse.Namespace], int | None] | None, text: str
@@ -454,6 +458,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USER_MISTAKE
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # `tune cat ... | head`: nobody reads on, and what is still buffered has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
 
 
 if __name__ == "__main__":

@@ -113,13 +113,14 @@ def _check_root(path: str, root: str) -> None:
     if root in ROOTS:
         return
     spec = _find_spec(root)
-    if (spec is None or _is_in_rolltune(spec)) and _find_spec(f"rolltune.{root}"):
+    is_own = spec is not None and _search_folder(spec) in _own_folders()
+    if (not is_own or _is_in_rolltune(spec)) and _find_spec(f"rolltune.{root}"):
         raise ValueError(f"{path}: no module {root} of yours; did you mean rolltune.{path}?")
     if spec is None:
         raise ValueError(
             f"{path}: no module {root} here, on PYTHONPATH or among {', '.join(ROOTS)}{did_you_mean(root, ROOTS)}"
         )
-    if _search_folder(spec) not in _own_folders():
+    if not is_own:
         raise ValueError(
             f"{path}: {root} is not one of {', '.join(ROOTS)}, nor a module of yours in the current folder or on "
             "PYTHONPATH; to use it, import it in a module of yours and name that"
@@ -140,10 +141,12 @@ def _search_folder(spec: ModuleSpec) -> Path | None:
     return Path(spec.origin).resolve().parent if spec.has_location and spec.origin else None
 
 
-def _is_in_rolltune(spec: ModuleSpec) -> bool:
+def _is_in_rolltune(spec: ModuleSpec | None) -> bool:
     """Whether a top-level ``rewards`` or ``data`` is rolltune's own folder, seen from its repository's root."""
     package = Path(rolltune.__file__).parent
-    return _search_folder(spec) in [(package / name).resolve().parent for name in ("rewards", "data")]
+    return spec is not None and _search_folder(spec) in [
+        (package / name).resolve().parent for name in ("rewards", "data")
+    ]
 
 
 def _own_folders() -> set[Path]:
@@ -223,7 +226,7 @@ def _bind_problems(
     named = {k: p for k, p in named.items() if p not in filled}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     takes_more = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    given = {*passed, *reserved, *(p.name for p in filled)}
+    given = {*passed, *(p.name for p in filled), *(name for name in reserved if name in named)}
     problems = []
     if len(filled) < positional and not takes_more:
         problems.append(

@@ -11,12 +11,13 @@ import json
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import MISSING, OmegaConf
@@ -28,6 +29,7 @@ from rolltune.schema import Component
 T = TypeVar("T")
 USER_MISTAKE = 2
 INTERRUPTED = 130
+SECONDS_FOR_RANK_0 = 5.0
 
 # --- command line -----------------------------------------------------------------------------------------------------
 
@@ -91,9 +93,7 @@ def main(schema: type[T], run: Callable[[T], None], check: Callable[[T], None] |
         if check is not None:
             check(config)
     except ConfigError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process finds the same
-            print(report(error, Path(sys.argv[0]).stem), file=sys.stderr)
-        sys.exit(USER_MISTAKE)
+        _give_up(error)
     if os.environ.get("RANK", "0") == "0":
         print(f"# {arguments.config}\n{dump(config)}", flush=True)
     try:
@@ -102,11 +102,22 @@ def main(schema: type[T], run: Callable[[T], None], check: Callable[[T], None] |
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except ValueError as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        if not isinstance(error, ConfigError) and not _is_ours(place.filename):
+        # A ConfigError says all there is to know, unless it was made from another error.
+        raised = error.__cause__ if isinstance(error, ConfigError) else error
+        place = traceback.extract_tb(raised.__traceback__)[-1] if raised else None
+        if raised is error and place and not _is_ours(place.filename):
             raise
-        print(f"{report(error, Path(sys.argv[0]).stem)}\n  (from {place.filename}:{place.lineno})", file=sys.stderr)
-        sys.exit(USER_MISTAKE)
+        _give_up(error, place)
+
+
+def _give_up(error: ValueError, place: traceback.FrameSummary | None = None) -> NoReturn:
+    """Print a user's mistake, and end the process."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(SECONDS_FOR_RANK_0)  # which mostly finds the same mistake: torchrun ends this process meanwhile
+    print(report(error, Path(sys.argv[0]).stem), file=sys.stderr)
+    if place is not None:
+        print(f"  (from {place.filename}:{place.lineno})", file=sys.stderr)
+    sys.exit(USER_MISTAKE)
 
 
 def _is_ours(filename: str) -> bool:
@@ -120,7 +131,8 @@ def _is_ours(filename: str) -> bool:
 def report(error: ValueError, title: str) -> str:
     """The mistakes below a title, one a line."""
     problems = error.problems if isinstance(error, ConfigError) else [str(error)]
-    return "\n".join([f"{title}: {len(problems)} mistake{'s' * (len(problems) > 1)}", *(f"  {p}" for p in problems)])
+    lines = "\n".join(problems).splitlines()
+    return "\n".join([f"{title}: {len(problems)} mistake{'s' * (len(problems) > 1)}", *(f"  {line}" for line in lines)])
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -183,7 +195,7 @@ def _load(schema: type[T], path: str | Path, overrides: Sequence[str]) -> tuple[
     for override in overrides:
         _apply(override, tree, problems)
     resolved = _resolve(tree, _defaults(schema), problems)
-    known = [*_all_keys(schema), *_argument_keys(resolved)]
+    known = [*all_keys(schema), *_argument_keys(resolved)]
     return _build_dataclass(schema, resolved, "", problems, known), problems
 
 
@@ -258,7 +270,7 @@ def _apply(override: str, tree: dict[str, Any], problems: dict[str, str]) -> Non
             _put(node, name, child)
         node = child
     old = _child(node, last)
-    if isinstance(value, str) and isinstance(old, dict) and "_component_" in old:
+    if isinstance(value, str) and "${" not in value and isinstance(old, dict) and "_component_" in old:
         node, last = old, "_component_"
     elif isinstance(value, dict) and isinstance(old, dict) and "_component_" not in value:
         value = old | value
@@ -336,7 +348,8 @@ def _build(hint: Any, value: Any, key: str, problems: dict[str, str], known: Seq
         return None
     inner = _without_none(hint)
     if value == MISSING:
-        problems[key] = f"{key}: missing; {_wanted(inner)} is wanted, in the config or as {key}=..."
+        if key not in problems:  # else it was given, and could not be resolved
+            problems[key] = f"{key}: missing; {_wanted(inner)} is wanted, in the config or as {key}=..."
         return _WRONG
     if dataclasses.is_dataclass(inner) and isinstance(value, Mapping):
         return _build_dataclass(inner, value, key, problems, known)  # pyright: ignore[reportArgumentType]
@@ -416,24 +429,25 @@ def _join(key: str, name: str) -> str:
 
 def _nearest_key(path: str, keys: Sequence[str]) -> str:
     """The key that was meant: of that name elsewhere, else the nearest in this section, else the nearest of all."""
-    section, _, name = path.rpartition(".")
+    section, _, name = re.sub(r"\[\d+\]", "", path).rpartition(".")
     elsewhere = [key for key in keys if key.rpartition(".")[2] == name]
     if elsewhere:
         return f"; did you mean {elsewhere[0]}?"
     here = [key.rpartition(".")[2] for key in keys if key.rpartition(".")[0] == section]
     near = nearest(name, here)
     if near:
-        return f"; did you mean {_join(section, near)}?"
+        return f"; did you mean {_join(path.rpartition('.')[0], near)}?"
     near = nearest(name, leaves := {key.rpartition(".")[2]: key for key in keys})
     return f"; did you mean {leaves[near]}?" if near else f"; keys here: {', '.join(here)}"
 
 
-def _all_keys(schema: type, prefix: str = "") -> list[str]:
-    """The dotted keys of a schema, sections included."""
+def all_keys(schema: type, prefix: str = "") -> list[str]:
+    """The dotted keys of a schema, sections included; those of a list's items without a number."""
     keys = []
     for name, hint in get_type_hints(schema).items():
         key, inner = _join(prefix, name), _without_none(hint)
-        keys += [key, *(_all_keys(inner, key) if dataclasses.is_dataclass(inner) else [])]  # pyright: ignore[reportArgumentType]
+        inner = get_args(inner)[0] if get_origin(inner) is list else inner
+        keys += [key, *(all_keys(inner, key) if dataclasses.is_dataclass(inner) else [])]  # pyright: ignore[reportArgumentType]
     return keys
 
 

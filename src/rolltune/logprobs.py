@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rolltune.onednn import product
+
 CHUNK_BYTES = 32 * 2**20  # fp32 logits held at a time: small enough to be reused warm, large enough for the product
 
 
@@ -25,7 +27,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         size = chunk_size(len(weight))
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
-            z = (hidden[part] @ weight.T).float().div_(temperature)  # [chunk, V]
+            z = product(hidden[part], weight).float().div_(temperature)  # [chunk, V]
             top = z.amax(-1, keepdim=True)
             z.sub_(top)  # in place from here on: each copy of a chunk would be the largest tensor around
             chosen = z.gather(-1, targets[part, None]).squeeze(-1)
@@ -50,15 +52,15 @@ class _SelectedLogprobs(torch.autograd.Function):
         size = chunk_size(len(weight))
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
-            z = (hidden[part] @ weight.T).float().div_(ctx.temperature)
+            z = product(hidden[part], weight).float().div_(ctx.temperature)
             # d logp[y] / dz = (onehot(y) - softmax(z)) / T
             scale = upstream[part, None] / ctx.temperature
             dz = torch.exp_(z.sub_(logsumexp[part, None])).mul_(-scale)
             dz.scatter_add_(-1, targets[part, None], scale)
             dz = dz.to(weight.dtype)
-            torch.matmul(dz, weight, out=d_hidden[part])
+            d_hidden[part] = product(dz, weight.T)
             if d_weight is not None:
-                d_weight.addmm_(dz.T, hidden[part]) if dz.dtype == torch.float32 else d_weight.add_(dz.T @ hidden[part])
+                d_weight += product(dz.T, hidden[part].T)
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None
 
 

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from rolltune.attention import PACKED_ATTENTION
+from rolltune.onednn import use_onednn
 
 PACKAGED = "smollm2-135m-instruct"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# peft and torchao log an import-time complaint about optional CUDA kernels that are not used here.
-logging.getLogger("torchao").setLevel(logging.ERROR)
+if not sys.stderr.isatty():
+    disable_progress_bar()  # transformers' weight-loading bars fill logs with control characters
 
 
 def cache_dir() -> Path:
@@ -127,6 +129,7 @@ def load_model(path: str, *, dtype: str, device: torch.device | str) -> PreTrain
     check_head(model, path)
     if not model._supports_attention_backend:
         raise ValueError(f"model.path: {path}: {type(model).__name__} cannot take packed attention")
+    use_onednn(model)
     return model.to(device)
 
 

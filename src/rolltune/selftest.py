@@ -27,7 +27,7 @@ TOLERANCE = {"float32": (1e-4, 1e-2), "bfloat16": (0.05, 1.0)}
 KL_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3}
 
 
-class SelfTestError(RuntimeError):
+class SelfTestError(ValueError):
     """The run would have trained on something wrong; the message says what."""
 
 

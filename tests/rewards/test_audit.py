@@ -145,6 +145,18 @@ def test_is_the_same_for_the_same_seed_whatever_the_order() -> None:
     assert sorted(texts[0]) != sorted(texts[2])
 
 
+def test_each_problem_has_its_own_stream() -> None:
+    same_answer = [problem("500", name=f"p{i}") for i in range(20)]
+    said: set[str] = set()
+
+    def record(problem: Problem, text: str) -> Score:
+        said.add(text)
+        return Score(total=0.0)
+
+    audit(same_answer, record, "{answer}", seed=0)
+    assert {"499", "501"} <= said
+
+
 def test_turns_follow_the_format() -> None:
     turns = dict(right_turns(problem("18", solution="9 * 2 {answer}"), FORMAT))
     assert turns["gold"] == "<think>9 * 2 {answer}\nSo it is 18.</think>\n<answer>18</answer>"

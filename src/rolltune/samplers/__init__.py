@@ -1,0 +1,35 @@
+"""Samplers write completions and their log-probs; all of them follow one protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from rolltune.types import Completion, SampleRequest, SamplingParams
+
+
+class Sampler(Protocol):
+    """Prompts in, completions out.
+
+    A config builds one with ``(model, tokenizer, **options)``: the policy that is trained, and its tokenizer.
+    """
+
+    def sync(self, version: int) -> None:
+        """Take on the policy's current weights, which are those after ``version`` optimizer steps."""
+        ...
+
+    def generate(
+        self,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[tuple[Completion, ...]]:
+        """One tuple a request, in its order, with one completion a seed, in the order of the seeds.
+
+        Args:
+            requests: prompts of any lengths, with any number of seeds.
+            params: the distribution that is sampled from, and when to stop.
+            on_progress: called with (completions done, completions in all) when some are done.
+        """
+        ...

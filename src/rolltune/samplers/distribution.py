@@ -1,0 +1,101 @@
+"""The distribution that is sampled from, and a draw from it with one uniform number."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rolltune.types import SamplingParams
+
+# A draw sums blocks of so many tokens first, so that only one block has to be summed token by token. It divides the
+# usual vocabulary sizes (32000, 49152, 128256, 151936, 256000), which are then never padded.
+BLOCK = 128
+NUCLEUS_CANDIDATES = 1024  # a nucleus is looked for among so many tokens first, as sorting a vocabulary is slow
+
+
+def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """One token a row, with its log-prob under exactly the distribution that it was drawn from.
+
+    Args:
+        logits: [R, V], float32 or lower; overwritten where it is float32.
+        uniforms: float64 [R], in [0, 1).
+        params: temperature (0 takes the most probable token, with log-prob 0), top_k and top_p.
+
+    Returns:
+        int64 [R], float32 [R].
+    """
+    if params.temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, torch.zeros(len(tokens), dtype=torch.float32, device=logits.device)
+    probabilities = torch.softmax(logits.float().div_(params.temperature), dim=-1)
+    if params.top_k or params.top_p < 1:
+        probabilities = truncate(probabilities, top_k=params.top_k, top_p=params.top_p)
+    tokens = draw(probabilities, uniforms)
+    return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1).log()
+
+
+def truncate(probabilities: Tensor, *, top_k: int, top_p: float) -> Tensor:
+    """Keep the most probable tokens, and renormalise.
+
+    The k most probable tokens are kept, then of the renormalised k the smallest set of most probable tokens
+    whose mass is at least ``top_p``. Of equally probable tokens the lower id is kept first.
+
+    Args:
+        probabilities: float32 [R, V].
+        top_k: 0 keeps all.
+        top_p: in (0, 1]; 1 keeps all.
+    """
+    vocab = probabilities.shape[-1]
+    width = min(top_k or NUCLEUS_CANDIDATES, vocab)
+    while True:
+        ranked = probabilities.topk(width).values  # only values: which of two equal tokens topk takes is not defined
+        mass = ranked.cumsum(-1, dtype=torch.float64)
+        if top_k or width == vocab or bool((mass[:, -1] >= top_p).all()):
+            break
+        width = min(8 * width, vocab)
+    target = top_p * mass[:, -1:] if top_k else torch.full_like(mass[:, -1:], top_p)
+    count = ((mass < target).sum(-1, keepdim=True) + 1).clamp_(max=width) if top_p < 1 else width
+    last = count - 1 if isinstance(count, Tensor) else torch.full_like(target, width - 1, dtype=torch.int64)
+    threshold = ranked.gather(-1, last)
+    above, equal = probabilities > threshold, probabilities == threshold
+    room = last + 1 - above.sum(-1, keepdim=True)
+    if bool((equal.sum(-1, keepdim=True) > room).any()):
+        equal &= equal.cumsum(-1) <= room
+    kept = probabilities.where(above | equal, 0.0)
+    return kept.div_(kept.sum(-1, keepdim=True))
+
+
+def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Invert the cumulative distribution: the first token whose cumulative probability is above ``uniforms``.
+
+    A token of probability 0 is never returned, whatever rounding does to the sums.
+
+    Args:
+        probabilities: float32 [R, V], of any positive total.
+        uniforms: float64 [R], in [0, 1).
+
+    Returns:
+        int64 [R].
+    """
+    rows, vocab = probabilities.shape
+    blocks = F.pad(probabilities, (0, -vocab % BLOCK)) if vocab % BLOCK else probabilities
+    blocks = blocks.view(rows, -1, BLOCK)
+    block, uniforms = _first_above(blocks.sum(-1), uniforms)
+    token, _ = _first_above(blocks[torch.arange(rows, device=blocks.device), block], uniforms)
+    return block * BLOCK + token
+
+
+def _first_above(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """The first item of each row [R, N] whose cumulative weight is above ``uniforms`` x total, and how far into
+    that item the point lies, in [0, 1)."""
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    # u x total can round up to total, above which there is nothing. Being below it, the target is below some sum and not
+    # below the one in front, so the item between them has a weight.
+    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(cumulative, target, right=True)
+    weight = weights.gather(-1, index).double()
+    start = cumulative.gather(-1, index) - weight
+    inside = ((target - start) / weight).clamp_(0.0, 1.0 - 2.0**-53)
+    return index.squeeze(-1), inside.squeeze(-1)

@@ -1,0 +1,295 @@
+"""A sampler that runs the very model that is trained, so its weights are always current.
+
+Each prompt is read once, its keys and values are shared by its completions (:mod:`rolltune.samplers.kv_cache`), and
+completions of all prompts are written side by side, one token of each a step. A completion that ends leaves the
+batch at once and waiting ones take the free places (continuous batching).
+
+All noise of a completion comes from its seed: with the same weights it is the same whatever else is in the batch,
+up to the rounding of matrix products of different sizes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rolltune.samplers.distribution import sample
+from rolltune.samplers.kv_cache import ATTENTION
+from rolltune.samplers.packed_linear import packed_linears
+from rolltune.samplers.rows import Batch, EndOfText, PromptState, RowState
+from rolltune.types import Completion, SampleRequest, SamplingParams
+
+
+class NativeSampler:
+    """Samples from a transformers causal LM, be it under training or wrapped by peft.
+
+    Attributes:
+        policy_version: number of optimizer steps behind the model's weights; completions carry it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_rows: int = 64,
+        prefill_tokens: int = 8192,
+        pack_weights: bool = True,
+    ):
+        """
+        Args:
+            model: always left as it is found, training mode and attention implementation included.
+            tokenizer: decodes completions. Its EOS token ends them, as do those of the model's generation config.
+            max_rows: completions written at the same time.
+            prefill_tokens: prompt tokens in one forward pass (a longer prompt has one of its own).
+            pack_weights: on a CPU, multiply by a rearranged copy of the weights: twice as fast, for as much memory
+                again while sampling.
+
+        Raises:
+            ValueError: an option is out of range, or the model's attention is of a kind that is not supported.
+        """
+        for name, value in (("max_rows", max_rows), ("prefill_tokens", prefill_tokens)):
+            if value < 1:
+                raise ValueError(f"sampler.{name}: {value}; must be >= 1")
+        self.policy_version = 0
+        self._model = model
+        self._causal_lm: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model  # pyright: ignore
+        self._tokenizer = tokenizer
+        self._max_rows = max_rows
+        self._prefill_tokens = prefill_tokens
+        self._pack_weights = pack_weights
+        self._eos = _eos_token_ids(self._causal_lm, tokenizer)
+        self._max_length = self._check_model()
+
+    def sync(self, version: int) -> None:
+        """Note the policy's version; the weights themselves are the policy's own."""
+        self.policy_version = version
+
+    def generate(
+        self,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[tuple[Completion, ...]]:
+        """See :class:`rolltune.samplers.Sampler`.
+
+        Raises:
+            ValueError: params out of range, an empty prompt, or one too long for the model.
+        """
+        _check_params(params)
+        self._check_lengths(requests, params.max_new_tokens)
+        prompts = [PromptState(i, r.prompt.token_ids, len(r.seeds)) for i, r in enumerate(requests)]
+        rows = [
+            [RowState(prompt, _uniforms(seed, params.max_new_tokens)) for seed in request.seeds]
+            for prompt, request in zip(prompts, requests, strict=True)
+        ]
+        # The longest prompts first, so that those side by side are of like length and later ones fit into their slots.
+        order = sorted(range(len(rows)), key=lambda i: -len(prompts[i].token_ids))
+        self._write(deque(row for i in order for row in rows[i]), params, on_progress)
+        return [
+            tuple(self._completion(row, request.prompt.prefill) for row in group)
+            for group, request in zip(rows, requests, strict=True)
+        ]
+
+    def _write(
+        self, waiting: deque[RowState], params: SamplingParams, on_progress: Callable[[int, int], None] | None
+    ) -> None:
+        """Write all rows to their ends."""
+        total, done = len(waiting), 0
+        batch = Batch(self._causal_lm.device)
+        end = EndOfText(self._tokenizer, self._eos, params.stop, params.max_new_tokens)
+        with self._sampling():
+            while waiting or batch.rows:
+                free = self._max_rows - len(batch.rows)
+                # A few prompts at a time are read slowly, so some places are left to come free first.
+                if waiting and 8 * free >= self._max_rows:
+                    new = batch.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
+                    self._read(new, batch)
+                self._step(batch, params, end)
+                finished = batch.remove_finished()
+                if finished and on_progress is not None:
+                    done += finished
+                    on_progress(done, total)
+
+    def _read(self, prompts: Sequence[PromptState], batch: Batch) -> None:
+        """Compute the keys and values of new prompts, packed in rows [1, T]."""
+        for pack in _packs(prompts, self._prefill_tokens):
+            batch.cache.plan = batch.prefill_plan(pack)
+            ids = [token for prompt in pack for token in prompt.token_ids[:-1]]
+            positions = [position for prompt in pack for position in range(len(prompt.token_ids) - 1)]
+            self._forward([ids], [positions], past_key_values=batch.cache, use_cache=True)
+
+    def _step(self, batch: Batch, params: SamplingParams, end: EndOfText) -> None:
+        """Write one more token of each row."""
+        logits = self._decode(batch)
+        uniforms = torch.tensor([row.uniforms[len(row.token_ids)] for row in batch.rows], dtype=torch.float64)
+        tokens, logprobs = sample(logits, uniforms.to(logits.device), params)
+        # In one transfer, as each waits for the device; token ids are exact in float64.
+        written = torch.stack((tokens.double(), logprobs.double()), dim=-1).tolist()
+        for row, (token, logprob) in zip(batch.rows, written, strict=True):
+            row.token_ids.append(int(token))
+            row.logprobs.append(logprob)
+            row.finish_reason = end.reason(row.token_ids)
+
+    def _decode(self, batch: Batch) -> Tensor:
+        """Logits of each row's next token: [R, V]."""
+        batch.cache.plan = batch.decode_plan()
+        return self._forward(
+            [[row.next_input] for row in batch.rows],
+            [[row.next_position] for row in batch.rows],
+            past_key_values=batch.cache,
+            use_cache=True,
+        )
+
+    def _forward(self, token_ids: list[list[int]], positions: list[list[int]], **kwargs) -> Tensor:
+        """[B, T] tokens to the logits of the last one of each row: [B, V]."""
+        device = self._causal_lm.device
+        output = self._model(
+            input_ids=torch.tensor(token_ids, device=device),
+            position_ids=torch.tensor(positions, device=device),
+            logits_to_keep=1,
+            **kwargs,
+        )
+        return output.logits[:, -1]
+
+    @contextmanager
+    def _sampling(self, attention: str = ATTENTION) -> Iterator[None]:
+        """The model in eval mode, with ``attention``, without gradients; and all as it was afterwards.
+
+        Not ``torch.inference_mode``: it saves nothing here, and what a model caches under it could not be trained with.
+        """
+        training = [module for module in self._model.modules() if module.training]
+        # Parts of a composite model have configs of their own; setting the one of the whole would set them all.
+        configs = {id(m.config): m.config for m in self._causal_lm.modules() if isinstance(m, PreTrainedModel)}.values()
+        implementations = [config._attn_implementation for config in configs]
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            try:
+                self._model.eval()
+                for config in configs:
+                    config._attn_implementation = attention
+                if self._pack_weights:
+                    stack.enter_context(packed_linears(self._model))
+                yield
+            finally:
+                for config, implementation in zip(configs, implementations, strict=True):
+                    config._attn_implementation = implementation
+                for module in training:
+                    module.training = True
+
+    def _completion(self, row: RowState, prefill: str) -> Completion:
+        assert row.finish_reason is not None
+        return Completion(
+            token_ids=tuple(row.token_ids),
+            logprobs=tuple(row.logprobs),
+            finish_reason=row.finish_reason,
+            policy_version=self.policy_version,
+            text=f"{prefill}{self._tokenizer.decode(row.token_ids, skip_special_tokens=True)}",
+        )
+
+    def _check_lengths(self, requests: Sequence[SampleRequest], max_new_tokens: int) -> None:
+        lengths = [len(request.prompt.token_ids) for request in requests]
+        if 0 in lengths:
+            raise ValueError(f"prompt: request {lengths.index(0)} has no tokens; a prompt needs one at least")
+        longest = max(lengths, default=0) + max_new_tokens
+        if self._max_length is not None and longest > self._max_length:
+            raise ValueError(
+                f"sampling.max_new_tokens: {max_new_tokens}; with a prompt of {max(lengths)} tokens that is more than the "
+                f"{self._max_length} tokens that {self._causal_lm.config.model_type} can be sampled to"
+            )
+
+    def _check_model(self) -> int | None:
+        """Sample-path logits of a few tokens against those of the model's own eager attention.
+
+        Returns:
+            The most tokens that a sequence may have, None if there is no limit.
+        """
+        name = type(self._causal_lm).__name__
+        config = self._causal_lm.config.get_text_config()
+        if self._causal_lm.config.is_encoder_decoder:
+            raise ValueError(f"sampler: {name} is an encoder-decoder, not a causal LM")
+        ids = [i % config.vocab_size for i in range(1, 7)]
+        row = RowState(PromptState(0, tuple(ids[:4]), 1), ())
+        batch = Batch(self._causal_lm.device)
+        try:
+            with self._sampling():
+                self._read(batch.admit([row]), batch)
+                for token in ids[4:]:
+                    self._decode(batch)
+                    row.token_ids.append(token)
+                logits = self._decode(batch).float()
+            if len(batch.cache.layers) != config.num_hidden_layers:
+                raise ValueError("it has layers without attention, or whose keys and values are not their own")
+            with self._sampling("eager"):
+                expected = self._forward([ids], [list(range(len(ids)))], use_cache=False).float()
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"sampler: {name} cannot be sampled from with a shared prompt cache: {error}") from error
+        tolerance = 1e-3 if self._causal_lm.dtype == torch.float32 else 5e-2
+        difference = (logits - expected).abs().max() / expected.abs().max()
+        if not difference <= tolerance:
+            raise ValueError(
+                f"sampler: {name} cannot be sampled from with a shared prompt cache: its logits come out different "
+                f"(by {difference:.2g} of the largest), so its attention or its layers must be of an unusual kind"
+            )
+        limits = (batch.cache.window, _context_length(config))
+        return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _check_params(params: SamplingParams) -> None:
+    for name, value, is_right, wanted in (
+        ("temperature", params.temperature, params.temperature >= 0, ">= 0"),
+        ("top_p", params.top_p, 0 < params.top_p <= 1, "in (0, 1]"),
+        ("top_k", params.top_k, params.top_k >= 0, ">= 0"),
+        ("max_new_tokens", params.max_new_tokens, params.max_new_tokens >= 1, ">= 1"),
+        ("stop", params.stop, "" not in params.stop, "without empty strings"),
+    ):
+        if not is_right:
+            raise ValueError(f"sampling.{name}: {value}; must be {wanted}")
+
+
+def _uniforms(seed: int, count: int) -> list[float]:
+    """The numbers in [0, 1) behind a completion. The first n do not depend on ``count``."""
+    return np.random.Generator(np.random.Philox(key=seed)).random(count).tolist()
+
+
+def _packs(prompts: Sequence[PromptState], max_tokens: int) -> Iterator[list[PromptState]]:
+    """Prompts in order, together as long as they have no more than ``max_tokens`` tokens to read."""
+    pack: list[PromptState] = []
+    tokens = 0
+    for prompt in prompts:
+        new = len(prompt.token_ids) - 1
+        if new == 0:  # nothing to read: its one token is the first decoding step's input
+            continue
+        if pack and tokens + new > max_tokens:
+            yield pack
+            pack, tokens = [], 0
+        pack.append(prompt)
+        tokens += new
+    if pack:
+        yield pack
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token that ends a text: chat models often have more of them than the tokenizer names."""
+    generation = getattr(model, "generation_config", None)
+    ids = getattr(generation, "eos_token_id", None)
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else ids
+    return frozenset({*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+
+
+def _context_length(config) -> int | None:
+    """Positions that the model has. Where RoPE's frequencies change with the length of the longest row in a batch, only
+    the lengths up to that change: beyond, a completion would depend on the others."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        original = rope.get("original_max_position_embeddings")
+        return original or getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
+    return getattr(config, "max_position_embeddings", None)

@@ -1,0 +1,627 @@
+"""Configs: what loads, and what a user is told of each mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rolltune import config, schema
+from rolltune.checks import check_config
+from rolltune.components import ConfigError, check_component, component, instantiate, locate
+
+VALID = """\
+# tune run grpo --config valid.yaml
+output_dir: outputs/test
+model: {path: smollm2-135m-instruct}
+data:
+  train: {_component_: rolltune.data.sums.sums, count: 40, seed: 0, split: train}
+  heldout: {_component_: rolltune.data.sums.sums, count: 8, seed: 0, split: heldout}
+rewards:
+  answer: {_component_: rolltune.rewards.answer.answer_reward, weight: 1.0}
+  format: {_component_: rolltune.rewards.format.format_reward, weight: 0.2}
+sampling: {group_size: 4, max_new_tokens: 64, stop: ["</answer>"]}
+sampler: {_component_: rolltune.samplers.native.NativeSampler}
+advantage: {_component_: rolltune.advantages.group_zscore}
+loss: {_component_: rolltune.losses.grpo.GRPOLoss, kl_coef: 1e-3}
+optimizer: {_component_: torch.optim.AdamW, lr: 1e-6, betas: [0.9, 0.95]}
+lr_scheduler:
+  _component_: torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup
+  num_warmup_steps: 2
+num_steps: 10
+"""
+
+PRIME = """\
+output_dir: outputs/test
+model: {path: smollm2-135m-instruct}
+data:
+  train: {_component_: rolltune.data.sums.sums, count: 40, seed: 0, split: train}
+  heldout: {_component_: rolltune.data.sums.sums, count: 8, seed: 0, split: heldout}
+optimizer: {_component_: torch.optim.AdamW, lr: 1e-4}
+num_steps: 5
+"""
+
+AUDIT = """\
+output_dir: outputs/test
+data: {_component_: rolltune.data.sums.sums, count: 8, seed: 0, split: heldout}
+rewards:
+  answer: {_component_: rolltune.rewards.answer.answer_reward}
+"""
+
+
+@pytest.fixture
+def valid(tmp_path: Path) -> Path:
+    path = tmp_path / "valid.yaml"
+    path.write_text(VALID)
+    return path
+
+
+def problems_of(path: Path, *overrides: str, recipe: type = schema.GRPOConfig, world_size: int = 1) -> list[str]:
+    try:
+        config.validate(recipe, path, overrides, world_size=world_size)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+# --- what loads -------------------------------------------------------------------------------------------------------
+
+
+def test_valid_config_loads_typed(valid: Path):
+    cfg = config.validate(schema.GRPOConfig, valid)
+    assert isinstance(cfg, schema.GRPOConfig) and isinstance(cfg.sampling, schema.SamplingConfig)
+    assert cfg.optimizer == {"_component_": "torch.optim.AdamW", "lr": 1e-6, "betas": [0.9, 0.95]}
+    assert cfg.loss["kl_coef"] == 1e-3 and isinstance(cfg.loss["kl_coef"], float)
+    assert cfg.sampling.stop == ["</answer>"] and cfg.sampling.temperature == 1.0
+    assert cfg.lora is None and cfg.num_steps == 10
+
+
+@pytest.mark.parametrize(("text", "recipe"), [(PRIME, schema.PrimeConfig), (AUDIT, schema.AuditRewardsConfig)])
+def test_other_recipes_configs_load(tmp_path: Path, text: str, recipe: type):
+    path = tmp_path / "other.yaml"
+    path.write_text(text)
+    assert problems_of(path, recipe=recipe) == []
+
+
+@pytest.mark.parametrize("text", ["1e-6", "1E-6", "1.0e-6", "0.000001", "+1e-06"])
+def test_small_floats_are_numbers_everywhere(valid: Path, text: str):
+    cfg = config.load(schema.GRPOConfig, valid, [f"optimizer.lr={text}", f"max_grad_norm={text}"])
+    assert cfg.optimizer["lr"] == cfg.max_grad_norm == 1e-6
+
+
+def test_overrides(valid: Path):
+    cfg = config.load(
+        schema.GRPOConfig,
+        valid,
+        [
+            "num_steps=3",
+            "lora.rank=4",
+            "lora.alpha=8",
+            'sampling.stop=["a","b"]',
+            "sampling.stop.1=c",
+            "prompt.system=a=b c",
+            "prompt.prefill=",
+            "loss=rolltune.losses.dapo.DAPOLoss",
+            "~loss.kl_coef",
+            "advantage={_component_: rolltune.advantages.group_mean}",
+            "batch={minibatches: 2}",
+            "lr_scheduler=null",
+            "dry_run=true",
+        ],
+    )
+    assert cfg.num_steps == 3 and cfg.dry_run is True
+    assert cfg.lora == schema.LoRAConfig(rank=4, alpha=8.0, dropout=0.0) and repr(cfg.lora).count("alpha=8.0") == 1
+    assert cfg.sampling.stop == ["a", "c"] and cfg.prompt.system == "a=b c" and cfg.prompt.prefill == ""
+    assert cfg.loss == {"_component_": "rolltune.losses.dapo.DAPOLoss"}
+    assert cfg.advantage == {"_component_": "rolltune.advantages.group_mean"}
+    assert cfg.batch.minibatches == 2 and cfg.batch.prompts_per_step == 8
+    assert cfg.lr_scheduler is None
+
+
+def test_interpolations_and_environment(valid: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ROLLTUNE_STEPS", "7")
+    monkeypatch.setenv("ROLLTUNE_LR", "3e-5")
+    cfg = config.load(
+        schema.GRPOConfig,
+        valid,
+        [
+            "num_steps=${oc.env:ROLLTUNE_STEPS}",
+            "optimizer.lr=${oc.decode:${oc.env:ROLLTUNE_LR}}",
+            "eval.max_new_tokens=${sampling.max_new_tokens}",
+            "eval.max_problems=${batch.prompts_per_step}",
+            "logging.wandb_project=${output_dir}/x",
+        ],
+    )
+    assert cfg.num_steps == 7 and cfg.optimizer["lr"] == 3e-5
+    assert cfg.eval.max_new_tokens == 64
+    assert cfg.eval.max_problems == 8, "a default can be referred to"
+    assert cfg.logging.wandb_project == "outputs/test/x"
+
+
+def test_escaped_interpolation_stays_text(valid: Path):
+    assert config.load(schema.GRPOConfig, valid, [r"prompt.system=say \${x}"]).prompt.system == "say ${x}"
+
+
+def test_dump_loads_to_the_same(valid: Path, tmp_path: Path):
+    cfg = config.load(schema.GRPOConfig, valid, ["lora.rank=4", "prompt.few_shot=[{user: a, assistant: 'b: c'}]"])
+    again = tmp_path / "again.yaml"
+    again.write_text(config.dump(cfg))
+    assert config.load(schema.GRPOConfig, again) == cfg
+
+
+# --- what a user is told ----------------------------------------------------------------------------------------------
+
+MISTAKES = [
+    # keys
+    ("sampling.temprature=1", "sampling.temprature: no such key; did you mean sampling.temperature?"),
+    ("smpling={}", "smpling: no such key; did you mean sampling?"),
+    ("group_size=8", "group_size: no such key; did you mean sampling.group_size?"),
+    ("lr=1e-5", "lr: no such key; did you mean optimizer.lr?"),
+    ("max_steps=3", "max_steps: no such key; did you mean num_steps?"),
+    ("lora.rnk=3", "lora.rnk: no such key; did you mean lora.rank?"),
+    ("checkpoint.zzz=3", "checkpoint.zzz: no such key; keys here: every_n_steps, keep_last"),
+    ("prompt.few_shot=[{user: a, assistant: b, sistant: c}]", "prompt.few_shot[0].sistant: no such key; did you mean"),
+    # types
+    ("num_steps=ten", "num_steps: 'ten' is a string; an integer is wanted"),
+    ("num_steps=1.5", "num_steps: 1.5; an integer is wanted"),
+    ("seed=true", "seed: true; an integer is wanted"),
+    ("seed=null", "seed: null; an integer is wanted"),
+    ("seed.x=1", "seed: a mapping (x); an integer is wanted"),
+    ("resume=maybe", "resume: 'maybe' is a string; true or false is wanted"),
+    ("output_dir=123", "output_dir: 123; a string is wanted (put it in quotes)"),
+    ("eval.max_new_tokens=None", "an integer or null is wanted (null, not None)"),
+    ("sampling.stop=x", "sampling.stop: 'x' is a string; a list of strings is wanted"),
+    ("sampling.stop=[1]", "sampling.stop[0]: 1; a string is wanted"),
+    ("sampling.group_size=[4]", "sampling.group_size: a list of 1; an integer is wanted"),
+    ("max_grad_norm=.nan", "max_grad_norm: nan; a number is wanted"),
+    ("model=gpt", "model: 'gpt' is a string; a mapping with keys of path, dtype"),
+    ("loss=3", "loss: 3; a component (a mapping with _component_ and its arguments) is wanted"),
+    ("output_dir=???", "output_dir: missing; a string is wanted"),
+    # overrides and interpolations
+    ("nonsense", "nonsense: not of the form key=value"),
+    ("num_steps=[1", "num_steps: [1 is no YAML value"),
+    ("~nothing.here", "~nothing.here: the config has no nothing.here to leave out"),
+    ("sampling.stop.5=x", "sampling.stop.5: the list has 1 items"),
+    ("num_steps=${nope}", "num_steps: interpolation key 'nope' not found"),
+    ("num_steps=${oc.env:ROLLTUNE_NOT_SET}", "num_steps: environment variable 'ROLLTUNE_NOT_SET' not found"),
+    ("loss.kl_coef=${oc.env:ROLLTUNE_NOT_SET}", "loss.kl_coef: environment variable"),
+    # components
+    ("loss=GRPOLoss", "loss._component_: GRPOLoss: not a dotted path"),
+    ("loss=rolltune.losses.grpo.GRPOLos", "rolltune.losses.grpo has no GRPOLos; did you mean GRPOLoss?"),
+    ("loss=rolltune.losses.grp.GRPOLoss", "rolltune.losses has no grp; did you mean grpo?"),
+    ("loss=roltune.losses.grpo.GRPOLoss", "no module roltune here, on PYTHONPATH or among rolltune"),
+    ("loss=losses.grpo.GRPOLoss", "did you mean rolltune.losses.grpo.GRPOLoss?"),
+    ("loss=os.system", "os is not one of rolltune, torchtune, torch, nor a module of yours"),
+    ("loss=rolltune.losses.grpo", "rolltune.losses.grpo is a module; a class or a function is wanted"),
+    ("~loss._component_", "loss: no _component_; it names the class or function"),
+    ("loss.beta=0.1", "loss.beta: GRPOLoss takes no such argument; it takes clip_high, clip_low, kl_coef"),
+    ("loss.klcoef=0.1", "loss.klcoef: GRPOLoss takes no such argument; did you mean loss.kl_coef?"),
+    ("loss.kl_coef=0.1x", "loss.kl_coef: '0.1x' is a string; a number is wanted"),
+    ("loss.kl_coef='0.1'", None),
+    ("loss.kl_coef=\"'0.1'\"", "loss.kl_coef: \"'0.1'\" is a string; a number is wanted"),
+    ("loss.kl_coef=!!str 0.1", "a number is wanted (without quotes; from the environment: ${oc.decode"),
+    ("loss.kl_coef=true", "loss.kl_coef: true; a number is wanted"),
+    ("loss.kl_coef=-1", "loss.kl_coef: -1"),
+    ("loss=rolltune.losses.dr_grpo.DrGRPOLoss", "loss.max_completion_tokens: missing; DrGRPOLoss needs it"),
+    ("data.train.count=1.5", "data.train.count: 1.5; an integer is wanted"),
+    ("data.train.cuont=1", "data.train.cuont: sums takes no such argument; did you mean data.train.count?"),
+    ("optimizer.betas=3", "optimizer.betas: 3; a list of 2 is wanted"),
+    ("optimizer.lr=0.1x", "optimizer.lr: '0.1x' is a string; a number is wanted"),
+    ("optimizer.params=[]", "optimizer.params: the recipe passes it to AdamW; leave it out"),
+    ("lr_scheduler.num_training_steps=5", "lr_scheduler.num_training_steps: the recipe passes it"),
+    ("lr_scheduler=torch.optim.lr_scheduler.ConstantLR", "ConstantLR takes no num_training_steps, which the recipe"),
+    ("advantage=rolltune.losses.terms.constant", "advantage.totals: missing"),
+    ("rewards.answer.completion=1", "rewards.answer.completion: answer_reward takes no such argument"),
+    (
+        "rewards.length={_component_: rolltune.rewards.length.cosine_length_reward, max_tokens: 9, completion: 1}",
+        "rewards.length.completion: the recipe passes it to cosine_length_reward",
+    ),
+    # values
+    ("rewards={}", None),
+    ("rewards.answer.weight=much", "rewards.answer.weight: 'much' is a string; a number is wanted"),
+    ("rewards.answer.weight=.inf", "rewards.answer.weight: inf; a finite number is wanted"),
+    ("rewards.a/b={_component_: rolltune.rewards.answer.answer_reward}", "rewards.a/b: a reward's name"),
+    ("sampling.group_size=1", "sampling.group_size: 1; a group of one has no baseline"),
+    ("sampling.temperature=0", "sampling.temperature: 0.0; must be > 0"),
+    (
+        "sampling.top_p=0.9",
+        "sampling.top_p: 0.9; must be 1 for training: the trainer's log-probs are of the full softmax",
+    ),
+    ("sampling.top_p=0", "sampling.top_p: 0.0; must be in (0, 1]"),
+    ("sampling.top_k=50", "sampling.top_k: 50; must be 0 for training"),
+    ("sampling.top_k=-1", "sampling.top_k: -1; must be >= 0"),
+    ("sampling.max_new_tokens=0", "sampling.max_new_tokens: 0; must be >= 1"),
+    ("sampling.stop=['']", "sampling.stop: holds an empty string"),
+    ("batch.minibatches=3", "batch.prompts_per_step: 8; must be divisible by batch.minibatches (3)"),
+    ("batch.minibatches=0", "batch.minibatches: 0; must be >= 1"),
+    ("batch.dynamic_sampling_rounds=-1", "batch.dynamic_sampling_rounds: -1; must be >= 0"),
+    (
+        "batch.microbatch_tokens=64",
+        "batch.microbatch_tokens: 64; a prompt and a completion of sampling.max_new_tokens (64)",
+    ),
+    ("model.dtype=float16", "model.dtype: 'float16' is a string; one of float32, bfloat16 is wanted"),
+    ("model.master_weights=true", "model.master_weights: true; does nothing with model.dtype float32"),
+    ("model.path=gpt2", "model.path: gpt2: no such folder; give a model folder, a Hub id"),
+    ("model.path=./nowhere/model", "model.path: ./nowhere/model: no such folder"),
+    ("lora.rank=0", "lora.rank: 0; must be >= 1"),
+    ("lora.dropout=1", "lora.dropout: 1.0; must be in [0, 1)"),
+    ("device=gpu", "device: 'gpu' is a string; one of auto, cpu, cuda is wanted"),
+    ("optimizer.lr=0", "optimizer.lr: 0; must be > 0"),
+    ("lr_scheduler.num_warmup_steps=11", "lr_scheduler.num_warmup_steps: 11; the run has 10 optimizer steps"),
+    ("num_steps=0", "num_steps: 0; must be >= 1"),
+    ("max_grad_norm=0", "max_grad_norm: 0.0; must be > 0"),
+    ("eval.every_n_steps=0", "eval.every_n_steps: 0; must be >= 1"),
+    ("eval.max_new_tokens=0", "eval.max_new_tokens: 0; must be >= 1"),
+    ("checkpoint.every_n_steps=0", "checkpoint.every_n_steps: 0; must be >= 1"),
+    ("checkpoint.keep_last=0", "checkpoint.keep_last: 0; must be >= 1"),
+    ("logging.samples_every_n_steps=0", "logging.samples_every_n_steps: 0; must be >= 1"),
+    ("logging.wandb_project=mine", "logging.wandb_project: mine; does nothing while logging.wandb is false"),
+    ("prompt.chat_template=no.jinja", "prompt.chat_template: no.jinja: no such file"),
+    ("answer_format='{solution}'", "answer_format: '{solution}' has no {answer}"),
+    ("answer_format='{answer} {x}'", "answer_format: has {x}; {solution} and {answer} are filled in"),
+    ("answer_format='{answer'", "answer_format: '{answer': "),
+    ("prompt.prefill='<thinking>'", "does not start with prompt.prefill, '<thinking>'"),
+]
+
+
+@pytest.mark.parametrize(("override", "fragment"), MISTAKES, ids=[override for override, _ in MISTAKES])
+def test_one_mistake_is_one_message(valid: Path, override: str, fragment: str | None):
+    problems = problems_of(valid, override)
+    if fragment is None:
+        assert problems == []
+    else:
+        assert len(problems) == 1 or override.startswith(("model.master", "advantage=")), problems
+        assert fragment in problems[0], problems
+
+
+def test_several_settings_that_contradict(valid: Path):
+    assert problems_of(valid, "model.dtype=bfloat16", "model.master_weights=true") == []
+    found = problems_of(valid, "model.dtype=bfloat16", "model.master_weights=true", "lora.rank=4")
+    assert found == ["model.master_weights: true; does nothing with lora, whose trained weights are fp32 already"]
+    found = problems_of(valid, "data.heldout=${data.train}")
+    assert len(found) == 1 and found[0].startswith("data.heldout: the same as data.train")
+    found = problems_of(valid, "~rewards.format", "rewards.answer.weight=0")
+    assert found == ["rewards: every weight is 0 (answer); there is nothing to train on"]
+    found = problems_of(valid, "~rewards")
+    assert found == ["rewards: none; name at least one reward"]
+    loss = "loss=rolltune.losses.reinforce.ReinforceLoss"
+    assert problems_of(valid, loss) == []
+    assert "ReinforceLoss has no ratio" in problems_of(valid, loss, "batch.num_iterations=2")[0]
+    assert problems_of(valid, "logging.wandb=true", "logging.wandb_project=mine") == []
+    assert problems_of(valid, "lr_scheduler.num_warmup_steps=11", "batch.minibatches=2") == [], "20 updates"
+
+
+def test_number_of_processes(valid: Path, monkeypatch: pytest.MonkeyPatch):
+    assert problems_of(valid, "batch.minibatches=2", world_size=4) == []
+    assert "batch.minibatches (2) x 8 processes" in problems_of(valid, "batch.minibatches=2", world_size=8)[0]
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="x 3 processes"):
+        config.validate(schema.GRPOConfig, valid)
+
+
+def test_context_of_a_model_on_disk(valid: Path, tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 64}')
+    path = f"model.path={tmp_path / 'model'}"
+    assert "in the context of model.path, 64 tokens" in problems_of(valid, path)[0]
+    assert problems_of(valid, path, "sampling.max_new_tokens=32") == []
+
+
+def test_cuda_without_cuda(valid: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert problems_of(valid, "device=cuda") == [
+        "device: cuda; torch finds no CUDA device here (auto takes the CPU then)"
+    ]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert problems_of(valid, "device=cuda") == []
+
+
+def test_output_dir_is_a_file(valid: Path):
+    assert problems_of(valid, f"output_dir={valid}") == [f"output_dir: {valid} is a file; give a folder"]
+
+
+def test_all_mistakes_are_reported_at_once(valid: Path):
+    found = problems_of(
+        valid,
+        "smpling.x=1",
+        "num_steps=ten",
+        "~output_dir",
+        "loss.beta=1",
+        "loss.clip_low=x",
+        "optimizer.lr=-1",
+        "sampling.group_size=1",
+        "eval.max_problems=${nope}",
+    )
+    keys = [problem.partition(":")[0] for problem in found]
+    assert sorted(keys) == [
+        "eval.max_problems",
+        "loss.beta",
+        "loss.clip_low",
+        "num_steps",
+        "optimizer.lr",
+        "output_dir",
+        "sampling.group_size",
+        "smpling",
+    ]
+
+
+def test_a_wrong_value_is_not_checked_against_others(valid: Path):
+    found = problems_of(valid, "batch.prompts_per_step=x", "batch.minibatches=3")
+    assert found == ["batch.prompts_per_step: 'x' is a string; an integer is wanted"]
+
+
+def test_everything_that_is_missing_is_named(tmp_path: Path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("seed: 1\n")
+    keys = [problem.partition(":")[0] for problem in problems_of(path)]
+    assert keys == [
+        "output_dir",
+        "model.path",
+        "data.train",
+        "data.heldout",
+        "sampler",
+        "advantage",
+        "loss",
+        "optimizer",
+        "num_steps",
+        "rewards",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("", "is empty; a config is a mapping of keys"),
+        ("- 1\n", "a list of 1; a config is a mapping of keys"),
+        ("a: [1\nb: 2\n", "bad.yaml, line 2: "),
+        ("a: 1\n\tb: 2\n", "bad.yaml, line 2: "),
+        ("a: 1\nb: 2\na: 3\n", "bad.yaml, line 3: a: stands here twice"),
+        ("loss:\n  kl_coef: 1\n  kl_coef: 2\n", "bad.yaml, line 3: kl_coef: stands here twice"),
+        ("a: !!python/object/apply:os.system [ls]\n", "bad.yaml, line 1: could not determine a constructor"),
+    ],
+)
+def test_yaml_mistakes_name_file_and_line(tmp_path: Path, text: str, fragment: str):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        config.load(schema.GRPOConfig, path)
+    assert fragment in str(error.value) and "\n" not in str(error.value)
+
+
+def test_file_mistakes(tmp_path: Path):
+    with pytest.raises(ConfigError, match="no such file or directory"):
+        config.load(schema.GRPOConfig, tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="is a directory"):
+        config.load(schema.GRPOConfig, tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="is no UTF-8 text"):
+        config.load(schema.GRPOConfig, tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragment"),
+    [
+        (["--config"], "--config: no value"),
+        (["--config="], "--config: no value"),
+        (["--num-steps", "3"], "--num-steps: no such flag; config keys are set as num_steps=..."),
+        (["--num_steps=3"], "--num_steps: no such flag; config keys are set as num_steps=3"),
+        (["--dryrun"], "--dryrun: no such flag; did you mean --dry-run?"),
+    ],
+)
+def test_command_line_mistakes(argv: list[str], fragment: str):
+    with pytest.raises(ConfigError) as error:
+        config.parse_args(argv)
+    assert fragment in str(error.value)
+
+
+def test_command_line():
+    parsed = config.parse_args(["a=1", "--config", "x.yaml", "--dry-run", "b=--c"])
+    assert parsed == config.Arguments(config="x.yaml", overrides=("a=1", "dry_run=true", "b=--c"), help=False)
+    assert config.parse_args(["--config=x.yaml", "-h"]) == config.Arguments(config="x.yaml", overrides=(), help=True)
+
+
+# --- components -------------------------------------------------------------------------------------------------------
+
+
+def test_instantiate_and_component():
+    loss = instantiate({"_component_": "rolltune.losses.grpo.GRPOLoss", "kl_coef": 0.5})
+    assert loss.kl_coef == 0.5
+    node = {"_component_": "rolltune.advantages.group_zscore", "eps": 1.0, "weight": 3}
+    advantage = component(node, ignore=("weight",))
+    assert advantage([0.0, 0.0]) == [0.0, 0.0] and advantage([1.0, 3.0])[1] == pytest.approx(1 / (2**0.5 + 1))
+    with pytest.raises(ConfigError, match=r"rolltune.losses.grpo.GRPOLoss: kl_coef"):
+        instantiate({"_component_": "rolltune.losses.grpo.GRPOLoss", "kl_coef": -1})
+    with pytest.raises(ConfigError, match=r"rolltune.advantages has no nope"):
+        component({"_component_": "rolltune.advantages.nope"})
+
+
+def test_modules_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    here, on_path = tmp_path / "here", tmp_path / "on_path"
+    here.mkdir()
+    on_path.mkdir()
+    (here / "my_test_rewards.py").write_text("def fixed(problem, text, *, value: float = 0.5):\n    return value\n")
+    (on_path / "my_test_other.py").write_text("def fixed(problem, text):\n    return 1\n")
+    (here / "my_test_broken.py").write_text("import torch\n\n1 / 0\n")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("PYTHONPATH", str(on_path))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(on_path)])
+    assert locate("my_test_rewards.fixed")(None, "") == 0.5
+    assert locate("my_test_other.fixed")(None, "") == 1
+    node = {"_component_": "my_test_rewards.fixed", "value": "x"}
+    assert check_component(node, "rewards.mine", positional=2) == [
+        "rewards.mine.value: 'x' is a string; a number is wanted"
+    ]
+    found = check_component({"_component_": "my_test_broken.fixed"}, "sampler")
+    assert len(found) == 1 and "its import fails: ZeroDivisionError" in found[0] and "my_test_broken.py:3" in found[0]
+    with pytest.raises(ValueError, match="yaml is not one of rolltune"):
+        locate("yaml.safe_load")
+
+
+def test_own_folders_of_the_repository_keep_their_name(monkeypatch: pytest.MonkeyPatch):
+    """From the repository's root ``rewards`` would import a second time under another name."""
+    monkeypatch.chdir(Path(config.__file__).resolve().parents[2])
+    with pytest.raises(ValueError, match=r"did you mean rolltune.rewards.answer.answer_reward\?"):
+        locate("rewards.answer.answer_reward")
+
+
+def test_positional_arguments_are_counted():
+    node = {"_component_": "rolltune.advantages.group_zscore"}
+    assert check_component(node, "advantage", positional=1) == []
+    assert check_component(node, "advantage", positional=2) == [
+        "advantage._component_: group_zscore takes 1 positional arguments; it is called with 2 here"
+    ]
+    assert check_component(node, "advantage") == ["advantage.rewards: missing; group_zscore needs it"]
+
+
+def test_configs_of_another_schema_have_no_known_checks():
+    assert check_config(object()) == []
+
+
+# --- the frozen list --------------------------------------------------------------------------------------------------
+
+SHARED = {
+    "output_dir",
+    "seed",
+    "device",
+    "resume",
+    "dry_run",
+    "model",
+    "model.path",
+    "model.dtype",
+    "model.master_weights",
+    "model.gradient_checkpointing",
+    "lora",
+    "lora.rank",
+    "lora.alpha",
+    "lora.dropout",
+    "lora.target_modules",
+    "data",
+    "data.train",
+    "data.heldout",
+    "prompt",
+    "prompt.system",
+    "prompt.few_shot",
+    "prompt.prefill",
+    "prompt.chat_template",
+    "answer_format",
+    "optimizer",
+    "lr_scheduler",
+    "num_steps",
+    "max_grad_norm",
+    "batch",
+    "batch.microbatch_tokens",
+    "eval",
+    "eval.every_n_steps",
+    "eval.max_problems",
+    "eval.max_new_tokens",
+    "checkpoint",
+    "checkpoint.every_n_steps",
+    "checkpoint.keep_last",
+    "logging",
+    "logging.wandb",
+    "logging.wandb_project",
+    "logging.tensorboard",
+    "logging.samples_every_n_steps",
+}
+KEYS = {
+    schema.GRPOConfig: SHARED
+    | {
+        "rewards",
+        "sampling",
+        "sampling.group_size",
+        "sampling.temperature",
+        "sampling.top_p",
+        "sampling.top_k",
+        "sampling.max_new_tokens",
+        "sampling.stop",
+        "sampler",
+        "advantage",
+        "loss",
+        "batch.prompts_per_step",
+        "batch.num_iterations",
+        "batch.minibatches",
+        "batch.dynamic_sampling_rounds",
+    },
+    schema.PrimeConfig: SHARED | {"batch.examples_per_step"},
+    schema.AuditRewardsConfig: {"output_dir", "seed", "dry_run", "data", "rewards", "answer_format", "max_problems"},
+}
+
+
+@pytest.mark.parametrize("recipe", KEYS, ids=lambda recipe: recipe.__name__)
+def test_no_new_keys(recipe: type):
+    """A new option is an argument of a component wherever it can be; what cannot is added here on purpose."""
+    assert set(config.all_keys(recipe)) == KEYS[recipe]
+
+
+@pytest.mark.parametrize("recipe", KEYS, ids=lambda recipe: recipe.__name__)
+def test_explain_shows_every_key(recipe: type):
+    text = config.explain(recipe)
+    sections = {key.rpartition(".")[0] for key in KEYS[recipe]}
+    for key in KEYS[recipe] - sections:
+        assert f"  {key}:" in text
+    assert yaml.safe_load(config.dump(schema.LoRAConfig())) == {
+        "rank": 16,
+        "alpha": 32.0,
+        "dropout": 0.0,
+        "target_modules": "all-linear",
+    }
+
+
+# --- as a process -----------------------------------------------------------------------------------------------------
+
+RECIPE = """\
+from dataclasses import dataclass
+from rolltune import config
+
+@dataclass(kw_only=True)
+class TinyConfig:
+    count: int = 1
+    dry_run: bool = False
+    fail: str = ""
+
+def run(cfg):
+    print("ran", cfg.count, cfg.dry_run)
+    if cfg.fail == "config":
+        raise config.ConfigError(["count: 1; two"])
+    if cfg.fail == "value":
+        raise ValueError("count: 1; three")
+    if cfg.fail == "bug":
+        int("x" * len({}) + "y")
+    if cfg.fail == "torch":
+        __import__("json").loads("{")
+    if cfg.fail == "interrupt":
+        raise KeyboardInterrupt
+
+if __name__ == "__main__":
+    config.main(TinyConfig, run)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "out", "err"),
+    [
+        ([], 0, "ran 3 False", ""),
+        (["count=4", "--dry-run"], 0, "ran 4 True", ""),
+        (["cuont=4"], 2, "", "tiny: 1 mistake\n  cuont: no such key; did you mean count?"),
+        (["count=x", "y=1"], 2, "", "tiny: 2 mistakes"),
+        (["--count", "3"], 2, "", "config keys are set as count=..."),
+        (["fail=config"], 2, "ran", "count: 1; two"),
+        (["fail=value"], 2, "ran", "tiny.py:15"),
+        (["fail=interrupt"], 130, "ran", "interrupted"),
+        (["fail=torch"], 1, "ran", "JSONDecodeError"),
+        (["--help"], 0, "count: 1", ""),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_main_as_a_process(tmp_path: Path, arguments: list[str], status: int, out: str, err: str):
+    (tmp_path / "tiny.py").write_text(RECIPE)
+    (tmp_path / "tiny.yaml").write_text("count: 3\n")
+    done = subprocess.run(
+        [sys.executable, "tiny.py", "--config", "tiny.yaml", *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == status, done.stderr
+    assert out in done.stdout and err in done.stderr
+    assert ("Traceback" in done.stderr) == (status == 1)

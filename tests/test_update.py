@@ -1,0 +1,147 @@
+import math
+
+import pytest
+import torch
+
+from rolltune.batch import TrainGroup, TrainSequence, count_totals, pack
+from rolltune.distributed import World
+from rolltune.losses.dapo import DAPOLoss
+from rolltune.losses.grpo import GRPOLoss
+from rolltune.policy import build_policy
+from rolltune.schema import ModelConfig
+from rolltune.types import Prompt
+from rolltune.update import MasterWeights, Optimization, prepare_rows, update_policy
+
+WORLD = World(rank=0, size=1, device=torch.device("cpu"))
+
+
+def make_groups(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(n):
+        return tuple(torch.randint(4, 250, (n,), generator=generator).tolist())
+
+    return [
+        TrainGroup(
+            prompt=Prompt(token_ids=ids(5)),
+            sequences=tuple(
+                TrainSequence(token_ids=ids(n), logprobs=(-5.0,) * n, advantage=a)
+                for n, a in ((4, 1.0), (9, -0.5), (2, -0.5))
+            ),
+        )
+        for _ in range(2)
+    ]
+
+
+def step_once(path, loss, *, max_tokens, lr=0.1, dtype="float32", masters=False, num_updates=1):
+    policy = build_policy(
+        ModelConfig(path=str(path), dtype=dtype),
+        None,
+        device=WORLD.device,
+        seed=0,
+        with_reference=loss.kl_coef > 0,
+    )
+    weights = MasterWeights(policy.trainable_parameters, enabled=masters)
+    optimization = Optimization(
+        weights=weights, optimizer=torch.optim.SGD(weights.masters, lr=lr), scheduler=None, max_grad_norm=1e9
+    )
+    groups = make_groups()
+    rows = prepare_rows(
+        policy,
+        pack(groups, max_tokens=max_tokens),
+        temperature=1.0,
+        with_old=num_updates > 1,
+        with_reference=loss.kl_coef > 0,
+    )
+    metrics = [
+        update_policy(policy, rows, loss, count_totals(groups), optimization, WORLD, temperature=1.0)
+        for _ in range(num_updates)
+    ]
+    return policy, metrics
+
+
+@pytest.mark.parametrize("loss", [GRPOLoss(kl_coef=0.04), DAPOLoss()], ids=["grpo", "dapo"])
+def test_micro_batches_change_neither_step_nor_metrics(tiny_llama, loss):
+    """Means of means would weigh a short row like a long one; sums over global totals do not."""
+    whole, (one,) = step_once(tiny_llama, loss, max_tokens=1000)
+    split, (many,) = step_once(tiny_llama, loss, max_tokens=10)
+    for a, b in zip(whole.model.parameters(), split.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    assert one.keys() == many.keys()
+    for name in one:
+        assert many[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+
+
+def test_first_update_has_ratio_exactly_one_and_later_ones_do_not(tiny_llama):
+    _, metrics = step_once(tiny_llama, GRPOLoss(kl_coef=0.0), max_tokens=1000, num_updates=3, lr=1.0)
+    assert metrics[0]["ratio/mean"] == metrics[0]["ratio/max"] == metrics[0]["ratio/min"] == 1.0
+    assert metrics[0]["clip_fraction"] == 0.0
+    assert metrics[2]["ratio/max"] > 1.01 > 0.99 > metrics[2]["ratio/min"]
+    assert metrics[2]["clip_fraction"] > 0.0
+
+
+def test_metrics_by_hand(tiny_llama):
+    policy, (metrics,) = step_once(tiny_llama, DAPOLoss(), max_tokens=1000, lr=0.0)
+    groups = make_groups()
+    (row,) = pack(groups, max_tokens=1000)
+    logprobs = policy.logprobs(row, temperature=1.0)[0].detach()
+    gap = logprobs + 5.0
+    assert metrics["mismatch/mean_abs"] == pytest.approx(gap.abs().mean().item(), rel=1e-5)
+    assert metrics["mismatch/max_abs"] == pytest.approx(gap.abs().max().item(), rel=1e-5)
+    assert metrics["mismatch/k3"] == pytest.approx((gap.exp() - gap - 1).mean().item(), rel=1e-4)
+    # DAPO's loss at ratio 1 is minus the token mean of the advantages: (4*1 - 9*0.5 - 2*0.5) / 15 a group.
+    assert metrics["loss"] == pytest.approx(1.5 / 15, rel=1e-5)
+    assert metrics["lr"] == 0.0 and policy.version == 1
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights(tiny_llama, monkeypatch):
+    before = build_policy(
+        ModelConfig(path=str(tiny_llama)), None, device=WORLD.device, seed=0, with_reference=False
+    )
+    weights = MasterWeights(before.trainable_parameters, enabled=False)
+    optimization = Optimization(
+        weights=weights, optimizer=torch.optim.SGD(weights.masters, lr=0.1), scheduler=None, max_grad_norm=1.0
+    )
+    copies = [p.detach().clone() for p in weights.parameters]
+    for parameter in weights.parameters:
+        parameter.grad = torch.full_like(parameter, math.nan)
+    with pytest.raises(FloatingPointError, match="the weights were left as they were"):
+        optimization.step(WORLD)
+    for parameter, copy in zip(weights.parameters, copies, strict=True):
+        assert torch.equal(parameter, copy)
+
+
+def test_no_rows_is_no_step(tiny_llama):
+    policy = build_policy(ModelConfig(path=str(tiny_llama)), None, device=WORLD.device, seed=0, with_reference=False)
+    weights = MasterWeights(policy.trainable_parameters, enabled=False)
+    optimization = Optimization(
+        weights=weights, optimizer=torch.optim.SGD(weights.masters, lr=0.1), scheduler=None, max_grad_norm=1.0
+    )
+    totals = count_totals(make_groups())
+    assert update_policy(policy, [], DAPOLoss(), totals, optimization, WORLD, temperature=1.0) == {}
+    assert policy.version == 0
+
+
+def test_master_weights_keep_updates_that_bf16_rounds_away():
+    """256 steps of 1/1024 on a weight of 1: bf16 alone never leaves 1, the copy arrives at 0.75."""
+    for enabled, expected in ((True, 0.75), (False, 1.0)):
+        parameter = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+        weights = MasterWeights([parameter], enabled=enabled)
+        optimization = Optimization(
+            weights=weights, optimizer=torch.optim.SGD(weights.masters, lr=1 / 1024), scheduler=None, max_grad_norm=10.0
+        )
+        for _ in range(256):
+            parameter.grad = torch.ones_like(parameter)
+            optimization.step(WORLD)
+        assert parameter.item() == expected
+
+
+def test_clipping_is_by_the_global_norm(tiny_llama):
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    weights = MasterWeights([parameter], enabled=False)
+    optimization = Optimization(
+        weights=weights, optimizer=torch.optim.SGD(weights.masters, lr=1.0), scheduler=None, max_grad_norm=1.0
+    )
+    parameter.grad = torch.tensor([3.0, 4.0])
+    assert optimization.step(WORLD)["grad_norm"] == pytest.approx(5.0)
+    torch.testing.assert_close(parameter.detach(), torch.tensor([-0.6, -0.8]))
