@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from rolltune import config, schema
 from rolltune.checks import check_config
@@ -200,9 +199,7 @@ MISTAKES = [
     ("loss.beta=0.1", "loss.beta: GRPOLoss takes no such argument; it takes clip_high, clip_low, kl_coef"),
     ("loss.klcoef=0.1", "loss.klcoef: GRPOLoss takes no such argument; did you mean loss.kl_coef?"),
     ("loss.kl_coef=0.1x", "loss.kl_coef: '0.1x' is a string; a number is wanted"),
-    ("loss.kl_coef='0.1'", None),
-    ("loss.kl_coef=\"'0.1'\"", "loss.kl_coef: \"'0.1'\" is a string; a number is wanted"),
-    ("loss.kl_coef=!!str 0.1", "a number is wanted (without quotes; from the environment: ${oc.decode"),
+    ("loss.kl_coef='0.1'", "'0.1' is a string; a number is wanted (without quotes; from the environment: ${oc.decode"),
     ("loss.kl_coef=true", "loss.kl_coef: true; a number is wanted"),
     ("loss.kl_coef=-1", "loss.kl_coef: -1"),
     ("loss=rolltune.losses.dr_grpo.DrGRPOLoss", "loss.max_completion_tokens: missing; DrGRPOLoss needs it"),
@@ -212,15 +209,17 @@ MISTAKES = [
     ("optimizer.lr=0.1x", "optimizer.lr: '0.1x' is a string; a number is wanted"),
     ("optimizer.params=[]", "optimizer.params: the recipe passes it to AdamW; leave it out"),
     ("lr_scheduler.num_training_steps=5", "lr_scheduler.num_training_steps: the recipe passes it"),
-    ("lr_scheduler=torch.optim.lr_scheduler.ConstantLR", "ConstantLR takes no num_training_steps, which the recipe"),
-    ("advantage=rolltune.losses.terms.constant", "advantage.totals: missing"),
+    (
+        "lr_scheduler={_component_: torch.optim.lr_scheduler.ConstantLR}",
+        "ConstantLR takes no num_training_steps, which the recipe passes to it",
+    ),
+    ("advantage=rolltune.rewards.answer.is_correct", "advantage.text: missing; is_correct needs it"),
     ("rewards.answer.completion=1", "rewards.answer.completion: answer_reward takes no such argument"),
     (
         "rewards.length={_component_: rolltune.rewards.length.cosine_length_reward, max_tokens: 9, completion: 1}",
         "rewards.length.completion: the recipe passes it to cosine_length_reward",
     ),
     # values
-    ("rewards={}", None),
     ("rewards.answer.weight=much", "rewards.answer.weight: 'much' is a string; a number is wanted"),
     ("rewards.answer.weight=.inf", "rewards.answer.weight: inf; a finite number is wanted"),
     ("rewards.a/b={_component_: rolltune.rewards.answer.answer_reward}", "rewards.a/b: a reward's name"),
@@ -268,13 +267,9 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("override", "fragment"), MISTAKES, ids=[override for override, _ in MISTAKES])
-def test_one_mistake_is_one_message(valid: Path, override: str, fragment: str | None):
+def test_one_mistake_is_one_message(valid: Path, override: str, fragment: str):
     problems = problems_of(valid, override)
-    if fragment is None:
-        assert problems == []
-    else:
-        assert len(problems) == 1 or override.startswith(("model.master", "advantage=")), problems
-        assert fragment in problems[0], problems
+    assert len(problems) == 1 and fragment in problems[0], problems
 
 
 def test_several_settings_that_contradict(valid: Path):
@@ -406,9 +401,12 @@ def test_file_mistakes(tmp_path: Path):
     [
         (["--config"], "--config: no value"),
         (["--config="], "--config: no value"),
-        (["--num-steps", "3"], "--num-steps: no such flag; config keys are set as num_steps=..."),
-        (["--num_steps=3"], "--num_steps: no such flag; config keys are set as num_steps=3"),
-        (["--dryrun"], "--dryrun: no such flag; did you mean --dry-run?"),
+        (
+            ["--num-steps", "3"],
+            "--num-steps: none of --config, --dry-run and --help; config keys are set as",
+        ),
+        (["--num_steps=3"], "config keys are set as num_steps=3"),
+        (["--dryrun"], "--dryrun: none of --config, --dry-run and --help"),
     ],
 )
 def test_command_line_mistakes(argv: list[str], fragment: str):
@@ -504,6 +502,8 @@ SHARED = {
     "prompt",
     "prompt.system",
     "prompt.few_shot",
+    "prompt.few_shot.user",
+    "prompt.few_shot.assistant",
     "prompt.prefill",
     "prompt.chat_template",
     "answer_format",
@@ -558,16 +558,10 @@ def test_no_new_keys(recipe: type):
 
 @pytest.mark.parametrize("recipe", KEYS, ids=lambda recipe: recipe.__name__)
 def test_explain_shows_every_key(recipe: type):
-    text = config.explain(recipe)
-    sections = {key.rpartition(".")[0] for key in KEYS[recipe]}
-    for key in KEYS[recipe] - sections:
-        assert f"  {key}:" in text
-    assert yaml.safe_load(config.dump(schema.LoRAConfig())) == {
-        "rank": 16,
-        "alpha": 32.0,
-        "dropout": 0.0,
-        "target_modules": "all-linear",
-    }
+    shown = {line.split(":")[0].strip() for line in config.explain(recipe).splitlines()}
+    sections = {key.rpartition(".")[0] for key in KEYS[recipe]} - {"prompt.few_shot"}
+    items = {key for key in KEYS[recipe] if key.startswith("prompt.few_shot.")}
+    assert KEYS[recipe] - sections - items <= shown
 
 
 # --- as a process -----------------------------------------------------------------------------------------------------

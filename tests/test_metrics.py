@@ -141,6 +141,8 @@ def clean_wandb(tmp_path, monkeypatch):
 
 def test_wandb_runs_offline_without_a_key_and_resumes_its_run(tmp_path, monkeypatch, capfd):
     clean_wandb(tmp_path, monkeypatch)
+    import wandb
+
     run_dir = tmp_path / "run"
     log = MetricsLog(run_dir, wandb=True, wandb_project="tests", config={"num_steps": 2})
     log.log(1, {"kl": 0.5})
@@ -150,6 +152,7 @@ def test_wandb_runs_offline_without_a_key_and_resumes_its_run(tmp_path, monkeypa
     log = MetricsLog(run_dir, wandb=True, resume_step=1)
     log.log(2, {"kl": 0.25})
     log.close()
+    wandb.teardown()  # its own process writes the file's end a moment after finish(); this waits for it
     run_id = (run_dir / "wandb_run_id").read_text().strip()
     files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2 and {file.name for file in files} == {f"run-{run_id}.wandb"}

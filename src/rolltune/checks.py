@@ -14,10 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rolltune.components import ConfigError, check_component, instantiate, mismatch, show
-from rolltune.models import DTYPES, PACKAGED, load_config, resolve_model
 from rolltune.schema import (
     AuditRewardsConfig,
     Component,
@@ -112,11 +109,19 @@ def _check_output_dir(output_dir: str) -> Iterator[str]:
 def _check_device(device: str) -> Iterator[str]:
     if device not in DEVICES:
         yield f"device: {show(device)}; one of {', '.join(DEVICES)} is wanted"
-    elif device == "cuda" and not torch.cuda.is_available():
+    elif device == "cuda" and not _has_cuda():
         yield "device: cuda; torch finds no CUDA device here (auto takes the CPU then)"
 
 
+def _has_cuda() -> bool:
+    import torch  # here, as with rolltune.models below: a config without a model is checked in a moment
+
+    return torch.cuda.is_available()
+
+
 def _check_weights(model: ModelConfig, lora: LoRAConfig | None) -> Iterator[str]:
+    from rolltune.models import DTYPES, PACKAGED, resolve_model
+
     if model.path != PACKAGED:
         try:
             resolve_model(model.path)
@@ -210,6 +215,8 @@ def _check_sampling(sampling: SamplingConfig) -> Iterator[str]:
 
 def _check_context(cfg: GRPOConfig) -> Iterator[str]:
     """A model on disk is asked; one on the Hub is asked by the dry run, which knows the length of the prompts too."""
+    from rolltune.models import load_config
+
     if not (Path(cfg.model.path) / "config.json").exists():
         return
     try:

@@ -145,7 +145,7 @@ def find_recipe(name: str) -> Recipe:
     for recipe in known:
         if name in (recipe.name, f"{recipe.name}.py"):
             return recipe
-    if path.suffix == ".py" and path.parent != Path("."):
+    if path.suffix == ".py" and os.sep in name:
         raise UsageError(f"no recipe file {name}")
     files = [file.name for file in Path().glob("*.py")]
     ours = [recipe.name for recipe in recipes()]
@@ -161,7 +161,7 @@ def find_config(name: str, recipe: Recipe | None = None) -> Config:
     for config in known:
         if name.removesuffix(".yaml") == config.name:
             return config
-    if path.parent != Path(".") and path.suffix in (".yaml", ".yml"):
+    if path.suffix in (".yaml", ".yml") and os.sep in name:
         raise UsageError(f"no config file {name}{_did_you_mean(path.stem, _names(configs()))}")
     files = [file.name for file in Path().glob("*.yaml")]
     raise UsageError(

@@ -23,7 +23,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rolltune.components import ConfigError, describe_type, did_you_mean, mismatch, nearest, show
+from rolltune.components import ConfigError, describe_type, mismatch, nearest, show
 from rolltune.schema import Component
 
 T = TypeVar("T")
@@ -61,9 +61,8 @@ def parse_args(argv: Sequence[str]) -> Arguments:
         elif argument == "--dry-run":
             overrides.append("dry_run=true")
         elif argument.startswith("--") and argument != "--help":
-            known = did_you_mean(name, ["--config", "--dry-run", "--help"])
             right = f"{name[2:].replace('-', '_')}={value or '...'}"
-            problems.append(f"{name}: no such flag{known or f'; config keys are set as {right}'}")
+            problems.append(f"{name}: none of --config, --dry-run and --help; config keys are set as {right}")
         elif argument not in ("-h", "--help"):
             overrides.append(argument)
     if problems:
@@ -171,7 +170,7 @@ def validate(schema: type[T], path: str | Path, overrides: Sequence[str] = (), *
     Raises:
         ConfigError: with all that is wrong.
     """
-    from rolltune.checks import check_config  # it imports torch, which a look at the keys does not need
+    from rolltune.checks import check_config  # not needed by load()
 
     config, problems = _load(schema, path, overrides)
     found = check_config(config, world_size=world_size or int(os.environ.get("WORLD_SIZE", "1")))

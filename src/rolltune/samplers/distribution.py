@@ -48,22 +48,28 @@ def truncate(probabilities: Tensor, *, top_k: int, top_p: float) -> Tensor:
     """
     vocab = probabilities.shape[-1]
     width = min(top_k or NUCLEUS_CANDIDATES, vocab)
-    while True:
-        ranked = probabilities.topk(width).values  # only values: which of two equal tokens topk takes is not defined
-        mass = ranked.cumsum(-1, dtype=torch.float64)
-        if top_k or width == vocab or bool((mass[:, -1] >= top_p).all()):
-            break
+    ranked, mass = _ranked(probabilities, width)
+    while not top_k and width < vocab and bool((mass[:, -1] < top_p).any()):
         width = min(8 * width, vocab)
-    target = top_p * mass[:, -1:] if top_k else torch.full_like(mass[:, -1:], top_p)
-    count = ((mass < target).sum(-1, keepdim=True) + 1).clamp_(max=width) if top_p < 1 else width
-    last = count - 1 if isinstance(count, Tensor) else torch.full_like(target, width - 1, dtype=torch.int64)
-    threshold = ranked.gather(-1, last)
+        ranked, mass = _ranked(probabilities, width)
+    if top_p < 1:
+        target = top_p * mass[:, -1:] if top_k else top_p
+        count = ((mass < target).sum(-1, keepdim=True) + 1).clamp_(max=width)
+    else:
+        count = torch.full_like(mass[:, :1], width, dtype=torch.int64)
+    threshold = ranked.gather(-1, count - 1)
     above, equal = probabilities > threshold, probabilities == threshold
-    room = last + 1 - above.sum(-1, keepdim=True)
+    room = count - above.sum(-1, keepdim=True)
     if bool((equal.sum(-1, keepdim=True) > room).any()):
         equal &= equal.cumsum(-1) <= room
     kept = probabilities.where(above | equal, 0.0)
     return kept.div_(kept.sum(-1, keepdim=True))
+
+
+def _ranked(probabilities: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The ``width`` largest probabilities of each row in descending order, and their cumulative sums in float64."""
+    ranked = probabilities.topk(width).values  # which of two equal tokens topk would take is not defined
+    return ranked, ranked.cumsum(-1, dtype=torch.float64)
 
 
 def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
@@ -91,10 +97,11 @@ def _first_above(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     that item the point lies, in [0, 1)."""
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
-    # u x total can round up to total, above which there is nothing. Being below it, the target is below some sum and not
-    # below the one in front, so the item between them has a weight.
+    # u x total can round up to total, above which there is nothing. Being below it, the target is below some sum and
+    # not below the one in front, so the item between them has a weight.
     target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cumulative, target, right=True)
+    index.clamp_(max=weights.shape[-1] - 1)  # only where weights are NaN, which shows in the log-prob
     weight = weights.gather(-1, index).double()
     start = cumulative.gather(-1, index) - weight
     inside = ((target - start) / weight).clamp_(0.0, 1.0 - 2.0**-53)

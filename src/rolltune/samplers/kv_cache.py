@@ -1,8 +1,8 @@
 """Keys and values of prompts, shared by their completions, and attention over both.
 
-A prompt's keys and values are held once however many completions it has (cascade attention): a completion attends to its
-prompt's and to its own, and the two results are merged into what one softmax over all of them would give. Queries
-of a prompt's completions are multiplied by its keys in one matrix product.
+A prompt's keys and values are held once however many completions it has (cascade attention): a completion attends to
+its prompt's and to its own, and the two results are merged into what one softmax over all of them would give. The
+queries of all of a prompt's completions are multiplied by its keys in one matrix product.
 
 transformers calls :meth:`SharedPromptCache.update` in each attention layer, and then the attention function that is
 registered here as ``rolltune_shared_prompt``.
@@ -47,6 +47,7 @@ class DecodePlan:
     """One forward pass over one new token of each of R rows [R, 1].
 
     Attributes:
+        rows: int64 [R]; 0 .. R - 1.
         lengths: int64 [R]; tokens that a row has in its own slots, the new one not counted.
         own_length: the longest of ``lengths``, the new token counted.
         own_bias: float32 [R, 1, 1, own_length], 0 or NOTHING; None where all rows are equally long.
@@ -57,6 +58,7 @@ class DecodePlan:
         cell_of_row: int64 [R]; each row's cell.
     """
 
+    rows: Tensor
     lengths: Tensor
     own_length: int
     own_bias: Tensor | None
@@ -170,11 +172,11 @@ def shared_prompt_attention(
     assert attention_mask is None and isinstance(key, BoundLayer)
     if sliding_window is not None:
         key.cache.window = min(sliding_window, key.cache.window or sliding_window)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
     if isinstance(key.cache.plan, PrefillPlan):
-        return _prefill(query, key, key.cache.plan, scaling), None
+        return _prefill(query, key, key.cache.plan, scale), None
     assert isinstance(key.cache.plan, DecodePlan)
-    return _decode(query, key, key.cache.plan, scaling), None
+    return _decode(query, key, key.cache.plan, scale), None
 
 
 AttentionInterface.register(ATTENTION, shared_prompt_attention)
@@ -189,8 +191,10 @@ def _prefill(query: Tensor, new: BoundLayer, plan: PrefillPlan, scaling: float) 
         keys, values = new.keys[:, :, start:end], new.values[:, :, start:end]
         slots.keys[slot, :, :, : end - start] = keys[0].mT
         slots.values[slot, :, : end - start] = values[0]
-        part = query[:, :, start:end]
-        outputs.append(F.scaled_dot_product_attention(part, keys, values, is_causal=True, scale=scaling, enable_gqa=True))
+        queries = query[:, :, start:end]
+        outputs.append(
+            F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling, enable_gqa=True)
+        )
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
@@ -202,9 +206,8 @@ def _decode(query: Tensor, new: BoundLayer, plan: DecodePlan, scaling: float) ->
     prompt, own = new.layer.prompt, new.layer.own
     prompt.reserve(plan.prompts, plan.prompt_length)
     own.reserve(rows, plan.own_length)
-    numbers = torch.arange(rows, device=query.device)
-    own.keys[numbers, :, :, plan.lengths] = new.keys[:, :, 0].to(dtype)
-    own.values[numbers, :, plan.lengths] = new.values[:, :, 0].to(dtype)
+    own.keys[plan.rows, :, :, plan.lengths] = new.keys[:, :, 0].to(dtype)
+    own.values[plan.rows, :, plan.lengths] = new.values[:, :, 0].to(dtype)
 
     query = query.reshape(rows, kv_heads, group, dim).to(dtype)
     own_out, own_lse = own.attend(query, rows, plan.own_length, plan.own_bias, scaling)

@@ -10,6 +10,7 @@ up to the rounding of matrix products of different sizes.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -130,11 +131,13 @@ class NativeSampler:
     def _step(self, batch: Batch, params: SamplingParams, end: EndOfText) -> None:
         """Write one more token of each row."""
         logits = self._decode(batch)
-        uniforms = torch.tensor([row.uniforms[len(row.token_ids)] for row in batch.rows], dtype=torch.float64)
-        tokens, logprobs = sample(logits, uniforms.to(logits.device), params)
+        uniforms = np.array([row.uniforms[len(row.token_ids)] for row in batch.rows])
+        tokens, logprobs = sample(logits, torch.from_numpy(uniforms).to(logits.device), params)
         # In one transfer, as each waits for the device; token ids are exact in float64.
         written = torch.stack((tokens.double(), logprobs.double()), dim=-1).tolist()
         for row, (token, logprob) in zip(batch.rows, written, strict=True):
+            if math.isnan(logprob):
+                raise FloatingPointError("the model's logits are not finite: its weights have diverged")
             row.token_ids.append(int(token))
             row.logprobs.append(logprob)
             row.finish_reason = end.reason(row.token_ids)
@@ -202,8 +205,8 @@ class NativeSampler:
         longest = max(lengths, default=0) + max_new_tokens
         if self._max_length is not None and longest > self._max_length:
             raise ValueError(
-                f"sampling.max_new_tokens: {max_new_tokens}; with a prompt of {max(lengths)} tokens that is more than the "
-                f"{self._max_length} tokens that {self._causal_lm.config.model_type} can be sampled to"
+                f"sampling.max_new_tokens: {max_new_tokens}; with a prompt of {max(lengths)} tokens that is more than "
+                f"the {self._max_length} tokens that {type(self._causal_lm).__name__} can be sampled to"
             )
 
     def _check_model(self) -> int | None:
@@ -217,7 +220,7 @@ class NativeSampler:
         if self._causal_lm.config.is_encoder_decoder:
             raise ValueError(f"sampler: {name} is an encoder-decoder, not a causal LM")
         ids = [i % config.vocab_size for i in range(1, 7)]
-        row = RowState(PromptState(0, tuple(ids[:4]), 1), ())
+        row = RowState(PromptState(0, tuple(ids[:4]), 1), np.empty(0))
         batch = Batch(self._causal_lm.device)
         try:
             with self._sampling():
@@ -239,7 +242,7 @@ class NativeSampler:
                 f"sampler: {name} cannot be sampled from with a shared prompt cache: its logits come out different "
                 f"(by {difference:.2g} of the largest), so its attention or its layers must be of an unusual kind"
             )
-        limits = (batch.cache.window, _context_length(config))
+        limits = (batch.cache.window, getattr(config, "attention_chunk_size", None), _context_length(config))
         return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -255,9 +258,9 @@ def _check_params(params: SamplingParams) -> None:
             raise ValueError(f"sampling.{name}: {value}; must be {wanted}")
 
 
-def _uniforms(seed: int, count: int) -> list[float]:
+def _uniforms(seed: int, count: int) -> np.ndarray:
     """The numbers in [0, 1) behind a completion. The first n do not depend on ``count``."""
-    return np.random.Generator(np.random.Philox(key=seed)).random(count).tolist()
+    return np.random.Generator(np.random.Philox(key=seed)).random(count)
 
 
 def _packs(prompts: Sequence[PromptState], max_tokens: int) -> Iterator[list[PromptState]]:
@@ -279,10 +282,8 @@ def _packs(prompts: Sequence[PromptState], max_tokens: int) -> Iterator[list[Pro
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every token that ends a text: chat models often have more of them than the tokenizer names."""
-    generation = getattr(model, "generation_config", None)
-    ids = getattr(generation, "eos_token_id", None)
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else ids
-    return frozenset({*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+    sources = (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id)
+    return frozenset(int(i) for ids in sources if ids is not None for i in (ids if isinstance(ids, list) else [ids]))
 
 
 def _context_length(config) -> int | None:

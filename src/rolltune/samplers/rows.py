@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -35,10 +36,14 @@ class PromptState:
 
 @dataclass(eq=False)
 class RowState:
-    """A completion under way; ``uniforms`` has the number in [0, 1) that picks each of its tokens."""
+    """A completion under way.
+
+    Attributes:
+        uniforms: float64 [max_new_tokens]; the numbers in [0, 1) that pick its tokens.
+    """
 
     prompt: PromptState
-    uniforms: Sequence[float]
+    uniforms: np.ndarray
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
@@ -103,6 +108,7 @@ class Batch:
         self._cells = self._tensor([i for rows in members for i in [*rows, *[0] * (width - len(rows))]])
         cell_of_row = {i: slot * width + place for slot, rows in enumerate(members) for place, i in enumerate(rows)}
         self._cell_of_row = self._tensor([cell_of_row[i] for i in range(len(self.rows))])
+        self._row_numbers = torch.arange(len(self.rows), device=self._device)
         lengths = [len(prompt.token_ids) - 1 for prompt in self.prompts]
         self._prompt_length = max([1, *lengths])
         self._prompt_bias = _bias(self._tensor(lengths), self._prompt_length)
@@ -122,6 +128,7 @@ class Batch:
         tensor = self._tensor(lengths)
         longest = max(lengths) + 1
         return DecodePlan(
+            rows=self._row_numbers,
             lengths=tensor,
             own_length=longest,
             own_bias=None if min(lengths) == max(lengths) else _bias(tensor + 1, longest),
