@@ -40,7 +40,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def build(config: PreTrainedConfig, *, seed: int = 0, std: float = 0.25) -> PreTrainedModel:
     """Random weights large enough that the distributions are far from uniform and attention matters."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=std) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
@@ -84,3 +84,9 @@ def make_qwen2() -> Callable[..., PreTrainedModel]:
 @pytest.fixture
 def llama(make_llama) -> PreTrainedModel:
     return make_llama()
+
+
+@pytest.fixture
+def build_model() -> Callable[..., PreTrainedModel]:
+    """A model of any config, with random weights."""
+    return build

@@ -89,7 +89,8 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     blocks = blocks.view(rows, -1, BLOCK)
     block, uniforms = _first_above(blocks.sum(-1), uniforms)
     token, _ = _first_above(blocks[torch.arange(rows, device=blocks.device), block], uniforms)
-    return block * BLOCK + token
+    # NaN probabilities may point into the padding; whatever token they give, its log-prob is NaN.
+    return (block * BLOCK + token).clamp_(max=vocab - 1)
 
 
 def _first_above(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +102,7 @@ def _first_above(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     # not below the one in front, so the item between them has a weight.
     target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cumulative, target, right=True)
-    index.clamp_(max=weights.shape[-1] - 1)  # only where weights are NaN, which shows in the log-prob
+    index.clamp_(max=weights.shape[-1] - 1)  # only NaN weights need it
     weight = weights.gather(-1, index).double()
     start = cumulative.gather(-1, index) - weight
     inside = ((target - start) / weight).clamp_(0.0, 1.0 - 2.0**-53)

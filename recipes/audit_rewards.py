@@ -1,0 +1,61 @@
+"""Audit the rewards before they are trained on: do right answers get full marks, and do wrong ones get nothing?
+
+  - every gold answer of a data set, in several spellings (``$1,800``, ``1800.``, ``**1800**`` ...), must score 1;
+  - mutated answers (off by one, a digit more, a list of guesses, a hedge, the right number in the working alone ...) must
+    score 0 where a reward judges correctness.
+
+Any other score is a false negative or a false positive, counted by kind and shown with examples. A reward that judges
+something else (the format, say) is checked on right turns only. Exit status 1 if there was one.
+
+    tune run audit_rewards --config audit_rewards.yaml
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from rolltune import config, runs
+from rolltune.components import instantiate
+from rolltune.metrics import write_json_atomic
+from rolltune.rewards.audit import AuditReport, audit, render
+from rolltune.schema import AuditRewardsConfig
+from rolltune.types import Problem, Reward
+
+
+def run(cfg: AuditRewardsConfig) -> None:
+    """Print a table for each reward and write ``<output_dir>/audit.json``."""
+    console = Console()
+    problems = instantiate(cfg.data)
+    problems = [problems[i] for i in range(min(cfg.max_problems or len(problems), len(problems)))]
+    rewards = runs.build_reward(cfg.rewards).text_rewards
+    console.print(f"{len(problems)} problems, rewards: {', '.join(rewards)}")
+    if cfg.dry_run:
+        console.print("dry run: everything resolves; nothing was audited")
+        return
+    reports = {name: audit_one(problems, reward, cfg) for name, reward in rewards.items()}
+    for name, report in reports.items():
+        console.rule(f"{name}: {report.false_negatives} false negatives, {report.false_positives} false positives")
+        console.print(render(report), markup=False, highlight=False)
+    found = {
+        name: {"false_negatives": report.false_negatives, "false_positives": report.false_positives}
+        for name, report in reports.items()
+    }
+    Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
+    write_json_atomic(Path(cfg.output_dir) / "audit.json", found)
+    if any(count for counts in found.values() for count in counts.values()):
+        sys.exit(1)
+
+
+def audit_one(problems: Sequence[Problem], reward: Reward, cfg: AuditRewardsConfig) -> AuditReport:
+    """A reward that gives a turn with a wrong answer full marks does not judge correctness: right turns only."""
+    wrong = cfg.answer_format.format(solution="So it is 1.", answer="1")
+    judges = reward(Problem(id="probe", messages=(), answer="2"), wrong).total != 1.0
+    return audit(problems, reward, cfg.answer_format, seed=cfg.seed, wrong_turns=judges)
+
+
+if __name__ == "__main__":
+    config.main(AuditRewardsConfig, run)

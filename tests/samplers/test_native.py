@@ -1,0 +1,550 @@
+"""The native sampler against plain forward passes and transformers' own generate."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    Gemma2Config,
+    GptOssConfig,
+    Lfm2Config,
+    MistralConfig,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from rolltune.samplers.native import NativeSampler
+from rolltune.types import Completion, Prompt, SampleRequest, SamplingParams
+
+EOS = 27
+
+
+def letters(text: str) -> tuple[int, ...]:
+    return tuple(26 if c == " " else ord(c) - ord("a") for c in text)
+
+
+PROMPTS = [letters(text) for text in ("what is two and two", "q", "how many", "a longer one than the others are", "ab")]
+
+
+def requests(seeds: int, prompts: Sequence[tuple[int, ...]] = PROMPTS, prefill: str = "") -> list[SampleRequest]:
+    return [
+        SampleRequest(
+            prompt=Prompt(token_ids=ids, prefill=prefill), seeds=tuple(1000 * sum(ids) + i for i in range(seeds))
+        )
+        for ids in prompts
+    ]
+
+
+def reference_logprobs(model: PreTrainedModel, prompt: Sequence[int], completion: Completion, params: SamplingParams):
+    """Log-probs of a completion from one plain forward pass, renormalised over the support in float64."""
+    ids = torch.tensor([[*prompt, *completion.token_ids]])
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].double()
+    logprobs = torch.log_softmax(logits / params.temperature, -1)
+    result = []
+    for row, token in zip(logprobs, completion.token_ids, strict=True):
+        values, order = row.sort(descending=True, stable=True)
+        if params.top_k:
+            values, order = values[: params.top_k], order[: params.top_k]
+            values = values - values.logsumexp(0)
+        keep = int((values.exp().cumsum(0) < params.top_p).sum()) + 1
+        values, order = values[:keep], order[:keep]
+        index = (order == token).nonzero()
+        assert len(index) == 1, f"token {token} is not in the support"
+        result.append((values - values.logsumexp(0))[index.item()].item())
+    return result
+
+
+@contextmanager
+def recorded(model: nn.Module):
+    """Shapes of input_ids of every forward pass."""
+    shapes: list[tuple[int, ...]] = []
+    hook = model.register_forward_pre_hook(
+        lambda _m, _a, k: shapes.append(tuple(k["input_ids"].shape)), with_kwargs=True
+    )
+    yield shapes
+    hook.remove()
+
+
+def ids_of(groups: list[tuple[Completion, ...]]) -> list[list[tuple[int, ...]]]:
+    return [[completion.token_ids for completion in group] for group in groups]
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("maker", ["make_llama", "make_qwen2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_greedy_is_what_transformers_generates(request, tokenizer, maker: str, tied: bool):
+    model = request.getfixturevalue(maker)(tie_word_embeddings=tied)
+    sampler = NativeSampler(model, tokenizer)
+    groups = sampler.generate(requests(2), SamplingParams(temperature=0.0, max_new_tokens=40))
+    for ids, group in zip(PROMPTS, groups, strict=True):
+        expected = model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=40,
+        )
+        expected = tuple(expected[0, len(ids) :].tolist())
+        for completion in group:
+            assert completion.token_ids == expected
+            assert completion.logprobs == (0.0,) * len(expected)
+            assert completion.finish_reason == ("stop" if expected[-1] == EOS else "length")
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=1.0, max_new_tokens=30),
+        SamplingParams(temperature=0.6, max_new_tokens=30),
+        SamplingParams(temperature=1.0, top_k=4, max_new_tokens=30),
+        SamplingParams(temperature=1.3, top_p=0.8, max_new_tokens=30),
+        SamplingParams(temperature=0.9, top_k=12, top_p=0.9, max_new_tokens=30),
+    ],
+    ids=["T1", "T0.6", "top-k", "top-p", "top-k and top-p"],
+)
+@pytest.mark.parametrize("maker", ["make_llama", "make_qwen2"])
+def test_logprobs_are_those_of_a_plain_forward_pass(request, tokenizer, maker: str, params: SamplingParams):
+    model = request.getfixturevalue(maker)()
+    groups = NativeSampler(model, tokenizer, max_rows=7, prefill_tokens=20).generate(requests(4), params)
+    lengths = set()
+    for ids, group in zip(PROMPTS, groups, strict=True):
+        for completion in group:
+            lengths.add(len(completion.token_ids))
+            expected = reference_logprobs(model, ids, completion, params)
+            assert completion.logprobs == pytest.approx(expected, abs=1e-5)
+    assert len(lengths) > 3, "the rows should have left at different times"
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_bfloat16_stays_near_a_plain_forward_pass(make_llama, tokenizer, lora: bool):
+    model = make_llama().to(torch.bfloat16)
+    policy = (with_lora(model) if lora else model).eval()
+    groups = NativeSampler(policy, tokenizer).generate(requests(4), SamplingParams(max_new_tokens=20))
+    errors = []
+    for ids, group in zip(PROMPTS, groups, strict=True):
+        for completion in group:
+            expected = reference_logprobs(policy, ids, completion, SamplingParams())
+            errors += [abs(a - b) for a, b in zip(completion.logprobs, expected, strict=True)]
+    assert sum(errors) / len(errors) < 0.02
+    assert max(errors) < 0.3
+
+
+def with_lora(model: PreTrainedModel):
+    torch.manual_seed(1)
+    policy = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5))  # pyright: ignore
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    return policy
+
+
+def test_adapters_of_a_peft_model_take_part_and_dropout_does_not(make_llama, tokenizer):
+    model = make_llama()
+    bare = NativeSampler(model, tokenizer).generate(requests(3), SamplingParams(max_new_tokens=20))
+    policy = with_lora(model).train()
+    adapted = NativeSampler(policy, tokenizer).generate(requests(3), SamplingParams(max_new_tokens=20))
+    assert ids_of(bare) != ids_of(adapted)
+    policy.eval()
+    for ids, group in zip(PROMPTS, adapted, strict=True):
+        for completion in group:
+            expected = reference_logprobs(policy, ids, completion, SamplingParams())
+            assert completion.logprobs == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("pack_weights", [False, True])
+def test_weights_are_always_current(llama, tokenizer, pack_weights: bool):
+    sampler = NativeSampler(llama, tokenizer, pack_weights=pack_weights)
+    params = SamplingParams(max_new_tokens=12)
+    before = sampler.generate(requests(3), params)
+    with torch.no_grad():
+        for parameter in llama.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    sampler.sync(3)
+    after = sampler.generate(requests(3), params)
+    assert ids_of(before) != ids_of(after)
+    assert {c.policy_version for group in before for c in group} == {0}
+    assert {c.policy_version for group in after for c in group} == {3}
+    for ids, group in zip(PROMPTS, after, strict=True):
+        for completion in group:
+            assert completion.logprobs == pytest.approx(reference_logprobs(llama, ids, completion, params), abs=1e-5)
+
+
+def test_sampled_frequencies_follow_the_exact_distribution(llama, tokenizer):
+    """Chi-square of the first two tokens of 3000 completions against the model's probabilities."""
+    n, params = 3000, SamplingParams(temperature=1.5, max_new_tokens=2)
+    request = SampleRequest(prompt=Prompt(token_ids=PROMPTS[0]), seeds=tuple(range(n)))
+    (group,) = NativeSampler(llama, tokenizer, max_rows=500).generate([request], params)
+    with torch.no_grad():
+        first = torch.softmax(llama(torch.tensor([PROMPTS[0]])).logits[0, -1] / 1.5, -1)
+        second = torch.softmax(llama(torch.tensor([[*PROMPTS[0], t] for t in range(32)])).logits[:, -1] / 1.5, -1)
+    second[EOS] = 0  # nothing follows it
+    expected = torch.cat(((first[:, None] * second).flatten(), first[EOS, None])).double() * n
+    counts = torch.zeros_like(expected)
+    for completion in group:
+        ids = completion.token_ids
+        counts[-1 if ids[0] == EOS else 32 * ids[0] + ids[1]] += 1
+    common = expected >= 5  # the chi-square approximation needs that; the rest is one class
+    expected = torch.cat((expected[common], expected[~common].sum()[None]))
+    counts = torch.cat((counts[common], counts[~common].sum()[None]))
+    freedom = len(expected) - 1
+    assert freedom > 50
+    chi_square = ((counts - expected) ** 2 / expected).sum().item()
+    assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5
+
+
+def test_noise_belongs_to_the_seed_alone(make_qwen2, tokenizer):
+    """Other requests, their order, max_rows, prefill_tokens and max_new_tokens change nothing in a completion."""
+    model = make_qwen2()
+    params = SamplingParams(temperature=1.2, max_new_tokens=25)
+    wanted = ids_of(NativeSampler(model, tokenizer).generate(requests(5), params))
+    assert len({ids for group in wanted for ids in group}) > 20
+
+    for max_rows, prefill_tokens in ((1, 1), (3, 10), (8, 8192), (1000, 40)):
+        sampler = NativeSampler(model, tokenizer, max_rows=max_rows, prefill_tokens=prefill_tokens)
+        assert ids_of(sampler.generate(requests(5), params)) == wanted
+    sampler = NativeSampler(model, tokenizer, max_rows=6)
+    assert ids_of(sampler.generate(requests(5)[::-1], params)) == wanted[::-1]
+    for request, group in zip(requests(5), wanted, strict=True):
+        alone = SampleRequest(prompt=request.prompt, seeds=request.seeds[3:4])
+        assert ids_of(sampler.generate([alone], params)) == [[group[3]]]
+    short = ids_of(sampler.generate(requests(5), SamplingParams(temperature=1.2, max_new_tokens=4)))
+    assert short == [[ids[:4] for ids in group] for group in wanted]
+
+
+def test_the_global_generators_are_neither_used_nor_moved(llama, tokenizer):
+    sampler, params = NativeSampler(llama, tokenizer), SamplingParams(max_new_tokens=10)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = sampler.generate(requests(2), params)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    assert sampler.generate(requests(2), params) == first
+
+
+# --- how it is written ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_rows", [1, 4, 64])
+def test_each_prompt_is_read_once_and_rows_leave_when_they_end(llama, tokenizer, max_rows: int):
+    sampler = NativeSampler(llama, tokenizer, max_rows=max_rows)
+    with recorded(llama) as shapes:
+        groups = sampler.generate(requests(6), SamplingParams(max_new_tokens=50))
+    completions = [completion for group in groups for completion in group]
+    assert len({len(c.token_ids) for c in completions}) > 5
+    decoding = [rows for rows, tokens in shapes if tokens == 1 and rows >= 1]
+    # A prompt's last token is the input of its completions' first step; "ab" alone also makes a [1, 1] of one token.
+    read = sum(tokens for rows, tokens in shapes if rows == 1 and tokens > 1)
+    read += sum(decoding) - sum(len(c.token_ids) for c in completions)
+    assert read == sum(len(ids) - 1 for ids in PROMPTS)
+    assert max(decoding) == min(max_rows, len(completions))
+    assert len(decoding) >= max(len(c.token_ids) for c in completions)
+
+
+def test_prompts_are_read_in_bounded_packs(llama, tokenizer):
+    sampler = NativeSampler(llama, tokenizer, prefill_tokens=30)
+    with recorded(llama) as shapes:
+        sampler.generate(requests(2), SamplingParams(max_new_tokens=1))
+    # Lengths without the last token, longest first: 31 | 18 + 7 + 1; the prompt of one token is not read at all.
+    assert shapes == [(1, 31), (1, 26), (10, 1)]
+
+
+def test_waiting_rows_take_the_places_of_finished_ones(llama, tokenizer):
+    sampler = NativeSampler(llama, tokenizer, max_rows=8)
+    with recorded(llama) as shapes:
+        groups = sampler.generate(requests(20), SamplingParams(temperature=1.5, max_new_tokens=60))
+    lengths = [len(completion.token_ids) for group in groups for completion in group]
+    steps = sum(tokens == 1 for _, tokens in shapes)
+    longest_of_waves = sum(max(lengths[i : i + 8]) for i in range(0, len(lengths), 8))
+    assert steps < 0.7 * longest_of_waves
+    assert steps < 1.4 * sum(lengths) / 8 + max(lengths)
+
+
+def test_only_the_last_position_goes_through_the_head(llama, tokenizer):
+    shapes = []
+    llama.get_output_embeddings().register_forward_pre_hook(lambda _m, args: shapes.append(tuple(args[0].shape)))
+    sampler = NativeSampler(llama, tokenizer)
+    shapes.clear()
+    sampler.generate(requests(2), SamplingParams(max_new_tokens=2))
+    assert all(tokens == 1 for _, tokens, _ in shapes)
+
+
+def test_progress_counts_completions(llama, tokenizer):
+    calls = []
+    NativeSampler(llama, tokenizer, max_rows=3).generate(
+        requests(4), SamplingParams(max_new_tokens=30), on_progress=lambda done, total: calls.append((done, total))
+    )
+    done = [d for d, _ in calls]
+    assert {total for _, total in calls} == {20}
+    assert done == sorted(set(done))
+    assert done[-1] == 20
+    assert done[0] < 20
+
+
+def test_requests_may_be_empty(llama, tokenizer):
+    sampler, params = NativeSampler(llama, tokenizer), SamplingParams(max_new_tokens=3)
+    assert sampler.generate([], params) == []
+    some = [SampleRequest(prompt=Prompt(token_ids=PROMPTS[0]), seeds=()), *requests(2)]
+    groups = sampler.generate(some, params)
+    assert [len(group) for group in groups] == [0, 2, 2, 2, 2, 2]
+    assert groups[1:] == sampler.generate(requests(2), params)
+
+
+# --- where it ends ----------------------------------------------------------------------------------------------------
+
+
+def scripted(model: PreTrainedModel, script: Sequence[int], start: int) -> None:
+    """From now on a row at position ``start + i`` writes ``script[i]``."""
+    positions: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda _m, _a, kwargs: positions.append(kwargs["position_ids"]), with_kwargs=True)
+
+    def replace(_module, _args, logits: torch.Tensor) -> torch.Tensor:
+        steps = (positions[-1][:, -1] - start).clamp(0, len(script) - 1)
+        wanted = torch.tensor(script)[steps]
+        return 1000 * nn.functional.one_hot(wanted, logits.shape[-1]).float()[:, None]
+
+    model.get_output_embeddings().register_forward_hook(replace)
+
+
+def written(model, tokenizer, text_ids: Sequence[int], params: SamplingParams, prefill: str = "") -> Completion:
+    sampler = NativeSampler(model, tokenizer)
+    scripted(model, text_ids, len(PROMPTS[0]) - 1)
+    ((completion,),) = sampler.generate(requests(1, PROMPTS[:1], prefill), params)
+    return completion
+
+
+def test_eos_is_kept_and_left_out_of_the_text(llama, tokenizer):
+    c = written(
+        llama, tokenizer, [*letters("four"), EOS, *letters("more")], SamplingParams(max_new_tokens=20), "<think>"
+    )
+    assert c.token_ids == (*letters("four"), EOS)
+    assert len(c.logprobs) == 5
+    assert (c.finish_reason, c.text) == ("stop", "<think>four")
+
+
+def test_every_eos_of_the_generation_config_ends_a_completion(llama, tokenizer):
+    llama.generation_config.eos_token_id = [30, 31]
+    c = written(llama, tokenizer, [*letters("ab"), 31, *letters("cd")], SamplingParams(max_new_tokens=20))
+    assert (c.token_ids, c.finish_reason, c.text) == ((0, 1, 31), "stop", "ab")
+    d = written(llama, tokenizer, [*letters("ab"), EOS, *letters("cd")], SamplingParams(max_new_tokens=20))
+    assert (d.token_ids, d.finish_reason) == ((0, 1, EOS), "stop")
+
+
+def test_the_length_limit_is_not_a_stop_but_eos_on_it_is(llama, tokenizer):
+    c = written(llama, tokenizer, letters("abcdefgh"), SamplingParams(max_new_tokens=5))
+    assert (c.token_ids, c.finish_reason, c.text) == (letters("abcde"), "length", "abcde")
+    d = written(llama, tokenizer, [*letters("abcd"), EOS], SamplingParams(max_new_tokens=5))
+    assert (d.token_ids, d.finish_reason) == ((*letters("abcd"), EOS), "stop")
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        (("the end",), "this is a rather long text up to the end"),
+        (("x", "g t"), "this is a rather long t"),
+        ((" ",), "this "),
+        (("zzz",), "this is a rather long text up to the end and not farther"),
+        (("this is a rather long text up to",), "this is a rather long text up to"),
+    ],
+)
+def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(llama, tokenizer, stop, text: str):
+    script = "this is a rather long text up to the end and not farther"
+    c = written(llama, tokenizer, letters(script), SamplingParams(max_new_tokens=len(script), stop=stop))
+    assert c.token_ids == letters(text)
+    assert c.text == text
+    assert c.finish_reason == ("length" if stop == ("zzz",) else "stop")
+
+
+def test_a_stop_string_in_the_prompt_or_prefill_does_not_count(llama, tokenizer):
+    params = SamplingParams(max_new_tokens=3, stop=("two", "prefill"))
+    c = written(llama, tokenizer, letters("abc"), params, prefill="prefill")
+    assert (c.text, c.finish_reason) == ("prefillabc", "length")
+
+
+def test_a_stop_string_is_found_across_a_special_token(llama, tokenizer):
+    script = [*letters("st"), 28, *letters("op"), *letters("more")]
+    c = written(llama, tokenizer, script, SamplingParams(max_new_tokens=20, stop=("stop",)))
+    assert (c.token_ids, c.text) == (tuple(script[:5]), "stop")
+
+
+def test_ids_beyond_the_tokenizer_can_be_sampled_and_decode_to_nothing(llama, tokenizer):
+    c = written(llama, tokenizer, [0, 31, 1], SamplingParams(max_new_tokens=3, stop=("no",)))
+    assert (c.token_ids, c.text) == ((0, 31, 1), "ab")
+
+
+# --- what it leaves behind --------------------------------------------------------------------------------------------
+
+
+def state_of(model: nn.Module) -> tuple:
+    modes = tuple(module.training for module in model.modules())
+    forwards = sum("forward" in module.__dict__ for module in model.modules())
+    parameters = tuple((p.requires_grad, p.is_inference(), p._version) for p in model.parameters())
+    base: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()  # pyright: ignore
+    return modes, forwards, parameters, base.config._attn_implementation, torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_model_is_left_as_it_was(make_llama, tokenizer, implementation: str, lora: bool):
+    model = make_llama(attention_dropout=0.1)
+    model.config._attn_implementation = implementation
+    policy = with_lora(model) if lora else model
+    policy.train()
+    model.model.layers[0].mlp.eval()  # modules need not all be in the same mode
+    next(policy.parameters()).requires_grad_(False)
+    before = state_of(policy)
+    sampler = NativeSampler(policy, tokenizer)
+    assert state_of(policy) == before
+    sampler.generate(requests(2), SamplingParams(max_new_tokens=5))
+    assert state_of(policy) == before
+
+    def fail(_done: int, _total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sampler.generate(requests(2), SamplingParams(max_new_tokens=5), on_progress=fail)
+    assert state_of(policy) == before
+
+
+def test_the_model_can_be_trained_afterwards(llama, tokenizer):
+    def gradients() -> list[torch.Tensor]:
+        llama.zero_grad()
+        llama.train()
+        ids = torch.tensor([PROMPTS[0]])
+        llama(input_ids=ids, labels=ids).loss.backward()
+        return [parameter.grad.clone() for parameter in llama.parameters()]
+
+    before = gradients()
+    groups = NativeSampler(llama, tokenizer).generate(requests(2), SamplingParams(max_new_tokens=8))
+    after = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    logprobs = torch.tensor(groups[0][0].logprobs, requires_grad=True)
+    logprobs.exp().sum().backward()
+    assert logprobs.grad is not None
+
+
+def test_autograd_in_another_thread_is_left_alone(llama, tokenizer):
+    """no_grad belongs to a thread: a judge in another one may train while completions are written."""
+    seen = []
+
+    def progress(_done: int, _total: int) -> None:
+        thread = threading.Thread(target=lambda: seen.append(torch.is_grad_enabled()))
+        thread.start()
+        thread.join()
+
+    NativeSampler(llama, tokenizer).generate(requests(1), SamplingParams(max_new_tokens=2), on_progress=progress)
+    assert seen and all(seen)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 28,
+    "bos_token_id": None,
+    "eos_token_id": EOS,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Gemma2Config(**SIZES), "Gemma2ForCausalLM.*softcap"),
+        (GptOssConfig(**SIZES, num_local_experts=2), "GptOssForCausalLM.*sinks"),
+    ],
+)
+def test_attention_of_another_kind_is_refused(build_model, tokenizer, config, reason: str):
+    model = build_model(config)
+    implementation = model.config._attn_implementation
+    with pytest.raises(ValueError, match=reason):
+        NativeSampler(model, tokenizer)
+    assert model.config._attn_implementation == implementation
+    assert torch.is_grad_enabled()
+
+
+def test_recurrent_layers_are_refused(build_model, tokenizer):
+    config = Lfm2Config(**{**SIZES, "layer_types": ["conv", "full_attention"]})
+    with pytest.raises(ValueError, match="Lfm2ForCausalLM"):
+        NativeSampler(build_model(config), tokenizer)
+
+
+def test_encoder_decoders_are_refused(tokenizer):
+    config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        NativeSampler(T5ForConditionalGeneration(config), tokenizer)
+
+
+def test_a_model_whose_logits_come_out_different_is_refused(llama, tokenizer):
+    """Whatever the reason: here a layer that remembers, and so adds something of the tokens before."""
+    memory = []
+    llama.model.layers[0].mlp.register_forward_hook(
+        lambda _m, _a, out: (memory.append(out.mean()), out + sum(memory[:-1], torch.tensor(0.0)))[1]
+    )
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*logits come out different"):
+        NativeSampler(llama, tokenizer)
+
+
+def test_a_sliding_window_is_a_limit_on_the_length(build_model, tokenizer):
+    model = build_model(MistralConfig(**SIZES, sliding_window=40))
+    sampler = NativeSampler(model, tokenizer)
+    longest = len(PROMPTS[3])
+    sampler.generate(requests(1), SamplingParams(max_new_tokens=40 - longest))
+    with pytest.raises(ValueError, match=f"max_new_tokens: {41 - longest}.*40 tokens"):
+        sampler.generate(requests(1), SamplingParams(max_new_tokens=41 - longest))
+
+
+def test_the_context_is_a_limit_on_the_length(make_llama, tokenizer):
+    sampler = NativeSampler(make_llama(max_position_embeddings=40), tokenizer)
+    with pytest.raises(ValueError, match="40 tokens"):
+        sampler.generate(requests(1), SamplingParams(max_new_tokens=30))
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 36}
+    sampler = NativeSampler(make_llama(rope_parameters=rope), tokenizer)
+    with pytest.raises(ValueError, match="36 tokens"):
+        sampler.generate(requests(1), SamplingParams(max_new_tokens=10))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=-0.1),
+        SamplingParams(top_p=0.0),
+        SamplingParams(top_p=1.1),
+        SamplingParams(top_k=-1),
+        SamplingParams(max_new_tokens=0),
+        SamplingParams(stop=("a", "")),
+    ],
+)
+def test_params_out_of_range_are_refused(llama, tokenizer, params: SamplingParams):
+    with pytest.raises(ValueError, match=r"^sampling\.\w+: "):
+        NativeSampler(llama, tokenizer).generate(requests(1), params)
+
+
+def test_options_and_prompts_are_checked(llama, tokenizer):
+    with pytest.raises(ValueError, match=r"sampler\.max_rows: 0"):
+        NativeSampler(llama, tokenizer, max_rows=0)
+    with pytest.raises(ValueError, match=r"sampler\.prefill_tokens: -1"):
+        NativeSampler(llama, tokenizer, prefill_tokens=-1)
+    with pytest.raises(ValueError, match="request 1 has no tokens"):
+        NativeSampler(llama, tokenizer).generate(requests(1, [PROMPTS[0], ()]), SamplingParams())
+
+
+def test_diverged_weights_stop_the_run(llama, tokenizer):
+    sampler = NativeSampler(llama, tokenizer)
+    with torch.no_grad():
+        llama.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="diverged"):
+        sampler.generate(requests(1), SamplingParams(max_new_tokens=3))
