@@ -1,11 +1,12 @@
 """Audit the rewards before they are trained on: do right answers get full marks, and do wrong ones get nothing?
 
   - every gold answer of a data set, in several spellings (``$1,800``, ``1800.``, ``**1800**`` ...), must score 1;
-  - mutated answers (off by one, a digit more, a list of guesses, a hedge, the right number in the working alone ...) must
-    score 0 where a reward judges correctness.
+  - mutated answers (off by one, a digit more, a list of guesses, a hedge, the right number in the working alone ...)
+    must score 0 where a reward judges correctness.
 
 Any other score is a false negative or a false positive, counted by kind and shown with examples. A reward that judges
-something else (the format, say) is checked on right turns only. Exit status 1 if there was one.
+something else (the format, say) is checked on right turns only; one that does not give a right turn 1 by its text (a
+penalty, a price on length) is left out. Exit status 1 if there was one.
 
     tune run audit_rewards --config audit_rewards.yaml
 """
@@ -19,10 +20,11 @@ from pathlib import Path
 from rich.console import Console
 
 from rolltune import config, runs
-from rolltune.components import instantiate
+from rolltune.components import ConfigError, instantiate
 from rolltune.metrics import write_json_atomic
-from rolltune.rewards.audit import AuditReport, audit, render
+from rolltune.rewards.audit import AuditReport, audit, render, render_turn
 from rolltune.schema import AuditRewardsConfig
+from rolltune.selftest import full_marks
 from rolltune.types import Problem, Reward
 
 
@@ -31,8 +33,12 @@ def run(cfg: AuditRewardsConfig) -> None:
     console = Console()
     problems = instantiate(cfg.data)
     problems = [problems[i] for i in range(min(cfg.max_problems or len(problems), len(problems)))]
-    rewards = runs.build_reward(cfg.rewards).text_rewards
+    rewards = {n: r for n, r in runs.build_reward(cfg.rewards).text_rewards.items() if full_marks(r) == 1.0}
+    if not rewards:
+        raise ConfigError([f"rewards: none of {', '.join(cfg.rewards)} gives a right turn 1 by its text alone"])
     console.print(f"{len(problems)} problems, rewards: {', '.join(rewards)}")
+    if left_out := [name for name in cfg.rewards if name not in rewards]:
+        console.print(f"not audited, as a right turn is not worth 1 by its text alone: {', '.join(left_out)}")
     if cfg.dry_run:
         console.print("dry run: everything resolves; nothing was audited")
         return
@@ -52,9 +58,10 @@ def run(cfg: AuditRewardsConfig) -> None:
 
 def audit_one(problems: Sequence[Problem], reward: Reward, cfg: AuditRewardsConfig) -> AuditReport:
     """A reward that gives a turn with a wrong answer full marks does not judge correctness: right turns only."""
-    wrong = cfg.answer_format.format(solution="So it is 1.", answer="1")
-    judges = reward(Problem(id="probe", messages=(), answer="2"), wrong).total != 1.0
-    return audit(problems, reward, cfg.answer_format, seed=cfg.seed, wrong_turns=judges)
+    answer_format = cfg.answer_format.format(solution="{solution}", answer="{answer}")  # {{ }} are single braces there
+    probe = Problem(id="probe", messages=({"role": "user", "content": "What is 1 + 1?"},), answer="2")
+    wrong = render_turn(answer_format, solution="So it is 1.", answer="1")
+    return audit(problems, reward, answer_format, seed=cfg.seed, wrong_turns=reward(probe, wrong).total != 1.0)
 
 
 if __name__ == "__main__":

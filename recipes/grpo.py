@@ -2,15 +2,16 @@
 
 Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, eq. 3-4), outcome supervision:
 
-  - kept: a group of completions for each prompt, the z-score of its rewards as advantage (no value model), the clipped ratio, and
-    the k3 KL to a frozen reference inside the loss;
-  - changed by config, one component each: the advantage (``rolltune.advantages``) and the objective (``rolltune.losses``),
-    which together give Dr. GRPO, DAPO, GSPO, CISPO and RLOO;
-  - dropped: refreshing the reference in mid-run, process supervision, and old log-probs from the sampler: where there is
-    more than one update a step they are computed by the trainer, and where there is one the ratio is exactly 1.
+  - kept: a group of completions for each prompt, the z-score of its rewards as advantage (no value model), the clipped
+    ratio, and the k3 KL to a frozen reference inside the loss;
+  - changed by config, one component each: the advantage (``rolltune.advantages``) and the objective
+    (``rolltune.losses``), which together give Dr. GRPO, DAPO, GSPO, CISPO and RLOO;
+  - dropped: refreshing the reference in mid-run, process supervision, and old log-probs from the sampler: where there
+    is more than one update a step they are computed by the trainer, and where there is one the ratio is exactly 1.
 
-One process or many: every rank samples and trains on its share of the step's prompts, whole groups at a time; denominators
-and metrics are global. All randomness comes from (seed, step, purpose), so a killed run resumes to the same numbers.
+One process or many: every rank samples and trains on its share of the step's prompts, whole groups at a time;
+denominators and metrics are global. All randomness comes from (seed, step, purpose), so a killed run resumes to the
+same numbers.
 
     tune run grpo --config quickstart.yaml
     tune run --nproc_per_node 2 grpo --config quickstart.yaml
@@ -35,7 +36,7 @@ from rolltune.components import component, instantiate
 from rolltune.data.dataset import ProblemStream
 from rolltune.distributed import World, close_world, init_world
 from rolltune.evaluation import evaluate_greedy
-from rolltune.metrics import MetricsLog, Progress, plot_curves
+from rolltune.metrics import Progress, plot_curves
 from rolltune.models import load_tokenizer
 from rolltune.policy import Policy, build_policy
 from rolltune.rewards.combine import WeightedReward
@@ -43,8 +44,8 @@ from rolltune.rollout import Rollout, collect, is_trainable, sample_groups
 from rolltune.samplers import Sampler
 from rolltune.schema import GRPOConfig
 from rolltune.seeding import derive_seed
-from rolltune.selftest import run_selftest
 from rolltune.selftest import report as report_selftest
+from rolltune.selftest import run_selftest
 from rolltune.timing import Phases, peak_memory_gib
 from rolltune.types import Group, Loss, LossTotals, Problem, Prompt, SamplingParams
 from rolltune.update import Optimization, prepare_rows, update_policy
@@ -127,14 +128,15 @@ def dry_run(cfg: GRPOConfig) -> None:
     train, heldout = runs.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
     runs.build_reward(cfg.rewards)
     stream = ProblemStream(train, seed=cfg.seed)
-    prompts = [runs.prompt_renderer(cfg.prompt, tokenizer)(p) for p in stream.take(0, min(256, len(train)))]
-    console.print("first prompt:", Text(tokenizer.decode(list(prompts[0].token_ids)), style="dim"), sep="\n")
-    longest = max(len(prompt.token_ids) for prompt in prompts)
+    render = runs.prompt_renderer(cfg.prompt, tokenizer)
+    first = render(stream.take(0, 1)[0])
+    console.print("first prompt:", Text(str(tokenizer.decode(list(first.token_ids))), style="dim"), sep="\n")
+    longest = runs.longest_prompt(stream, render)
     estimates.check_context(cfg.model, prompt_tokens=longest, max_new_tokens=cfg.sampling.max_new_tokens)
     rows = cfg.batch.prompts_per_step * cfg.sampling.group_size
     console.print(
-        f"{len(train)} training problems, {len(heldout)} held out; prompts of {longest} tokens at most (of {len(prompts)});\n"
-        f"{rows} completions a step, {rows * cfg.sampling.max_new_tokens} sampled tokens a step at most, "
+        f"{len(train)} training problems, {len(heldout)} held out; prompts of {longest} tokens at most (of the first "
+        f"256); {rows} completions a step, {rows * cfg.sampling.max_new_tokens} sampled tokens a step at most, "
         f"{cfg.num_steps * rows * cfg.sampling.max_new_tokens} in all"
     )
     parts = estimates.estimate_memory(
@@ -152,6 +154,9 @@ def build(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Parts:
     """Everything the loop uses, cheap things first, so that a mistake shows before weights are loaded."""
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
     train, heldout = runs.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
+    stream, render = ProblemStream(train, seed=cfg.seed), runs.prompt_renderer(cfg.prompt, tokenizer)
+    longest = runs.longest_prompt(stream, render)
+    estimates.check_context(cfg.model, prompt_tokens=longest, max_new_tokens=cfg.sampling.max_new_tokens)
     loss = instantiate(cfg.loss)
     policy = build_policy(
         cfg.model,
@@ -171,9 +176,9 @@ def build(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Parts:
         policy=policy,
         sampler=instantiate(cfg.sampler, policy.model, tokenizer),
         tokenizer=tokenizer,
-        stream=ProblemStream(train, seed=cfg.seed),
+        stream=stream,
         heldout=heldout,
-        render=runs.prompt_renderer(cfg.prompt, tokenizer),
+        render=render,
         reward=runs.build_reward(cfg.rewards),
         advantage=component(cfg.advantage),
         loss=loss,

@@ -1,7 +1,7 @@
 """Prime: supervised fine-tuning on worked turns, before RL.
 
-A base model often has the ability and lacks the form: where it never writes the tags that a reward looks for, every group
-scores the same and RL has nothing to learn from. A few hundred worked turns are enough to change that.
+A base model often has the ability and lacks the form: where it never writes the tags that a reward looks for, every
+group scores the same and RL has nothing to learn from. A few hundred worked turns are enough to change that.
 
   - the turn that is learnt is ``answer_format`` filled with each problem's own solution and answer;
   - loss on the turn's tokens alone, EOS included; the prompt is context;
@@ -115,10 +115,11 @@ def dry_run(cfg: PrimeConfig) -> None:
     prompt, turn = examples[0].prompt.token_ids, examples[0].sequences[0].token_ids
     console.print(
         "first example, trained tokens in green:\n",
-        Text.assemble((tokenizer.decode(list(prompt)), "dim"), (tokenizer.decode(list(turn)), "green")),
+        Text.assemble((str(tokenizer.decode(list(prompt))), "dim"), (str(tokenizer.decode(list(turn))), "green")),
     )
     longest = max(len(e.prompt.token_ids) for e in examples), max(len(e.sequences[0].token_ids) for e in examples)
-    estimates.check_context(cfg.model, prompt_tokens=longest[0], max_new_tokens=longest[1])
+    whole = max(len(e.prompt.token_ids) + len(e.sequences[0].token_ids) for e in examples)
+    estimates.check_examples(cfg.model, tokens=whole)
     console.print(
         f"{len(train_set)} examples, {len(heldout)} held out; {cfg.num_steps * cfg.batch.examples_per_step} are "
         f"trained on; prompts of {longest[0]} and turns of {longest[1]} tokens at most (of {len(examples)})"

@@ -1,4 +1,5 @@
-"""A tiny random Llama with a byte-level tokenizer and a chat template: small enough for every test, real in every part."""
+"""A tiny random Llama with a byte-level tokenizer and a chat template: small enough for every test, real in every
+part."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).mkdir()
     (tmp_path / "recipes" / "tiny.py").write_text(RECIPE)
     (tmp_path / "recipes" / "other.py").write_text('"""Another recipe."""\n')
-    header = "# tune run tiny --config small.yaml\n#\n# The smallest config. It has\n# two sentences.\n\n"
+    header = "# tune run tiny --config small.yaml\n#\n# The smallest, by Dr. Small. It has\n# two sentences.\n\n"
     (tmp_path / "configs" / "small.yaml").write_text(f"{header}who: bundled\n")
     (tmp_path / "configs" / "wide.yaml").write_text("# tune run --nproc_per_node 2 other --config wide.yaml\na: 1\n")
     monkeypatch.setattr(cli, "PACKAGE", tmp_path)
@@ -316,13 +316,16 @@ def test_ls(bundle: Path, capsys):
         "other           Another recipe.",
         "        wide",
         "tiny            A tiny recipe, which says what it was given.",
-        "        small   The smallest config.",
+        "        small   The smallest, by Dr. Small.",
     ]
 
 
 def test_cat_keeps_comments(bundle: Path, capsys):
     assert run_main("cat", "small.yaml") == 0
     assert capsys.readouterr().out == (bundle / "configs" / "small.yaml").read_text()
+    (bundle / "configs" / "tiny.yaml").write_text("who: named like the recipe\n")
+    assert run_main("cat", "tiny") == 0
+    assert capsys.readouterr().out == "who: named like the recipe\n"
     Path("small.yaml").write_text("who: local\n")
     assert run_main("cat", "small.yaml") == 0
     assert capsys.readouterr().out == "who: local\n"

@@ -219,6 +219,7 @@ MISTAKES = [
         "rewards.length={_component_: rolltune.rewards.length.cosine_length_reward, max_tokens: 9, completion: 1}",
         "rewards.length.completion: the recipe passes it to cosine_length_reward",
     ),
+    ("advantage.eps=0", "advantage.eps: 0, must be > 0"),
     # values
     ("rewards.answer.weight=much", "rewards.answer.weight: 'much' is a string; a number is wanted"),
     ("rewards.answer.weight=.inf", "rewards.answer.weight: inf; a finite number is wanted"),
@@ -282,6 +283,8 @@ def test_several_settings_that_contradict(valid: Path):
     assert found == ["rewards: every weight is 0 (answer); there is nothing to train on"]
     found = problems_of(valid, "~rewards")
     assert found == ["rewards: none; name at least one reward"]
+    found = problems_of(valid, "~rewards.format", "rewards.answer.weight=0", "~rewards.answer._component_")
+    assert len(found) == 2
     loss = "loss=rolltune.losses.reinforce.ReinforceLoss"
     assert problems_of(valid, loss) == []
     assert "ReinforceLoss has no ratio" in problems_of(valid, loss, "batch.num_iterations=2")[0]

@@ -34,6 +34,11 @@ def test_config(path):
 
 
 def test_there_are_configs():
-    assert {"quickstart", "smollm2_135m_gsm8k", "llama3_2_1b", "llama3_2_1b_lora", "llama3_2_3b", "llama3_2_3b_lora"} <= {
-        path.stem for path in CONFIGS
-    }
+    assert {
+        "quickstart",
+        "smollm2_135m_gsm8k",
+        "llama3_2_1b",
+        "llama3_2_1b_lora",
+        "llama3_2_3b",
+        "llama3_2_3b_lora",
+    } <= {path.stem for path in CONFIGS}

@@ -95,9 +95,7 @@ def test_metrics_by_hand(tiny_llama):
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights(tiny_llama, monkeypatch):
-    before = build_policy(
-        ModelConfig(path=str(tiny_llama)), None, device=WORLD.device, seed=0, with_reference=False
-    )
+    before = build_policy(ModelConfig(path=str(tiny_llama)), None, device=WORLD.device, seed=0, with_reference=False)
     weights = MasterWeights(before.trainable_parameters, enabled=False)
     optimization = Optimization(
         weights=weights, optimizer=torch.optim.SGD(weights.masters, lr=0.1), scheduler=None, max_grad_norm=1.0

@@ -49,7 +49,8 @@ def packed_layout(microbatch: MicroBatch) -> PackedLayout:
     segments, completions = microbatch.segment_ids, microbatch.completion_ids
     device, count = segments.device, len(segments)
     is_prompt = completions == -1
-    # Tokens of a segment's prompt stand together, and so do those of a completion: runs are what is between two changes.
+    # Tokens of a segment's prompt stand together, and so do those of a completion: runs are what is between two
+    # changes.
     starts = torch.ones(count, dtype=torch.bool, device=device)
     starts[1:] = (segments[1:] != segments[:-1]) | (completions[1:] != completions[:-1])
     run = starts.cumsum(0) - 1  # [T], number of each token's run

@@ -29,7 +29,8 @@ class TrainState:
         step: steps done.
         cursor: problems taken from the training stream.
         policy_version: optimizer steps done.
-        best_score: highest held-out score so far (accuracy; for prime the negative loss); None before the first evaluation.
+        best_score: highest held-out score so far (accuracy; for prime the negative loss); None before the first one.
+        best_step: the step that had it.
         seconds: of training so far, over all resumed parts.
     """
 
@@ -37,6 +38,7 @@ class TrainState:
     cursor: int = 0
     policy_version: int = 0
     best_score: float | None = None
+    best_step: int | None = None
     seconds: float = 0.0
 
 
@@ -65,8 +67,7 @@ class Checkpoints:
     ) -> None:
         """Write one checkpoint; point ``best`` at it if it is; drop those that are no longer wanted."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob(".tmp-*"):  # a run that was killed in here
-            shutil.rmtree(stale)
+        self._remove_stale()
         target = self.path(state.step)
         work = self.folder / f".tmp-{target.name}"
         save_policy(work / "policy")
@@ -84,6 +85,17 @@ class Checkpoints:
             self._point_best_at(target)
         self._prune()
 
+    def recover(self, state: TrainState) -> None:
+        """Finish the save of ``state``: a kill behind the rename leaves ``best`` and older checkpoints as they were."""
+        self._remove_stale()
+        if state.best_step is not None and self.path(state.best_step).is_dir():
+            self._point_best_at(self.path(state.best_step))
+        self._prune()
+
+    def _remove_stale(self) -> None:
+        for stale in self.folder.glob(".tmp-*"):  # a run that was killed in here
+            shutil.rmtree(stale)
+
     def _point_best_at(self, target: Path) -> None:
         link = self.output_dir / ".tmp-best"
         link.unlink(missing_ok=True)
@@ -95,7 +107,8 @@ class Checkpoints:
         for step in self.steps()[: -self.keep_last]:
             path = self.path(step)
             if path.resolve() == best:
-                (path / "trainer.pt").unlink(missing_ok=True)  # it is loaded, never resumed: optimizer state is the bulk
+                # It is loaded, never resumed, and optimizer state is the bulk.
+                (path / "trainer.pt").unlink(missing_ok=True)
             else:
                 # Renamed first: a kill inside rmtree must not leave half a folder under a whole one's name.
                 doomed = self.folder / f".tmp-old-{path.name}"

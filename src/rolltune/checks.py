@@ -55,11 +55,13 @@ def _check_grpo(cfg: GRPOConfig, world_size: int) -> Iterator[str]:
     yield from _check_data(cfg.data)
     yield from _check_prompt(cfg.prompt)
     yield from _check_rewards(cfg.rewards)
+    if cfg.rewards and all(node.get("weight", 1.0) == 0 for node in cfg.rewards.values()):
+        yield f"rewards: every weight is 0 ({', '.join(cfg.rewards)}); there is nothing to train on"
     yield from _check_answer_format(cfg.answer_format, cfg.prompt.prefill)
     yield from _check_sampling(cfg.sampling)
     yield from _check_context(cfg)
     yield from check_component(cfg.sampler, "sampler", positional=2)
-    yield from check_component(cfg.advantage, "advantage", positional=1)
+    yield from _check_advantage(cfg.advantage)
     yield from _check_loss(cfg)
     updates = cfg.num_steps * cfg.batch.num_iterations * cfg.batch.minibatches
     yield from _check_optimization(cfg, updates)
@@ -161,8 +163,6 @@ def _check_prompt(prompt: PromptConfig) -> Iterator[str]:
 def _check_rewards(rewards: dict[str, Component]) -> Iterator[str]:
     if not rewards:
         yield "rewards: none; name at least one reward"
-        return
-    weights = []
     for name, node in rewards.items():
         key = f"rewards.{name}"
         if not re.fullmatch(r"[\w-]+", name):
@@ -172,10 +172,6 @@ def _check_rewards(rewards: dict[str, Component]) -> Iterator[str]:
         wrong = mismatch(weight, float)
         if wrong or not math.isfinite(weight):
             yield f"{key}.weight: {wrong or f'{weight}; a finite number is wanted'}"
-        else:
-            weights.append(weight)
-    if len(weights) == len(rewards) and not any(weights):
-        yield f"rewards: every weight is 0 ({', '.join(rewards)}); there is nothing to train on"
 
 
 def _check_answer_format(answer_format: str, prefill: str) -> Iterator[str]:
@@ -237,16 +233,26 @@ _FULL_SUPPORT = (
 )
 
 
+def _check_advantage(node: Component) -> Iterator[str]:
+    problems = check_component(node, "advantage", positional=1)
+    yield from problems or _call_problems(node, "advantage", [0.0, 1.0])
+
+
+def _call_problems(node: Component, key: str, *args: Any) -> list[str]:
+    """What a component that is cheap to call says of its arguments' values."""
+    try:
+        instantiate(node, *args)
+    except ConfigError as error:
+        return [f"{key}.{error.problems[0].removeprefix(node['_component_']).removeprefix(': ')}"]
+    return []
+
+
 def _check_loss(cfg: GRPOConfig) -> Iterator[str]:
-    problems = check_component(cfg.loss, "loss")
+    problems = check_component(cfg.loss, "loss") or _call_problems(cfg.loss, "loss")
     yield from problems
     if problems:
         return
-    try:
-        loss = instantiate(cfg.loss)
-    except ConfigError as error:
-        yield f"loss.{error.problems[0].removeprefix(cfg.loss['_component_']).removeprefix(': ')}"
-        return
+    loss = instantiate(cfg.loss)
     if not callable(loss) or not hasattr(loss, "kl_coef"):
         yield f"loss._component_: {cfg.loss['_component_']}: no loss; a rolltune.types.Loss is called and has kl_coef"
     one_update = cfg.batch.num_iterations == cfg.batch.minibatches == 1

@@ -120,7 +120,7 @@ def summary_of(path: Path) -> str:
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         return text.partition("\n\n")[0].replace("\n", " ")
     text = " ".join(line for line in _comments(path) if not line.startswith("tune run")).strip()
-    return re.split(r"(?<=[.!])\s", text, maxsplit=1)[0]
+    return re.split(r"(?<=\w{3}[.!])\s", text, maxsplit=1)[0]
 
 
 def schema_of(recipe: Path) -> type | None:
@@ -204,7 +204,7 @@ def list_recipes(args: argparse.Namespace) -> None:
 
 
 def print_config(args: argparse.Namespace) -> None:
-    if args.config in [recipe.name for recipe in recipes()]:
+    if args.config in _names(recipes()) and args.config not in _names(configs()):
         raise UsageError(f"{args.config} is a recipe, not a config; its configs: {_configs_of(args.config)}")
     config = find_config(args.config)
     if args.sort:

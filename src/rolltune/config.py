@@ -464,8 +464,8 @@ def _argument_keys(tree: Any, prefix: str = "") -> list[str]:
 def explain(schema: type) -> str:
     """The keys of a schema with their types, defaults and comments, for ``--help``."""
     rows = _explained(schema, "")
-    width = max(len(left) for left, _ in rows) + 2
-    lines = [f"  {left:<{width}}{comment}".rstrip() for left, comment in rows]
+    width = min(max(len(left) for left, _ in rows), 36) + 2  # a long default pushes its comment to the right
+    lines = [f"  {left:<{width}} {comment}".rstrip() for left, comment in rows]
     return "\n".join(["usage: --config FILE [--dry-run] [key=value ...] [~key ...]", "", "keys of the config:", *lines])
 
 

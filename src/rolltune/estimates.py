@@ -15,23 +15,44 @@ from rolltune.schema import LoRAConfig, ModelConfig
 GIB = 2**30
 
 
-def count_parameters(config) -> tuple[int, int]:
-    """(all parameters, those of the linear layers that "all-linear" adapts), from shapes alone."""
+def count_parameters(config, target_modules: str = "all-linear") -> tuple[int, int]:
+    """(all parameters, input and output features of the linear layers that LoRA adapts), from shapes alone."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    return sum(p.numel() for p in model.parameters()), sum(m.in_features + m.out_features for m in linear)
+    linear = [(f".{name}", m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    if target_modules == "all-linear":
+        adapted = [m for _, m in linear if m is not head]
+    else:
+        suffixes = tuple(f".{name.strip()}" for name in target_modules.split(","))
+        adapted = [m for name, m in linear if name.endswith(suffixes)]
+    return sum(p.numel() for p in model.parameters()), sum(m.in_features + m.out_features for m in adapted)
+
+
+def _context(model: ModelConfig) -> int | None:
+    return getattr(load_config(model.path).get_text_config(), "max_position_embeddings", None)
 
 
 def check_context(model: ModelConfig, *, prompt_tokens: int, max_new_tokens: int) -> None:
     """Raise ConfigError where prompt and completion do not fit the model's context."""
-    context = getattr(load_config(model.path).get_text_config(), "max_position_embeddings", None)
+    context = _context(model)
     if context is not None and prompt_tokens + max_new_tokens > context:
         raise ConfigError(
             [
                 f"sampling.max_new_tokens: {max_new_tokens}: with prompts of {prompt_tokens} tokens that is beyond the "
                 f"{context} tokens of {model.path}; at most {context - prompt_tokens}"
+            ]
+        )
+
+
+def check_examples(model: ModelConfig, *, tokens: int) -> None:
+    """Raise ConfigError where the longest example, prompt and turn, does not fit the model's context."""
+    context = _context(model)
+    if context is not None and tokens > context:
+        raise ConfigError(
+            [
+                f"data.train: an example of {tokens} tokens is beyond the {context} tokens of {model.path}; "
+                "leave such problems out, or shorten what stands around them (prompt, answer_format)"
             ]
         )
 
@@ -56,11 +77,11 @@ def estimate_memory(
     config = load_config(model.path)
     text = config.get_text_config()
     size = torch.finfo(DTYPES[model.dtype]).bits // 8
-    parameters, linear_features = count_parameters(config)
+    parameters, linear_features = count_parameters(config, lora.target_modules if lora else "all-linear")
     trained = lora.rank * linear_features if lora else parameters
     trained_size = 4 if lora else size
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv_width = head_dim * text.num_key_value_heads
+    kv_width = head_dim * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     # Kept for the backward pass in each layer: norms, q, k, v, attention's output, residuals; gate, up, product.
     layer = 8 * text.hidden_size + 2 * kv_width + 4 * text.intermediate_size
     layers = text.num_hidden_layers
@@ -72,7 +93,7 @@ def estimate_memory(
         "fp32 master weights": trained * 4 if model.master_weights else 0,
         "frozen reference": parameters * size if with_reference and not lora else 0,
         "activations of a micro-batch": per_token * microbatch_tokens * size,
-        "logits of a chunk": 3 * CHUNK_BYTES,
+        "logits of a chunk": 3 * CHUNK_BYTES["cuda" if torch.cuda.is_available() else "cpu"],
         "keys and values while sampling": 2 * kv_width * layers * kv_tokens * size,
     }
     return {name: value / GIB for name, value in parts.items() if value}

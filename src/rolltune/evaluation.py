@@ -23,12 +23,12 @@ def evaluate_greedy(
 ) -> dict[str, float]:
     """One greedy completion a problem, judged strictly and leniently.
 
-    Strict: the last ``<answer>`` block states the gold answer and nothing else. Lenient: the last number anywhere in the
-    turn equals it. Both are reported because most of an early gain in the strict measure is format.
+    Strict: the last ``<answer>`` block states the gold answer and nothing else. Lenient: the last number anywhere in
+    the turn equals it. Both are reported because most of an early gain in the strict measure is format.
 
     Returns:
-        ``heldout/...`` metrics over all ranks: accuracy with its Wilson 95 % interval, lenient accuracy, share of turns in
-        the exact format, mean length in tokens, share of completions that were cut.
+        ``heldout/...`` metrics over all ranks: accuracy with its Wilson 95 % interval, lenient accuracy, share of turns
+        in the exact format, mean length in tokens, share of completions that were cut.
     """
     mine = world.shard(problems)
     requests = [SampleRequest(prompt=render(problem), seeds=(0,)) for problem in mine]

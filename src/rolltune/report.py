@@ -85,15 +85,18 @@ def write_summary(output_dir: Path, console: Console) -> dict:
     Read back from metrics.jsonl, so a resumed run's summary covers all of its parts.
     """
     rows = read_metrics(output_dir)
-    steps = [row for row in rows if "reward/mean" in row]
+    steps = [row for row in rows if row.get("reward/mean") is not None]
     fifth = max(1, len(steps) // 5)
-    evaluations = [row for row in rows if "heldout/accuracy" in row]
-    seconds = sum(value for row in rows for name, value in row.items() if name.startswith("seconds/"))
+    evaluations = [row for row in rows if row.get("heldout/accuracy") is not None]
+    seconds = sum(value or 0.0 for row in rows for name, value in row.items() if name.startswith("seconds/"))
     summary: dict = {"steps": len(steps), "train_minutes": seconds / 60}
-    for name in sorted({name for row in steps for name in row if name.startswith("reward/") and name.endswith("/mean")}):
+    for name in sorted(
+        {name for row in steps for name in row if name.startswith("reward/") and name.endswith("/mean")}
+    ):
         key = name.removesuffix("/mean").replace("/", "_")
         for label, part in (("first", steps[:fifth]), ("last", steps[-fifth:])):
-            summary[f"{key}_{label}_fifth"] = statistics.fmean(row[name] for row in part if name in row)
+            seen = [row[name] for row in part if row.get(name) is not None]  # a part may have been unscored throughout
+            summary[f"{key}_{label}_fifth"] = statistics.fmean(seen) if seen else None
     for label, row in (("before", evaluations[0]), ("after", evaluations[-1])):
         summary[f"heldout_{label}"] = row["heldout/accuracy"]
         summary[f"heldout_{label}_interval"] = [row["heldout/accuracy_low"], row["heldout/accuracy_high"]]
@@ -108,7 +111,8 @@ def _print_summary(summary: dict, output_dir: Path, console: Console) -> None:
     table = Table("", "before / first fifth", "after / last fifth", show_edge=False, pad_edge=False)
     for key in sorted(key for key in summary if key.endswith("_first_fifth")):
         name = key.removesuffix("_first_fifth")
-        table.add_row(name.replace("_", " "), f"{summary[key]:.3f}", f"{summary[f'{name}_last_fifth']:.3f}")
+        means = (summary[key], summary[f"{name}_last_fifth"])
+        table.add_row(name.replace("_", " "), *("-" if mean is None else f"{mean:.3f}" for mean in means))
     cells = []
     for label in ("before", "after"):
         low, high = summary[f"heldout_{label}_interval"]

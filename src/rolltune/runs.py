@@ -7,12 +7,13 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from omegaconf import OmegaConf
+import yaml
 from transformers import PreTrainedTokenizerBase
 
-from rolltune.checkpoint import Checkpoints, TrainState
+from rolltune import config
+from rolltune.checkpoint import Checkpoints, TrainState, load_state
 from rolltune.components import ConfigError, component, instantiate
-from rolltune.data.dataset import overlap
+from rolltune.data.dataset import ProblemStream, overlap
 from rolltune.distributed import World
 from rolltune.metrics import MetricsLog
 from rolltune.policy import Policy
@@ -23,7 +24,7 @@ from rolltune.types import Problem, Prompt, SamplingParams
 from rolltune.update import MasterWeights, Optimization
 
 # Keys that may change between the parts of a resumed run: none of them touches a number that is trained with.
-FREE_ON_RESUME = {"resume", "dry_run", "device", "checkpoint", "logging"}
+FREE_ON_RESUME = {"output_dir", "resume", "dry_run", "device", "checkpoint", "logging"}
 
 
 def start(cfg: GRPOConfig | PrimeConfig, checkpoints: Checkpoints, world: World) -> Path | None:
@@ -45,8 +46,7 @@ def start(cfg: GRPOConfig | PrimeConfig, checkpoints: Checkpoints, world: World)
             ]
         )
     if latest is not None and saved.exists():
-        before, now = OmegaConf.to_container(OmegaConf.load(saved)), asdict(cfg)
-        assert isinstance(before, dict)
+        before, now = yaml.safe_load(saved.read_text(encoding="utf-8")), asdict(cfg)
         changed = [k for k in now if k not in FREE_ON_RESUME and before.get(k) != now[k]]
         if changed:
             raise ConfigError(
@@ -60,8 +60,10 @@ def start(cfg: GRPOConfig | PrimeConfig, checkpoints: Checkpoints, world: World)
     if world.is_main:
         checkpoints.output_dir.mkdir(parents=True, exist_ok=True)
         temporary = saved.with_name(".tmp-config.yaml")
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(cfg))))
+        temporary.write_text(config.dump(cfg), encoding="utf-8")
         temporary.replace(saved)
+        if latest is not None:
+            checkpoints.recover(load_state(latest))
     return latest
 
 
@@ -100,7 +102,9 @@ def load_data(data: DataConfig, *, max_heldout: int) -> tuple[Sequence[Problem],
 def build_reward(nodes: dict[str, Component]) -> WeightedReward:
     """The weighted sum of the configured rewards; a node's ``weight`` defaults to 1."""
     return WeightedReward(
-        rewards={name: (component(node, ignore=("weight",)), float(node.get("weight", 1.0))) for name, node in nodes.items()}
+        rewards={
+            name: (component(node, ignore=("weight",)), float(node.get("weight", 1.0))) for name, node in nodes.items()
+        }
     )
 
 
@@ -122,6 +126,11 @@ def prompt_renderer(prompt: PromptConfig, tokenizer: PreTrainedTokenizerBase) ->
     return partial(
         render_prompt, tokenizer=tokenizer, system=prompt.system, few_shot=prompt.few_shot, prefill=prompt.prefill
     )
+
+
+def longest_prompt(stream: ProblemStream, render: Callable[[Problem], Prompt], *, most: int = 256) -> int:
+    """Tokens of the longest of the first ``most`` training prompts, for checks before weights are loaded."""
+    return max(len(render(problem).token_ids) for problem in stream.take(0, min(most, len(stream.dataset))))
 
 
 def sampling_params(sampling: SamplingConfig) -> SamplingParams:
@@ -160,7 +169,7 @@ def save(
     """
     is_best = score is not None and (state.best_score is None or score > state.best_score)
     if is_best:
-        state = replace(state, best_score=score)
+        state = replace(state, best_score=score, best_step=state.step)
     if is_best or is_due:
         if world.is_main:
             checkpoints.save(

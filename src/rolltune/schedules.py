@@ -18,5 +18,7 @@ def constant_with_warmup(optimizer: Optimizer, *, num_warmup_steps: int, num_tra
         ValueError: a warm-up that is negative or longer than the run.
     """
     if not 0 <= num_warmup_steps <= num_training_steps:
-        raise ValueError(f"num_warmup_steps: {num_warmup_steps}: must lie in 0 .. {num_training_steps}, the run's updates")
+        raise ValueError(
+            f"num_warmup_steps: {num_warmup_steps}: must lie in 0 .. {num_training_steps}, the run's updates"
+        )
     return LambdaLR(optimizer, lambda update: min(1.0, update / num_warmup_steps) if num_warmup_steps else 1.0)

@@ -37,7 +37,7 @@ class LoRAConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    train: Component = MISSING
+    train: Component = MISSING  # called without further arguments; gives the problems to train on
     heldout: Component = MISSING  # never trained on; greedy accuracy on it picks the best checkpoint
 
 
@@ -54,7 +54,7 @@ class PromptConfig:
     """What stands around a problem, all of it rendered by the model's own chat template."""
 
     system: str | None = None
-    few_shot: list[ExampleTurn] = field(default_factory=list)
+    few_shot: list[ExampleTurn] = field(default_factory=list)  # [{user: ..., assistant: ...}], in front of each problem
     prefill: str = ""  # start of the assistant's turn ("<think>"); rewards see it as written by the model
     chat_template: str | None = None  # a Jinja file, for base models that have no template of their own
 
@@ -63,12 +63,12 @@ class PromptConfig:
 class SamplingConfig:
     """The distribution that completions are sampled from; the trainer's log-probs are of the same one."""
 
-    group_size: int = 8
+    group_size: int = 8  # completions of each prompt
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: no limit
     max_new_tokens: int = 256
-    stop: list[str] = field(default_factory=list)
+    stop: list[str] = field(default_factory=list)  # strings that end a completion
 
 
 @dataclass(kw_only=True)
@@ -79,7 +79,7 @@ class BatchConfig:
     num_iterations: int = 1  # passes over the completions of one step
     minibatches: int = 1  # optimizer steps in each pass; whole groups, so it divides prompts_per_step
     microbatch_tokens: int = 4096  # tokens in one forward and backward pass: bounds activation memory
-    dynamic_sampling_rounds: int = 0  # DAPO: redraw groups without variance, at most so many rounds; 0 keeps every group
+    dynamic_sampling_rounds: int = 0  # DAPO: redraw groups without variance, at most so many rounds; 0: keep them all
 
 
 @dataclass(kw_only=True)
@@ -88,7 +88,7 @@ class EvalConfig:
 
     every_n_steps: int = 10  # also before the first step and after the last
     max_problems: int = 200
-    max_new_tokens: int | None = None  # None: as in sampling
+    max_new_tokens: int | None = None  # null: as in sampling
 
 
 @dataclass(kw_only=True)
@@ -123,11 +123,11 @@ class GRPOConfig:
     rewards: dict[str, Component] = field(default_factory=dict)  # name -> component and its `weight`
     answer_format: str = "<think>{solution}</think>\n<answer>{answer}</answer>"  # a right turn, for the self-test
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    sampler: Component = MISSING
-    advantage: Component = MISSING
-    loss: Component = MISSING
-    optimizer: Component = MISSING
-    lr_scheduler: Component | None = None
+    sampler: Component = MISSING  # called with (model, tokenizer)
+    advantage: Component = MISSING  # called with the rewards of a group; gives one number a completion
+    loss: Component = MISSING  # a class of rolltune.losses
+    optimizer: Component = MISSING  # called with the parameters
+    lr_scheduler: Component | None = None  # called with (optimizer, num_training_steps=...); null: a constant rate
     num_steps: int = MISSING
     max_grad_norm: float = 1.0
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -156,8 +156,8 @@ class PrimeConfig:
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     answer_format: str = "<think>{solution}</think>\n<answer>{answer}</answer>"  # the turn that is learnt
-    optimizer: Component = MISSING
-    lr_scheduler: Component | None = None
+    optimizer: Component = MISSING  # called with the parameters
+    lr_scheduler: Component | None = None  # called with (optimizer, num_training_steps=...); null: a constant rate
     num_steps: int = MISSING
     max_grad_norm: float = 1.0
     batch: PrimeBatchConfig = field(default_factory=PrimeBatchConfig)

@@ -1,7 +1,8 @@
 """Checks of the whole gradient path on one real batch, before the first step.
 
-Each has caught a real fault in a published trainer: a temperature the trainer forgot, an EOS masked with the padding, prompt
-tokens in the loss, a reference that was not the starting policy, a reward that its own gold answer does not satisfy.
+Each has caught a real fault in a published trainer: a temperature the trainer forgot, an EOS masked with the padding,
+prompt tokens in the loss, a reference that was not the starting policy, a reward that its own gold answer does not
+satisfy.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from rolltune.policy import Policy
 from rolltune.prompts import worked_turn
 from rolltune.types import Group, MicroBatch, Reward
 
-# |trainer - sampler| log-prob: (mean, max) over tokens. fp32 differs by the order of summation alone; bf16 keeps 8 bits of
-# each logit, so single unlikely tokens may be far off while the mean stays small.
+# |trainer - sampler| log-prob: (mean, max) over tokens. fp32 differs by the order of summation alone; bf16 keeps 8 bits
+# of each logit, so single unlikely tokens may be far off while the mean stays small.
 TOLERANCE = {"float32": (1e-4, 1e-2), "bfloat16": (0.05, 1.0)}
 KL_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3}
 
@@ -97,7 +98,11 @@ def report(checks: Sequence[Check], group: Group, tokenizer: PreTrainedTokenizer
     prompt_tail = tokenizer.decode(list(group.prompt.token_ids[-60:]))
     trained = tokenizer.decode(list(completion.token_ids[:200]))
     console.print("one example, trained tokens in green (the prompt's end is not trained):", style="dim")
-    console.print(Text.assemble((f"...{prompt_tail}", "dim"), (trained, "green"), "" if len(completion.token_ids) <= 200 else "..."))
+    console.print(
+        Text.assemble(
+            (f"...{prompt_tail}", "dim"), (trained, "green"), "" if len(completion.token_ids) <= 200 else "..."
+        )
+    )
     failed = [check for check in checks if not check.passed]
     if failed:
         raise SelfTestError(
@@ -132,10 +137,14 @@ def _check_plain_forward(
     logits = policy.causal_lm(ids, use_cache=False).logits[0, len(trained.prompt.token_ids) - 1 : -1].float()
     targets = torch.tensor(sequence.token_ids, device=logprobs.device)
     plain = torch.log_softmax(logits / temperature, dim=-1).gather(-1, targets[:, None]).squeeze(-1)
-    gap = (plain - logprobs[row.sequence_ids == number]).abs()
+    packed = logprobs[row.sequence_ids == number]
+    name = "packed rows give the model's own log-probs"
+    if len(packed) != len(targets):
+        return Check(name=name, passed=False, detail=f"{len(packed)} trained tokens in a completion of {len(targets)}")
+    gap = (plain - packed).abs()
     mean, largest = TOLERANCE[dtype]
     return Check(
-        name="packed rows give the model's own log-probs",
+        name=name,
         passed=gap.mean().item() <= mean and gap.max().item() <= largest,
         detail=f"|difference| mean {gap.mean().item():.1e}, max {gap.max().item():.1e} on {len(targets)} tokens",
     )
@@ -155,7 +164,7 @@ def _check_tokens(group: Group, row: MicroBatch) -> Check:
 
 def _check_eos(group: Group, row: MicroBatch, tokenizer: PreTrainedTokenizerBase) -> Check:
     stopped = [i for i, c in enumerate(group.completions) if c.finish_reason == "stop"]
-    last = [row.targets[row.sequence_ids == i][-1].item() == group.completions[i].token_ids[-1] for i in stopped]
+    last = [row.targets[row.sequence_ids == i][-1:].tolist() == [group.completions[i].token_ids[-1]] for i in stopped]
     token = tokenizer.decode([group.completions[stopped[0]].token_ids[-1]]) if stopped else ""
     detail = f"the last trained token of {len(stopped)} stopped completions is the one that stopped them ({token!r})"
     return Check(
@@ -177,11 +186,16 @@ def _check_text(group: Group, row: MicroBatch, tokenizer: PreTrainedTokenizerBas
     )
 
 
+def full_marks(reward: Reward) -> float | None:
+    """What a reward gives a turn that is entirely right: 1.0, or what its function states as ``full_marks``."""
+    return getattr(getattr(reward, "func", reward), "full_marks", 1.0)
+
+
 def _check_gold(groups: Sequence[Group], rewards: Mapping[str, Reward], answer_format: str) -> list[Check]:
-    """Each reward's full marks are 1.0, or what its function states as ``full_marks`` (None: no such thing)."""
+    """Every reward gives its full marks to the gold turn; one that has none (None) is not asked."""
     checks = []
     for name, reward in rewards.items():
-        full = getattr(getattr(reward, "func", reward), "full_marks", 1.0)
+        full = full_marks(reward)
         if full is None:
             continue
         totals = {g.problem.id: reward(g.problem, worked_turn(g.problem, answer_format)).total for g in groups}

@@ -39,7 +39,9 @@ class Phases:
     def metrics(self, **tokens: float) -> dict[str, float]:
         """Seconds of every phase, and tokens a second of those whose token count is given."""
         seconds = {f"seconds/{name}": value for name, value in self.seconds.items()}
-        rates = {f"tokens_per_second/{name}": n / self.seconds[name] for name, n in tokens.items() if self.seconds[name]}
+        rates = {
+            f"tokens_per_second/{name}": n / self.seconds[name] for name, n in tokens.items() if self.seconds[name]
+        }
         return seconds | rates
 
 

@@ -116,8 +116,8 @@ class Score:
         >>> Score(total=0.0, failure="no_answer")
 
     Attributes:
-        total: the reward. None means unscored (a judge was down, a checker ran out of time), which is never the same as 0:
-            an unscored completion leaves its group.
+        total: the reward. None means unscored (a judge was down, a checker ran out of time), which is never the same as
+            0: an unscored completion leaves its group.
         parts: named components behind the total, for the curves; an unscored part is None.
         failure: why no value could be parsed, in one or two snake_case words that name a curve; None if it could.
     """
@@ -214,8 +214,8 @@ class LossTotals:
 class TrainBatch:
     """What one optimizer step of one rank trains on.
 
-    ``totals`` may count more than the rows hold: completions with a zero advantage can be left out of the rows where the
-    loss has no KL term (their gradient is 0), never out of the denominators.
+    ``totals`` may count more than the rows hold: completions with a zero advantage can be left out of the rows where
+    the loss has no KL term (their gradient is 0), never out of the denominators.
     """
 
     microbatches: Sequence[MicroBatch]

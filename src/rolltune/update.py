@@ -144,8 +144,8 @@ def update_policy(
         on_row: called with (rows done, rows in all).
 
     Returns:
-        Metrics, means over the tokens of all ranks' rows but for the loss; the same on every rank. Empty, and no step is
-        taken, where no rank has a row.
+        Metrics, means over the tokens of all ranks' rows but for the loss; the same on every rank. Empty, and no step
+        is taken, where no rank has a row.
     """
     sums: dict[str, float] = dict.fromkeys(_METRICS, 0.0)
     extremes = [-math.inf, -math.inf, 0.0]  # max of ratio, of -ratio, of |sampler - trainer|
@@ -174,7 +174,9 @@ def update_policy(
         }
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + float(value)
-        extremes = [max(a, b) for a, b in zip(extremes, [ratio.max().item(), -ratio.min().item(), gap.abs().max().item()])]
+        extremes = [
+            max(a, b) for a, b in zip(extremes, [ratio.max().item(), -ratio.min().item(), gap.abs().max().item()])
+        ]
         if on_row:
             on_row(done + 1, len(rows))
     names = world.gather(sums) if world.size > 1 else list(sums)  # a rank without rows lacks the loss's own metrics
@@ -189,12 +191,16 @@ def update_policy(
     # The loss is divided by the step's totals already. The rest are means over the tokens in the rows, which are fewer
     # than the totals where completions without an advantage were left out.
     means = {name: value / tokens for name, value in reduced.items() if name != "loss"}
-    return means | step_metrics | {
-        "loss": reduced["loss"],
-        "ratio/max": extremes[0],
-        "ratio/min": -extremes[1],
-        "mismatch/max_abs": extremes[2],
-    }
+    return (
+        means
+        | step_metrics
+        | {
+            "loss": reduced["loss"],
+            "ratio/max": extremes[0],
+            "ratio/min": -extremes[1],
+            "mismatch/max_abs": extremes[2],
+        }
+    )
 
 
 _METRICS = ("loss", "entropy", "ratio/mean", "ratio/outside", "mismatch/mean_abs", "mismatch/k3", "tokens")

@@ -53,7 +53,9 @@ def test_what_a_run_leaves_behind(run_grpo):
     assert rows[1]["ratio/mean"] == 1.0
     assert rows[1]["mismatch/max_abs"] < 1e-3
     summary = json.loads((output_dir / "summary.json").read_text())
-    assert {"train_minutes", "reward_first_fifth", "reward_last_fifth", "heldout_before", "heldout_after"} <= set(summary)
+    assert {"train_minutes", "reward_first_fifth", "reward_last_fifth", "heldout_before", "heldout_after"} <= set(
+        summary
+    )
     assert summary["heldout_before_interval"][0] <= summary["heldout_before"] <= summary["heldout_before_interval"][1]
     assert (output_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     samples = [json.loads(line) for line in (output_dir / "samples/step_000004.jsonl").read_text().splitlines()]

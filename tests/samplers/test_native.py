@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     Gemma2Config,
@@ -42,7 +42,7 @@ def requests(seeds: int, prompts: Sequence[tuple[int, ...]] = PROMPTS, prefill: 
     ]
 
 
-def reference_logprobs(model: PreTrainedModel, prompt: Sequence[int], completion: Completion, params: SamplingParams):
+def reference_logprobs(model: nn.Module, prompt: Sequence[int], completion: Completion, params: SamplingParams):
     """Log-probs of a completion from one plain forward pass, renormalised over the support in float64."""
     ids = torch.tensor([[*prompt, *completion.token_ids]])
     with torch.no_grad():
@@ -138,9 +138,10 @@ def test_bfloat16_stays_near_a_plain_forward_pass(make_llama, tokenizer, lora: b
     assert max(errors) < 0.3
 
 
-def with_lora(model: PreTrainedModel):
+def with_lora(model: PreTrainedModel) -> PeftModel:
     torch.manual_seed(1)
-    policy = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5))  # pyright: ignore
+    policy = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5))
+    assert isinstance(policy, PeftModel)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.2)
@@ -257,6 +258,18 @@ def test_prompts_are_read_in_bounded_packs(llama, tokenizer):
     assert shapes == [(1, 31), (1, 26), (10, 1)]
 
 
+def test_a_prompt_is_held_once_however_many_completions_it_has(llama, tokenizer):
+    held = []
+    llama.register_forward_pre_hook(lambda _m, _a, kwargs: held.append(kwargs.get("past_key_values")), with_kwargs=True)
+    sampler = NativeSampler(llama, tokenizer)
+    held.clear()
+    sampler.generate(requests(9), SamplingParams(max_new_tokens=5))
+    layer = held[0].layers[1]
+    assert layer.prompt.values.shape == (5, 2, 64, 8)
+    assert layer.own.values.shape == (45, 2, 64, 8)
+    assert layer.prompt.keys.shape == (5, 2, 8, 64)
+
+
 def test_waiting_rows_take_the_places_of_finished_ones(llama, tokenizer):
     sampler = NativeSampler(llama, tokenizer, max_rows=8)
     with recorded(llama) as shapes:
@@ -269,7 +282,7 @@ def test_waiting_rows_take_the_places_of_finished_ones(llama, tokenizer):
 
 
 def test_only_the_last_position_goes_through_the_head(llama, tokenizer):
-    shapes = []
+    shapes: list[tuple[int, ...]] = []
     llama.get_output_embeddings().register_forward_pre_hook(lambda _m, args: shapes.append(tuple(args[0].shape)))
     sampler = NativeSampler(llama, tokenizer)
     shapes.clear()
@@ -311,7 +324,9 @@ def scripted(model: PreTrainedModel, script: Sequence[int], start: int) -> None:
         wanted = torch.tensor(script)[steps]
         return 1000 * nn.functional.one_hot(wanted, logits.shape[-1]).float()[:, None]
 
-    model.get_output_embeddings().register_forward_hook(replace)
+    head = model.get_output_embeddings()
+    assert head is not None
+    head.register_forward_hook(replace)
 
 
 def written(model, tokenizer, text_ids: Sequence[int], params: SamplingParams, prefill: str = "") -> Completion:
@@ -483,7 +498,7 @@ def test_recurrent_layers_are_refused(build_model, tokenizer):
 
 
 def test_encoder_decoders_are_refused(tokenizer):
-    config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     with pytest.raises(ValueError, match="encoder-decoder"):
         NativeSampler(T5ForConditionalGeneration(config), tokenizer)
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rolltune.samplers.distribution import sample
 from rolltune.samplers.kv_cache import ATTENTION
-from rolltune.samplers.packed_linear import packed_linears
+from rolltune.samplers.onednn_linear import onednn_linears
 from rolltune.samplers.rows import Batch, EndOfText, PromptState, RowState
 from rolltune.types import Completion, SampleRequest, SamplingParams
 
@@ -50,8 +50,8 @@ class NativeSampler:
             tokenizer: decodes completions. Its EOS token ends them, as do those of the model's generation config.
             max_rows: completions written at the same time.
             prefill_tokens: prompt tokens in one forward pass (a longer prompt has one of its own).
-            pack_weights: on a CPU, multiply by a rearranged copy of the weights: twice as fast, for as much memory
-                again while sampling.
+            pack_weights: on a CPU, multiply by a rearranged copy of the weights: faster by a quarter and more, for as
+                much memory again while sampling.
 
         Raises:
             ValueError: an option is out of range, or the model's attention is of a kind that is not supported.
@@ -179,8 +179,7 @@ class NativeSampler:
                 self._model.eval()
                 for config in configs:
                     config._attn_implementation = attention
-                if self._pack_weights:
-                    stack.enter_context(packed_linears(self._model))
+                stack.enter_context(onednn_linears(self._model, pack=self._pack_weights))
                 yield
             finally:
                 for config, implementation in zip(configs, implementations, strict=True):
