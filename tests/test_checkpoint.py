@@ -95,9 +95,7 @@ def look(output_dir: Path) -> dict:
             found[str(path.relative_to(output_dir))] = os.readlink(path)
         elif path.is_file():
             is_tensor = path.name == "trainer.pt"
-            found[str(path.relative_to(output_dir))] = (
-                torch.load(path)["moment"] if is_tensor else path.read_text()
-            )
+            found[str(path.relative_to(output_dir))] = torch.load(path)["moment"] if is_tensor else path.read_text()
     return found
 
 
@@ -130,6 +128,8 @@ def test_killed_at_every_file_operation(tmp_path, monkeypatch, fast_disk):
             with pytest.raises(Killed, match=name):
                 drive(output_dir)
         assert_whole(output_dir)
+        # From its first moment on there is always a best.
+        assert (output_dir / "best").exists() or "replace" not in counted.calls[:number]
         before = Checkpoints(output_dir, keep_last=2).latest()
         if before is not None and (state := load_state(before)).step > 2:
             # At most one save is lost.

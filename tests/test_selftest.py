@@ -7,12 +7,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from rolltune import policy as policy_module
 from rolltune import selftest
+from rolltune.logprobs import selected_logprobs
 from rolltune.policy import build_policy
 from rolltune.rewards.answer import answer_reward
 from rolltune.samplers.native import NativeSampler
-from rolltune.schema import ModelConfig
+from rolltune.schema import LoRAConfig, ModelConfig
 from rolltune.selftest import SelfTestError, full_marks, run_selftest
 from rolltune.types import Group, Problem, Prompt, SampleRequest, SamplingParams, Score
 
@@ -101,8 +101,9 @@ def test_all_is_well(policy, group, tokenizer):
 
 
 def test_a_trainer_that_forgets_the_temperature(policy, group, tokenizer, monkeypatch):
-    right = policy_module.selected_logprobs
-    monkeypatch.setattr(policy_module, "selected_logprobs", lambda h, w, t, temperature: right(h, w, t, 1.0))
+    monkeypatch.setattr(
+        "rolltune.policy.selected_logprobs", lambda h, w, t, temperature: selected_logprobs(h, w, t, 1.0)
+    )
     assert failed(run(policy, group, tokenizer=tokenizer)) == {RATIO, PACKED}
 
 
@@ -116,8 +117,11 @@ def test_a_sampler_that_forgets_the_temperature_or_has_old_weights(policy, group
 def test_one_wrong_token_is_enough(policy, group, tokenizer):
     """A mean over many tokens would hide it, so the largest difference counts too."""
     first, *rest = group.completions
-    wrong = dataclasses.replace(first, logprobs=(first.logprobs[0] - 0.011, *first.logprobs[1:]))
-    assert failed(run(policy, dataclasses.replace(group, completions=(wrong, *rest)), tokenizer=tokenizer)) == {RATIO}
+    wrong = dataclasses.replace(first, logprobs=(first.logprobs[0] - 1.1, *first.logprobs[1:]))
+    checks = run(policy, dataclasses.replace(group, completions=(wrong, *rest)), tokenizer=tokenizer, dtype="bfloat16")
+    assert failed(checks) == {RATIO}
+    assert "max 1.1e+00 (at most 1)" in checks[0].detail
+    assert float(checks[0].detail.split("mean ")[2].split()[0]) < 0.05
 
 
 def test_log_probs_that_are_not_numbers(policy, group, tokenizer):
@@ -282,12 +286,42 @@ def test_a_reference_that_is_not_the_start(policy, group, tokenizer):
 
 
 def test_the_shortest_group_with_an_end_is_looked_at(policy, group, tokenizer):
-    cut = dataclasses.replace(group, completions=group.completions[2:3])
-    short = dataclasses.replace(group, completions=group.completions[:1])
-    (text,) = [c.detail for c in run(policy, cut, group, short, tokenizer=tokenizer) if c.name == TEXT]
-    assert text == "1 of 1 completions"
+    whole = group.completions[2]
+    two = dataclasses.replace(
+        whole,
+        token_ids=whole.token_ids[:2],
+        logprobs=whole.logprobs[:2],
+        text="<think>" + tokenizer.decode(whole.token_ids[:2]),
+    )
+    cut = dataclasses.replace(group, completions=(two,))
+    ended = dataclasses.replace(group, completions=group.completions[:1])
+    checks = run(policy, cut, group, ended, tokenizer=tokenizer)
+    details = {check.name: check.detail for check in checks}
+    assert failed(checks) == set()
+    assert details[TEXT] == "1 of 1 completions" and "of 1 stopped completions" in details[EOS]
     (end,) = [c for c in run(policy, cut, tokenizer=tokenizer) if c.name == EOS]
     assert end.passed and end.detail.startswith("no completion in this batch stopped: nothing to check")
+
+
+def test_dropout_of_adapters_is_off_as_it_is_while_sampling(tiny_llama, tokenizer):
+    lora = LoRAConfig(rank=4, dropout=0.5)
+    policy = build_policy(
+        ModelConfig(path=str(tiny_llama)), lora, device=torch.device("cpu"), seed=0, with_reference=True
+    )
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:  # 0 at the start: an adapter that does nothing has nothing to drop
+                parameter.normal_(std=0.1)
+    prompt = Prompt(token_ids=(2, 58, 75, 3))
+    request = SampleRequest(prompt=prompt, seeds=(1, 2))
+    (written,) = NativeSampler(policy.model, tokenizer).generate(
+        [request], SamplingParams(temperature=TEMPERATURE, max_new_tokens=8)
+    )
+    problem = Problem(id="p0", messages=(), answer="4")
+    group = Group(problem=problem, prompt=prompt, completions=written, scores=(Score(total=0.0),) * 2)
+    checks = run(policy, group, tokenizer=tokenizer)
+    assert failed(checks) == {REFERENCE}  # it has been trained, in a way
+    assert policy.model.training
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,10 +1,10 @@
+import resource
 import sys
 import time
 
 import pytest
 import torch
 
-from rolltune import timing
 from rolltune.timing import Phases, peak_memory_gib
 
 
@@ -64,7 +64,7 @@ def test_peak_memory_in_the_platforms_unit(monkeypatch, platform, unit):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(timing.resource, "getrusage", lambda who: Usage)
+    monkeypatch.setattr(resource, "getrusage", lambda who: Usage)
     assert peak_memory_gib() == 3.0
 
 

@@ -45,6 +45,12 @@ class ThreadWorld(World):
         columns = zip(*self.exchange.all_of(self.rank, list(values)), strict=True)
         return [float(sum(column) if op == dist.ReduceOp.SUM else max(column)) for column in columns]
 
+    def sum_gradients(self, parameters):
+        parameters = list(parameters)
+        mine = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+        for parameter, *gradients in zip(parameters, *self.exchange.all_of(self.rank, mine), strict=True):
+            parameter.grad = sum(gradients[1:], gradients[0].clone())
+
     def barrier(self) -> None:
         self.exchange.all_of(self.rank, None)
 

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rolltune.allocator import keep_freed_memory
+
 T = TypeVar("T")
 BUCKET_BYTES = 64 * 2**20
 
@@ -98,6 +100,8 @@ def init_world(device: str = "auto") -> World:
     local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(local)
+    else:
+        keep_freed_memory()
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(minutes=30))
     return World(rank=rank, size=size, device=local)

@@ -53,7 +53,7 @@ def _convert_packaged(target: Path) -> None:
         quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
         config = quantized.config
         if hasattr(config, "quantization_config"):  # save_pretrained refuses weights that were once quantized
-            del config.quantization_config
+            delattr(config, "quantization_config")
         model = type(quantized)(config)
         model.load_state_dict(quantized.state_dict())
         model.save_pretrained(work)
@@ -132,7 +132,7 @@ def load_model(path: str, *, dtype: str, device: torch.device | str) -> PreTrain
     if not model._supports_attention_backend:
         raise ValueError(f"model.path: {path}: {type(model).__name__} cannot take packed attention")
     use_onednn(model)
-    return model.to(device)
+    return model.to(device)  # pyright: ignore[reportArgumentType]  transformers wraps it in a type of its own
 
 
 def check_head(model: PreTrainedModel, path: str) -> None:

@@ -52,4 +52,4 @@ def use_onednn(model: nn.Module) -> None:
     """Let every plain linear layer of ``model`` multiply through oneDNN where it can."""
     for module in model.modules():
         if type(module) is nn.Linear and "forward" not in module.__dict__:
-            module.forward = partial(linear, module)
+            module.forward = partial(linear, module)  # pyright: ignore[reportAttributeAccessIssue]

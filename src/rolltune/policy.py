@@ -81,9 +81,9 @@ class Policy:
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """A folder that plain transformers (or peft, for LoRA) loads, the tokenizer beside the weights."""
         if isinstance(self.model, PeftModel):
-            self.model.save_pretrained(folder, selected_adapters=["default"])
+            self.model.save_pretrained(str(folder), selected_adapters=["default"])
         else:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(str(folder))
         tokenizer.save_pretrained(folder)
 
 
@@ -152,6 +152,7 @@ def build_policy(
         else:
             torch.manual_seed(derive_seed(seed, "lora"))
             model = get_peft_model(model, lora_config(lora))
+        assert isinstance(model, PeftModel)
         if base is not None and with_reference:
             model.load_adapter(start, REFERENCE_ADAPTER)
             model.set_adapter("default")

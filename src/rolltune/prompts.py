@@ -23,11 +23,15 @@ def render_prompt(
     The template is rendered to text and the prefill appended before anything is tokenized, so a token may
     span the border of the two exactly as it would at inference.
     """
-    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    messages: list[Message] = []
+    if system:
+        messages.append({"role": "system", "content": system})
     for turn in few_shot:
-        messages += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.assistant}]
+        messages.append({"role": "user", "content": turn.user})
+        messages.append({"role": "assistant", "content": turn.assistant})
     messages += problem.messages
-    text = tokenizer.apply_chat_template(list(map(dict, messages)), tokenize=False, add_generation_prompt=True)
+    turns = [{"role": str(m["role"]), "content": m["content"]} for m in messages]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     # The template writes its own BOS: adding special tokens again would double it.
     token_ids = tokenizer(f"{text}{prefill}", add_special_tokens=False)["input_ids"]
     return Prompt(token_ids=tuple(token_ids), prefill=prefill)

@@ -96,7 +96,7 @@ def report(checks: Sequence[Check], group: Group, tokenizer: PreTrainedTokenizer
     console.print(table)
     completion = group.completions[0]
     prompt_tail = tokenizer.decode(list(group.prompt.token_ids[-60:]))
-    trained = tokenizer.decode(list(completion.token_ids[:200]))
+    trained = str(tokenizer.decode(list(completion.token_ids[:200])))
     console.print("one example, trained tokens in green (the prompt's end is not trained):", style="dim")
     console.print(
         Text.assemble(
@@ -177,7 +177,7 @@ def _check_eos(group: Group, row: MicroBatch, tokenizer: PreTrainedTokenizerBase
 def _check_text(group: Group, row: MicroBatch, tokenizer: PreTrainedTokenizerBase) -> Check:
     wrong = 0
     for i, completion in enumerate(group.completions):
-        decoded = tokenizer.decode(row.targets[row.sequence_ids == i].tolist(), skip_special_tokens=True)
+        decoded = str(tokenizer.decode(row.targets[row.sequence_ids == i].tolist(), skip_special_tokens=True))
         wrong += group.prompt.prefill + decoded != completion.text
     return Check(
         name="trained tokens decode to the text that was rewarded",

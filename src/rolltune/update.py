@@ -174,9 +174,8 @@ def update_policy(
         }
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + float(value)
-        extremes = [
-            max(a, b) for a, b in zip(extremes, [ratio.max().item(), -ratio.min().item(), gap.abs().max().item()])
-        ]
+        seen = (ratio.max().item(), -ratio.min().item(), gap.abs().max().item())
+        extremes = [max(a, b) for a, b in zip(extremes, seen, strict=True)]
         if on_row:
             on_row(done + 1, len(rows))
     names = world.gather(sums) if world.size > 1 else list(sums)  # a rank without rows lacks the loss's own metrics

@@ -61,6 +61,12 @@ def test_a_token_of_probability_zero_is_never_drawn(weights: list[float], u: flo
         assert p[0, draw(p, f64(u))].item() > 0
 
 
+@given(st.floats(min_value=1e-45, max_value=1e9))
+def test_the_largest_uniform_times_a_total_is_below_the_total(total: float):
+    """What :func:`draw` relies on: there always is a cumulative weight above the target."""
+    assert LARGEST * total < total
+
+
 def test_the_last_uniform_falls_on_the_last_possible_token_of_a_large_vocabulary():
     p = torch.full((2, 49152), 1 / 49152)
     p[0, 40000:] = 0

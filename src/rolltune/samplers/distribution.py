@@ -97,10 +97,9 @@ def _first_above(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """The first item of each row [R, N] whose cumulative weight is above ``uniforms`` x total, and how far into
     that item the point lies, in [0, 1)."""
     cumulative = weights.cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    # u x total can round up to total, above which there is nothing. Being below it, the target is below some sum and
-    # not below the one in front, so the item between them has a weight.
-    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    # A float64 below 1 is at most 1 - 2^-53, and so its product with the total is below the total after rounding too.
+    # Hence there is a first sum above the target; as the one in front is not, the item between them has a weight.
+    target = uniforms[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True)
     index.clamp_(max=weights.shape[-1] - 1)  # only NaN weights need it
     weight = weights.gather(-1, index).double()

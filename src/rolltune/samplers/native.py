@@ -209,7 +209,7 @@ class NativeSampler:
             )
 
     def _check_model(self) -> int | None:
-        """Sample-path logits of a few tokens against those of the model's own eager attention.
+        """Compare the logits of a few tokens with those of the model's own eager attention.
 
         Returns:
             The most tokens that a sequence may have, None if there is no limit.
@@ -218,13 +218,14 @@ class NativeSampler:
         config = self._causal_lm.config.get_text_config()
         if self._causal_lm.config.is_encoder_decoder:
             raise ValueError(f"sampler: {name} is an encoder-decoder, not a causal LM")
-        ids = [i % config.vocab_size for i in range(1, 7)]
-        row = RowState(PromptState(0, tuple(ids[:4]), 1), np.empty(0))
+        # Common words: in bf16 the logits of rare tokens can be mostly rounding error.
+        ids = self._tokenizer.encode("one and one is two, two and two is four", add_special_tokens=False)[:12]
+        row = RowState(PromptState(0, tuple(ids[:-2]), 1), np.empty(0))
         batch = Batch(self._causal_lm.device)
         try:
             with self._sampling():
                 self._read(batch.admit([row]), batch)
-                for token in ids[4:]:
+                for token in ids[-2:]:
                     self._decode(batch)
                     row.token_ids.append(token)
                 logits = self._decode(batch).float()
@@ -234,12 +235,12 @@ class NativeSampler:
                 expected = self._forward([ids], [list(range(len(ids)))], use_cache=False).float()
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"sampler: {name} cannot be sampled from with a shared prompt cache: {error}") from error
-        tolerance = 1e-3 if self._causal_lm.dtype == torch.float32 else 5e-2
-        difference = (logits - expected).abs().max() / expected.abs().max()
-        if not difference <= tolerance:
+        tolerance = 1e-3 if self._causal_lm.dtype == torch.float32 else 0.1
+        error = ((logits - expected).norm() / expected.norm()).item()
+        if not error <= tolerance:
             raise ValueError(
                 f"sampler: {name} cannot be sampled from with a shared prompt cache: its logits come out different "
-                f"(by {difference:.2g} of the largest), so its attention or its layers must be of an unusual kind"
+                f"(relative error {error:.2g}), so its attention or its layers must be of an unusual kind"
             )
         limits = (batch.cache.window, getattr(config, "attention_chunk_size", None), _context_length(config))
         return min((limit for limit in limits if limit is not None), default=None)

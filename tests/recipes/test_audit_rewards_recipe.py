@@ -1,0 +1,145 @@
+"""The audit as a command: what it finds, and what it ends with."""
+
+import json
+
+import pytest
+import yaml
+from tiny_run import load_recipe
+
+from rolltune import config
+from rolltune.schema import AuditRewardsConfig
+
+PLANTED = '''
+from rolltune.types import Score
+
+def contains(problem, text):
+    """The gold answer anywhere in the answer block: lists of guesses, more digits, denials, all of it is right."""
+    return Score(total=float(problem.answer in text.rpartition("<answer>")[2]))
+
+def anywhere(problem, text):
+    return Score(total=float(problem.answer in text))
+
+def too_strict(problem, text):
+    return Score(total=float(text.endswith(f"<answer>{problem.answer}</answer>")))
+
+def last_message(problem, text):
+    """Looks at the question, as a reward may."""
+    assert problem.messages[-1]["role"] == "user"
+    return too_strict(problem, text)
+
+def boxed(problem, text):
+    return Score(total=float(f"{{{problem.answer}}}" in text.rpartition("boxed")[2]))
+
+def by_length(problem, text, *, completion):
+    return Score(total=1.0)
+
+def penalty(problem, text):
+    return Score(total=-1.0)
+
+penalty.full_marks = None
+'''
+DEFAULT = {
+    "answer": {"_component_": "rolltune.rewards.answer.answer_reward"},
+    "format": {"_component_": "rolltune.rewards.format.format_reward"},
+}
+
+
+@pytest.fixture
+def audit(tmp_path, monkeypatch):
+    """Run the recipe; returns its exit status and what it wrote."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delitem(__import__("sys").modules, "planted_rewards", raising=False)
+    (tmp_path / "planted_rewards.py").write_text(PLANTED)
+
+    def run(rewards, **changes):
+        tree = {
+            "output_dir": str(tmp_path / "out"),
+            "data": {"_component_": "rolltune.data.sums.sums", "count": 12, "high": 90},
+            "rewards": rewards,
+        }
+        (tmp_path / "audit.yaml").write_text(yaml.safe_dump(tree | changes))
+        cfg = config.validate(AuditRewardsConfig, str(tmp_path / "audit.yaml"))
+        status = 0
+        try:
+            load_recipe("audit_rewards").run(cfg)
+        except SystemExit as stop:
+            status = stop.code
+        file = tmp_path / "out/audit.json"
+        return status, json.loads(file.read_text()) if file.exists() else None
+
+    return run
+
+
+def planted(name: str) -> dict:
+    return {name: {"_component_": f"planted_rewards.{name}"}}
+
+
+def test_the_default_rewards_pass(audit, capsys):
+    status, found = audit(DEFAULT)
+    assert (status, found) == (0, {name: {"false_negatives": 0, "false_positives": 0} for name in DEFAULT})
+    shown = capsys.readouterr().out
+    assert "12 problems, rewards: answer, format" in shown
+    assert "answer: 0 false negatives, 0 false positives" in shown
+    assert "not audited" not in shown
+    right, wrong = shown.partition("format: 0 false")[::2]
+    assert "wrong  guess_list" in right and "wrong  " not in wrong  # the format judges no answers
+
+
+@pytest.mark.parametrize("name", ["contains", "anywhere"])
+def test_a_reward_that_looks_for_the_answer_is_found_out(audit, capsys, name):
+    status, found = audit(DEFAULT | planted(name))
+    assert status == 1
+    assert found["answer"] == found["format"] == {"false_negatives": 0, "false_positives": 0}
+    assert found[name]["false_positives"] >= 12 * 6
+    shown = capsys.readouterr().out
+    assert f"{name}: {found[name]['false_negatives']} false negatives, {found[name]['false_positives']} false" in shown
+    assert "wrong guess_list, sums/train/seed0/0: scored 1: " in shown
+
+
+def test_a_reward_that_is_too_strict_is_found_out(audit):
+    status, found = audit(planted("too_strict"))
+    assert (
+        status == 1 and found["too_strict"]["false_negatives"] >= 12 * 6 and not found["too_strict"]["false_positives"]
+    )
+
+
+def test_one_miss_is_enough(audit):
+    status, found = audit(planted("too_strict"), max_problems=1)
+    assert status == 1 and 0 < found["too_strict"]["false_negatives"] < 15
+
+
+def test_a_reward_may_look_at_the_question(audit):
+    assert audit(planted("last_message"))[0] == 1
+
+
+def test_what_cannot_be_judged_by_a_right_turn_is_left_out_and_said(audit, capsys):
+    loops = {"loops": {"_component_": "rolltune.rewards.repetition.repetition_reward"}}
+    status, found = audit(DEFAULT | loops | planted("by_length") | planted("penalty"))
+    assert status == 0 and set(found) == set(DEFAULT)
+    shown = capsys.readouterr().out
+    assert "not audited, as a right turn is not worth 1 by its text alone: by_length, loops, penalty" in shown
+    with pytest.raises(ValueError, match="rewards: none of by_length, penalty gives a right turn 1 by its text alone"):
+        audit(planted("by_length") | planted("penalty"))
+
+
+def test_doubled_braces_are_single_ones_as_everywhere_else(audit):
+    """answer_format is a format string: what the self-test writes as \\boxed{4} is audited as \\boxed{4}."""
+    answer_format = "<think>{solution}</think>\n<answer>\\boxed{{{answer}}}</answer>"
+    status, found = audit(DEFAULT, answer_format=answer_format)
+    assert status == 0 and not found["answer"]["false_negatives"]
+    status, found = audit(planted("boxed"), answer_format=answer_format)
+    assert found["boxed"]["false_negatives"] < 12 * 11  # the plain spelling at least is taken
+
+
+def test_the_first_problems_and_the_seed(audit, capsys):
+    audit(planted("contains"), max_problems=3)
+    assert "3 problems, rewards: contains" in capsys.readouterr().out
+    first = audit(planted("contains"), seed=1)
+    assert audit(planted("contains"), seed=1) == first
+
+
+def test_dry_run_writes_nothing(audit, capsys):
+    assert audit(planted("anywhere"), dry_run=True) == (0, None)
+    assert "dry run: everything resolves; nothing was audited" in capsys.readouterr().out
