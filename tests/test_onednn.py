@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from rolltune.onednn import linear, product, use_onednn
+from rolltune.samplers.onednn_linear import onednn_linears
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 7), (1, 1, 1), (33, 16, 65), (2, 128, 3)])
@@ -60,3 +61,17 @@ def test_a_model_follows_its_weights_and_its_copies():
     x = torch.ones(1, 3)
     assert other(x).abs().sum() == 0 and model(x).abs().sum() > 0
     assert model.state_dict().keys() == other.state_dict().keys()
+
+
+def test_sampling_packs_the_weights_of_a_model_in_training_and_gives_them_back():
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    use_onednn(model)
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    before = model(x)
+    forward = model[0].__dict__["forward"]
+    with torch.no_grad(), onednn_linears(model, pack=True):
+        assert model[0].__dict__["forward"] is not forward
+        torch.testing.assert_close(model(x), before)
+    assert model[0].__dict__["forward"] is forward
+    model(x).sum().backward()
+    assert model[0].weight.grad is not None

@@ -136,8 +136,7 @@ def test_resuming_finishes_a_save_that_was_cut_short(tmp_path):
     assert os.readlink(tmp_path / "best") == "checkpoints/step_000002/policy"
 
 
-def test_all_ranks_look_before_the_first_writes(tmp_path):
-    """Rank 0 must not write while another still reads: all of them find the same, and only it writes."""
+def test_all_ranks_find_the_same(tmp_path):
     found = on_ranks(3, lambda world: start(make_config(tmp_path), world))
     assert found == [None] * 3 and os.listdir(tmp_path) == ["config.yaml"]
     save_step(tmp_path, 1)
@@ -145,6 +144,17 @@ def test_all_ranks_look_before_the_first_writes(tmp_path):
     assert found == [tmp_path / "checkpoints/step_000001"] * 3
     with pytest.raises(ConfigError, match="seed: 1"):
         on_ranks(3, lambda world: start(make_config(tmp_path, resume=True, seed=1), world))
+
+
+def test_nothing_is_written_before_all_ranks_have_looked(tmp_path):
+    waited = []
+
+    class Watched(World):
+        def barrier(self):
+            waited.append(os.listdir(tmp_path))
+
+    start(make_config(tmp_path), Watched(rank=0, size=2, device=torch.device("cpu")))
+    assert waited == [[]] and os.listdir(tmp_path) == ["config.yaml"]
 
 
 def test_ranks_other_than_the_first_write_nothing(tmp_path):

@@ -1,6 +1,6 @@
 """Let the C allocator keep what tensors give back.
 
-A training step on a CPU frees and asks for the same few gigabytes over and over. glibc returns blocks of more than 128 KiB
+A training step on a CPU frees and asks for the same few gigabytes over and over. glibc returns blocks over 128 KiB
 to the kernel each time, and the page faults when they come back were seen to cost a tenth of a step.
 """
 

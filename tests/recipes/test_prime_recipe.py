@@ -84,6 +84,16 @@ def test_the_loss_is_that_of_the_turns_alone(run_prime, tiny_llama):
     assert rows[1]["loss"] == pytest.approx(plain_loss(model, tokenizer, first), rel=1e-6)
 
 
+def test_every_step_takes_the_next_examples(run_prime, tiny_llama):
+    """At a rate of next to nothing the losses are those of the untrained model on each step's own examples."""
+    rows = read_rows(run_prime(num_steps=3, optimizer={"_component_": "torch.optim.SGD", "lr": 1e-12}))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
+    stream = ProblemStream(sums(**TRAIN), seed=0)
+    expected = [plain_loss(model, tokenizer, stream.take(4 * step, 4)) for step in range(3)]
+    assert len({round(loss, 4) for loss in expected}) == 3
+    assert [row["loss"] for row in rows[1:]] == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_loss_falls_and_the_best_loads_anywhere(run_prime):
     output_dir = run_prime(num_steps=20, eval={"every_n_steps": 5, "max_problems": 4})
     rows = read_rows(output_dir)

@@ -15,6 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from rolltune import onednn
+
 
 @contextmanager
 def onednn_linears(model: nn.Module, *, pack: bool) -> Iterator[None]:
@@ -27,6 +29,7 @@ def onednn_linears(model: nn.Module, *, pack: bool) -> Iterator[None]:
         pack: multiply by rearranged copies of the weights, which take as much memory again.
     """
     linears = [module for module in model.modules() if isinstance(module, nn.Linear) and _is_plain(module)]
+    trained = [linear.__dict__.get("forward") for linear in linears]  # what use_onednn gave them to train with
     try:
         for linear in linears:
             weight = linear.weight.detach()
@@ -36,15 +39,18 @@ def onednn_linears(model: nn.Module, *, pack: bool) -> Iterator[None]:
             setattr(linear, "forward", partial(_forward, weight=weight, bias=linear.bias))  # noqa: B010
         yield
     finally:
-        for linear in linears:
+        for linear, forward in zip(linears, trained, strict=True):
             linear.__dict__.pop("forward", None)
+            if forward is not None:
+                setattr(linear, "forward", forward)  # noqa: B010
 
 
 def _is_plain(linear: nn.Linear) -> bool:
     # A subclass, or an instance with a forward of its own (a hook of accelerate), may do more than a product.
+    forward = linear.__dict__.get("forward")
     return (
         type(linear) is nn.Linear
-        and "forward" not in linear.__dict__
+        and (forward is None or getattr(forward, "func", None) is onednn.linear)
         and linear.weight.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
         and (
