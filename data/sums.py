@@ -37,6 +37,7 @@ def sums(
     high: int = 30,
     wording: Literal["plain", "story", "mixed"] = "plain",
     allow_negative: bool = False,
+    worked_share: float = 1.0,
 ) -> Dataset:
     """Problems such as "What is 17 + 25 - 8?", with the solution "17 + 25 = 42. 42 - 8 = 34.".
 
@@ -53,6 +54,8 @@ def sums(
         high: largest number.
         wording: "plain" for the bare sum, "story" for one about apples and marbles, "mixed" for either.
         allow_negative: whether a sum may go below zero on the way; never in a story.
+        worked_share: share of the problems whose solution goes step by step. The rest guess: "It is 34." A model that
+            is trained on both does either, and has to find out by reward which of them pays.
 
     Raises:
         ValueError: an option is out of range, or the range is so small that the split has no sum in it.
@@ -66,6 +69,8 @@ def sums(
     ):
         if value not in known:
             raise ValueError(f"sums: {name}={value!r} must be one of {', '.join(known)}")
+    if not 0 <= worked_share <= 1:
+        raise ValueError(f"sums: worked_share={worked_share} must lie in 0 .. 1")
     if allow_negative and wording != "plain":
         raise ValueError(f'sums: allow_negative=true needs wording="plain", not {wording!r}: nobody has -3 apples')
 
@@ -86,7 +91,7 @@ def sums(
                 id=f"sums/{split}/seed{seed}/{index}",
                 messages=({"role": "user", "content": question},),
                 answer=str(sum(numbers)),
-                solution=_solution(numbers),
+                solution=_solution(numbers) if rng.random() < worked_share else f"It is {sum(numbers)}.",
             )
         )
     return Dataset(problems)

@@ -145,6 +145,7 @@ def dry_run(cfg: GRPOConfig) -> None:
         microbatch_tokens=cfg.batch.microbatch_tokens,
         kv_tokens=min(rows, cfg.sampler.get("max_rows", 64)) * (cfg.sampling.max_new_tokens + longest // 2),
         with_reference=instantiate(cfg.loss).kl_coef > 0,
+        rearranged_copy=cfg.sampler.get("pack_weights", True) and not torch.cuda.is_available(),
     )
     estimates.print_memory(parts, console)
     console.print("dry run: everything resolves; nothing was loaded, nothing was written")

@@ -141,3 +141,11 @@ def test_bfloat16_stays_near_float32(tiny_llama, row):
     rounded = current(half, row)
     assert rounded.dtype == torch.float32
     assert (rounded - exact).abs().mean() < 0.1
+
+
+def test_target_modules_by_name_spaces_or_not(tiny_llama):
+    policy = build(tiny_llama, LoRAConfig(rank=4, alpha=8.0, target_modules="q_proj, v_proj"))
+    adapted = {
+        name.split(".lora_")[0].rsplit(".", 1)[-1] for name, p in policy.model.named_parameters() if p.requires_grad
+    }
+    assert adapted == {"q_proj", "v_proj"}

@@ -52,7 +52,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, ascending."""
-        return sorted(int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*"))
+        numbers = (path.name.removeprefix("step_") for path in self.folder.glob("step_*"))
+        return sorted(int(number) for number in numbers if number.isdigit())
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}"

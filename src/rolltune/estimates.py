@@ -64,6 +64,7 @@ def estimate_memory(
     microbatch_tokens: int,
     kv_tokens: int,
     with_reference: bool,
+    rearranged_copy: bool = False,
 ) -> dict[str, float]:
     """GiB of each part of one process. The activations are an estimate (about +-30 %), the rest is counted.
 
@@ -73,6 +74,7 @@ def estimate_memory(
         microbatch_tokens: tokens in one forward and backward pass.
         kv_tokens: tokens whose keys and values are held at most while sampling.
         with_reference: whether a frozen copy is held.
+        rearranged_copy: whether the sampler holds the weights a second time (on a CPU, laid out for its products).
     """
     config = load_config(model.path)
     text = config.get_text_config()
@@ -95,6 +97,7 @@ def estimate_memory(
         "activations of a micro-batch": per_token * microbatch_tokens * size,
         "logits of a chunk": 3 * CHUNK_BYTES["cuda" if torch.cuda.is_available() else "cpu"],
         "keys and values while sampling": 2 * kv_width * layers * kv_tokens * size,
+        "rearranged weights while sampling": parameters * size if rearranged_copy else 0,
     }
     return {name: value / GIB for name, value in parts.items() if value}
 
@@ -103,7 +106,7 @@ def print_memory(parts: dict[str, float], console: Console) -> None:
     table = Table("memory of one process", "GiB", show_edge=False, pad_edge=False)
     for name, gib in parts.items():
         table.add_row(name, f"{gib:.2f}")
-    # Sampling and training take turns, so activations and the KV cache do not add up.
-    activations, cache = parts["activations of a micro-batch"], parts.get("keys and values while sampling", 0.0)
-    table.add_row("peak, about", f"{sum(parts.values()) - min(activations, cache):.2f}")
+    # Sampling and training take turns, so what is held for one does not add up with what is held for the other.
+    sampling = sum(gib for name, gib in parts.items() if name.endswith("while sampling"))
+    table.add_row("peak, about", f"{sum(parts.values()) - min(parts['activations of a micro-batch'], sampling):.2f}")
     console.print(table)

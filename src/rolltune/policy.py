@@ -159,13 +159,18 @@ def build_policy(
             _freeze_reference_adapter(model)
     if config.gradient_checkpointing:
         causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+        assert isinstance(causal_lm, PreTrainedModel)
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     return Policy(model, reference)
 
 
 def lora_config(lora: LoRAConfig) -> LoraConfig:
-    modules = lora.target_modules if lora.target_modules == "all-linear" else lora.target_modules.split(",")
+    modules = (
+        lora.target_modules
+        if lora.target_modules == "all-linear"
+        else [name.strip() for name in lora.target_modules.split(",")]
+    )
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  peft divides by the rank: any number does
