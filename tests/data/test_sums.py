@@ -120,12 +120,12 @@ def test_options_out_of_range(options, message):
 
 def test_worked_share_decides_how_many_solutions_are_worked():
     def worked(share):
-        return [" = " in problem.solution for problem in sums(count=400, worked_share=share)]
+        return [" = " in (problem.solution or "") for problem in sums(count=400, worked_share=share)]
 
     assert all(worked(1.0)) and not any(worked(0.0))
     assert 150 < sum(worked(0.5)) < 250
     half = sums(count=50, worked_share=0.5)
     assert [p.messages for p in half] == [p.messages for p in sums(count=50)]  # the questions stay as they were
-    assert all(p.solution == f"It is {p.answer}." for p in half if " = " not in p.solution)
+    assert all(p.solution == f"It is {p.answer}." for p in half if " = " not in (p.solution or ""))
     with pytest.raises(ValueError, match="worked_share=1.5"):
         sums(count=1, worked_share=1.5)
