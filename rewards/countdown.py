@@ -1,0 +1,178 @@
+"""Countdown: does the turn's answer reach the target with the given numbers?
+
+A problem's gold answer is itself an expression, ``(3 + 5) * 2``: its numbers are those that are given, and its value is
+the target. Any other expression over the same numbers with the same value is as right.
+
+The grammar, read by a stack machine in one pass: digits, ``+ - * /`` (also as typographic signs), round brackets and
+spaces. There is no unary minus, no power, no decimal point, no equals sign. Values are exact fractions; nothing is
+eval'ed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+from rolltune.rewards.tags import parse_tags
+from rolltune.types import Problem, Score
+
+# Above any honest answer; bounds the time and the size of the numbers.
+MAX_CHARS = 128
+
+_SPELLINGS = str.maketrans({"\N{MULTIPLICATION SIGN}": "*", "\N{DIVISION SIGN}": "/", "\N{MINUS SIGN}": "-"})
+_TOKEN = re.compile(r"\s*([0-9]+|[-+*/()])")
+_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
+_LENIENT = re.compile(r"[-0-9+*/() ]{3,}")  # an expression with what may stand around it
+
+
+class NotAnExpression(ValueError):
+    """The text is not of the grammar, or divides by zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """What an expression comes to, and the numbers it uses.
+
+    Attributes:
+        value: exact.
+        numbers: sorted, each as often as it is used.
+    """
+
+    value: Fraction
+    numbers: tuple[int, ...]
+
+
+def parse_expression(text: str) -> Expression:
+    """Read an expression.
+
+    Example:
+        >>> parse_expression("(3 + 5) * 2")
+        Expression(value=Fraction(16, 1), numbers=(2, 3, 5))
+
+    Raises:
+        NotAnExpression: the text is anything else.
+    """
+    values: list[Fraction] = []
+    operators: list[str] = []
+    numbers: list[int] = []
+    wants_operand = True
+    for token in _tokens(text):
+        if token.isdigit() and wants_operand:
+            numbers.append(int(token))
+            values.append(Fraction(int(token)))
+            wants_operand = False
+        elif token == "(" and wants_operand:
+            operators.append(token)
+        elif token == ")" and not wants_operand:
+            while operators and operators[-1] != "(":
+                _apply(operators.pop(), values)
+            if not operators:
+                raise NotAnExpression("a bracket is closed that was not opened")
+            operators.pop()
+        elif token in _PRECEDENCE and not wants_operand:
+            while operators and operators[-1] != "(" and _PRECEDENCE[operators[-1]] >= _PRECEDENCE[token]:
+                _apply(operators.pop(), values)
+            operators.append(token)
+            wants_operand = True
+        else:
+            raise NotAnExpression(f"{token!r} stands where it cannot")
+    if wants_operand:
+        raise NotAnExpression("ends in the middle")
+    while operators:
+        if operators[-1] == "(":
+            raise NotAnExpression("a bracket is not closed")
+        _apply(operators.pop(), values)
+    (value,) = values
+    return Expression(value=value, numbers=tuple(sorted(numbers)))
+
+
+def _tokens(text: str) -> list[str]:
+    text = text.translate(_SPELLINGS).strip()
+    if len(text) > MAX_CHARS:
+        raise NotAnExpression(f"longer than {MAX_CHARS} characters")
+    tokens, position = [], 0
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if match is None:
+            raise NotAnExpression(f"{text[position]!r} is not of the grammar")
+        token = match.group(1)
+        if len(token) > 1 and token.startswith("0"):
+            raise NotAnExpression(f"{token!r} has a leading zero")
+        tokens.append(token)
+        position = match.end()
+    return tokens
+
+
+def _apply(operator: str, values: list[Fraction]) -> None:
+    right, left = values.pop(), values.pop()
+    if operator == "+":
+        values.append(left + right)
+    elif operator == "-":
+        values.append(left - right)
+    elif operator == "*":
+        values.append(left * right)
+    elif right == 0:
+        raise NotAnExpression("divides by zero")
+    else:
+        values.append(left / right)
+
+
+def countdown_reward(problem: Problem, text: str, *, use_all: bool = True) -> Score:
+    """1 where the last ``<answer>`` block is an expression that reaches the target with the given numbers, else 0.
+
+    Example:
+        >>> countdown_reward(problem, "<think>5 * 2 = 10, 10 + 3 = 13.</think> <answer>3 + 5 * 2</answer>").total
+        1.0
+
+    Args:
+        use_all: every number exactly once; False: at most once.
+
+    Raises:
+        ValueError: the problem's gold answer is not an expression.
+    """
+    answer = parse_tags(text).answer
+    if answer is None:
+        return Score(total=0.0, failure="no_answer")
+    return _judge(problem, answer, use_all=use_all)
+
+
+def lenient_countdown_reward(problem: Problem, text: str, *, use_all: bool = True) -> Score:
+    """1 where the last expression anywhere in the turn reaches the target, tags or not, ``= 24`` behind it or not.
+
+    For evaluation beside the strict reward, never for training: it pays for answers that were not given as such.
+    """
+    candidates = _LENIENT.findall(text.translate(_SPELLINGS))
+    for candidate in reversed(candidates):
+        # A list's comma or a sentence's bracket may hang on; a lone number is the right-hand side of an equation.
+        candidate = candidate.strip(" +-*/")
+        if any(operator in candidate for operator in _PRECEDENCE):
+            return _judge(problem, candidate, use_all=use_all)
+    return Score(total=0.0, failure="no_answer")
+
+
+def _judge(problem: Problem, answer: str, *, use_all: bool) -> Score:
+    given = _gold(problem.id, problem.answer)
+    if not answer.strip():
+        return Score(total=0.0, failure="empty")
+    try:
+        found = parse_expression(answer)
+    except NotAnExpression:
+        return Score(total=0.0, failure="unparseable")
+    spent, available = Counter(found.numbers), Counter(given.numbers)
+    if not (spent == available if use_all else spent <= available):
+        return Score(total=0.0, failure="wrong_numbers")
+    return Score(total=float(found.value == given.value))
+
+
+@lru_cache(maxsize=4096)
+def _gold(problem_id: str, answer: str | None) -> Expression:
+    try:
+        return parse_expression(answer or "")
+    except NotAnExpression as error:
+        raise ValueError(
+            f"{problem_id}: the gold answer {answer!r:.60} is not an expression ({error}); countdown rewards are for "
+            "problems of rolltune.data.countdown"
+        ) from None

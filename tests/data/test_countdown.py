@@ -1,0 +1,152 @@
+"""Countdown problems: solvable, split apart, the same from the same seed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rolltune.data.countdown import Term, combine, countdown, countdown_rows, given, solve, steps
+from rolltune.data.dataset import overlap
+from rolltune.rewards.countdown import countdown_reward, parse_expression
+
+EASY = {"sizes": [3], "low": 1, "high": 12, "min_target": 5, "max_target": 40, "operations": "+-*"}
+
+
+def test_the_gold_answer_reaches_the_target_with_the_numbers():
+    for problem in countdown(count=200, seed=1):
+        question = problem.messages[0]["content"]
+        numbers = [int(n) for n in question.split("numbers ")[1].split(", create")[0].replace(" and", ",").split(", ")]
+        target = int(question.split("equals ")[1].split(".")[0])
+        gold = parse_expression(problem.answer)
+        assert gold.value == target and gold.numbers == tuple(sorted(numbers))
+        assert (sorted(given(problem)[0]), given(problem)[1]) == (sorted(numbers), target)
+        assert countdown_reward(problem, f"<answer>{problem.answer}</answer>").total == 1.0
+        assert 10 <= target <= 100 and all(1 <= n <= 99 for n in numbers) and len(numbers) in (3, 4)
+
+
+def test_the_steps_of_a_solution_add_up():
+    for problem in countdown(count=100, seed=2):
+        *equations, end = problem.solution.split(".")
+        assert end == ""
+        for equation in equations:
+            left, right = equation.split(" = ")
+            assert parse_expression(left).value == int(right)
+
+
+def test_short_wording():
+    (problem,) = countdown(count=1, wording="short", **EASY)
+    numbers, target = given(problem)
+    assert problem.messages[0]["content"].startswith(f"Make {target} from ")
+    assert len(numbers) == 3
+
+
+def test_no_problem_is_in_both_splits_or_twice():
+    train, heldout = countdown(count=900, seed=0, **EASY), countdown(count=100, seed=7, split="heldout", **EASY)
+    assert overlap(train, heldout) == []
+    keys = {(tuple(sorted(given(p)[0])), given(p)[1]) for p in train}
+    assert len(keys) == 900
+
+
+def test_the_same_seed_gives_the_same_problems():
+    assert list(countdown(count=20, seed=3)) == list(countdown(count=30, seed=3))[:20]
+    assert list(countdown(count=20, seed=3)) != list(countdown(count=20, seed=4))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"count": 0}, "count=0 must be at least 1"),
+        ({"split": "test"}, "split='test' must be one of train, heldout"),
+        ({"sizes": [7]}, r"sizes=\[7\] must be a list of numbers from 2 to 6"),
+        ({"sizes": []}, r"sizes=\[\] must be"),
+        ({"low": 0}, "low=0 must be at least 1"),
+        ({"high": 0}, "high=0 must be at least 1"),
+        ({"max_target": 9}, "max_target=9 must be at least 10"),
+        ({"operations": "+^"}, r"operations='\+\^' must be some of"),
+        ({"wording": "long"}, "wording='long' must be one of full, short"),
+        ({"sizes": [2], "high": 3, "min_target": 3, "count": 50}, "were not found, only"),
+    ],
+)
+def test_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        countdown(**({"count": 5} | options))
+
+
+@pytest.mark.parametrize(
+    "left, operation, right, result",
+    [
+        (Term(3, "3"), "+", Term(5, "5"), (8, "3 + 5")),
+        (Term(8, "3 + 5", 2), "*", Term(2, "2"), (16, "(3 + 5) * 2")),
+        (Term(9, "9"), "-", Term(8, "3 + 5", 2), (1, "9 - (3 + 5)")),
+        (Term(9, "9"), "+", Term(2, "5 - 3", 2), (11, "9 + 5 - 3")),
+        (Term(9, "9"), "-", Term(6, "3 * 2", 1), (3, "9 - 3 * 2")),
+        (Term(12, "12"), "/", Term(6, "3 * 2", 1), (2, "12 / (3 * 2)")),
+        (Term(6, "3 * 2", 1), "/", Term(6, "6"), (1, "3 * 2 / 6")),
+        (Term(6, "3 * 2", 1), "*", Term(2, "8 / 4", 1), (12, "3 * 2 * 8 / 4")),
+        (Term(7, "7"), "/", Term(2, "2"), None),
+        (Term(3, "3"), "-", Term(3, "3"), None),
+        (Term(3, "3"), "-", Term(4, "4"), None),
+        (Term(500, "500"), "*", Term(3, "3"), None),
+    ],
+)
+def test_combine(left, operation, right, result):
+    step = combine(left, operation, right)
+    assert (step and (step.result.value, step.result.text)) == result
+    if step:
+        assert parse_expression(step.result.text).value == step.result.value
+
+
+def test_steps_come_once_each():
+    found = [(s.left.value, s.operation, s.right.value) for s, _ in steps([Term(6, "6"), Term(3, "3"), Term(3, "3")])]
+    assert len(found) == len(set(found))
+    assert set(found) == {(6, "+", 3), (6, "-", 3), (6, "*", 3), (6, "/", 3), (3, "+", 3), (3, "*", 3), (3, "/", 3)}
+
+
+def test_solve_finds_a_solution_or_says_that_there_is_none():
+    path = solve([3, 5, 2], 16)
+    assert path is not None and path[-1].result.value == 16
+    assert parse_expression(path[-1].result.text).numbers == (2, 3, 5)
+    assert solve([1, 1, 1], 50) is None
+    assert solve([24], 24) == []
+
+
+# --- rows of a file ---------------------------------------------------------------------------------------------------
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_rows_are_solved_and_those_without_a_solution_left_out(tmp_path):
+    path = write_rows(
+        tmp_path / "rows.jsonl",
+        [{"nums": [44, 19, 35], "target": 98}, {"nums": [1, 1, 1], "target": 50}, {"nums": [3, 5, 2], "target": 16}],
+    )
+    first, second = countdown_rows(path=path, count=3)
+    assert (first.id, second.id) == ("countdown/train/0", "countdown/train/2")
+    assert "numbers 44, 19 and 35, create an equation that equals 98" in first.messages[0]["content"]
+    assert parse_expression(first.answer).value == 98
+
+
+@pytest.mark.parametrize(
+    "rows, options, message",
+    [
+        ([{"nums": [1], "target": 1}], {}, r"row 0: nums=\[1\] must be 2 to 6"),
+        ([{"nums": [1, 2], "target": 0}], {}, "target=0 one"),
+        ([{"numbers": [1, 2], "target": 3}], {}, "nums=None must be"),
+        ([{"nums": [1, 2], "target": 3}], {"count": 2}, "count=2 must lie within the 1 rows"),
+    ],
+)
+def test_bad_rows(rows, options, message, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=message):
+        countdown_rows(path=path, **({"count": 1} | options))
+
+
+def test_a_path_that_is_nothing():
+    with pytest.raises(ValueError, match="neither a .jsonl or .parquet file nor a Hub id"):
+        countdown_rows(path="nowhere")
+    with pytest.raises(ValueError, match="path='nowhere.jsonl'"):
+        countdown_rows(path="nowhere.jsonl")
