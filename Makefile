@@ -1,5 +1,6 @@
 # make install     an environment in .venv
 # make quickstart  SFT warm-up, then GRPO, on 2 CPU cores and without a network
+# make pipeline    does priming pay? Three arms of traces, prime and GRPO on Countdown, compared; make -j2 runs two at once
 # make test        all tests
 # make check       format, lint and types
 
@@ -8,7 +9,11 @@ BIN := .venv/bin
 # A thread that spins while it waits takes the core from the one that works: on a busy machine that costs a factor.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install quickstart test check
+# One seed of the pipeline: make pipeline SEED=1
+SEED ?= 0
+PIPELINE ?= outputs/pipeline/seed$(SEED)
+
+.PHONY: install quickstart pipeline warmup primed incorrect test check
 
 install: .venv/installed
 
@@ -24,6 +29,31 @@ install: .venv/installed
 quickstart: install
 	$(BIN)/tune run prime --config quickstart_prime.yaml resume=true
 	$(BIN)/tune run grpo --config quickstart.yaml resume=true
+
+# An arm: traces of one kind, SFT on them, GRPO from there.
+define arm
+$(BIN)/tune run write_traces --config countdown_traces.yaml output_dir=$(PIPELINE)/$(1)/traces \
+    seed=$(SEED) data.seed=$(SEED) $(2)
+$(BIN)/tune run prime --config smollm2_135m_countdown_prime.yaml output_dir=$(PIPELINE)/$(1)/prime resume=true \
+    seed=$(SEED) data.train.path=$(PIPELINE)/$(1)/traces/traces.jsonl data.heldout.path=$(PIPELINE)/$(1)/traces/traces.jsonl
+$(BIN)/tune run grpo --config smollm2_135m_countdown.yaml output_dir=$(PIPELINE)/$(1)/grpo resume=true \
+    seed=$(SEED) data.train.seed=1$(SEED) model.path=$(PIPELINE)/$(1)/prime/best
+endef
+
+warmup: install
+	$(call arm,warmup,writer.condition=negative_control)
+
+primed: install
+	$(call arm,primed,)
+
+incorrect: install
+	$(call arm,incorrect,writer.correct=false)
+
+pipeline: warmup primed incorrect
+	$(BIN)/tune run evaluate --config smollm2_135m_countdown_eval.yaml output_dir=$(PIPELINE)/comparison seed=$(SEED) \
+	    models="[{name: raw, path: smollm2-135m-instruct}, {name: warmup+grpo, path: $(PIPELINE)/warmup/grpo/best}, \
+	    {name: primed, path: $(PIPELINE)/primed/prime/best}, {name: primed+grpo, path: $(PIPELINE)/primed/grpo/best}, \
+	    {name: incorrect+grpo, path: $(PIPELINE)/incorrect/grpo/best}]"
 
 test: install
 	$(BIN)/python -m pytest

@@ -19,7 +19,7 @@ from rolltune.types import Problem
 
 OPERATIONS = "+-*/"
 _HELDOUT_SHARE = 0.1  # of all problems; fixed, so that what was once held out stays held out
-_TRIES = 2_000  # draws for one problem before ranges without a fitting problem are given up
+_TRIES = 20_000  # draws for one problem before ranges without a fitting problem are given up
 _LARGEST = 1_000  # of values on the way: what can be worked out in the head
 
 _QUESTIONS = {

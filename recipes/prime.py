@@ -118,8 +118,7 @@ def dry_run(cfg: PrimeConfig) -> None:
         Text.assemble((str(tokenizer.decode(list(prompt))), "dim"), (str(tokenizer.decode(list(turn))), "green")),
     )
     longest = max(len(e.prompt.token_ids) for e in examples), max(len(e.sequences[0].token_ids) for e in examples)
-    whole = max(len(e.prompt.token_ids) + len(e.sequences[0].token_ids) for e in examples)
-    estimates.check_examples(cfg.model, tokens=whole)
+    check_lengths(cfg, train_set, heldout, render, tokenizer)
     console.print(
         f"{len(train_set)} examples, {len(heldout)} held out; {cfg.num_steps * cfg.batch.examples_per_step} are "
         f"trained on; prompts of {longest[0]} and turns of {longest[1]} tokens at most (of {len(examples)})"
@@ -134,6 +133,8 @@ def dry_run(cfg: PrimeConfig) -> None:
 def build(cfg: PrimeConfig, world: World, resume_from: Path | None) -> Parts:
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
     train_set, heldout = runs.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
+    render = runs.prompt_renderer(cfg.prompt, tokenizer)
+    check_lengths(cfg, train_set, heldout, render, tokenizer)
     policy = build_policy(
         cfg.model,
         cfg.lora,
@@ -151,7 +152,7 @@ def build(cfg: PrimeConfig, world: World, resume_from: Path | None) -> Parts:
         tokenizer=tokenizer,
         stream=ProblemStream(train_set, seed=cfg.seed),
         heldout=heldout,
-        render=runs.prompt_renderer(cfg.prompt, tokenizer),
+        render=render,
         optimization=optimization,
     )
 
@@ -164,6 +165,24 @@ def example(
     ids = completion_ids(worked_turn(problem, cfg.answer_format), prompt, tokenizer)
     sequence = TrainSequence(token_ids=ids, logprobs=(0.0,) * len(ids), advantage=1.0)
     return TrainGroup(prompt=prompt, sequences=(sequence,))
+
+
+def check_lengths(
+    cfg: PrimeConfig,
+    train_set: Sequence[Problem],
+    heldout: Sequence[Problem],
+    render: Callable[[Problem], Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Refuse examples beyond the model's context now: every one that is trained on, and the held-out ones."""
+    trained = min(cfg.num_steps * cfg.batch.examples_per_step, len(train_set))
+    for key, problems in (
+        ("data.train", ProblemStream(train_set, seed=cfg.seed).take(0, trained)),
+        ("data.heldout", heldout),
+    ):
+        groups = [(example(cfg, problem, render, tokenizer), problem.id) for problem in problems]
+        tokens, name = max((len(g.prompt.token_ids) + len(g.sequences[0].token_ids), name) for g, name in groups)
+        estimates.check_examples(cfg.model, tokens=tokens, key=key, name=name)
 
 
 def train(cfg: PrimeConfig, parts: Parts, step: int, cursor: int) -> dict[str, float]:

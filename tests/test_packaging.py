@@ -72,7 +72,7 @@ def test_wheel_holds_every_file_and_nothing_at_the_top(wheel: Path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names} == {"rolltune", "rolltune-0.1.0.dist-info"}
     for folder in (*FOLDERS, "src/rolltune"):
-        for suffix in ("py", "yaml", "jsonl", "jinja", "typed"):
+        for suffix in ("py", "yaml", "jsonl", "jinja", "md", "typed"):
             for path in (REPO / folder).rglob(f"*.{suffix}"):
                 inside = (
                     path.relative_to(REPO / "src")

@@ -45,13 +45,21 @@ def check_context(model: ModelConfig, *, prompt_tokens: int, max_new_tokens: int
         )
 
 
-def check_examples(model: ModelConfig, *, tokens: int) -> None:
-    """Raise ConfigError where the longest example, prompt and turn, does not fit the model's context."""
+def check_examples(model: ModelConfig, *, tokens: int, key: str = "data.train", name: str = "") -> None:
+    """Raise ConfigError where the longest example, prompt and turn, does not fit the model's context.
+
+    Args:
+        model: whose context it is.
+        tokens: of the example.
+        key: where the config has the example's data.
+        name: of the example.
+    """
     context = _context(model)
     if context is not None and tokens > context:
         raise ConfigError(
             [
-                f"data.train: an example of {tokens} tokens is beyond the {context} tokens of {model.path}; "
+                f"{key}: an example of {tokens} tokens is beyond the {context} tokens of {model.path}"
+                f"{f' ({name})' if name else ''}; "
                 "leave such problems out, or shorten what stands around them (prompt, answer_format)"
             ]
         )

@@ -222,9 +222,14 @@ def _closings(terms: Sequence[Term], target: int, operations: str) -> Iterator[C
 
 
 def _try_all(pair: Sequence[Term], goal: int, operations: str) -> tuple[tuple[Step, ...], bool]:
-    """The steps on two terms up to the one that reaches the goal; whether one does."""
+    """The steps on two terms up to the one that reaches the goal; whether one does.
+
+    What lands far beyond the goal is not tried: nobody works out 90 * 8 to reach 24.
+    """
     tried = []
     for step, _ in steps(pair, operations):
+        if step.result.value > 2 * goal + 10:
+            continue
         tried.append(step)
         if step.result.value == goal:
             return tuple(tried), True

@@ -1,0 +1,114 @@
+"""Traces that ``tune run write_traces`` wrote, as examples for the recipe prime, and the controls that come of them.
+
+The turn that is learnt is the whole response, so prime takes ``answer_format: "{solution}"``. The controls are those of
+arXiv 2503.01307: the same answers behind an empty thinking, or behind dots as long as the thinking was; wrong answers
+alone. They tell what a model learns from the behaviours from what it learns from answers, length or form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from rolltune.data.dataset import Dataset, take_slice
+from rolltune.rewards.tags import THINK_CLOSE, THINK_OPEN, parse_tags
+from rolltune.traces import Trace
+from rolltune.traces.record import read_traces
+from rolltune.types import Problem
+
+_DOT = " ."
+
+
+def traces(
+    *,
+    path: str,
+    keep: Literal["all", "correct", "incorrect"] = "all",
+    thinking: Literal["written", "empty", "dots"] = "written",
+    tokenizer: str | None = None,
+    start: int = 0,
+    count: int | None = None,
+) -> Dataset:
+    """Examples from a trace file, in its order.
+
+    Each has the id "<problem's id>#<sample>", the problem's messages, its gold answer (or the stated one where there is
+    none), and as its solution the whole response.
+
+    Args:
+        path: ``<output_dir>/traces.jsonl`` of a write_traces run.
+        keep: by the verifier's verdict; traces that it could not judge are in "all" alone.
+        thinking: "written" as it is; "empty" for ``<think> </think>``; "dots" for " ." repeated to as many tokens as
+            the thinking has (or as near as the tokenizer lets it come). The answer stays either way.
+        tokenizer: the model that "dots" are counted with, as ``model.path``.
+        start: first trace taken of those kept.
+        count: number of traces taken; None takes all from ``start`` on.
+
+    Raises:
+        ValueError: there is no such file, a line is broken (the message names it), nothing is left to take, or an
+            option is unknown, missing or does nothing.
+    """
+    for name, value, known in (
+        ("keep", keep, ("all", "correct", "incorrect")),
+        ("thinking", thinking, ("written", "empty", "dots")),
+    ):
+        if value not in known:
+            raise ValueError(f"traces: {name}={value!r} must be one of {', '.join(known)}")
+    if thinking == "dots" and tokenizer is None:
+        raise ValueError("traces: thinking=dots needs a tokenizer to count with: the path of the model that is primed")
+    if thinking != "dots" and tokenizer is not None:
+        raise ValueError(f"traces: tokenizer={tokenizer!r} does nothing with thinking={thinking}; leave it out")
+    source = Path(path).expanduser()
+    if not source.is_file():
+        raise ValueError(f"traces: path={path!r} is not a file; write it with: tune run write_traces --config ...")
+    kept = _keep(read_traces(source), keep, source)
+    write = _thinking(thinking, tokenizer)
+    taken = take_slice(kept, start=start, count=count, source=f"{source}, keep={keep}")
+    return Dataset(_example(trace, write) for trace in taken)
+
+
+def _keep(found: list[Trace], keep: str, source: Path) -> list[Trace]:
+    if not found:
+        raise ValueError(f"{source}: the file has no traces")
+    wanted = {"all": (True, False, None), "correct": (True,), "incorrect": (False,)}[keep]
+    kept = [trace for trace in found if trace.correct in wanted]
+    if not kept:
+        counts = [sum(trace.correct is verdict for trace in found) for verdict in (True, False, None)]
+        raise ValueError(
+            f"{source}: keep={keep} leaves nothing of {len(found)} traces: {counts[0]} are correct, {counts[1]} "
+            f"incorrect, {counts[2]} unscored"
+        )
+    return kept
+
+
+def _example(trace: Trace, write: Callable[[str], str]) -> Problem:
+    name = f"{trace.problem.id}#{trace.sample}"
+    layout = parse_tags(trace.response).layout
+    if layout is None:
+        raise ValueError(f"{name}: its response is not <think>...</think> and <answer>...</answer>")
+    begin, end = trace.response.index(THINK_OPEN) + len(THINK_OPEN), trace.response.index(THINK_CLOSE)
+    return Problem(
+        id=name,
+        messages=trace.problem.messages,
+        answer=layout.answer.strip() if trace.problem.answer is None else trace.problem.answer,
+        solution=trace.response[:begin] + write(layout.think) + trace.response[end:],
+    )
+
+
+def _thinking(thinking: str, tokenizer: str | None) -> Callable[[str], str]:
+    """What takes the place of a trace's thinking."""
+    if tokenizer is None:
+        return (lambda text: " ") if thinking == "empty" else (lambda text: text)
+    from rolltune.models import load_tokenizer  # imports torch, which the other controls do without
+
+    encode = load_tokenizer(tokenizer)
+
+    def tokens(text: str) -> int:
+        return len(encode(text, add_special_tokens=False)["input_ids"])
+
+    def dots(text: str) -> str:
+        wanted = tokens(text)
+        # A dot is a token with most tokenizers. Where it is two, or some make one, the second guess is near.
+        guess = round(wanted**2 / max(1, tokens(_DOT * wanted)))
+        return _DOT * min((max(1, guess + more) for more in (0, -1, 1)), key=lambda n: abs(tokens(_DOT * n) - wanted))
+
+    return dots

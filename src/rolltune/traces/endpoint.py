@@ -1,0 +1,182 @@
+"""Traces asked of a model behind an endpoint, as in arXiv 2503.01307: one system prompt for each set of behaviours.
+
+The prompts are files, ``prompts/<task>/<condition>.md`` beside this one; a file of one's own can take their place. The
+paper's settings are the defaults: temperature 0.5, 1,024 tokens. Its model is another, and its prompts are not these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+from rolltune.components import nearest
+from rolltune.endpoint import BudgetSpent, Endpoint, Reply
+from rolltune.rewards.format import format_reward
+from rolltune.seeding import derive_seed
+from rolltune.traces.conditions import CONDITIONS
+from rolltune.types import Message, Problem
+
+_PROMPTS = Path(__file__).parent / "prompts"
+_TRIES = 3  # replies that are asked for until one has the layout
+_SEEDS = 2**31  # some servers take 32-bit seeds alone
+
+
+class Malformed(ValueError):
+    """No reply to a problem had the layout of a trace; the problem is left out."""
+
+
+class EndpointTraceWriter:
+    """A model that is told which behaviours to show.
+
+    A reply that was cut, or is not one think block and one answer block alone, is asked for again with another seed,
+    twice at most.
+
+    Example:
+        >>> writer = EndpointTraceWriter(
+        ...     condition="backtracking", task="countdown", base_url="http://localhost:8000/v1", model="llama-3.3-70b"
+        ... )
+        >>> writer.provenance["model"]
+        'llama-3.3-70b'
+
+    Args:
+        condition: which behaviours are asked for: a name of :data:`rolltune.traces.conditions.CONDITIONS`, or with a
+            ``prompt`` of one's own any name for what that asks for.
+        task: what is solved: "countdown", or "math" for questions whose answer is a number.
+        base_url: of the endpoint, up to and with ``/v1``.
+        model: as the server names it.
+        prompt: a file that is the system prompt instead of the packaged one.
+        temperature: 0 .. 2.
+        max_tokens: of one reply; a reply that reaches it is cut, and not kept.
+        api_key_env: the environment variable with the key; need not be set for a server without keys.
+        timeout_seconds: for a whole reply.
+        max_attempts: calls for one reply, at most, where calls fail.
+        max_calls: cap on the calls of a run, as with :class:`rolltune.endpoint.Endpoint`. A run that is taken up again
+            has the whole of each cap again.
+        max_total_tokens: cap on the tokens of a run, prompts included.
+        max_dollars: cap on the price of a run.
+        dollars_per_million_input: price of prompt tokens.
+        dollars_per_million_output: price of completion tokens.
+
+    Raises:
+        ValueError: an argument is unknown or out of range, or the prompt's file cannot be read.
+    """
+
+    def __init__(
+        self,
+        *,
+        condition: str,
+        task: Literal["countdown", "math"],
+        base_url: str,
+        model: str,
+        prompt: str | None = None,
+        temperature: float = 0.5,
+        max_tokens: int = 1024,
+        api_key_env: str = "OPENAI_API_KEY",
+        timeout_seconds: float = 120.0,
+        max_attempts: int = 6,
+        max_calls: int | None = None,
+        max_total_tokens: int | None = None,
+        max_dollars: float | None = None,
+        dollars_per_million_input: float = 0.0,
+        dollars_per_million_output: float = 0.0,
+    ) -> None:
+        if not 0 <= temperature <= 2:
+            raise ValueError(f"temperature: {temperature}; must be in 0 .. 2")
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens: {max_tokens}; must be >= 1")
+        if max_total_tokens is not None and max_total_tokens < 1:
+            raise ValueError(f"max_total_tokens: {max_total_tokens}; must be >= 1")
+        self.condition = condition
+        self.endpoint = Endpoint(
+            base_url=base_url,
+            model=model,
+            api_key_env=api_key_env,
+            max_concurrency=1024,  # above any recipe's, which is the one that counts
+            timeout_seconds=timeout_seconds,
+            max_attempts=max_attempts,
+            max_calls=max_calls,
+            max_tokens=max_total_tokens,
+            max_dollars=max_dollars,
+            dollars_per_million_input=dollars_per_million_input,
+            dollars_per_million_output=dollars_per_million_output,
+        )
+        self._system = _own_prompt(prompt) if prompt is not None else packaged_prompt(task, condition)
+        self._temperature = temperature
+        self._max_tokens = max_tokens
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        return {
+            "writer": "rolltune.traces.endpoint",
+            "model": self.endpoint.model,
+            "host": self.endpoint.host,
+            "prompt": hashlib.sha256(self._system.encode()).hexdigest()[:12],
+            "temperature": str(self._temperature),
+        }
+
+    async def write(self, problem: Problem, *, seed: int) -> str:
+        """The reply that has the layout.
+
+        Raises:
+            Malformed: none has.
+            BudgetSpent, EndpointDown, ValueError: as in :meth:`rolltune.endpoint.Endpoint.chat`.
+        """
+        messages = self._messages(problem)
+        for attempt in range(_TRIES):
+            try:
+                reply = await self.endpoint.chat(
+                    messages,
+                    temperature=self._temperature,
+                    max_tokens=self._max_tokens,
+                    seed=derive_seed(seed, attempt) % _SEEDS,
+                )
+            except BudgetSpent as error:
+                key = "max_total_tokens" if error.key == "max_tokens" else error.key  # as it is called here
+                raise BudgetSpent(key, error.limit, error.spent) from None
+            if _is_well_formed(problem, reply):
+                return reply.text.strip()
+        problem_with_it = f"cut at {self._max_tokens} tokens" if reply.finish_reason == "length" else "another layout"
+        raise Malformed(
+            f"{problem.id}: none of {_TRIES} replies is one <think> and one <answer> block alone; the last: "
+            f"{problem_with_it}"
+        )
+
+    def preview(self, problem: Problem) -> str:
+        """What is sent for a problem."""
+        return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in self._messages(problem))
+
+    def _messages(self, problem: Problem) -> list[Message]:
+        return [
+            {"role": "system", "content": self._system},
+            {"role": "user", "content": problem.messages[-1]["content"]},
+        ]
+
+
+def packaged_prompt(task: str, condition: str) -> str:
+    """The system prompt that asks for a condition's behaviours.
+
+    Raises:
+        ValueError: there is no such task or condition.
+    """
+    tasks = sorted(folder.name for folder in _PROMPTS.iterdir())
+    for key, name, names in (("task", task, tasks), ("condition", condition, list(CONDITIONS))):
+        if name not in names:
+            near = nearest(name, names)
+            hint = f"did you mean {near!r}? " if near else ""
+            raise ValueError(f"{key}: {name!r} is unknown; {hint}There are {', '.join(names)}")
+    return (_PROMPTS / task / f"{condition}.md").read_text(encoding="utf-8")
+
+
+def _own_prompt(path: str) -> str:
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompt: {path}: {getattr(error, 'strerror', None) or 'is no UTF-8 text'}") from None
+    if not text.strip():
+        raise ValueError(f"prompt: {path}: is empty")
+    return text
+
+
+def _is_well_formed(problem: Problem, reply: Reply) -> bool:
+    return reply.finish_reason != "length" and format_reward(problem, reply.text).total == 1.0
