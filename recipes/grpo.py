@@ -304,6 +304,8 @@ def evaluate(cfg: GRPOConfig, parts: Parts, progress: Progress) -> dict[str, flo
         render=parts.render,
         sampler=parts.sampler,
         params=params,
+        correct=component(cfg.eval.correct),
+        lenient=component(cfg.eval.lenient),
         world=parts.world,
         on_progress=progress.phase("evaluating"),
     )

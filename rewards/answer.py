@@ -115,11 +115,31 @@ def grade(gold: str, text: str, *, timeout: float = TIMEOUT_SECONDS) -> Grade:
     return _unread(stated) if answer is None else _compare(target.expression, answer, timeout)
 
 
-def lenient_number(text: str) -> str | None:
-    """The last number anywhere in the text, tags or not, in plain form (``"1,800.50"`` gives ``"1800.5"``).
+def lenient_answer_reward(problem: Problem, text: str, *, timeout: float = TIMEOUT_SECONDS) -> Score:
+    """1 where the last number anywhere in the turn equals the gold answer, tags or not, else 0.
 
-    For reporting only: the gap between lenient and strict accuracy is what the format costs. Never a reward.
+    For evaluation beside the strict reward, where the gap between the two is what the format costs. Never for training:
+    it pays for answers that were not given.
+
+    Example:
+        >>> lenient_answer_reward(problem, "9 * $2 = $18, so she makes $18 a day.").total
+        1.0
+
+    Args:
+        timeout: seconds, as in :func:`answer_reward`.
+
+    Raises:
+        ValueError: the problem has no gold answer.
     """
+    gold_answer(problem)
+    number = lenient_number(text)
+    if number is None:
+        return Score(total=0.0, failure="no_answer")
+    return answer_reward(problem, f"<answer>{number}</answer>", timeout=timeout)
+
+
+def lenient_number(text: str) -> str | None:
+    """The last number anywhere in the text, tags or not, in plain form (``"1,800.50"`` gives ``"1800.5"``)."""
     last = next(iter(deque(_LENIENT.finditer(text), maxlen=1)), None)
     if last is None or len(last[0]) > MAX_ANSWER_CHARS:
         return None
@@ -128,6 +148,33 @@ def lenient_number(text: str) -> str | None:
     return f"-{digits}" if last["minus"] and digits != "0" else digits
 
 
+def voted_answer(problem: Problem, text: str) -> str | None:
+    """The answer that a turn gives to a vote among several turns, in one spelling; None where it has none to give.
+
+    Where the gold answer is a number only numbers vote, and ``$1,800`` and ``1800.0`` are one vote. Elsewhere the text
+    of the block votes, without markup and without spaces around operators: ``3+5`` and ``3 + 5`` are one vote, while
+    ``5 + 3``, another expression of the same value, is another.
+
+    Raises:
+        ValueError: the problem has no gold answer.
+    """
+    gold = gold_answer(problem)
+    try:
+        wants_number = _gold(gold).number is not None
+    except ValueError:  # one that another checker than this one can read
+        wants_number = False
+    block = (parse_tags(text).answer or "").strip()
+    if not block or len(block) > MAX_ANSWER_CHARS:
+        return None
+    stated = _undress(block)
+    if wants_number:
+        number = _number(stated)
+        return None if number is None else str(number)
+    joined = stated.translate(_OPERATOR_SPELLINGS).removesuffix(".")
+    return re.sub(r" ?([-+*/^=()]) ?", r"\1", joined) or None
+
+
+_OPERATOR_SPELLINGS = str.maketrans({"\u00d7": "*", "\u00f7": "/"})
 _LENIENT = re.compile(r"(?P<minus>(?<![\w)])-\$?)?(?P<digits>[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?)")
 
 

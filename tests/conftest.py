@@ -4,6 +4,7 @@ part."""
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 # Two test processes or ranks on two cores would otherwise spin against each other.
@@ -63,6 +64,12 @@ def save_tiny_llama(folder: Path, *, seed: int = 0, **options) -> Path:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
+
+
+@pytest.fixture(scope="session")
+def make_tiny_llama() -> Callable[..., Path]:
+    """:func:`save_tiny_llama`, for tests of more models than one."""
+    return save_tiny_llama
 
 
 @pytest.fixture(scope="session")

@@ -51,6 +51,17 @@ rewards:
 """
 
 
+EVALUATE = """\
+output_dir: outputs/test
+models:
+  - {name: base, path: smollm2-135m-instruct}
+  - {name: rl.step_10, path: meta-llama/Llama-3.2-1B-Instruct}
+data: {_component_: rolltune.data.sums.sums, count: 8, seed: 0, split: heldout}
+sampling: {samples: 8}
+sampler: {_component_: rolltune.samplers.native.NativeSampler}
+"""
+
+
 @pytest.fixture
 def valid(tmp_path: Path) -> Path:
     path = tmp_path / "valid.yaml"
@@ -78,7 +89,10 @@ def test_valid_config_loads_typed(valid: Path):
     assert cfg.lora is None and cfg.num_steps == 10
 
 
-@pytest.mark.parametrize(("text", "recipe"), [(PRIME, schema.PrimeConfig), (AUDIT, schema.AuditRewardsConfig)])
+@pytest.mark.parametrize(
+    ("text", "recipe"),
+    [(PRIME, schema.PrimeConfig), (AUDIT, schema.AuditRewardsConfig), (EVALUATE, schema.EvaluateConfig)],
+)
 def test_other_recipes_configs_load(tmp_path: Path, text: str, recipe: type):
     path = tmp_path / "other.yaml"
     path.write_text(text)
@@ -255,6 +269,13 @@ MISTAKES = [
     ("max_grad_norm=0", "max_grad_norm: 0.0; must be > 0"),
     ("eval.every_n_steps=0", "eval.every_n_steps: 0; must be >= 1"),
     ("eval.max_new_tokens=0", "eval.max_new_tokens: 0; must be >= 1"),
+    ("eval.correct={_component_: rolltune.rewards.answer.answer}", "rolltune.rewards.answer has no answer"),
+    ("eval.correct.tiemout=1", "eval.correct.tiemout: answer_reward takes no such argument; did you mean eval.correct"),
+    ("eval.lenient={_component_: rolltune.advantages.group_zscore}", "group_zscore takes 1 positional arguments"),
+    (
+        "eval.lenient={_component_: rolltune.rewards.length.cosine_length_reward, max_tokens: 9}",
+        "cosine_length_reward takes the completion; a turn is judged by its text alone here",
+    ),
     ("checkpoint.every_n_steps=0", "checkpoint.every_n_steps: 0; must be >= 1"),
     ("checkpoint.keep_last=0", "checkpoint.keep_last: 0; must be >= 1"),
     ("logging.samples_every_n_steps=0", "logging.samples_every_n_steps: 0; must be >= 1"),
@@ -271,6 +292,78 @@ MISTAKES = [
 def test_one_mistake_is_one_message(valid: Path, override: str, fragment: str):
     problems = problems_of(valid, override)
     assert len(problems) == 1 and fragment in problems[0], problems
+
+
+EVALUATE_MISTAKES = [
+    ("models=[]", "models: none; give one at least: [{name: base, path: ...}]"),
+    ("models.1.name=base", "models[1].name: base; models[0] has that name already"),
+    ("models.1.name=a/b", "models[1].name: 'a/b'; a file is named after it: letters, digits, . _ + - are wanted"),
+    ("models.0.name=..", "models[0].name: '..'; a file is named after it"),
+    ("models.0.name=", "models[0].name: ''; a file is named after it"),
+    ("models.0.path=gpt2", "models[0].path: gpt2: no such folder; give a model folder, a Hub id"),
+    ("models.1.path=./nowhere", "models[1].path: ./nowhere: no such folder"),
+    ("models=[{name: x}]", "models[0].path: missing; a string is wanted"),
+    ("models.1.pth=x", "models[1].pth: no such key; did you mean models[1].path?"),
+    ("dtype=float16", "dtype: 'float16' is a string; one of float32, bfloat16 is wanted"),
+    ("device=gpu", "device: 'gpu' is a string; one of auto, cpu, cuda is wanted"),
+    ("max_problems=0", "max_problems: 0; must be >= 1"),
+    ("sampling.samples=0", "sampling.samples: 0; must be >= 1"),
+    ("sampling.temperature=-1", "sampling.temperature: -1.0; must be >= 0"),
+    ("sampling.temperature=0", "sampling.temperature: 0; all 8 samples of a problem would be the same: must be > 0"),
+    ("sampling={samples: 1, temperature: 0, top_k: 5}", "sampling.temperature: 0; top_p and top_k do nothing then"),
+    ("sampling.top_p=0", "sampling.top_p: 0.0; must be in (0, 1]"),
+    ("sampling.top_k=-1", "sampling.top_k: -1; must be >= 0"),
+    ("sampling.max_new_tokens=0", "sampling.max_new_tokens: 0; must be >= 1"),
+    ("sampling.stop=['']", "sampling.stop: holds an empty string"),
+    ("ks=[1, 9]", "ks[1]: 9; must be in 1 .. sampling.samples, 8"),
+    ("ks=[0]", "ks[0]: 0; must be in 1 .. sampling.samples, 8"),
+    ("ks=[2, 1, 2]", "ks[2]: 2; stands there twice"),
+    ("ks=[1.5]", "ks[0]: 1.5; an integer is wanted"),
+    ("resamples=99", "resamples: 99; must be >= 100"),
+    ("classified_samples=7", "classified_samples: 7; does nothing while classifier is null"),
+    ("classified_samples=0", "classified_samples: 0; does nothing while classifier is null"),
+    ("classifier={_component_: rolltune.nothing.Classifier}", "rolltune has no nothing"),
+    ("correct={_component_: rolltune.rewards.answer.answer_rewrd}", "has no answer_rewrd; did you mean answer_reward?"),
+    ("lenient={_component_: rolltune.losses.grpo.GRPOLoss}", "GRPOLoss takes 0 positional arguments"),
+    (
+        "format={_component_: rolltune.rewards.length.cosine_length_reward, max_tokens: 9}",
+        "format._component_: rolltune.rewards.length.cosine_length_reward takes the completion",
+    ),
+    ("sampler.max_row=3", "sampler.max_row: NativeSampler takes no such argument; did you mean sampler.max_rows?"),
+    ("data.cuont=1", "data.cuont: sums takes no such argument; did you mean data.count?"),
+    ("prompt.chat_template=no.jinja", "prompt.chat_template: no.jinja: no such file"),
+    ("seed=-1", "seed: -1; must be >= 0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("override", "fragment"), EVALUATE_MISTAKES, ids=[override for override, _ in EVALUATE_MISTAKES]
+)
+def test_one_mistake_of_an_evaluation_is_one_message(tmp_path: Path, override: str, fragment: str):
+    path = tmp_path / "evaluate.yaml"
+    path.write_text(EVALUATE)
+    problems = problems_of(path, override, recipe=schema.EvaluateConfig)
+    assert len(problems) == 1 and fragment in problems[0], problems
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["sampling={samples: 1, temperature: 0}", "ks=[8, 1]", "sampling.top_p=0.9", "sampling.top_k=50", "resamples=100"],
+)
+def test_what_an_evaluation_may_do(tmp_path: Path, override: str):
+    path = tmp_path / "evaluate.yaml"
+    path.write_text(EVALUATE)
+    assert problems_of(path, override, recipe=schema.EvaluateConfig) == []
+
+
+def test_prime_measures_no_accuracy(tmp_path: Path):
+    path = tmp_path / "prime.yaml"
+    path.write_text(PRIME)
+    judge = "{_component_: rolltune.rewards.countdown.countdown_reward}"
+    (found,) = problems_of(path, f"eval.correct={judge}", recipe=schema.PrimeConfig)
+    assert found.startswith("eval.correct: does nothing here: the held-out measure of this recipe is the loss")
+    (found,) = problems_of(path, f"eval.lenient={judge}", recipe=schema.PrimeConfig)
+    assert found.startswith("eval.lenient: does nothing here")
 
 
 def test_several_settings_that_contradict(valid: Path):
@@ -304,6 +397,12 @@ def test_context_of_a_model_on_disk(valid: Path, tmp_path: Path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 64}')
     path = f"model.path={tmp_path / 'model'}"
+    (tmp_path / "evaluate.yaml").write_text(EVALUATE)
+    of_model = f"models.1.path={tmp_path / 'model'}"
+    (found,) = problems_of(tmp_path / "evaluate.yaml", of_model, recipe=schema.EvaluateConfig)
+    assert found.startswith(
+        "sampling.max_new_tokens: 256; must leave room for a prompt in the context of models[1].path"
+    )
     assert "in the context of model.path, 64 tokens" in problems_of(valid, path)[0]
     assert problems_of(valid, path, "sampling.max_new_tokens=32") == []
 
@@ -520,6 +619,8 @@ SHARED = {
     "eval.every_n_steps",
     "eval.max_problems",
     "eval.max_new_tokens",
+    "eval.correct",
+    "eval.lenient",
     "checkpoint",
     "checkpoint.every_n_steps",
     "checkpoint.keep_last",
@@ -550,6 +651,50 @@ KEYS = {
     },
     schema.PrimeConfig: SHARED | {"batch.examples_per_step"},
     schema.AuditRewardsConfig: {"output_dir", "seed", "dry_run", "data", "rewards", "answer_format", "max_problems"},
+    schema.WriteTracesConfig: {
+        "output_dir",
+        "seed",
+        "dry_run",
+        "data",
+        "writer",
+        "correct",
+        "traces_per_problem",
+        "max_concurrency",
+    },
+    schema.EvaluateConfig: {
+        "output_dir",
+        "seed",
+        "device",
+        "dry_run",
+        "models",
+        "models.name",
+        "models.path",
+        "dtype",
+        "data",
+        "max_problems",
+        "prompt",
+        "prompt.system",
+        "prompt.few_shot",
+        "prompt.few_shot.user",
+        "prompt.few_shot.assistant",
+        "prompt.prefill",
+        "prompt.chat_template",
+        "sampling",
+        "sampling.samples",
+        "sampling.temperature",
+        "sampling.top_p",
+        "sampling.top_k",
+        "sampling.max_new_tokens",
+        "sampling.stop",
+        "sampler",
+        "correct",
+        "lenient",
+        "format",
+        "ks",
+        "resamples",
+        "classifier",
+        "classified_samples",
+    },
 }
 
 
@@ -562,8 +707,9 @@ def test_no_new_keys(recipe: type):
 @pytest.mark.parametrize("recipe", KEYS, ids=lambda recipe: recipe.__name__)
 def test_explain_shows_every_key(recipe: type):
     shown = {line.split(":")[0].strip() for line in config.explain(recipe).splitlines()}
-    sections = {key.rpartition(".")[0] for key in KEYS[recipe]} - {"prompt.few_shot"}
-    items = {key for key in KEYS[recipe] if key.startswith("prompt.few_shot.")}
+    lists = {"prompt.few_shot", "models"}
+    sections = {key.rpartition(".")[0] for key in KEYS[recipe]} - lists
+    items = {key for key in KEYS[recipe] if key.rpartition(".")[0] in lists}
     assert KEYS[recipe] - sections - items <= shown
 
 

@@ -7,7 +7,8 @@ from thread_world import on_ranks
 from rolltune.distributed import World
 from rolltune.evaluation import evaluate_greedy
 from rolltune.metrics import accuracy_interval
-from rolltune.types import Completion, Problem, Prompt, SamplingParams
+from rolltune.rewards.answer import answer_reward, lenient_answer_reward
+from rolltune.types import Completion, Problem, Prompt, SamplingParams, Score
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=9)
 # answer, turn, tokens, how it ended; strict, lenient, format
@@ -40,7 +41,7 @@ class Written:
         return [(self.completions[request.prompt.token_ids[0]],) for request in requests]
 
 
-def evaluate(cases, world=None, sampler=None):
+def evaluate(cases, world=None, sampler=None, correct=answer_reward, lenient=lenient_answer_reward):
     problems = [Problem(id=str(i), messages=(), answer=case[0]) for i, case in enumerate(cases)]
     completions = [
         Completion(token_ids=(0,) * tokens, logprobs=(0.0,) * tokens, finish_reason=end, policy_version=0, text=text)
@@ -51,6 +52,8 @@ def evaluate(cases, world=None, sampler=None):
         render=lambda problem: Prompt(token_ids=(int(problem.id),)),
         sampler=sampler or Written(completions),
         params=GREEDY,
+        correct=correct,
+        lenient=lenient,
         world=world or World(rank=0, size=1, device=torch.device("cpu")),
     )
 
@@ -76,6 +79,20 @@ def test_shares_of_all(tokens=7 + 8 + 3 + 5 + 2 + 6 + 9 + 9 + 4 + 1):
         "heldout/length_mean": tokens / 10,
         "heldout/truncated": 0.2,
     }
+
+
+def test_what_is_right_is_for_the_two_measures_to_say():
+    """A turn is right where the measure gives 1: not where it gives part of it, and not where it gives nothing."""
+    totals = {"4": 1.0, "1800": 0.9, "-3": None}
+    seen = []
+
+    def correct(problem, text):
+        seen.append((problem.answer, text))
+        return Score(total=totals[problem.answer])
+
+    metrics = evaluate(CASES, correct=correct, lenient=lambda problem, text: Score(total=float("2 + 2" in text)))
+    assert metrics["heldout/accuracy"] == 0.7 and metrics["heldout/lenient_accuracy"] == 0.3
+    assert seen == [(case[0], case[1]) for case in CASES]
 
 
 def test_one_completion_a_problem():

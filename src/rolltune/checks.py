@@ -19,6 +19,10 @@ from rolltune.schema import (
     AuditRewardsConfig,
     Component,
     DataConfig,
+    EvalConfig,
+    EvaluateConfig,
+    EvaluatedModel,
+    EvaluateSamplingConfig,
     GRPOConfig,
     LoggingConfig,
     LoRAConfig,
@@ -26,6 +30,7 @@ from rolltune.schema import (
     PrimeConfig,
     PromptConfig,
     SamplingConfig,
+    WriteTracesConfig,
 )
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -44,6 +49,10 @@ def check_config(cfg: Any, *, world_size: int = 1) -> list[str]:
         return list(_check_prime(cfg, world_size))
     if isinstance(cfg, AuditRewardsConfig):
         return list(_check_audit_rewards(cfg))
+    if isinstance(cfg, WriteTracesConfig):
+        return list(_check_write_traces(cfg))
+    if isinstance(cfg, EvaluateConfig):
+        return list(_check_evaluate(cfg))
     return []
 
 
@@ -59,7 +68,7 @@ def _check_grpo(cfg: GRPOConfig, world_size: int) -> Iterator[str]:
         yield f"rewards: every weight is 0 ({', '.join(cfg.rewards)}); there is nothing to train on"
     yield from _check_answer_format(cfg.answer_format, cfg.prompt.prefill)
     yield from _check_sampling(cfg.sampling)
-    yield from _check_context(cfg)
+    yield from _check_context(cfg.model.path, cfg.sampling.max_new_tokens)
     yield from check_component(cfg.sampler, "sampler", positional=2)
     yield from _check_advantage(cfg.advantage)
     yield from _check_loss(cfg)
@@ -67,6 +76,8 @@ def _check_grpo(cfg: GRPOConfig, world_size: int) -> Iterator[str]:
     yield from _check_optimization(cfg, updates)
     yield from _check_batch(cfg, world_size)
     yield from _check_eval(cfg)
+    yield from _check_judge(cfg.eval.correct, "eval.correct")
+    yield from _check_judge(cfg.eval.lenient, "eval.lenient")
     yield from _check_logging(cfg.logging)
 
 
@@ -77,7 +88,7 @@ def _check_prime(cfg: PrimeConfig, world_size: int) -> Iterator[str]:
     yield from _check_weights(cfg.model, cfg.lora)
     yield from _check_data(cfg.data)
     yield from _check_prompt(cfg.prompt)
-    yield from _check_answer_format(cfg.answer_format, cfg.prompt.prefill)
+    yield from _check_answer_format(cfg.answer_format, cfg.prompt.prefill, wants=("solution", "answer"))
     yield from _check_optimization(cfg, cfg.num_steps)
     examples = cfg.batch.examples_per_step
     yield from _at_least("batch.examples_per_step", examples, 1)
@@ -85,6 +96,9 @@ def _check_prime(cfg: PrimeConfig, world_size: int) -> Iterator[str]:
     if examples >= 1 and examples % world_size:
         yield f"batch.examples_per_step: {examples}; must be divisible by the number of processes, {world_size}"
     yield from _check_eval(cfg)
+    for name in ("correct", "lenient"):
+        if getattr(cfg.eval, name) != getattr(EvalConfig(), name):
+            yield f"eval.{name}: does nothing here: the held-out measure of this recipe is the loss; leave it out"
     yield from _check_logging(cfg.logging)
 
 
@@ -96,6 +110,78 @@ def _check_audit_rewards(cfg: AuditRewardsConfig) -> Iterator[str]:
     yield from _check_answer_format(cfg.answer_format, "")
     if cfg.max_problems is not None:
         yield from _at_least("max_problems", cfg.max_problems, 1)
+
+
+def _check_write_traces(cfg: WriteTracesConfig) -> Iterator[str]:
+    yield from _check_output_dir(cfg.output_dir)
+    yield from _at_least("seed", cfg.seed, 0)
+    yield from check_component(cfg.data, "data")
+    problems = check_component(cfg.writer, "writer") or _call_problems(cfg.writer, "writer")
+    yield from problems
+    if not problems and not callable(getattr(instantiate(cfg.writer), "write", None)):
+        yield f"writer._component_: {cfg.writer['_component_']}: no writer; a rolltune.traces.TraceWriter has write"
+    yield from _check_judge(cfg.correct, "correct")
+    yield from _at_least("traces_per_problem", cfg.traces_per_problem, 1)
+    yield from _at_least("max_concurrency", cfg.max_concurrency, 1)
+
+
+def _check_evaluate(cfg: EvaluateConfig) -> Iterator[str]:
+    yield from _check_output_dir(cfg.output_dir)
+    yield from _at_least("seed", cfg.seed, 0)
+    yield from _check_device(cfg.device)
+    yield from _check_models(cfg.models)
+    yield from _check_dtype("dtype", cfg.dtype)
+    yield from check_component(cfg.data, "data")
+    if cfg.max_problems is not None:
+        yield from _at_least("max_problems", cfg.max_problems, 1)
+    yield from _check_prompt(cfg.prompt)
+    yield from _check_evaluate_sampling(cfg.sampling)
+    for i, model in enumerate(cfg.models):
+        yield from _check_context(model.path, cfg.sampling.max_new_tokens, f"models[{i}].path")
+    yield from check_component(cfg.sampler, "sampler", positional=2)
+    for name in ("correct", "lenient", "format"):
+        yield from _check_judge(getattr(cfg, name), name)
+    yield from _check_ks(cfg.ks, cfg.sampling.samples)
+    yield from _at_least("resamples", cfg.resamples, 100)
+    if cfg.classifier is not None:
+        yield from check_component(cfg.classifier, "classifier")
+        yield from _at_least("classified_samples", cfg.classified_samples, 1)
+    elif cfg.classified_samples != EvaluateConfig().classified_samples:
+        yield f"classified_samples: {cfg.classified_samples}; does nothing while classifier is null"
+
+
+def _check_models(models: list[EvaluatedModel]) -> Iterator[str]:
+    if not models:
+        yield "models: none; give one at least: [{name: base, path: ...}]"
+    names = [model.name for model in models]
+    for i, model in enumerate(models):
+        if not re.fullmatch(r"\w[\w.+-]*", model.name):
+            yield f"models[{i}].name: {model.name!r}; a file is named after it: letters, digits, . _ + - are wanted"
+        elif model.name in names[:i]:
+            yield f"models[{i}].name: {model.name}; models[{names.index(model.name)}] has that name already"
+        yield from _check_path(model.path, f"models[{i}].path")
+
+
+def _check_evaluate_sampling(sampling: EvaluateSamplingConfig) -> Iterator[str]:
+    yield from _at_least("sampling.samples", sampling.samples, 1)
+    yield from _check_distribution(sampling)
+    if sampling.temperature < 0:
+        yield f"sampling.temperature: {sampling.temperature}; must be >= 0"
+    elif sampling.temperature == 0 and sampling.samples > 1:
+        yield (
+            f"sampling.temperature: 0; all {sampling.samples} samples of a problem would be the same: must be > 0 "
+            "(greedy decoding is done besides)"
+        )
+    elif sampling.temperature == 0 and (sampling.top_p, sampling.top_k) != (1, 0):
+        yield "sampling.temperature: 0; top_p and top_k do nothing then"
+
+
+def _check_ks(ks: list[int], samples: int) -> Iterator[str]:
+    for i, k in enumerate(ks):
+        if not 1 <= k <= samples:
+            yield f"ks[{i}]: {k}; must be in 1 .. sampling.samples, {samples}"
+        elif k in ks[:i]:
+            yield f"ks[{i}]: {k}; stands there twice"
 
 
 # --- model, device ----------------------------------------------------------------------------------------------------
@@ -121,16 +207,26 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _check_weights(model: ModelConfig, lora: LoRAConfig | None) -> Iterator[str]:
-    from rolltune.models import DTYPES, PACKAGED, resolve_model
+def _check_path(path: str, key: str = "model.path") -> Iterator[str]:
+    from rolltune.models import PACKAGED, resolve_model
 
-    if model.path != PACKAGED:
+    if path != PACKAGED:
         try:
-            resolve_model(model.path)
+            resolve_model(path)
         except ValueError as error:
-            yield str(error)
-    if model.dtype not in DTYPES:
-        yield f"model.dtype: {show(model.dtype)}; one of {', '.join(DTYPES)} is wanted"
+            yield str(error).replace("model.path", key, 1)
+
+
+def _check_dtype(key: str, dtype: str) -> Iterator[str]:
+    from rolltune.models import DTYPES
+
+    if dtype not in DTYPES:
+        yield f"{key}: {show(dtype)}; one of {', '.join(DTYPES)} is wanted"
+
+
+def _check_weights(model: ModelConfig, lora: LoRAConfig | None) -> Iterator[str]:
+    yield from _check_path(model.path)
+    yield from _check_dtype("model.dtype", model.dtype)
     if model.master_weights and model.dtype == "float32":
         yield "model.master_weights: true; does nothing with model.dtype float32, whose weights are fp32 already"
     if lora is None:
@@ -174,7 +270,17 @@ def _check_rewards(rewards: dict[str, Component]) -> Iterator[str]:
             yield f"{key}.weight: {wrong or f'{weight}; a finite number is wanted'}"
 
 
-def _check_answer_format(answer_format: str, prefill: str) -> Iterator[str]:
+def _check_judge(node: Component, key: str) -> Iterator[str]:
+    """A reward that says by the problem and the turn's text alone whether the turn is right."""
+    for problem in check_component(node, key, positional=2):
+        if problem.startswith(f"{key}.completion: missing"):
+            name = node["_component_"]
+            problem = f"{key}._component_: {name} takes the completion; a turn is judged by its text alone here"
+        yield problem
+
+
+def _check_answer_format(answer_format: str, prefill: str, *, wants: tuple[str, ...] = ("answer",)) -> Iterator[str]:
+    """``wants``: fields of which one has to stand there. A trace's ``{solution}`` is a whole turn, answer included."""
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(answer_format) if name is not None]
     except ValueError as error:
@@ -183,8 +289,8 @@ def _check_answer_format(answer_format: str, prefill: str) -> Iterator[str]:
     unknown = [name for name in fields if name not in ("solution", "answer")]
     if unknown:
         yield f"answer_format: has {{{unknown[0]}}}; {{solution}} and {{answer}} are filled in; double other braces"
-    elif "answer" not in fields:
-        yield f"answer_format: {answer_format!r} has no {{answer}}"
+    elif not set(wants) & set(fields):
+        yield f"answer_format: {answer_format!r} has no {' and no '.join(f'{{{name}}}' for name in wants)}"
     elif not answer_format.startswith(prefill):
         yield f"answer_format: {answer_format!r} does not start with prompt.prefill, {prefill!r}, as a turn does"
 
@@ -196,34 +302,37 @@ def _check_sampling(sampling: SamplingConfig) -> Iterator[str]:
     if sampling.group_size < 2:
         yield f"sampling.group_size: {sampling.group_size}; a group of one has no baseline: must be >= 2"
     yield from _above("sampling.temperature", sampling.temperature, 0)
+    yield from _check_distribution(sampling)
+    if 0 < sampling.top_p < 1:
+        yield f"sampling.top_p: {sampling.top_p}; {_FULL_SUPPORT.format('1')}"
+    if sampling.top_k > 0:
+        yield f"sampling.top_k: {sampling.top_k}; {_FULL_SUPPORT.format('0')}"
+
+
+def _check_distribution(sampling: SamplingConfig | EvaluateSamplingConfig) -> Iterator[str]:
     yield from _at_least("sampling.max_new_tokens", sampling.max_new_tokens, 1)
     if not 0 < sampling.top_p <= 1:
         yield f"sampling.top_p: {sampling.top_p}; must be in (0, 1]"
-    elif sampling.top_p != 1:
-        yield f"sampling.top_p: {sampling.top_p}; {_FULL_SUPPORT.format('1')}"
-    if sampling.top_k < 0:
-        yield f"sampling.top_k: {sampling.top_k}; must be >= 0"
-    elif sampling.top_k != 0:
-        yield f"sampling.top_k: {sampling.top_k}; {_FULL_SUPPORT.format('0')}"
+    yield from _at_least("sampling.top_k", sampling.top_k, 0)
     if "" in sampling.stop:
         yield "sampling.stop: holds an empty string, which would stop every completion at once"
 
 
-def _check_context(cfg: GRPOConfig) -> Iterator[str]:
+def _check_context(path: str, max_new_tokens: int, key: str = "model.path") -> Iterator[str]:
     """A model on disk is asked; one on the Hub is asked by the dry run, which knows the length of the prompts too."""
     from rolltune.models import load_config
 
-    if not (Path(cfg.model.path) / "config.json").exists():
+    if not (Path(path) / "config.json").exists():
         return
     try:
-        context = getattr(load_config(cfg.model.path).get_text_config(), "max_position_embeddings", None)
+        context = getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
     except ValueError as error:
-        yield str(error)
+        yield str(error).replace("model.path", key, 1)
         return
-    if context is not None and cfg.sampling.max_new_tokens >= context:
+    if context is not None and max_new_tokens >= context:
         yield (
-            f"sampling.max_new_tokens: {cfg.sampling.max_new_tokens}; must leave room for a prompt in the context of "
-            f"model.path, {context} tokens"
+            f"sampling.max_new_tokens: {max_new_tokens}; must leave room for a prompt in the context of {key}, "
+            f"{context} tokens"
         )
 
 

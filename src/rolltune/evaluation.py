@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 
 from rolltune.distributed import World
 from rolltune.metrics import accuracy_interval
-from rolltune.rewards.answer import answer_reward, lenient_number
 from rolltune.rewards.format import format_reward
 from rolltune.samplers import Sampler
-from rolltune.types import Problem, Prompt, SampleRequest, SamplingParams
+from rolltune.types import Problem, Prompt, Reward, SampleRequest, SamplingParams
 
 
 def evaluate_greedy(
@@ -18,13 +17,24 @@ def evaluate_greedy(
     render: Callable[[Problem], Prompt],
     sampler: Sampler,
     params: SamplingParams,
+    correct: Reward,
+    lenient: Reward,
     world: World,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """One greedy completion a problem, judged strictly and leniently.
 
-    Strict: the last ``<answer>`` block states the gold answer and nothing else. Lenient: the last number anywhere in
-    the turn equals it. Both are reported because most of an early gain in the strict measure is format.
+    Both measures are reported because most of an early gain in the strict one is format.
+
+    Args:
+        problems: of all ranks; each rank takes its share.
+        render: problem to prompt.
+        sampler: current with the policy.
+        params: greedy.
+        correct: the strict measure: a turn is right where it gives 1.
+        lenient: the same, whatever the form of the answer.
+        world: all ranks call this.
+        on_progress: called with (completions done, completions in all).
 
     Returns:
         ``heldout/...`` metrics over all ranks: accuracy with its Wilson 95 % interval, lenient accuracy, share of turns
@@ -34,28 +44,23 @@ def evaluate_greedy(
     requests = [SampleRequest(prompt=render(problem), seeds=(0,)) for problem in mine]
     completions = [c for (c,) in sampler.generate(requests, params, on_progress=on_progress)]
     pairs = list(zip(mine, completions, strict=True))
-    correct, lenient, formatted, tokens, cut, total = world.sum(
+    num_correct, num_lenient, num_formatted, tokens, cut, total = world.sum(
         [
-            sum(answer_reward(problem, c.text).total == 1.0 for problem, c in pairs),
-            sum(_lenient(problem, c.text) for problem, c in pairs),
+            sum(correct(problem, c.text).total == 1.0 for problem, c in pairs),
+            sum(lenient(problem, c.text).total == 1.0 for problem, c in pairs),
             sum(format_reward(problem, c.text).total == 1.0 for problem, c in pairs),
             sum(len(c.token_ids) for c in completions),
             sum(c.finish_reason == "length" for c in completions),
             len(completions),
         ]
     )
-    low, high = accuracy_interval(int(correct), int(total))
+    low, high = accuracy_interval(int(num_correct), int(total))
     return {
-        "heldout/accuracy": correct / total,
+        "heldout/accuracy": num_correct / total,
         "heldout/accuracy_low": low,
         "heldout/accuracy_high": high,
-        "heldout/lenient_accuracy": lenient / total,
-        "heldout/format": formatted / total,
+        "heldout/lenient_accuracy": num_lenient / total,
+        "heldout/format": num_formatted / total,
         "heldout/length_mean": tokens / total,
         "heldout/truncated": cut / total,
     }
-
-
-def _lenient(problem: Problem, text: str) -> bool:
-    number = lenient_number(text)
-    return number is not None and answer_reward(problem, f"<answer>{number}</answer>").total == 1.0

@@ -34,6 +34,7 @@ from rolltune import types
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 Series = tuple[list[float], list[float]]  # steps and values
@@ -413,7 +414,7 @@ def _clock(seconds: int) -> str:
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
-_COLORS = ("#2a6fbb", "#e07b39", "#3c9d6b", "#8e5bb5", "#c8475d", "#7a7a7a")
+COLORS = ("#2a6fbb", "#e07b39", "#3c9d6b", "#8e5bb5", "#c8475d", "#7a7a7a")
 
 
 def plot_curves(output_dir: str | Path) -> Path:
@@ -451,17 +452,31 @@ def plot_curves(output_dir: str | Path) -> Path:
     figure = Figure(figsize=(4.6 * columns, 3.3 * rows), layout=layout, facecolor="white")
     for number, (draw, _) in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, columns, number)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color("#999999")
-        axes.tick_params(colors="#444444", labelsize=8)
-        axes.grid(color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.set_xlabel("optimizer steps", fontsize=8, color="#444444")
+        style_axes(axes, xlabel="optimizer steps")
         axes.margins(x=0.02)
         draw(axes, curves)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7, frameon=False, loc="best")
-    path = output_dir / "curves.png"
+    return save_figure(figure, output_dir / "curves.png")
+
+
+def style_axes(axes: Axes, *, xlabel: str) -> None:
+    """The looks that all of our plots have."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#999999")
+    axes.tick_params(colors="#444444", labelsize=8)
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(xlabel, fontsize=8, color="#444444")
+
+
+def title_axes(axes: Axes, title: str, ylabel: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color="#222222")
+    axes.set_ylabel(ylabel, fontsize=8, color="#444444")
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a PNG file; it appears whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, dpi=150, format="png")
     os.replace(temporary, path)
@@ -488,11 +503,6 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def _title(axes: Axes, title: str, label: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color="#222222")
-    axes.set_ylabel(label, fontsize=8, color="#444444")
-
-
 def _line(axes: Axes, series: Series, color: str, label: str | None = None) -> None:
     """The values, faint, and the smoothed line over them."""
     steps, values = series
@@ -506,65 +516,63 @@ def _second_axis(axes: Axes, series: Series, label: str, *, top: float | None = 
     right.spines[["top", "left", "bottom"]].set_visible(False)
     right.spines["right"].set_color("#999999")
     right.tick_params(colors="#444444", labelsize=8)
-    right.set_ylabel(label, fontsize=8, color=_COLORS[1])
+    right.set_ylabel(label, fontsize=8, color=COLORS[1])
     steps, values = series
-    right.plot(steps, _smooth(values), color=_COLORS[1], linewidth=1.3, linestyle="--")
+    right.plot(steps, _smooth(values), color=COLORS[1], linewidth=1.3, linestyle="--")
     right.set_ylim(0, top if top is not None else max([*values, 1e-6]) * 1.1)
 
 
 def _plot_reward(axes: Axes, curves: dict[str, Series]) -> None:
-    _title(axes, "Reward", "mean over completions")
-    _line(axes, curves["reward/mean"], _COLORS[0], "total")
+    title_axes(axes, "Reward", "mean over completions")
+    _line(axes, curves["reward/mean"], COLORS[0], "total")
     parts = [name for name in curves if name.startswith("reward/") and name.endswith("/mean") and name.count("/") == 2]
     for number, name in enumerate(parts):
         steps, values = curves[name]
-        color = _COLORS[1 + number % (len(_COLORS) - 1)]
+        color = COLORS[1 + number % (len(COLORS) - 1)]
         axes.plot(steps, _smooth(values), color=color, linewidth=1.2, label=name.split("/")[1])
 
 
 def _plot_accuracy(axes: Axes, curves: dict[str, Series]) -> None:
-    _title(axes, "Held-out accuracy", "greedy, with 95 % interval")
+    title_axes(axes, "Held-out accuracy", "greedy, with 95 % interval")
     steps, values = curves["heldout/accuracy"]
     low, high = (dict(zip(*curves.get(f"heldout/accuracy_{end}", ([], [])), strict=True)) for end in ("low", "high"))
     errors = [
         [value - low.get(step, value) for step, value in zip(steps, values, strict=True)],
         [high.get(step, value) - value for step, value in zip(steps, values, strict=True)],
     ]
-    style = {"color": _COLORS[0], "linewidth": 1.6, "marker": "o", "markersize": 3.5, "elinewidth": 1, "capsize": 2.5}
+    style = {"color": COLORS[0], "linewidth": 1.6, "marker": "o", "markersize": 3.5, "elinewidth": 1, "capsize": 2.5}
     axes.errorbar(steps, values, yerr=errors, label="strict", **style)
     if "heldout/lenient_accuracy" in curves:
-        axes.plot(*curves["heldout/lenient_accuracy"], color=_COLORS[5], linewidth=1.2, linestyle=":", label="lenient")
+        axes.plot(*curves["heldout/lenient_accuracy"], color=COLORS[5], linewidth=1.2, linestyle=":", label="lenient")
     axes.set_ylim(bottom=0)
 
 
 def _plot_length(axes: Axes, curves: dict[str, Series]) -> None:
-    _title(axes, "Completion length", "tokens, mean")
-    _line(axes, curves["completions/length_mean"], _COLORS[0])
+    title_axes(axes, "Completion length", "tokens, mean")
+    _line(axes, curves["completions/length_mean"], COLORS[0])
     if "completions/truncated" in curves:
         _second_axis(axes, curves["completions/truncated"], "share truncated", top=1.0)
 
 
 def _plot_kl(axes: Axes, curves: dict[str, Series]) -> None:
-    _title(axes, "KL to the reference", "nats per token")
-    _line(axes, curves["kl"], _COLORS[0])
+    title_axes(axes, "KL to the reference", "nats per token")
+    _line(axes, curves["kl"], COLORS[0])
 
 
 def _plot_entropy(axes: Axes, curves: dict[str, Series]) -> None:
-    _title(axes, "Policy entropy", "nats per token")
-    _line(axes, curves["entropy"], _COLORS[0])
+    title_axes(axes, "Policy entropy", "nats per token")
+    _line(axes, curves["entropy"], COLORS[0])
 
 
 def _plot_gradient(axes: Axes, curves: dict[str, Series]) -> None:
-    _title(axes, "Gradient norm", "before clipping")
-    _line(axes, curves["grad_norm"], _COLORS[0])
+    title_axes(axes, "Gradient norm", "before clipping")
+    _line(axes, curves["grad_norm"], COLORS[0])
     if "clip_fraction" in curves:
         _second_axis(axes, curves["clip_fraction"], "share of ratios clipped")
 
 
 def _plot_loss(axes: Axes, curves: dict[str, Series]) -> None:
-    _title(axes, "Loss", "mean over tokens")
-    _line(axes, curves["loss"], _COLORS[0], "training")
+    title_axes(axes, "Loss", "mean over tokens")
+    _line(axes, curves["loss"], COLORS[0], "training")
     if "heldout/loss" in curves:
-        axes.plot(
-            *curves["heldout/loss"], color=_COLORS[1], linewidth=1.6, marker="o", markersize=3.5, label="held out"
-        )
+        axes.plot(*curves["heldout/loss"], color=COLORS[1], linewidth=1.6, marker="o", markersize=3.5, label="held out")

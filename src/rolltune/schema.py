@@ -82,6 +82,10 @@ class BatchConfig:
     dynamic_sampling_rounds: int = 0  # DAPO: redraw groups without variance, at most so many rounds; 0: keep them all
 
 
+def _component(path: str) -> Any:
+    return field(default_factory=lambda: {"_component_": path})
+
+
 @dataclass(kw_only=True)
 class EvalConfig:
     """Greedy accuracy on held-out problems, independent of the training reward."""
@@ -89,6 +93,8 @@ class EvalConfig:
     every_n_steps: int = 10  # also before the first step and after the last
     max_problems: int = 200
     max_new_tokens: int | None = None  # null: as in sampling
+    correct: Component = _component("rolltune.rewards.answer.answer_reward")  # a turn is right where it gives 1
+    lenient: Component = _component("rolltune.rewards.answer.lenient_answer_reward")  # the same, whatever the form
 
 
 @dataclass(kw_only=True)
@@ -177,3 +183,61 @@ class AuditRewardsConfig:
     rewards: dict[str, Component] = field(default_factory=dict)
     answer_format: str = "<think>{solution}</think>\n<answer>{answer}</answer>"
     max_problems: int | None = None  # None: all of them
+
+
+@dataclass(kw_only=True)
+class WriteTracesConfig:
+    """recipes/write_traces.py"""
+
+    output_dir: str = MISSING  # traces.jsonl is written there; a run that was stopped goes on where it was
+    seed: int = 0
+    dry_run: bool = False  # check everything, show one prompt or trace, write nothing
+    data: Component = MISSING  # the problems that traces are written for
+    writer: Component = MISSING  # a class of rolltune.traces: worked out by a program, or asked of an endpoint
+    correct: Component = _component("rolltune.rewards.answer.answer_reward")  # its verdict is recorded with each trace
+    traces_per_problem: int = 1
+    max_concurrency: int = 16  # traces in the making at once
+
+
+@dataclass(kw_only=True)
+class EvaluatedModel:
+    """One of the models that are compared."""
+
+    name: str = MISSING  # in tables and plots
+    path: str = MISSING  # a Hub id, a local folder (a checkpoint, a LoRA adapter), or "smollm2-135m-instruct"
+
+
+@dataclass(kw_only=True)
+class EvaluateSamplingConfig:
+    """The samples behind pass@k and cons@k; greedy decoding is done besides."""
+
+    samples: int = 16  # n completions of each problem; k can be n at most
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    max_new_tokens: int = 256
+    stop: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """recipes/evaluate.py"""
+
+    output_dir: str = MISSING
+    seed: int = 0
+    device: str = "auto"
+    dry_run: bool = False
+    models: list[EvaluatedModel] = field(default_factory=list)  # [{name: ..., path: ...}]; the first is the baseline
+    dtype: str = "float32"  # float32 or bfloat16
+    data: Component = MISSING
+    max_problems: int | None = None  # null: all of them
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    sampling: EvaluateSamplingConfig = field(default_factory=EvaluateSamplingConfig)
+    sampler: Component = MISSING  # called with (model, tokenizer)
+    correct: Component = _component("rolltune.rewards.answer.answer_reward")  # a turn is right where it gives 1
+    lenient: Component = _component("rolltune.rewards.answer.lenient_answer_reward")
+    format: Component = _component("rolltune.rewards.format.format_reward")
+    ks: list[int] = field(default_factory=list)  # of pass@k and cons@k; empty: 1, 2, 4 ... sampling.samples
+    resamples: int = 10_000  # of the bootstrap over problems
+    classifier: Component | None = None  # a rolltune.behaviours.BehaviourClassifier; null: the counter alone
+    classified_samples: int = 50  # completions of each model that the classifier reads

@@ -12,8 +12,17 @@ from hypothesis import strategies as st
 
 from rolltune.rewards import answer as answer_module
 from rolltune.rewards import symbolic
-from rolltune.rewards.answer import MAX_ANSWER_CHARS, Grade, answer_reward, grade, is_correct, lenient_number
-from rolltune.types import Problem
+from rolltune.rewards.answer import (
+    MAX_ANSWER_CHARS,
+    Grade,
+    answer_reward,
+    grade,
+    is_correct,
+    lenient_answer_reward,
+    lenient_number,
+    voted_answer,
+)
+from rolltune.types import Problem, Score
 
 GSM8K = Path(__file__).parents[2].parent / "shared/data/gsm8k/train.jsonl"
 
@@ -346,6 +355,61 @@ def test_lenient_number_is_the_last_one(text: str, number: str | None) -> None:
 @given(INTEGERS, st.text(alphabet="abc .,$-\n", max_size=20))
 def test_lenient_number_reads_what_it_writes(value: int, tail: str) -> None:
     assert lenient_number(f"so {value:,}{tail}") == str(value)
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "score"),
+    [
+        ("18", "So she makes $18.00 a day.", Score(total=1.0)),
+        ("18", turn("18") + " and not 17", Score(total=0.0)),
+        ("1800", "17, 18 or 1,800", Score(total=1.0)),
+        ("-3", "x = -3", Score(total=1.0)),
+        ("18", "eighteen", Score(total=0.0, failure="no_answer")),
+        ("18", "", Score(total=0.0, failure="no_answer")),
+    ],
+)
+@pytest.mark.usefixtures("no_sympy")
+def test_lenient_reward_takes_the_last_number(gold: str, text: str, score: Score) -> None:
+    assert lenient_answer_reward(problem(gold), text) == score
+
+
+@pytest.mark.parametrize("text", ["18", "no number"])
+def test_lenient_reward_needs_a_gold_answer(text: str) -> None:
+    with pytest.raises(ValueError, match="'p/7' has no gold answer"):
+        lenient_answer_reward(problem(None), text)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answers", "vote"),
+    [
+        ("1800", ["1800", "$1,800", "1800.0", "**1800 dollars**", "x = 1800"], "1800"),
+        ("1800", ["1801", "1,801"], "1801"),  # a wrong answer votes as well
+        ("0.75", ["3/4", ".75", r"\frac{3}{4}", "75/100"], "3/4"),
+        ("18", ["17, 18", "18 or 19", "maybe 18", "", " ", "Monday", "1" * 300, "12 + 6"], None),
+        ("(3 + 5) * 2", ["(3+5)*2", "( 3 + 5 ) * 2.", "(3 + 5) \u00d7 2"], "(3+5)*2"),
+        ("(3 + 5) * 2", ["2 * (5 + 3)"], "2*(5+3)"),  # of the same value, but another expression
+        ("New York", ["New  York", "New York."], "New York"),
+        ("18 dollars", ["18 dollars", "**18  dollars**"], "18 dollars"),  # which answer_reward refuses
+        ("x" * 300, ["y"], "y"),
+    ],
+)
+@pytest.mark.usefixtures("no_sympy")
+def test_one_vote_for_one_answer(gold: str, answers: list[str], vote: str | None) -> None:
+    assert [voted_answer(problem(gold), turn(answer)) for answer in answers] == [vote] * len(answers)
+
+
+def test_who_states_no_answer_does_not_vote() -> None:
+    assert voted_answer(problem("18"), "So it is 18.") is None
+    assert voted_answer(problem("18"), f"{turn('17')}\n{turn('18')}") == "18"
+    with pytest.raises(ValueError, match="no gold answer"):
+        voted_answer(problem(None), turn("18"))
+
+
+@given(INTEGERS, INTEGERS)
+def test_votes_are_the_same_exactly_where_the_verdicts_are(gold: int, other: int) -> None:
+    """Of two numbers: the one that is right votes with the gold answer, the one that is not against it."""
+    votes = [voted_answer(problem(str(gold)), turn(f"{number:,}")) for number in (gold, other)]
+    assert votes[0] == str(gold) and (votes[1] == votes[0]) == is_correct(str(gold), turn(str(other)))
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="GSM8K is not there")

@@ -1,0 +1,434 @@
+"""Whole evaluations of tiny models: what is sampled, what is kept, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import threading
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from thread_world import on_ranks
+from tiny_run import load_recipe
+from transformers import AutoModelForCausalLM
+
+from rolltune import config, samples
+from rolltune.components import ConfigError
+from rolltune.data.sums import sums
+from rolltune.metrics import accuracy_interval
+from rolltune.models import load_model, load_tokenizer
+from rolltune.prompts import render_prompt
+from rolltune.samplers.native import NativeSampler
+from rolltune.schema import EvaluateConfig
+from rolltune.seeding import derive_seed
+from rolltune.types import SampleRequest, SamplingParams
+
+DATA = {"count": 7, "low": 1, "high": 9}
+# What a random model of bytes can be right by: an early letter, or a late one.
+JUDGES = """
+from rolltune.behaviours import BEHAVIOURS, BehaviourCounts
+from rolltune.data.dataset import Dataset
+from rolltune.types import Problem, Score
+
+def early(problem, text):
+    return Score(total=float(any(c in "abcdefgh" for c in text)))
+
+def late(problem, text):
+    return Score(total=float(any(c in "xyz" for c in text)))
+
+def never_sure(problem, text):
+    return Score(total=None)
+
+def unanswered():
+    question = ({"role": "user", "content": "?"},)
+    return Dataset([Problem(id="0", messages=question, answer="4"), Problem(id="1", messages=question, answer=" ")])
+
+class Classifier:
+    def __init__(self, *, unsure=0, refuses=False):
+        self.unsure, self.refuses = unsure, refuses
+    def classify(self, texts):
+        if self.refuses:
+            raise ValueError("a wrong key")
+        counts = BehaviourCounts(**dict.fromkeys(BEHAVIOURS, 2))
+        return [None if i < self.unsure else counts for i in range(len(texts))]
+"""
+
+
+@pytest.fixture(scope="module")
+def models(make_tiny_llama, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return [make_tiny_llama(folder / f"seed{seed}", seed=seed) for seed in (1, 2)]
+
+
+@pytest.fixture
+def make_config(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "tiny_judges.py").write_text(JUDGES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "tiny_judges", raising=False)
+    monkeypatch.setattr(samples, "BLOCK_COMPLETIONS", 8)  # 2 problems of 4 samples
+
+    def make(name: str = "out", **changes) -> EvaluateConfig:
+        tree = {
+            "output_dir": str(tmp_path / name),
+            "seed": 3,
+            "models": [{"name": "base", "path": str(models[0])}, {"name": "rl", "path": str(models[1])}],
+            "data": {"_component_": "rolltune.data.sums.sums", **DATA},
+            "prompt": {"system": "Add."},
+            "sampling": {"samples": 4, "temperature": 0.8, "max_new_tokens": 12, "stop": ["Z"]},
+            "sampler": {"_component_": "rolltune.samplers.native.NativeSampler"},
+            "correct": {"_component_": "tiny_judges.early"},
+            "resamples": 200,
+        }
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(tree | changes))
+        return config.validate(EvaluateConfig, str(file))
+
+    return make
+
+
+@pytest.fixture
+def evaluate(make_config, tmp_path: Path):
+    """Run the recipe; returns results.json."""
+
+    def run(name: str = "out", *, plots: bool = False, **changes) -> dict:
+        recipe = load_recipe("evaluate")
+        if not plots:  # they take longer than all the rest
+            recipe.plot_evaluation = lambda evaluation, output_dir: []
+        recipe.run(make_config(name, **changes))
+        return json.loads((tmp_path / name / "results.json").read_text())
+
+    return run
+
+
+def sampled(folder: Path, name: str) -> list[dict]:
+    """The lines of a sample file behind its first one."""
+    return [json.loads(line) for line in (folder / "samples" / f"{name}.jsonl").read_text().split("\n")[1:-1]]
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_leaves_everything_behind(evaluate, tmp_path: Path, capsys):
+    found = evaluate(plots=True)
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {
+        "accuracy_by_length.png",
+        "behaviours.png",
+        "config.yaml",
+        "pass_at_k.png",
+        "results.json",
+        "samples",
+    }
+    shown = capsys.readouterr().out
+    assert "7 problems, 4 samples of each; greedy: 1 of each" in shown and "| accuracy, greedy " in shown
+    assert "model 1 of 2, base: 35 of 35 completions" in shown and "model 2 of 2, rl: 35 of 35 completions" in shown
+    assert "rl - base" in shown and "subgoal setting" in shown and "there is no correction" in shown
+    assert yaml.safe_load((out / "config.yaml").read_text())["sampling"]["samples"] == 4
+    assert list(found["models"]) == ["base", "rl"] and found["ks"] == [1, 2, 4]
+    assert len(found["comparisons"]) == 1 and found["models"]["rl"]["by_baseline"]
+
+
+def test_the_numbers_are_those_of_the_samples(evaluate, tmp_path: Path):
+    """Accuracy, format, length, pass@k and the difference, counted from the files alone."""
+    found = evaluate()
+    rates = {}
+    for name in ("base", "rl"):
+        rows = sampled(tmp_path / "out", name)
+        right = [[any(c in "abcdefgh" for c in turn["text"]) for turn in row["samples"]] for row in rows]
+        rates[name] = [sum(r) / 4 for r in right]
+        metrics = found["models"][name]["metrics"]
+        greedy = sum(any(c in "abcdefgh" for c in row["greedy"]["text"]) for row in rows)
+        assert metrics["greedy/accuracy"]["mean"] == greedy / 7
+        assert [metrics["greedy/accuracy"][end] for end in ("low", "high")] == list(accuracy_interval(greedy, 7))
+        assert metrics["sampled/accuracy"]["mean"] == pytest.approx(sum(map(sum, right)) / 28)
+        assert metrics["pass@4"]["mean"] == sum(map(any, right)) / 7
+        tokens = [turn["tokens"] for row in rows for turn in row["samples"]]
+        assert metrics["sampled/length_mean"]["mean"] == pytest.approx(sum(tokens) / 28)
+        cut = [turn["finish_reason"] == "length" for row in rows for turn in row["samples"]]
+        assert metrics["sampled/truncated"]["mean"] == pytest.approx(sum(cut) / 28)
+        assert metrics["sampled/format"]["mean"] == 0
+        assert metrics["sampled/accuracy"]["completions"] == 28 and metrics["greedy/accuracy"]["completions"] == 7
+        assert sum(part["accuracy"]["completions"] for part in found["models"][name]["by_length"]) == 28
+    difference = found["comparisons"][0]["differences"]["sampled/accuracy"]
+    assert difference["mean"] == pytest.approx((sum(rates["rl"]) - sum(rates["base"])) / 7)
+    assert 0 < sum(rates["base"]) < 7, "nothing to tell apart"
+
+
+def test_the_samples_are_those_of_the_sampler(evaluate, tmp_path: Path, models: list[Path]):
+    """One problem alone, by hand: the model's own template, the seeds of (seed, problem, sample), the stop strings."""
+    evaluate()
+    tokenizer = load_tokenizer(str(models[1]))
+    model = load_model(str(models[1]), dtype="float32", device="cpu")
+    sampler = NativeSampler(model, tokenizer)
+    problem = sums(**DATA)[5]
+    prompt = render_prompt(problem, tokenizer, system="Add.")
+    params = SamplingParams(temperature=0.8, max_new_tokens=12, stop=("Z",))
+    request = SampleRequest(prompt=prompt, seeds=tuple(derive_seed(3, "sample", problem.id, i) for i in range(4)))
+    (expected,) = sampler.generate([request], params)
+    (greedy,) = sampler.generate(
+        [SampleRequest(prompt=prompt, seeds=(0,))], SamplingParams(temperature=0.0, max_new_tokens=12, stop=("Z",))
+    )[0]
+    row = sampled(tmp_path / "out", "rl")[5]
+    assert row["problem"] == problem.id
+    assert [turn["text"] for turn in row["samples"]] == [completion.text for completion in expected]
+    assert row["greedy"] == {
+        "text": greedy.text,
+        "tokens": len(greedy.token_ids),
+        "finish_reason": greedy.finish_reason,
+    }
+    assert len({turn["text"] for turn in row["samples"]}) > 1
+
+
+def test_a_model_beside_itself_differs_in_nothing(evaluate, models: list[Path]):
+    found = evaluate(models=[{"name": name, "path": str(models[0])} for name in ("one", "two")])
+    one, two = found["models"].values()
+    assert one["metrics"] == two["metrics"] and one["behaviours"] == two["behaviours"]
+    for difference in found["comparisons"][0]["differences"].values():
+        assert (difference["mean"], difference["low"], difference["high"]) == (0, 0, 0)
+
+
+def test_an_adapter_is_evaluated_on_its_base(evaluate, tmp_path: Path, models: list[Path]):
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(models[0]), lora).save_pretrained(tmp_path / "adapter")
+    evaluate(models=[{"name": "base", "path": str(models[0])}, {"name": "lora", "path": str(tmp_path / "adapter")}])
+    base, adapted = (sampled(tmp_path / "out", name) for name in ("base", "lora"))
+    assert [row["prompt"] for row in base] == [row["prompt"] for row in adapted]  # the base's tokenizer
+    assert [row["greedy"]["text"] for row in base] != [row["greedy"]["text"] for row in adapted]
+
+
+# --- stopped and judged again -----------------------------------------------------------------------------------------
+
+
+def test_a_stopped_run_ends_as_an_unbroken_one(evaluate, tmp_path: Path):
+    """The first model's file cut in the middle of a line, the second one not begun."""
+    evaluate("whole")
+    evaluate("cut")
+    file = tmp_path / "cut/samples/base.jsonl"
+    content = file.read_bytes()
+    for size in (len(content) // 2, len(content) - 9, 20):
+        file.write_bytes(content[:size])
+        (tmp_path / "cut/samples/rl.jsonl").unlink()
+        shutil.rmtree(tmp_path / "cut/results.json", ignore_errors=True)
+        evaluate("cut")
+        for name in ("samples/base.jsonl", "samples/rl.jsonl", "results.json"):
+            assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), (name, size)
+
+
+def test_interrupted_in_the_middle(evaluate, make_config, tmp_path: Path, monkeypatch):
+    evaluate("whole")
+    recipe, append, calls = load_recipe("evaluate"), samples.SampleCache.append, []
+
+    def stop_at_the_third(self, rows, *, rank):
+        calls.append(rows)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        append(self, rows, rank=rank)
+
+    monkeypatch.setattr(samples.SampleCache, "append", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.run(make_config("cut"))
+    assert len(sampled(tmp_path / "cut", "base")) == 4 and not (tmp_path / "cut/results.json").exists()
+    recipe.run(make_config("cut"))
+    assert len(calls) == 3 + 2 + 4, "blocks that were there are not sampled again"
+    assert (tmp_path / "cut/results.json").read_bytes() == (tmp_path / "whole/results.json").read_bytes()
+
+
+@pytest.fixture
+def without_weights(monkeypatch: pytest.MonkeyPatch):
+    """From here on no weights can be loaded, by any way."""
+
+    def forbid() -> None:
+        def refuse(*args, **kwargs):
+            raise AssertionError("weights are loaded")
+
+        monkeypatch.setattr("rolltune.samples.load_model", refuse)
+        monkeypatch.setattr("rolltune.models.load_model", refuse)
+        monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
+        monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
+
+    return forbid
+
+
+def test_another_judge_reads_the_same_samples(evaluate, tmp_path: Path, without_weights, capsys):
+    first = evaluate()
+    before = [(tmp_path / f"out/samples/{name}.jsonl").read_bytes() for name in ("base", "rl")]
+    without_weights()
+    second = evaluate(correct={"_component_": "tiny_judges.late"}, ks=[3], resamples=300)
+    third = evaluate()
+    assert first == third
+    assert [(tmp_path / f"out/samples/{name}.jsonl").read_bytes() for name in ("base", "rl")] == before
+    rows = sampled(tmp_path / "out", "base")
+    late = sum(any(c in "xyz" for c in turn["text"]) for row in rows for turn in row["samples"]) / 28
+    assert second["models"]["base"]["metrics"]["sampled/accuracy"]["mean"] == pytest.approx(late)
+    assert second["models"]["base"]["metrics"] != first["models"]["base"]["metrics"] and second["ks"] == [3]
+    assert "model 2 of 2, rl: all samples are in" in capsys.readouterr().out
+
+
+def test_fewer_problems_need_no_weights_and_more_only_the_rest(evaluate, tmp_path: Path, without_weights):
+    evaluate("whole")
+    evaluate(max_problems=4)
+    evaluate()
+    assert sampled(tmp_path / "out", "rl") == sampled(tmp_path / "whole", "rl")
+    without_weights()
+    found = evaluate(max_problems=3)
+    assert found["problems"] == 3 and len(sampled(tmp_path / "out", "rl")) == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"sampling": {"samples": 4, "temperature": 0.7, "max_new_tokens": 12, "stop": ["Z"]}},
+            "sampling.temperature: 0.7: .*base.jsonl was sampled with 0.8; choose another output_dir",
+        ),
+        ({"seed": 4}, "seed: 4: .*base.jsonl was sampled with 3"),
+        ({"dtype": "bfloat16"}, "dtype: bfloat16: .*was sampled with float32"),
+        ({"prompt": {"system": "Subtract."}}, "prompt: 7 problems, first sums/train/seed0/0, have another prompt now"),
+        (
+            {"sampler": {"_component_": "rolltune.samplers.native.NativeSampler", "max_rows": 2}},
+            "sampler: .*'max_rows': 2.*was sampled with",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_samples_of_other_settings_are_refused(evaluate, without_weights, changes: dict, message: str):
+    evaluate()
+    without_weights()
+    with pytest.raises(ConfigError, match=message):
+        evaluate(**changes)
+
+
+def test_samples_of_other_weights_are_refused(evaluate, make_tiny_llama, tmp_path: Path, models: list[Path]):
+    """As where outputs/quickstart/best is another checkpoint by now."""
+    shutil.copytree(models[0], tmp_path / "best")
+    of = {"models": [{"name": "best", "path": str(tmp_path / "best")}]}
+    evaluate(**of)
+    make_tiny_llama(tmp_path / "best", seed=9)
+    with pytest.raises(ConfigError, match=r"models: the weights of best are not those that .*best.jsonl was sampled"):
+        evaluate(**of)
+
+
+def test_several_processes_write_the_same(evaluate, make_config, tmp_path: Path):
+    one = evaluate("one")
+    recipe, local, lock = load_recipe("evaluate"), threading.local(), threading.Lock()
+    prepare, sample, progress = recipe.prepare, recipe.sample, recipe.SamplingProgress
+
+    def one_by_one(function):
+        def call(*args):
+            with lock:  # transformers loads a model under switches that are the whole process's
+                return function(*args)
+
+        return call
+
+    recipe.prepare, recipe.sample = one_by_one(prepare), one_by_one(sample)
+    recipe.init_world, cfg = lambda device: local.world, make_config("three")
+
+    def run(world):
+        local.world = world
+        recipe.run(cfg)
+
+    on_ranks(3, run)
+    assert json.loads((tmp_path / "three/results.json").read_text()) == one
+    for name in ("base", "rl"):
+        files = [tmp_path / folder / f"samples/{name}.jsonl" for folder in ("one", "three")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert len(list((tmp_path / "three/samples").iterdir())) == 2
+    assert progress is recipe.SamplingProgress
+
+
+def test_one_model_is_held_at_a_time(make_config):
+    recipe, loaded = load_recipe("evaluate"), []
+    load = recipe.load_for_sampling
+
+    def watch(*args, **kwargs):
+        assert [model() for model in loaded] == [None] * len(loaded), "the former model is still held"
+        model = load(*args, **kwargs)
+        loaded.append(weakref.ref(model))
+        return model
+
+    recipe.load_for_sampling = watch
+    recipe.run(make_config())
+    assert len(loaded) == 2
+
+
+# --- what is left out, what is classified -----------------------------------------------------------------------------
+
+
+def test_turns_without_a_verdict_are_not_wrong(evaluate, capsys):
+    found = evaluate(correct={"_component_": "tiny_judges.never_sure"})
+    metrics = found["models"]["rl"]["metrics"]
+    assert metrics["sampled/accuracy"]["mean"] is None and metrics["pass@2"]["problems"] == 0
+    assert found["models"]["rl"]["unscored"]["sampled/accuracy"] == 28
+    assert found["comparisons"][0]["differences"]["greedy/accuracy"]["problems"] == 0
+    assert "rl: 28 of 28 turns without a verdict on sampled/accuracy; they are left out." in capsys.readouterr().out
+
+
+def test_the_classifier_is_asked(evaluate, capsys):
+    classifier = {"_component_": "tiny_judges.Classifier", "unsure": 2}
+    found = evaluate(classifier=classifier, classified_samples=9)
+    for name in ("base", "rl"):
+        classified = found["models"][name]["classified"]
+        assert (classified["completions"], classified["unscored"]) == (9, 2)
+        assert {key: value["mean"] for key, value in classified["mean"].items()} == dict.fromkeys(
+            ("verification", "backtracking", "subgoal_setting", "backward_chaining"), 2.0
+        )
+        assert set(classified["agreement"]) == set(classified["mean"])
+    assert "behaviours in a completion by the classifier" in capsys.readouterr().out
+    assert evaluate()["models"]["rl"]["classified"] is None
+
+
+def test_a_classifier_that_refuses_costs_no_other_number(evaluate, tmp_path: Path):
+    with pytest.raises(ValueError, match="a wrong key"):
+        evaluate(classifier={"_component_": "tiny_judges.Classifier", "refuses": True})
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert found == evaluate()
+
+
+# --- before it starts -------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_loads_and_writes_nothing(evaluate, make_config, tmp_path: Path, without_weights, capsys):
+    without_weights()
+    load_recipe("evaluate").run(make_config(dry_run=True))
+    shown = capsys.readouterr().out
+    problem = sums(**DATA)[0]
+    question = problem.messages[0]["content"]
+    assert f"<|system|>Add.<|end|><|user|>{question}<|end|><|assistant|>" in shown
+    assert shown.count("first prompt of") == 1, "both models have the same"
+    assert "35 completions, 420 sampled tokens at most" in " ".join(shown.split())
+    assert "840 sampled tokens in all, at most" in shown and "nothing was loaded" in shown
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_checkpoint_of_another_vocabulary_is_found_before_the_first_is_sampled(
+    make_config, make_tiny_llama, tmp_path: Path, models: list[Path], tokenizer, without_weights, dry_run: bool
+):
+    small = make_tiny_llama(tmp_path / "small", vocab_size=len(tokenizer) - 9)
+    without_weights()
+    cfg = make_config(
+        models=[{"name": "base", "path": str(models[0])}, {"name": "small", "path": str(small)}], dry_run=dry_run
+    )
+    with pytest.raises(ConfigError, match=r"models\[1\]\.path: .*small: the checkpoint is of another vocabulary than"):
+        load_recipe("evaluate").run(cfg)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_beyond_the_context(make_config, without_weights):
+    without_weights()
+    cfg = make_config(prompt={"system": "x" * 500})
+    with pytest.raises(ConfigError, match=r"sampling\.max_new_tokens: 12: with prompts of 5\d\d tokens that is beyond"):
+        load_recipe("evaluate").run(cfg)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_problems_without_an_answer(make_config, dry_run: bool):
+    with pytest.raises(ConfigError, match="data: 1 of 2 problems have no gold answer, first 1; nothing they are"):
+        load_recipe("evaluate").run(make_config(data={"_component_": "tiny_judges.unanswered"}, dry_run=dry_run))
