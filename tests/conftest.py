@@ -4,6 +4,7 @@ part."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,6 +71,22 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_tiny_llama() -> Callable[..., Path]:
     """:func:`save_tiny_llama`, for tests of more models than one."""
     return save_tiny_llama
+
+
+@pytest.fixture(scope="session")
+def long_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with the context that the configs of real models ask for."""
+    return save_tiny_llama(tmp_path_factory.mktemp("long_llama"), max_position_embeddings=4096)
+
+
+@pytest.fixture
+def earlier_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_llama: Path) -> None:
+    """Configs that start from another's output find one, and nothing is written into the repository."""
+    monkeypatch.chdir(tmp_path)
+    texts = [path.read_text() for path in (Path(__file__).parents[1] / "configs").glob("*.yaml")]
+    for stage in {stage for text in texts for stage in re.findall(r"path: outputs/(\w+)/best", text)}:
+        (tmp_path / "outputs" / stage).mkdir(parents=True)
+        (tmp_path / "outputs" / stage / "best").symlink_to(long_llama)
 
 
 @pytest.fixture(scope="session")

@@ -6,19 +6,20 @@ from pathlib import Path
 import pytest
 
 from rolltune import config
-from rolltune.schema import AuditRewardsConfig, GRPOConfig, PrimeConfig
+from rolltune.schema import AuditRewardsConfig, EvaluateConfig, GRPOConfig, PrimeConfig, WriteTracesConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
-SCHEMAS = {"grpo": GRPOConfig, "prime": PrimeConfig, "audit_rewards": AuditRewardsConfig}
+SCHEMAS = {
+    "grpo": GRPOConfig,
+    "prime": PrimeConfig,
+    "evaluate": EvaluateConfig,
+    "write_traces": WriteTracesConfig,
+    "audit_rewards": AuditRewardsConfig,
+}
+# Stages whose output another config starts from.
+STAGES = sorted({stage for path in CONFIGS for stage in re.findall(r"path: outputs/(\w+)/best", path.read_text())})
 
-
-@pytest.fixture(autouse=True)
-def earlier_stages(tmp_path, monkeypatch, tiny_llama):
-    """Configs that start from an earlier stage's output find one, and no test writes into the repository."""
-    monkeypatch.chdir(tmp_path)
-    for stage in ("quickstart_prime", "smollm2_135m_gsm8k_prime"):
-        (tmp_path / "outputs" / stage).mkdir(parents=True)
-        (tmp_path / "outputs" / stage / "best").symlink_to(tiny_llama)
+pytestmark = pytest.mark.usefixtures("earlier_stages")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -31,6 +32,11 @@ def test_config(path):
     assert "Meant for:" in re.sub(r"\s*\n# ", " ", path.read_text()), "say which machine it is meant for"
     cfg = config.validate(SCHEMAS[recipe], str(path), [])
     assert cfg.output_dir == f"outputs/{path.stem}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_others_start_from_has_a_config(stage):
+    assert stage in {path.stem for path in CONFIGS}
 
 
 def test_there_are_configs():

@@ -7,19 +7,25 @@ import pytest
 
 from rolltune import config
 from rolltune.rewards.combine import WeightedReward
-from rolltune.schema import AuditRewardsConfig, GRPOConfig, PrimeConfig
+from rolltune.schema import AuditRewardsConfig, EvaluateConfig, GRPOConfig, PrimeConfig, WriteTracesConfig
 from rolltune.types import Completion, Problem
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-SCHEMAS = {"grpo": GRPOConfig, "prime": PrimeConfig, "audit_rewards": AuditRewardsConfig}
+SCHEMAS = {
+    "grpo": GRPOConfig,
+    "prime": PrimeConfig,
+    "evaluate": EvaluateConfig,
+    "write_traces": WriteTracesConfig,
+    "audit_rewards": AuditRewardsConfig,
+}
 RUN = re.compile(r"tune run (?:--nproc_per_node \d+ )?(\w+) --config (\S+\.yaml)([^#`\n]*)")
 COMMANDS = sorted({(recipe, name, rest.strip()) for recipe, name, rest in RUN.findall(README)})
 
 
 @pytest.mark.parametrize("recipe, name, rest", COMMANDS)
-def test_run_commands_resolve(recipe, name, rest, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("earlier_stages")
+def test_run_commands_resolve(recipe, name, rest):
     overrides = ["dry_run=true" if word == "--dry-run" else word for word in rest.split()]
     config.validate(SCHEMAS[recipe], str(ROOT / "configs" / name), overrides)
 
