@@ -82,7 +82,10 @@ def run(cfg: GRPOConfig) -> None:
     parts.policy.version = state.policy_version
     log = runs.open_log(cfg, world, resume_step=state.step if resume_from else None)
     console = Console(quiet=not world.is_main)
-    with Progress(cfg.num_steps, state.step, enabled=world.is_main) as progress:
+    with (
+        Progress(cfg.num_steps, state.step, enabled=world.is_main) as progress,
+        runs.background_classifier(cfg.logging, log, world) as classify,
+    ):
         if state.step == 0:
             log.log(0, evaluate(cfg, parts, progress))
         first_step = state.step + 1
@@ -101,6 +104,7 @@ def run(cfg: GRPOConfig) -> None:
             if step % cfg.eval.every_n_steps == 0 or is_last:
                 metrics |= evaluate(cfg, parts, progress)
             log.log(step, metrics)
+            classify(rollout, step)
             if step % cfg.logging.samples_every_n_steps == 0:
                 log.log_samples(step, rollout.sampled, advantages)
             progress.step(step, report.live_line(metrics))

@@ -279,6 +279,7 @@ MISTAKES = [
     ("checkpoint.every_n_steps=0", "checkpoint.every_n_steps: 0; must be >= 1"),
     ("checkpoint.keep_last=0", "checkpoint.keep_last: 0; must be >= 1"),
     ("logging.samples_every_n_steps=0", "logging.samples_every_n_steps: 0; must be >= 1"),
+    ("logging.classified_samples=4", "logging.classified_samples: 4; does nothing while logging.classifier is null"),
     ("logging.wandb_project=mine", "logging.wandb_project: mine; does nothing while logging.wandb is false"),
     ("prompt.chat_template=no.jinja", "prompt.chat_template: no.jinja: no such file"),
     ("answer_format='{solution}'", "answer_format: '{solution}' has no {answer}"),
@@ -629,6 +630,8 @@ SHARED = {
     "logging.wandb_project",
     "logging.tensorboard",
     "logging.samples_every_n_steps",
+    "logging.classifier",
+    "logging.classified_samples",
 }
 KEYS = {
     schema.GRPOConfig: SHARED

@@ -100,6 +100,8 @@ def _check_prime(cfg: PrimeConfig, world_size: int) -> Iterator[str]:
         if getattr(cfg.eval, name) != getattr(EvalConfig(), name):
             yield f"eval.{name}: does nothing here: the held-out measure of this recipe is the loss; leave it out"
     yield from _check_logging(cfg.logging)
+    if cfg.logging.classifier is not None:
+        yield "logging.classifier: does nothing in prime, which samples nothing; leave it out"
 
 
 def _check_audit_rewards(cfg: AuditRewardsConfig) -> Iterator[str]:
@@ -428,6 +430,13 @@ def _check_logging(logging: LoggingConfig) -> Iterator[str]:
     default = next(field.default for field in dataclasses.fields(logging) if field.name == "wandb_project")
     if logging.wandb_project != default and not logging.wandb:
         yield f"logging.wandb_project: {logging.wandb_project}; does nothing while logging.wandb is false"
+    yield from _at_least("logging.classified_samples", logging.classified_samples, 1)
+    if logging.classifier is not None:
+        yield from check_component(logging.classifier, "logging.classifier")
+    elif logging.classified_samples != LoggingConfig.classified_samples:
+        yield (
+            f"logging.classified_samples: {logging.classified_samples}; does nothing while logging.classifier is null"
+        )
 
 
 def _at_least(key: str, value: int, lowest: int) -> Iterable[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from rolltune import config
+from rolltune.behaviours import BackgroundClassifier
 from rolltune.checkpoint import Checkpoints, TrainState, load_state
 from rolltune.components import ConfigError, component, instantiate
 from rolltune.data.dataset import ProblemStream, overlap
@@ -19,7 +21,16 @@ from rolltune.metrics import MetricsLog
 from rolltune.policy import Policy
 from rolltune.prompts import render_prompt
 from rolltune.rewards.combine import WeightedReward
-from rolltune.schema import Component, DataConfig, GRPOConfig, PrimeConfig, PromptConfig, SamplingConfig
+from rolltune.rollout import Rollout
+from rolltune.schema import (
+    Component,
+    DataConfig,
+    GRPOConfig,
+    LoggingConfig,
+    PrimeConfig,
+    PromptConfig,
+    SamplingConfig,
+)
 from rolltune.types import Problem, Prompt, SamplingParams
 from rolltune.update import MasterWeights, Optimization
 
@@ -78,6 +89,34 @@ def open_log(cfg: GRPOConfig | PrimeConfig, world: World, *, resume_step: int | 
         config=asdict(cfg),
         resume_step=resume_step,
     )
+
+
+@contextmanager
+def background_classifier(
+    logging: LoggingConfig, log: MetricsLog, world: World
+) -> Iterator[Callable[[Rollout, int], None]]:
+    """What is called with each step's rollout: an LLM counts the behaviours of a few completions, and no step waits.
+
+    Counts are logged under the step that they are of, some steps later; at the end the last ones are waited for.
+    """
+    if logging.classifier is None or not world.is_main:
+        yield lambda rollout, step: None
+        return
+    background = BackgroundClassifier(instantiate(logging.classifier))
+
+    def log_done() -> None:
+        for done, metrics in background.collect():
+            log.log(done, metrics)
+
+    def classify(rollout: Rollout, step: int) -> None:
+        by_sample = zip(*(group.completions for group in rollout.sampled), strict=False)  # one of each problem first
+        texts = [completion.text for sample in by_sample for completion in sample]
+        background.submit(step, texts[: logging.classified_samples])
+        log_done()
+
+    yield classify
+    background.close(timeout=60.0)
+    log_done()
 
 
 def load_data(data: DataConfig, *, max_heldout: int) -> tuple[Sequence[Problem], list[Problem]]:

@@ -8,11 +8,17 @@ below are frozen by a test.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from omegaconf import MISSING
 
 Component = dict[str, Any]
+
+# What judges a turn where a config names nothing else.
+_ANSWER = partial(dict, _component_="rolltune.rewards.answer.answer_reward")
+_LENIENT = partial(dict, _component_="rolltune.rewards.answer.lenient_answer_reward")
+_FORMAT = partial(dict, _component_="rolltune.rewards.format.format_reward")
 
 
 @dataclass(kw_only=True)
@@ -82,10 +88,6 @@ class BatchConfig:
     dynamic_sampling_rounds: int = 0  # DAPO: redraw groups without variance, at most so many rounds; 0: keep them all
 
 
-def _component(path: str) -> Any:
-    return field(default_factory=lambda: {"_component_": path})
-
-
 @dataclass(kw_only=True)
 class EvalConfig:
     """Greedy accuracy on held-out problems, independent of the training reward."""
@@ -93,8 +95,8 @@ class EvalConfig:
     every_n_steps: int = 10  # also before the first step and after the last
     max_problems: int = 200
     max_new_tokens: int | None = None  # null: as in sampling
-    correct: Component = _component("rolltune.rewards.answer.answer_reward")  # a turn is right where it gives 1
-    lenient: Component = _component("rolltune.rewards.answer.lenient_answer_reward")  # the same, whatever the form
+    correct: Component = field(default_factory=_ANSWER)  # a turn is right where it gives 1
+    lenient: Component = field(default_factory=_LENIENT)  # the same, whatever the form
 
 
 @dataclass(kw_only=True)
@@ -111,6 +113,8 @@ class LoggingConfig:
     wandb_project: str = "rolltune"
     tensorboard: bool = False
     samples_every_n_steps: int = 1  # sample tables in <output_dir>/samples/
+    classifier: Component | None = None  # grpo: a rolltune.behaviours.BehaviourClassifier, asked beside the training
+    classified_samples: int = 8  # completions of each step that it reads
 
 
 @dataclass(kw_only=True)
@@ -194,7 +198,7 @@ class WriteTracesConfig:
     dry_run: bool = False  # check everything, show one prompt or trace, write nothing
     data: Component = MISSING  # the problems that traces are written for
     writer: Component = MISSING  # a class of rolltune.traces: worked out by a program, or asked of an endpoint
-    correct: Component = _component("rolltune.rewards.answer.answer_reward")  # its verdict is recorded with each trace
+    correct: Component = field(default_factory=_ANSWER)  # its verdict is recorded with each trace
     traces_per_problem: int = 1
     max_concurrency: int = 16  # traces in the making at once
 
@@ -234,9 +238,9 @@ class EvaluateConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     sampling: EvaluateSamplingConfig = field(default_factory=EvaluateSamplingConfig)
     sampler: Component = MISSING  # called with (model, tokenizer)
-    correct: Component = _component("rolltune.rewards.answer.answer_reward")  # a turn is right where it gives 1
-    lenient: Component = _component("rolltune.rewards.answer.lenient_answer_reward")
-    format: Component = _component("rolltune.rewards.format.format_reward")
+    correct: Component = field(default_factory=_ANSWER)  # a turn is right where it gives 1
+    lenient: Component = field(default_factory=_LENIENT)
+    format: Component = field(default_factory=_FORMAT)
     ks: list[int] = field(default_factory=list)  # of pass@k and cons@k; empty: 1, 2, 4 ... sampling.samples
     resamples: int = 10_000  # of the bootstrap over problems
     classifier: Component | None = None  # a rolltune.behaviours.BehaviourClassifier; null: the counter alone

@@ -35,6 +35,8 @@ def counted(text: str) -> tuple[int, ...]:
         ("5 * 4 = 20. That matches the target. 20 is 5 * 4, and every number is used once.", 1),
         ("8 + 2 = 10, not 24. 8 * 2 = 16, not 24. 8 / 2 = 4, not 24.", 3),
         ("3 * 8 \N{NOT EQUAL TO} 25", 1),
+        ("3 * 8 = 24. LET ME CHECK: 24 / 8 = 3.", 1),
+        ("3 * 8 = 24. Let\N{RIGHT SINGLE QUOTATION MARK}s check: 24 / 8 = 3.", 1),
         ("3 * 8 = 24. The answer is 24.", 0),
         ("He wrote a check for 3 * 8 = 24 dollars and checked in two bags.", 0),
         ("The team verified 40 of 3 * 8 = 24 accounts.", 0),
@@ -131,13 +133,26 @@ def test_the_counts_by_name():
     assert list(counts.as_dict().values()) == [1, 2, 3, 4]
 
 
-CUES = ["wait", "let me check", "not 24", "go back", "3 * 8 = 24", "so I need 8", "first", "\n", ". ", '"', "<", "**", "\\("]
+CUES = [
+    "wait",
+    "let me check",
+    "not 24",
+    "go back",
+    "3 * 8 = 24",
+    "so I need 8",
+    "first",
+    "\n",
+    ". ",
+    '"',
+    "<",
+    "**",
+    "\\(",
+]
 
 
 @given(st.lists(st.one_of(st.sampled_from(CUES), st.text(max_size=5)), max_size=40).map(" ".join))
 def test_takes_any_text(text):
     assert all(0 <= count <= MAX_COUNT for count in counted(text))
-    assert counted(text) == counted(text.upper().lower())
 
 
 # --- against counts by hand -------------------------------------------------------------------------------------------
@@ -166,7 +181,7 @@ def test_agrees_with_the_labelled_traces(split):
     for name, floors in FLOORS[split].items():
         measured = found[name]
         shares = (measured.precision, measured.recall, measured.count_precision, measured.count_recall)
-        assert all(share >= floor for share, floor in zip(shares, floors, strict=True)), (name, shares)
+        assert all(share and share >= floor for share, floor in zip(shares, floors, strict=True)), (name, shares)
 
 
 def test_worked_solutions_of_people_show_no_behaviour_but_subgoals():
