@@ -171,7 +171,7 @@ def load_recipe() -> ModuleType:
 def run_rolltune(conditions: Conditions, model: Path) -> list[Step]:
     """The recipe's loop, without what surrounds a step. Returns all steps, the warm-up first."""
     from rolltune.distributed import init_world
-    from rolltune.metrics import Progress
+    from rolltune.progress import Progress
     from rolltune.rollout import is_trainable
     from rolltune.schema import BatchConfig, DataConfig, GRPOConfig, ModelConfig, PromptConfig, SamplingConfig
     from rolltune.timing import Phases

@@ -15,7 +15,8 @@ dotted path, and the keys beside it are its keyword arguments::
 What there is: ``gsm8k.gsm8k`` (from the Hub or a local copy), ``gsm_symbolic.gsm_symbolic`` (generated, needs no
 network), ``reasoning_gym.reasoning_gym_task`` (any task of that library with a one-word answer), ``sums.sums``
 (short additions and subtractions for a first run), ``countdown.countdown`` (drawn), ``countdown.countdown_rows``
-(from the Hub or a file), ``traces.traces`` (what ``write_traces`` wrote, for SFT) and ``jsonl.jsonl`` (a file of your own).
+(from the Hub or a file), ``traces.traces`` (what ``write_traces`` wrote, for SFT) and ``jsonl.jsonl`` (a file of your
+own).
 
 To add one, often ``jsonl.jsonl`` with a file is enough. Otherwise write one file here with one function:
 

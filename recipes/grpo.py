@@ -33,12 +33,13 @@ from rolltune import config, estimates, report, runs
 from rolltune.batch import count_totals, pack, train_group, without_zero_advantages
 from rolltune.checkpoint import Checkpoints, TrainState, load_optimization, load_state
 from rolltune.components import component, instantiate
+from rolltune.curves import plot_curves
 from rolltune.data.dataset import ProblemStream
 from rolltune.distributed import World, close_world, init_world
 from rolltune.evaluation import evaluate_greedy
-from rolltune.metrics import Progress, plot_curves
 from rolltune.models import load_tokenizer
 from rolltune.policy import Policy, build_policy
+from rolltune.progress import Progress
 from rolltune.rewards.combine import WeightedReward
 from rolltune.rollout import Rollout, collect, is_trainable, sample_groups
 from rolltune.samplers import Sampler

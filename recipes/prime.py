@@ -30,9 +30,9 @@ from rolltune.checkpoint import Checkpoints, TrainState, load_optimization, load
 from rolltune.data.dataset import ProblemStream
 from rolltune.distributed import World, close_world, init_world
 from rolltune.losses.nll import NLLLoss
-from rolltune.metrics import Progress
 from rolltune.models import load_tokenizer
 from rolltune.policy import Policy, build_policy
+from rolltune.progress import Progress
 from rolltune.prompts import completion_ids, worked_turn
 from rolltune.schema import PrimeConfig
 from rolltune.seeding import derive_seed

@@ -30,7 +30,8 @@ from rolltune import config
 from rolltune.components import ConfigError, component, instantiate
 from rolltune.data.dataset import Dataset
 from rolltune.endpoint import BudgetSpent, Endpoint, EndpointDown
-from rolltune.metrics import Progress, write_json_atomic
+from rolltune.metrics import write_json_atomic
+from rolltune.progress import Progress
 from rolltune.schema import WriteTracesConfig
 from rolltune.seeding import derive_seed
 from rolltune.traces import Trace, TraceWriter

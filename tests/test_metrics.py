@@ -1,11 +1,9 @@
-"""What a run writes: whole files, valid JSON, exact resume, real wandb and TensorBoard files, plain progress lines."""
+"""What a run writes: whole files, valid JSON, exact resume, real wandb and TensorBoard files."""
 
 import importlib
-import io
 import json
 import math
 import os
-import re
 import signal
 import struct
 import subprocess
@@ -19,15 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rolltune import metrics
-from rolltune.metrics import (
-    MetricsLog,
-    Progress,
-    accuracy_interval,
-    plot_curves,
-    read_metrics,
-    write_json_atomic,
-    write_samples,
-)
+from rolltune.metrics import MetricsLog, accuracy_interval, read_metrics, write_json_atomic, write_samples
 from rolltune.types import Completion, Group, Problem, Prompt, Score
 
 
@@ -351,152 +341,3 @@ def test_wilson_holds_the_accuracy_and_solves_its_equation(total, data):
         assert (share - end) ** 2 == pytest.approx(3.841458820694124 * end * (1 - end) / total, abs=1e-12)
     mirrored = accuracy_interval(total - correct, total)
     assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-12)
-
-
-# progress
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def run_progress(stream, **options):
-    with Progress(4, 2, stream=stream, **options) as progress:
-        sampled = progress.phase("sampling", 8)
-        sampled(4, 8)
-        progress.phase("training")(1, 3)
-        progress.step(3, {"reward": 0.42345, "kl": 0.00312, "length": 1250.7, "acc": 0.31})
-        progress.step(4, {"reward": -100.0, "note": "best"})
-
-
-def test_without_a_terminal_one_plain_line_a_step(monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    stream = io.StringIO()
-    run_progress(stream)
-    lines = stream.getvalue().splitlines()
-    assert len(lines) == 2
-    assert re.fullmatch(
-        r"step 3/4 \| reward 0\.423 \| kl 0\.00312 \| length 1251 \| acc 0\.31 \| \d+\.\d s/step \| 0:00:00 left",
-        lines[0],
-    )
-    assert lines[1].startswith("step 4/4 | reward -100 | note best | ")
-    assert stream.getvalue().isprintable() or all(c == "\n" or c.isprintable() for c in stream.getvalue())
-
-
-def test_time_left(monkeypatch):
-    now = iter([0.0, 0.0, 100.0])
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(now))
-    stream = io.StringIO()
-    with Progress(total_steps=112, start=10, stream=stream) as progress:
-        progress.step(12, {})
-    # Two steps in 100 s, and 100 steps to go: 5,000 s.
-    assert stream.getvalue() == "step 12/112 | 50.0 s/step | 1:23:20 left\n"
-
-
-def test_on_a_terminal_bars_and_the_numbers(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    stream = Terminal()
-    run_progress(stream)
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
-    assert "steps" in shown and "4/4" in shown
-    assert "reward -100 | note best | " in shown
-    assert "\x1b[?25h" in stream.getvalue(), "the cursor is shown again"
-
-
-def test_a_terminal_is_left_clean_after_an_error(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    stream = Terminal()
-    with pytest.raises(KeyboardInterrupt), Progress(4, stream=stream):
-        raise KeyboardInterrupt
-    assert stream.getvalue().rfind("\x1b[?25h") > stream.getvalue().rfind("\x1b[?25l") >= 0
-
-
-@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
-def test_switched_off_shows_nothing(stream):
-    run_progress(stream, enabled=False)
-    assert stream.getvalue() == ""
-
-
-# curves
-
-
-def png_size(path: Path) -> tuple[int, int]:
-    head = path.read_bytes()[:24]
-    assert head[:8] == b"\x89PNG\r\n\x1a\n"
-    return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
-
-
-def full_run(folder: Path, steps: int) -> None:
-    log = MetricsLog(folder)
-    for step in range(steps):
-        row = {"reward/mean": step / 10, "reward/answer/mean": step / 20, "reward/format/mean": 1.0, "kl": step / 1e3}
-        row |= {"entropy": 1 / (step + 1), "grad_norm": math.nan if step == 2 else 1.0, "clip_fraction": 0.0}
-        row |= {"completions/length_mean": 60 - step, "completions/truncated": 0.1}
-        if step % 5 == 0:
-            low, high = accuracy_interval(step, 40)
-            row |= {"heldout/accuracy": step / 40, "heldout/accuracy_low": low, "heldout/accuracy_high": high}
-        log.log(step, row)
-    log.close()
-
-
-def test_curves_of_a_whole_run(tmp_path):
-    full_run(tmp_path, 30)
-    path = plot_curves(tmp_path)
-    assert path == tmp_path / "curves.png"
-    width, height = png_size(path)
-    assert width > 1.5 * height > 900
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_curves_need_no_display_and_no_pyplot(tmp_path):
-    full_run(tmp_path, 1)
-    program = (
-        "import sys; from rolltune.metrics import plot_curves; "
-        "assert 'matplotlib' not in sys.modules and 'torch' not in sys.modules; "
-        "plot_curves(sys.argv[1]); assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "MPLBACKEND")}
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, env=environment, timeout=120)
-    png_size(tmp_path / "curves.png")
-
-
-def test_panels_without_data_are_left_out(tmp_path):
-    sizes = []
-    for number, values in enumerate(({"kl": 0.1}, {"kl": 0.1, "loss": 1.0}, {"kl": 0.1, "entropy": 1, "grad_norm": 1})):
-        log = MetricsLog(tmp_path / str(number))
-        log.log(1, values)
-        log.close()
-        sizes.append(png_size(plot_curves(tmp_path / str(number))))
-    (one, height), (two, _), (three, last_height) = sizes
-    assert (two, three) == (2 * one, 3 * one) and height == last_height
-
-
-def test_nothing_to_draw(tmp_path):
-    log = MetricsLog(tmp_path)
-    log.log(1, {"seconds/sample": 1.0})
-    log.close()
-    with pytest.raises(ValueError, match="nothing to draw; it has seconds/sample"):
-        plot_curves(tmp_path)
-    with pytest.raises(ValueError, match="no such file"):
-        plot_curves(tmp_path / "nowhere")
-
-
-def test_series_leave_nulls_out_and_take_the_last_of_a_step():
-    rows = [
-        {"step": 2, "time": 1.0, "kl": 0.2},
-        {"step": 1, "time": 2.0, "kl": None, "loss": 3.0},
-        {"step": 2, "time": 3.0, "kl": 0.4},
-    ]
-    assert metrics._series(rows) == {"kl": ([2.0], [0.4]), "loss": ([1.0], [3.0])}
-
-
-def test_smoothing():
-    assert metrics._smooth([1.0, 5.0]) == [1.0, 5.0]
-    # 40 values: a window of 5, cut off at the ends.
-    values = [float(i % 5) for i in range(40)]
-    smooth = metrics._smooth(values)
-    assert len(smooth) == 40
-    assert smooth[0] == pytest.approx((0 + 1 + 2) / 3) and smooth[-1] == pytest.approx((2 + 3 + 4) / 3)
-    assert smooth[2:-2] == pytest.approx([2.0] * 36)

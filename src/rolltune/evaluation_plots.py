@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rolltune.comparison import Evaluation
-from rolltune.metrics import COLORS, save_figure, style_axes, title_axes
+from rolltune.curves import COLORS, save_figure, style_axes, title_axes
 from rolltune.passk import Estimate
 
 if TYPE_CHECKING:
