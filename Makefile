@@ -9,8 +9,9 @@ BIN := .venv/bin
 # A thread that spins while it waits takes the core from the one that works: on a busy machine that costs a factor.
 export OMP_WAIT_POLICY ?= passive
 
-# One seed of the pipeline: make pipeline SEED=1
+# One seed of the pipeline: make pipeline SEED=1; for a first look: make pipeline STEPS=1
 SEED ?= 0
+STEPS ?= 24
 PIPELINE ?= outputs/pipeline/seed$(SEED)
 
 .PHONY: install quickstart pipeline warmup primed incorrect test check
@@ -37,7 +38,7 @@ $(BIN)/tune run write_traces --config countdown_traces.yaml output_dir=$(PIPELIN
 $(BIN)/tune run prime --config smollm2_135m_countdown_prime.yaml output_dir=$(PIPELINE)/$(1)/prime resume=true \
     seed=$(SEED) data.train.path=$(PIPELINE)/$(1)/traces/traces.jsonl data.heldout.path=$(PIPELINE)/$(1)/traces/traces.jsonl
 $(BIN)/tune run grpo --config smollm2_135m_countdown.yaml output_dir=$(PIPELINE)/$(1)/grpo resume=true \
-    seed=$(SEED) data.train.seed=1$(SEED) model.path=$(PIPELINE)/$(1)/prime/best
+    seed=$(SEED) num_steps=$(STEPS) data.train.seed=1$(SEED) model.path=$(PIPELINE)/$(1)/prime/best
 endef
 
 warmup: install

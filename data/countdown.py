@@ -15,10 +15,15 @@ from itertools import combinations
 from typing import Any, Literal
 
 from rolltune.data.dataset import Dataset
+from rolltune.rewards.countdown import NotAnExpression, parse_expression
 from rolltune.types import Problem
 
 OPERATIONS = "+-*/"
-_HELDOUT_SHARE = 0.1  # of all problems; fixed, so that what was once held out stays held out
+_SPLITS = {
+    "heldout": 0.1,
+    "test": 0.2,
+    "train": 1.0,
+}  # bounds of a hash in [0, 1); fixed, so that a problem stays where it is
 _TRIES = 20_000  # draws for one problem before ranges without a fitting problem are given up
 _LARGEST = 1_000  # of values on the way: what can be worked out in the head
 
@@ -116,7 +121,7 @@ def countdown(
     *,
     count: int,
     seed: int = 0,
-    split: Literal["train", "heldout"] = "train",
+    split: Literal["train", "heldout", "test"] = "train",
     sizes: Sequence[int] = (3, 4),
     low: int = 1,
     high: int = 99,
@@ -127,15 +132,16 @@ def countdown(
 ) -> Dataset:
     """Problems that can be solved by construction: numbers are drawn, then the steps that lead to a target.
 
-    A tenth of all problems, chosen by a hash of the numbers and the target, belongs to the held-out split and the rest
-    to the train split, so no problem is in both, whatever the seeds are. The gold answer is the expression found on the
-    way; ``solution`` is its steps: "3 + 5 = 8. 8 * 2 = 16.". Values on the way are positive integers up to 1,000; an
+    A hash of the numbers (in any order) and the target puts a tenth of all problems into the held-out split, a tenth
+    into the test split and the rest into the train split, so no problem is in two, whatever the seeds are: choose a
+    checkpoint on the one, and report on the other. The gold answer is the expression found on the way; ``solution`` is
+    its steps: "3 + 5 = 8. 8 * 2 = 16.". Values on the way are positive integers up to 1,000; an
     answer may leave the integers (``rolltune.rewards.countdown`` counts in fractions).
 
     Args:
         count: number of problems, all different.
         seed: which problems.
-        split: "train" or "heldout".
+        split: "train", "heldout" or "test".
         sizes: how many numbers a problem has, as often the one as the other; each 2 .. 6.
         low: smallest number, at least 1.
         high: largest number.
@@ -157,7 +163,7 @@ def countdown(
             if path is None or not min_target <= path[-1].result.value <= max_target:
                 continue
             key = (tuple(sorted(numbers)), path[-1].result.value)
-            if key not in problems and _is_heldout(*key) == (split == "heldout"):
+            if key not in problems and _split_of(*key) == split:
                 problems[key] = _problem(f"countdown/{split}/seed{seed}/{index}", numbers, path, operations, wording)
                 break
         else:
@@ -171,50 +177,69 @@ def countdown(
 def countdown_rows(
     *,
     path: str = "Jiayi-Pan/Countdown-Tasks-3to4",
-    split: str = "train",
+    split: Literal["train", "heldout", "test"] = "train",
+    rows: str = "train",
     start: int = 0,
     count: int = 10_000,
     wording: Literal["full", "short"] = "full",
 ) -> Dataset:
     """Rows with the columns ``nums`` and ``target``, as in the data set that the paper trains on.
 
-    Each row is solved to have a gold answer; a row without a solution over positive integers is left out. Solving
-    takes about a millisecond for 4 numbers.
+    Rows are put into splits as in :func:`countdown`, so the same numbers in another order are not held out from
+    themselves. Each row is solved to have a gold answer; a row without a solution over positive integers is left out,
+    and so is one that has come before. Solving takes about a millisecond for 4 numbers.
 
     Args:
         path: a Hub id, or a .jsonl or .parquet file.
-        split: of the Hub data set or file.
-        start: first row taken.
-        count: number of rows looked at.
+        split: "train" has eight tenths of the rows, "heldout" and "test" one each.
+        rows: the split of the Hub data set that rows are read from.
+        start: first row looked at.
+        count: number of rows looked at, of which those of the split are taken.
         wording: as in :func:`countdown`.
 
     Raises:
         ValueError: the data cannot be found or reached, a row is malformed, or the slice is out of range.
     """
-    if wording not in _QUESTIONS:
-        raise ValueError(f"countdown_rows: wording={wording!r} must be one of {', '.join(_QUESTIONS)}")
-    rows = _read_rows(path, split)
-    if start < 0 or count < 1 or start + count > len(rows):
-        raise ValueError(f"countdown_rows: start={start} and count={count} must lie within the {len(rows)} rows")
-    problems = []
+    for name, value, known in (("wording", wording, _QUESTIONS), ("split", split, _SPLITS)):
+        if value not in known:
+            raise ValueError(f"countdown_rows: {name}={value!r} must be one of {', '.join(known)}")
+    table = _read_rows(path, rows)
+    if start < 0 or count < 1 or start + count > len(table):
+        raise ValueError(f"countdown_rows: start={start} and count={count} must lie within the {len(table)} rows")
+    problems: dict[tuple[tuple[int, ...], int], Problem] = {}
     for index in range(start, start + count):
-        numbers, target = rows[index].get("nums"), rows[index].get("target")
+        numbers, target = table[index].get("nums"), table[index].get("target")
         if not _is_row(numbers, target):
             raise ValueError(
                 f"countdown_rows: {path}, row {index}: nums={numbers!r:.60} must be 2 to 6 positive integers and "
                 f"target={target!r:.20} one"
             )
+        key = (tuple(sorted(numbers)), target)
+        if key in problems or _split_of(*key) != split:
+            continue
         path_found = solve(numbers, target)
         if path_found is not None:
-            problems.append(_problem(f"countdown/{split}/{index}", numbers, path_found, OPERATIONS, wording))
-    return Dataset(problems)
+            problems[key] = _problem(f"countdown/{rows}/{index}", numbers, path_found, OPERATIONS, wording)
+    if not problems:
+        raise ValueError(f"countdown_rows: rows {start} to {start + count - 1} of {path} hold no {split} problem")
+    return Dataset(problems.values())
 
 
 def given(problem: Problem) -> tuple[list[int], int]:
-    """The numbers, in the question's order where they can be told, and the target of a problem made here."""
-    assert problem.answer is not None and problem.solution is not None, problem.id
-    numbers = [int(n) for n in re.findall(r"[0-9]+", problem.answer)]
-    return numbers, int(re.findall(r"[0-9]+", problem.solution)[-1])
+    """The numbers and the target, from the gold answer.
+
+    Raises:
+        ValueError: the gold answer is not an expression over integers that comes to a positive integer.
+    """
+    try:
+        gold = parse_expression(problem.answer or "")
+    except NotAnExpression as error:
+        raise ValueError(
+            f"{problem.id}: the gold answer {problem.answer!r:.60} is not an expression ({error})"
+        ) from None
+    if gold.value.denominator != 1 or gold.value < 1:
+        raise ValueError(f"{problem.id}: the gold answer {problem.answer!r:.60} is not a positive integer")
+    return list(gold.numbers), int(gold.value)
 
 
 def _problem(name: str, numbers: list[int], path: list[Step], operations: str, wording: str) -> Problem:
@@ -243,9 +268,10 @@ def _draw_steps(numbers: list[int], operations: str, rng: random.Random) -> list
     return path
 
 
-def _is_heldout(numbers: tuple[int, ...], target: int) -> bool:
+def _split_of(numbers: tuple[int, ...], target: int) -> str:
     digest = blake2b(f"{numbers}={target}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < _HELDOUT_SHARE * 2**64
+    place = int.from_bytes(digest, "big") / 2**64
+    return next(split for split, bound in _SPLITS.items() if place < bound)
 
 
 def _check_options(
@@ -268,8 +294,8 @@ def _check_options(
     ):
         if value < least:
             raise ValueError(f"countdown: {name}={value} must be at least {least}")
-    if split not in ("train", "heldout"):
-        raise ValueError(f"countdown: split={split!r} must be one of train, heldout")
+    if split not in _SPLITS:
+        raise ValueError(f"countdown: split={split!r} must be one of train, heldout, test")
     if wording not in _QUESTIONS:
         raise ValueError(f"countdown: wording={wording!r} must be one of {', '.join(_QUESTIONS)}")
     if not sizes or not all(2 <= size <= 6 for size in sizes):

@@ -20,6 +20,7 @@ import asyncio
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -100,12 +101,16 @@ async def dry_run(job: Job) -> None:
     """What an endpoint would be sent for the first problem; or the first traces, where a program writes them."""
     console = Console()
     if preview := getattr(job.writer, "preview", None):
-        shown = [preview(job.problems[0])]
+        shown = {job.problems[0].id: preview(job.problems[0])}
     else:
-        first = job.problems[:PREVIEWS]
-        shown = [await job.writer.write(problem, seed=seed_of(job, problem, 0)) for problem in first]
-    for text, problem in zip(shown, job.problems, strict=False):
-        console.rule(problem.id)
+        shown = {}
+        for problem in job.problems[: 10 * PREVIEWS]:
+            with suppress(ValueError):  # a problem that the program cannot work is left out of a run, too
+                shown[problem.id] = await job.writer.write(problem, seed=seed_of(job, problem, 0))
+            if len(shown) == PREVIEWS:
+                break
+    for name, text in shown.items():
+        console.rule(name)
         console.print(text, markup=False, highlight=False)
     console.rule()
     console.print(f"dry run: everything resolves; {job.wanted} traces were to be written, nothing was")

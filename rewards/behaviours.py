@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rolltune.behaviours import count_behaviours
-from rolltune.rewards.tags import parse_tags
+from rolltune.behaviours import count_behaviours, thinking
 from rolltune.types import Problem, Score
 
 
@@ -20,8 +19,7 @@ def behaviour_counts(problem: Problem, text: str) -> Score:
     The total is the sum of the four. With any other weight a model is paid for the words, which are cheaper to learn
     than what they stand for. The self-test and the audit leave it out: a right turn need not show any of them.
     """
-    layout = parse_tags(text).layout
-    counts = count_behaviours(text if layout is None else layout.think).as_dict()
+    counts = count_behaviours(thinking(text)).as_dict()
     return Score(total=float(sum(counts.values())), parts={name: float(count) for name, count in counts.items()})
 
 

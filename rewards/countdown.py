@@ -25,7 +25,7 @@ MAX_CHARS = 128
 _SPELLINGS = str.maketrans({"\N{MULTIPLICATION SIGN}": "*", "\N{DIVISION SIGN}": "/", "\N{MINUS SIGN}": "-"})
 _TOKEN = re.compile(r"\s*([0-9]+|[-+*/()])")
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
-_LENIENT = re.compile(r"[-0-9+*/() ]{3,}")  # an expression with what may stand around it
+_LENIENT = re.compile(r"[-0-9+*/() ]{3,256}")  # an expression with what may stand around it
 
 
 class NotAnExpression(ValueError):
@@ -144,13 +144,27 @@ def lenient_countdown_reward(problem: Problem, text: str, *, use_all: bool = Tru
 
     For evaluation beside the strict reward, never for training: it pays for answers that were not given as such.
     """
-    candidates = _LENIENT.findall(text.translate(_SPELLINGS))
-    for candidate in reversed(candidates):
-        # A list's comma or a sentence's bracket may hang on; a lone number is the right-hand side of an equation.
-        candidate = candidate.strip(" +-*/")
-        if any(operator in candidate for operator in _PRECEDENCE):
+    for candidate in reversed(_LENIENT.findall(text.translate(_SPELLINGS))):
+        candidate = _without_loose_brackets(candidate)
+        if any(operator in candidate for operator in _PRECEDENCE):  # else the right-hand side of an equation
             return _judge(problem, candidate, use_all=use_all)
     return Score(total=0.0, failure="no_answer")
+
+
+def _without_loose_brackets(text: str) -> str:
+    """The expression without what a sentence leaves hanging on it: "4 + 3 + 6 (" of "4 + 3 + 6 (uses all)"."""
+    text = text.strip(" +-*/")
+    while True:
+        extra = text.count("(") - text.count(")")
+        if extra > 0 and text.endswith("("):
+            text = text[:-1]
+        elif extra > 0 and text.startswith("("):
+            text = text[1:]
+        elif extra < 0 and text.endswith(")"):
+            text = text[:-1]
+        else:
+            return text
+        text = text.strip(" +-*/")
 
 
 def _judge(problem: Problem, answer: str, *, use_all: bool) -> Score:

@@ -78,11 +78,12 @@ def test_shares_of_all(tokens=7 + 8 + 3 + 5 + 2 + 6 + 9 + 9 + 4 + 1):
         "heldout/format": 0.4,
         "heldout/length_mean": tokens / 10,
         "heldout/truncated": 0.2,
+        "heldout/unscored": 0.0,
     }
 
 
 def test_what_is_right_is_for_the_two_measures_to_say():
-    """A turn is right where the measure gives 1: not where it gives part of it, and not where it gives nothing."""
+    """A turn is right where the measure gives 1, not where it gives part of it; an unscored one is not wrong."""
     totals = {"4": 1.0, "1800": 0.9, "-3": None}
     seen = []
 
@@ -91,7 +92,9 @@ def test_what_is_right_is_for_the_two_measures_to_say():
         return Score(total=totals[problem.answer])
 
     metrics = evaluate(CASES, correct=correct, lenient=lambda problem, text: Score(total=float("2 + 2" in text)))
-    assert metrics["heldout/accuracy"] == 0.7 and metrics["heldout/lenient_accuracy"] == 0.3
+    assert metrics["heldout/accuracy"] == 7 / 9 and metrics["heldout/unscored"] == pytest.approx(0.1)
+    assert (metrics["heldout/accuracy_low"], metrics["heldout/accuracy_high"]) == accuracy_interval(7, 9)
+    assert metrics["heldout/lenient_accuracy"] == 0.3
     assert seen == [(case[0], case[1]) for case in CASES]
 
 
@@ -107,3 +110,9 @@ def test_ranks_share_the_problems_and_know_the_whole():
     whole = evaluate(CASES)
     for size in (3, len(CASES) + 1):  # the last rank has no problem of its own then
         assert on_ranks(size, lambda world: evaluate(CASES, world)) == [whole] * size
+
+
+def test_where_nothing_is_scored_there_is_no_accuracy():
+    metrics = evaluate(CASES, correct=lambda problem, text: Score(total=None))
+    assert metrics["heldout/unscored"] == 1.0 and "heldout/accuracy" not in metrics
+    assert metrics["heldout/lenient_accuracy"] == 0.5

@@ -38,29 +38,40 @@ def evaluate_greedy(
 
     Returns:
         ``heldout/...`` metrics over all ranks: accuracy with its Wilson 95 % interval, lenient accuracy, share of turns
-        in the exact format, mean length in tokens, share of completions that were cut.
+        in the exact format, mean length in tokens, share of completions that were cut, and the share that the strict
+        measure left unscored. Unscored turns count in neither accuracy, which is missing where there is no other.
     """
     mine = world.shard(problems)
     requests = [SampleRequest(prompt=render(problem), seeds=(0,)) for problem in mine]
     completions = [c for (c,) in sampler.generate(requests, params, on_progress=on_progress)]
     pairs = list(zip(mine, completions, strict=True))
-    num_correct, num_lenient, num_formatted, tokens, cut, total = world.sum(
+    strict = [correct(problem, c.text).total for problem, c in pairs]
+    loose = [lenient(problem, c.text).total for problem, c in pairs]
+    num_correct, num_scored, num_lenient, num_loose, num_formatted, tokens, cut, total = world.sum(
         [
-            sum(correct(problem, c.text).total == 1.0 for problem, c in pairs),
-            sum(lenient(problem, c.text).total == 1.0 for problem, c in pairs),
+            sum(score == 1.0 for score in strict),
+            sum(score is not None for score in strict),
+            sum(score == 1.0 for score in loose),
+            sum(score is not None for score in loose),
             sum(format_reward(problem, c.text).total == 1.0 for problem, c in pairs),
             sum(len(c.token_ids) for c in completions),
             sum(c.finish_reason == "length" for c in completions),
             len(completions),
         ]
     )
-    low, high = accuracy_interval(int(num_correct), int(total))
-    return {
-        "heldout/accuracy": num_correct / total,
-        "heldout/accuracy_low": low,
-        "heldout/accuracy_high": high,
-        "heldout/lenient_accuracy": num_lenient / total,
+    metrics = {
         "heldout/format": num_formatted / total,
         "heldout/length_mean": tokens / total,
         "heldout/truncated": cut / total,
+        "heldout/unscored": 1.0 - num_scored / total,
     }
+    if num_scored:
+        low, high = accuracy_interval(int(num_correct), int(num_scored))
+        metrics |= {
+            "heldout/accuracy": num_correct / num_scored,
+            "heldout/accuracy_low": low,
+            "heldout/accuracy_high": high,
+        }
+    if num_loose:
+        metrics["heldout/lenient_accuracy"] = num_lenient / num_loose
+    return metrics

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from rolltune.data.countdown import Term, combine, countdown, countdown_rows, given, solve, steps
-from rolltune.data.dataset import overlap
 from rolltune.rewards.countdown import countdown_reward, parse_expression
+from rolltune.types import Problem
 
 EASY = {"sizes": [3], "low": 1, "high": 12, "min_target": 5, "max_target": 40, "operations": "+-*"}
 
@@ -42,10 +42,16 @@ def test_short_wording():
 
 
 def test_no_problem_is_in_both_splits_or_twice():
-    train, heldout = countdown(count=900, seed=0, **EASY), countdown(count=100, seed=7, split="heldout", **EASY)
-    assert overlap(train, heldout) == []
-    keys = {(tuple(sorted(given(p)[0])), given(p)[1]) for p in train}
-    assert len(keys) == 900
+    def keys(**options):
+        return {(tuple(sorted(given(p)[0])), given(p)[1]) for p in countdown(**options, **EASY)}
+
+    train, heldout, test = (
+        keys(count=800, seed=0),
+        keys(count=100, seed=7, split="heldout"),
+        keys(count=100, seed=7, split="test"),
+    )
+    assert not train & heldout and not train & test and not heldout & test
+    assert (len(train), len(heldout), len(test)) == (800, 100, 100)
 
 
 def test_the_same_seed_gives_the_same_problems():
@@ -57,7 +63,7 @@ def test_the_same_seed_gives_the_same_problems():
     "options, message",
     [
         ({"count": 0}, "count=0 must be at least 1"),
-        ({"split": "test"}, "split='test' must be one of train, heldout"),
+        ({"split": "dev"}, "split='dev' must be one of train, heldout, test"),
         ({"sizes": [7]}, r"sizes=\[7\] must be a list of numbers from 2 to 6"),
         ({"sizes": []}, r"sizes=\[\] must be"),
         ({"low": 0}, "low=0 must be at least 1"),
@@ -122,12 +128,39 @@ def write_rows(path, rows):
 def test_rows_are_solved_and_those_without_a_solution_left_out(tmp_path):
     path = write_rows(
         tmp_path / "rows.jsonl",
-        [{"nums": [44, 19, 35], "target": 98}, {"nums": [1, 1, 1], "target": 50}, {"nums": [3, 5, 2], "target": 16}],
+        [
+            {"nums": [44, 19, 35], "target": 98},
+            {"nums": [1, 1, 1], "target": 50},
+            {"nums": [3, 5, 2], "target": 16},
+            {"nums": [2, 5, 3], "target": 16},  # the third again
+        ],
     )
-    first, second = countdown_rows(path=path, count=3)
+    splits = [countdown_rows(path=path, count=4, split=split) for split in splits_with_rows(path)]
+    first, second = sorted((problem for dataset in splits for problem in dataset), key=lambda problem: problem.id)
     assert (first.id, second.id) == ("countdown/train/0", "countdown/train/2")
     assert "numbers 44, 19 and 35, create an equation that equals 98" in first.messages[0]["content"]
     assert parse_expression(first.answer).value == 98
+
+
+def splits_with_rows(path: str) -> list[str]:
+    found = []
+    for split in ("train", "heldout", "test"):
+        try:
+            countdown_rows(path=path, count=4, split=split)
+        except ValueError as error:
+            assert f"hold no {split} problem" in str(error)
+        else:
+            found.append(split)
+    return found
+
+
+def test_rows_go_to_the_split_of_their_numbers_in_any_order(tmp_path):
+    drawn = [countdown(count=30, seed=5, split=split) for split in ("train", "heldout", "test")]
+    rows = [{"nums": given(p)[0][::-1], "target": given(p)[1]} for problems in drawn for p in problems]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    for split, problems in zip(("train", "heldout", "test"), drawn, strict=True):
+        found = countdown_rows(path=path, count=len(rows), split=split)
+        assert sorted(map(given, found)) == sorted(map(given, problems))
 
 
 @pytest.mark.parametrize(
@@ -150,3 +183,12 @@ def test_a_path_that_is_nothing():
         countdown_rows(path="nowhere")
     with pytest.raises(ValueError, match="path='nowhere.jsonl'"):
         countdown_rows(path="nowhere.jsonl")
+
+
+@pytest.mark.parametrize(
+    "answer, message", [("2 / 3", "is not a positive integer"), ("Monday", "is not an expression")]
+)
+def test_numbers_and_target_come_from_the_gold_answer(answer, message):
+    assert given(Problem(id="p", messages=(), answer="(3 + 5) * 2")) == ([2, 3, 5], 16)
+    with pytest.raises(ValueError, match=f"p: the gold answer '{answer}' {message}"):
+        given(Problem(id="p", messages=(), answer=answer))

@@ -135,6 +135,8 @@ def test_fewer_numbers_count_only_where_that_is_allowed():
         ("Try 3 * 5 = 15. No. The answer is (3+5)*2.", 1.0),
         ("<answer>2 * (3 + 5)</answer>", 1.0),
         ("(3 + 5) * 2 = 16, or 3 * 5 + 2 = 17", 0.0),  # the last one counts
+        ("The answer is 5 * 2 + 3 + 3 (no: (3 + 5) * 2 (uses all)).", 1.0),
+        ("(I get (3 + 5) * 2)", 1.0),
         ("It is 16.", 0.0),
         ("", 0.0),
     ],

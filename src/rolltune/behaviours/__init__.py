@@ -7,7 +7,7 @@ The four behaviours of Cognitive Behaviors (arXiv 2503.01307), counted in two wa
 
 from rolltune.behaviours.agreement import Agreement, LabelledTrace, agreement, labelled_traces
 from rolltune.behaviours.classifier import BackgroundClassifier, BehaviourClassifier
-from rolltune.behaviours.counter import BEHAVIOURS, BehaviourCounts, count_behaviours
+from rolltune.behaviours.counter import BEHAVIOURS, BehaviourCounts, count_behaviours, thinking
 
 __all__ = [
     "BEHAVIOURS",
@@ -19,4 +19,5 @@ __all__ = [
     "agreement",
     "count_behaviours",
     "labelled_traces",
+    "thinking",
 ]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from rolltune.behaviours import cues
+from rolltune.rewards.tags import parse_tags
 
 BEHAVIOURS = ("verification", "backtracking", "subgoal_setting", "backward_chaining")
 MAX_CHARS = 100_000  # of a text; what is behind is not read
@@ -34,6 +35,12 @@ class BehaviourCounts:
     def as_dict(self) -> dict[str, int]:
         """The counts by name, in the order of :data:`BEHAVIOURS`."""
         return asdict(self)
+
+
+def thinking(text: str) -> str:
+    """What behaviours are counted in: the think block of a turn, or the whole turn where it is not laid out."""
+    layout = parse_tags(text).layout
+    return text if layout is None else layout.think
 
 
 def count_behaviours(text: str) -> BehaviourCounts:

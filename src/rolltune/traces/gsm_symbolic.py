@@ -103,8 +103,8 @@ class GSMSymbolicTraceWriter:
         """The turn for a problem.
 
         Raises:
-            ValueError: a step of its solution is not an equation between whole numbers, or the last one does not come
-                to the answer.
+            ValueError: a step of its solution is not an equation between whole numbers, the last one does not come to
+                the answer, or no step can be taken wrongly where that is to be shown.
         """
         rng = random.Random(seed)
         steps = worked_steps(problem)
@@ -113,7 +113,9 @@ class GSMSymbolicTraceWriter:
             mistaken = _with_wrong_operation(steps[-1].expression, rng)
             if mistaken is None:
                 raise ValueError(f"{problem.id}: the last step, {steps[-1].expression}, cannot be taken wrongly")
-            steps[-1] = WorkedStep(f"That makes {mistaken.expression} = {mistaken.value}.", *_fields(mistaken))
+            steps[-1] = WorkedStep(
+                f"That makes {mistaken.expression} = {mistaken.value}.", mistaken.expression, mistaken.value
+            )
             answer = str(mistaken.value)
 
         def say(phrase: str, **values: object) -> str:
@@ -126,11 +128,11 @@ class GSMSymbolicTraceWriter:
         is_planned = "subgoal" in kinds and len(steps) > 1
         if is_planned:
             lines.append(say("plan", n=len(steps)))
-        slips = {rng.randrange(len(steps))} if self._behaviours.backtrack else set()
+        slip = self._draw_slip(problem, steps, rng)
         for index, step in enumerate(steps):
             told = []
-            wrong = _with_wrong_operation(step.expression, rng) if index in slips else None
-            if wrong is not None:
+            if slip is not None and slip[0] == index:
+                wrong = slip[1]
                 name = _NAMES[_operation(wrong.expression)]
                 told.append(say("wrong", name=name, equation=f"{wrong.expression} = {wrong.value}"))
             told.append(step.line if step.line.endswith(".") else f"{step.line}.")
@@ -140,6 +142,20 @@ class GSMSymbolicTraceWriter:
             lines.append(say("step", i=index + 1, line=line) if is_planned else line)
         lines.append(say("answer", answer=answer))
         return f"<think>{chr(10).join(lines)}</think>\n<answer>{answer}</answer>"
+
+    def _draw_slip(
+        self, problem: Problem, steps: list[WorkedStep], rng: random.Random
+    ) -> tuple[int, WorkedStep] | None:
+        """A step that is first taken wrongly: its number, and the wrong one."""
+        if not self._behaviours.backtrack:
+            return None
+        wrong = [(index, _with_wrong_operation(step.expression, rng)) for index, step in enumerate(steps)]
+        slips = [(index, step) for index, step in wrong if step is not None]
+        if not slips:
+            raise ValueError(
+                f"{problem.id}: no step of its solution can be taken wrongly, so there is no way back to show"
+            )
+        return rng.choice(slips)
 
     def _tell_backwards(self, steps: list[WorkedStep], say) -> str:
         """From the last step to what it needs, as far as the steps hang together."""
@@ -186,10 +202,6 @@ def _worked_step(line: str) -> WorkedStep | None:
         if len(parsed.numbers) > 1 and parsed.value == Fraction(value):
             return WorkedStep(line.strip(), expression, value)
     return None
-
-
-def _fields(step: WorkedStep) -> tuple[str, int]:
-    return step.expression, step.value
 
 
 def _numbers(expression: str) -> set[int]:
