@@ -13,10 +13,9 @@ from typing import Protocol
 
 import numpy as np
 
-from rolltune.behaviours import BEHAVIOURS, Agreement, BehaviourCounts, agreement, count_behaviours
+from rolltune.behaviours import BEHAVIOURS, Agreement, BehaviourCounts, agreement, count_behaviours, thinking
 from rolltune.judging import JudgedModel, row_means
 from rolltune.passk import Difference, Estimate, Measure, cons_at_k, estimates, paired_difference, pass_at_k
-from rolltune.rewards.tags import parse_tags
 from rolltune.seeding import derive_seed
 from rolltune.types import Problem
 
@@ -218,12 +217,6 @@ def _solve_rate_groups(rates: np.ndarray) -> list[tuple[str, np.ndarray]]:
 def solution_words(problems: Sequence[Problem]) -> np.ndarray:
     """Words of the gold solutions, float64 [problems]; NaN where there is none."""
     return np.array([len(p.solution.split()) if p.solution and p.solution.strip() else np.nan for p in problems])
-
-
-def thinking(text: str) -> str:
-    """What behaviours are counted in: the think block, or the whole turn where there is none."""
-    layout = parse_tags(text).layout
-    return text if layout is None else layout.think
 
 
 def _behaviour_measures(model: JudgedModel) -> dict[str, Measure]:

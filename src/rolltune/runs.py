@@ -12,7 +12,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from rolltune import config
-from rolltune.behaviours import BackgroundClassifier
+from rolltune.behaviours import BackgroundClassifier, thinking
 from rolltune.checkpoint import Checkpoints, TrainState, load_state
 from rolltune.components import ConfigError, component, instantiate
 from rolltune.data.dataset import ProblemStream, overlap
@@ -97,7 +97,9 @@ def background_classifier(
 ) -> Iterator[Callable[[Rollout, int], None]]:
     """What is called with each step's rollout: an LLM counts the behaviours of a few completions, and no step waits.
 
-    Counts are logged under the step that they are of, some steps later; at the end the last ones are waited for.
+    Counts are logged under the step that they are of, some steps later, and at the end the last ones are waited for.
+    Steps whose counts do not come (the endpoint is slower than the training) are left out and said at the end. A killed
+    run loses those that were still to come.
     """
     if logging.classifier is None or not world.is_main:
         yield lambda rollout, step: None
@@ -110,13 +112,16 @@ def background_classifier(
 
     def classify(rollout: Rollout, step: int) -> None:
         by_sample = zip(*(group.completions for group in rollout.sampled), strict=False)  # one of each problem first
-        texts = [completion.text for sample in by_sample for completion in sample]
+        texts = [thinking(completion.text) for sample in by_sample for completion in sample]
         background.submit(step, texts[: logging.classified_samples])
         log_done()
 
     yield classify
-    background.close(timeout=60.0)
+    is_done = background.close(timeout=60.0)
     log_done()
+    if background.dropped or not is_done:
+        late = "" if is_done else "; the last ones were not waited for longer than a minute"
+        print(f"logging.classifier: {background.dropped} steps were left out{late}")
 
 
 def load_data(data: DataConfig, *, max_heldout: int) -> tuple[Sequence[Problem], list[Problem]]:
