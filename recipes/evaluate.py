@@ -15,7 +15,7 @@ longest), and corrections for many comparisons.
 
 Samples go to <output_dir>/samples as they finish, so a run that was stopped goes on with the same command; with another
 answer checker (correct, lenient, format) it judges the same samples again and loads no weights. One process or many
-write the same samples.
+write the same samples; another run on the same output_dir is refused meanwhile.
 
     tune run evaluate --config quickstart_eval.yaml
     tune run --nproc_per_node 2 evaluate --config quickstart_eval.yaml
@@ -25,8 +25,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -34,13 +34,15 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from rolltune import comparison, config, runs
-from rolltune.comparison import Classifier, Evaluation
+from rolltune.behaviours.classifier import Classifier
+from rolltune.comparison import Evaluation
 from rolltune.components import ConfigError, component, instantiate
 from rolltune.distributed import World, close_world, init_world
 from rolltune.estimates import check_context
 from rolltune.evaluation_plots import plot_evaluation
 from rolltune.evaluation_report import SamplingProgress, make_console, print_report, results_json
 from rolltune.judging import JudgedModel, judge
+from rolltune.locks import take_lock
 from rolltune.metrics import write_json_atomic
 from rolltune.models import load_tokenizer
 from rolltune.samples import (
@@ -54,7 +56,7 @@ from rolltune.samples import (
     sampling_settings,
 )
 from rolltune.schema import EvaluateConfig, EvaluatedModel, ModelConfig
-from rolltune.types import Problem, Prompt, SamplingParams
+from rolltune.types import Problem, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ class Candidate:
     tokenizer: PreTrainedTokenizerBase
     prompts: Mapping[str, Prompt]
     cache: SampleCache
-    done: Mapping[str, ProblemSamples]
+    done: Mapping[str, ProblemSamples] = field(default_factory=dict)
 
     def has_all(self, problems: Sequence[Problem]) -> bool:
         return all(problem.id in self.done for problem in problems)
@@ -91,9 +93,23 @@ def run(cfg: EvaluateConfig) -> None:
     classifier = instantiate(cfg.classifier) if cfg.classifier else None
     # All models are looked at before the first is sampled from: a mistake in the last one shows now.
     candidates = [prepare(cfg, problems, model, f"models[{i}].path") for i, model in enumerate(cfg.models)]
+    with take_lock(Path(cfg.output_dir) / "samples") if world.is_main else nullcontext():
+        world.barrier()  # nobody else writes from here on
+        evaluate(cfg, problems, [with_samples(candidate) for candidate in candidates], classifier, world)
+    close_world()
+
+
+def evaluate(
+    cfg: EvaluateConfig,
+    problems: Sequence[Problem],
+    candidates: Sequence[Candidate],
+    classifier: Classifier | None,
+    world: World,
+) -> None:
+    """All of it, once nobody else writes."""
     world.barrier()  # every rank has read the caches before any of them writes
     if world.is_main:
-        write_config(cfg)
+        config.save(cfg, cfg.output_dir)
     with SamplingProgress(len(candidates), enabled=world.is_main) as progress:
         for number, candidate in enumerate(candidates, start=1):
             if candidate.has_all(problems):
@@ -110,7 +126,6 @@ def run(cfg: EvaluateConfig) -> None:
             write_results(cfg, evaluation)  # which stay if the endpoint refuses
             evaluation = classify(cfg, evaluation, judged, classifier)
         report(cfg, evaluation)
-    close_world()
 
 
 def load_problems(cfg: EvaluateConfig) -> Sequence[Problem]:
@@ -129,13 +144,18 @@ def load_problems(cfg: EvaluateConfig) -> Sequence[Problem]:
 
 
 def prepare(cfg: EvaluateConfig, problems: Sequence[Problem], model: EvaluatedModel, key: str) -> Candidate:
-    """Tokenizer, prompts and what was sampled before; raises ConfigError for what would go wrong later."""
+    """Tokenizer and prompts; raises ConfigError for what would go wrong later."""
     with model_path_named(key):
         tokenizer, prompts = render(cfg, problems, model)
         cache = SampleCache(Path(cfg.output_dir) / "samples", model.name, sampling_settings(cfg, model.path))
-    done = cache.read()
-    check_prompts(done, prompts, cache.path)
-    return Candidate(name=model.name, path=model.path, tokenizer=tokenizer, prompts=prompts, cache=cache, done=done)
+    return Candidate(name=model.name, path=model.path, tokenizer=tokenizer, prompts=prompts, cache=cache)
+
+
+def with_samples(candidate: Candidate) -> Candidate:
+    """The same with what was sampled before."""
+    done = candidate.cache.read()
+    check_prompts(done, candidate.prompts, candidate.cache.path)
+    return replace(candidate, done=done)
 
 
 @contextmanager
@@ -169,14 +189,6 @@ def longest(prompts: Mapping[str, Prompt]) -> int:
     return max(len(prompt.token_ids) for prompt in prompts.values())
 
 
-def write_config(cfg: EvaluateConfig) -> None:
-    path = Path(cfg.output_dir) / "config.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(".tmp-config.yaml")
-    temporary.write_text(config.dump(cfg), encoding="utf-8")
-    temporary.replace(path)
-
-
 def sample(
     cfg: EvaluateConfig,
     problems: Sequence[Problem],
@@ -195,13 +207,7 @@ def sample(
         candidate.done,
         cache=candidate.cache,
         sampler=instantiate(cfg.sampler, model, candidate.tokenizer),
-        params=SamplingParams(
-            temperature=cfg.sampling.temperature,
-            top_p=cfg.sampling.top_p,
-            top_k=cfg.sampling.top_k,
-            max_new_tokens=cfg.sampling.max_new_tokens,
-            stop=tuple(cfg.sampling.stop),
-        ),
+        params=runs.sampling_params(cfg.sampling),
         samples=cfg.sampling.samples,
         seed=cfg.seed,
         world=world,

@@ -73,7 +73,7 @@ def run(cfg: WriteTracesConfig) -> None:
         asyncio.run(dry_run(job))
         return
     with TraceFile(Path(cfg.output_dir) / "traces.jsonl") as file:
-        save_config(cfg, file)
+        save_config(cfg, file, job.writer.provenance)
         try:
             asyncio.run(write_all(job, file))
         except asyncio.CancelledError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,31 @@ def test_interpolations_and_environment(valid: Path, monkeypatch: pytest.MonkeyP
 
 def test_escaped_interpolation_stays_text(valid: Path):
     assert config.load(schema.GRPOConfig, valid, [r"prompt.system=say \${x}"]).prompt.system == "say ${x}"
+
+
+def test_what_is_saved_is_read(valid: Path, tmp_path: Path):
+    folder = tmp_path / "new/run"
+    assert config.read_saved(folder) is None
+    cfg = config.load(schema.GRPOConfig, valid, ["prompt.system='1e-3'"])  # text, though it looks like a number
+    config.save(cfg, folder)
+    config.save(cfg, folder)
+    assert config.read_saved(folder) == dataclasses.asdict(cfg)
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        (b"seed: 0\nmodel: [\n", r"config\.yaml, line 3: "),
+        (b"", r"config\.yaml: holds no config"),
+        (b"- a\n", r"config\.yaml: holds no config"),
+        (b"a: \xff\n", r"config\.yaml: is no UTF-8 text"),
+    ],
+)
+def test_a_broken_saved_config_is_named(tmp_path: Path, content: bytes, fragment: str):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=f"^{tmp_path}/{fragment}.*; mend it, or choose another output_dir$"):
+        config.read_saved(tmp_path)
 
 
 def test_dump_loads_to_the_same(valid: Path, tmp_path: Path):

@@ -168,11 +168,14 @@ def test_majority_of_two_by_hand():
 def test_intervals_are_wilsons_for_shares_and_the_bootstrap_for_means():
     metrics = measured(judged()).metrics
     assert (metrics["greedy/accuracy"].low, metrics["greedy/accuracy"].high) == accuracy_interval(1, 3)
-    assert metrics["pass@4"].interval == "wilson" and metrics["sampled/accuracy"].interval == "bootstrap"
-    rates = np.array([0.75, 0.25, 0.0])
+    assert metrics["pass@4"].interval == "wilson" and metrics["greedy/length_mean"].interval == "bootstrap"
+    few = metrics["sampled/accuracy"]  # 3/4, 1/4 and 0: a third of 3 problems
+    assert few.interval == "wilson" and (few.low, few.high) == pytest.approx(accuracy_interval(1, 3))
+    model = of_correct("m", [[1, 1, 0, 1], [1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0], [1, 0, 1, 1], [0, 0, 0, 0]])
+    many = measured(model, problems(6)).metrics["sampled/accuracy"]
+    rates = np.array([0.75, 0.25, 0.5, 0.25, 0.75, 0.0])
     expected = bootstrap_interval(rates, resamples=300, seed=derive_seed(5, "bootstrap"))
-    assert (metrics["sampled/accuracy"].low, metrics["sampled/accuracy"].high) == pytest.approx(expected)
-    assert metrics["greedy/length_mean"].interval == "bootstrap"
+    assert many.interval == "bootstrap" and (many.low, many.high) == pytest.approx(expected)
 
 
 def test_unscored_turns_are_left_out_and_counted():
@@ -359,6 +362,21 @@ def test_the_classifier_is_shown_the_first_samples_of_every_problem_first():
     assert set(found.agreement) == set(BEHAVIOURS)
 
 
+@pytest.mark.usefixtures("words_are_behaviours")
+def test_the_classifiers_intervals_are_over_problems():
+    """8 samples of each of 2 problems, 2 checks in each of the one and none in the other: drawn are means 2, 1 and 0.
+
+    Over 16 completions the interval would be some [0.5, 1.5].
+    """
+    model = with_texts(["a"] * 8, ["c"] * 8, ["b"] * 8)
+    found = classify(model, Classifier({"a": 2, "b": None, "c": 0}), most=99, **BOOTSTRAP).mean["verification"]
+    assert (found.mean, found.low, found.high) == (1.0, 0.0, 2.0)
+    assert (found.interval, found.problems, found.completions) == ("bootstrap", 2, 16)
+    # A problem with more completions that were shown counts for as many of them: (2 + 2 + 0) / 3.
+    uneven = classify(with_texts(["a", "a"], ["c", "a"]), Classifier({"a": 2, "c": 0}), most=3, **BOOTSTRAP)
+    assert uneven.mean["verification"].mean == pytest.approx(4 / 3) and uneven.mean["verification"].problems == 2
+
+
 def test_a_classifier_without_any_verdict():
     found = classify(with_texts(["b"], ["b"]), Classifier({"b": None}), most=9, **BOOTSTRAP)
     assert (found.completions, found.unscored, found.mean, found.agreement) == (2, 2, {}, {})
@@ -379,11 +397,11 @@ def test_every_pair_is_compared_on_the_same_problems():
     differences = found[0].differences
     assert list(differences) == ["greedy/accuracy", "sampled/accuracy", "pass@2"]
     assert differences["greedy/accuracy"].mean == 0.75 and differences["greedy/accuracy"].mcnemar_p == 0.25
-    assert differences["sampled/accuracy"].mean == 0.5 and differences["sampled/accuracy"].excludes_zero
+    assert differences["sampled/accuracy"].mean == 0.5 and differences["sampled/accuracy"].changed == 4
+    assert not any(difference.is_significant for pair in found for difference in pair.differences.values())
     assert differences["sampled/accuracy"].low == differences["sampled/accuracy"].high == 0.5
     assert differences["pass@2"].mean == 0.5 and differences["pass@2"].mcnemar_p == 0.5
-    assert found[1].differences["greedy/accuracy"].problems == 3 and not found[1].differences[
-        "greedy/accuracy"].excludes_zero  # fmt: skip
+    assert found[1].differences["greedy/accuracy"].problems == 3
 
 
 def test_cons_uses_the_samples_that_were_judged():

@@ -61,9 +61,9 @@ def result(name: str, shift: float, *, classified: Classified | None = None) -> 
 
 def evaluation(*models: ModelResult) -> Evaluation:
     differences = {
-        "greedy/accuracy": Difference(mean=0.1, low=0.02, high=0.18, problems=40, mcnemar_p=0.0213),
-        "sampled/accuracy": Difference(mean=-0.01, low=-0.05, high=0.03, problems=38, mcnemar_p=None),
-        "pass@4": Difference(mean=math.nan, low=math.nan, high=math.nan, problems=0, mcnemar_p=None),
+        "greedy/accuracy": Difference(mean=0.1, low=0.02, high=0.18, problems=40, changed=9, mcnemar_p=0.0213),
+        "sampled/accuracy": Difference(mean=-0.01, low=-0.05, high=0.03, problems=38, changed=20, mcnemar_p=None),
+        "pass@4": Difference(mean=math.nan, low=math.nan, high=math.nan, problems=0, changed=0, mcnemar_p=None),
     }
     comparisons = [Comparison(first="base", second="rl", differences=differences)] if len(models) > 1 else []
     return Evaluation(
@@ -108,14 +108,20 @@ def test_one_group_of_all_problems_says_nothing_new():
     assert "gold solution" in printed(evaluation(base)) and "gold solution" not in printed(evaluation(alone))
 
 
-def test_differences_are_marked_where_they_exclude_zero():
+def test_differences_are_marked_where_they_are_significant():
     text = printed(TWO)
+    assert "on the same 40 problems, 4 samples of each; * significant" in text
     assert cells(text, "rl - base") == [
         "+0.100 [+0.020, +0.180] *",
         "-0.010 [-0.050, +0.030] of 38 problems",
         "-",
         "0.0213",
     ]
+    # The same interval, but of 4 problems against none.
+    greedy = replace(TWO.comparisons[0].differences["greedy/accuracy"], changed=4, mcnemar_p=0.125)
+    unsure = replace(TWO.comparisons[0], differences=TWO.comparisons[0].differences | {"greedy/accuracy": greedy})
+    found = cells(printed(replace(TWO, comparisons=[unsure])), "rl - base")
+    assert (found[0], found[-1]) == ("+0.100 [+0.020, +0.180]", "0.125")
 
 
 def test_a_terminal_has_lines_and_no_markdown():
@@ -130,12 +136,16 @@ def test_one_model_is_compared_with_nothing():
 
 def test_the_classifier_has_a_table_of_its_own():
     classified = Classified(
-        completions=50, unscored=3, mean={"verification": estimate(1.25, problems=47)}, agreement={}
+        completions=50,
+        unscored=3,
+        mean={"verification": estimate(1.25), "subgoal_setting": estimate(0.5, problems=38)},
+        agreement={},
     )
     text = printed(evaluation(result("base", 0.0), result("rl", 0.1, classified=classified)))
     table = text[text.index("by the classifier") :]
     assert cells(table, "completions") == ["50"] and cells(table, "without a verdict") == ["3"]
     assert cells(table, "verification") == ["1.250 [1.200, 1.300]"] and cells(table, "backtracking") == ["-"]
+    assert cells(table, "subgoal setting") == ["0.500 [0.450, 0.550] of 38 problems"]
     assert "by the classifier" not in printed(TWO)
 
 

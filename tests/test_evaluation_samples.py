@@ -19,6 +19,7 @@ from rolltune import samples as module
 from rolltune.components import ConfigError
 from rolltune.distributed import World
 from rolltune.samples import (
+    BLOCK_COMPLETIONS,
     ProblemSamples,
     SampleCache,
     Turn,
@@ -286,6 +287,12 @@ def write(cache: SampleCache, sampler: Scribe, world: World = ONE, problems=PROB
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "BLOCK_COMPLETIONS", 6)  # 3 problems of 2 samples
+
+
+def test_two_ranks_both_have_work_in_a_small_run(monkeypatch: pytest.MonkeyPatch):
+    """8 problems of 16 samples are 128 completions: two blocks of 4 problems."""
+    monkeypatch.setattr(module, "BLOCK_COMPLETIONS", BLOCK_COMPLETIONS)
+    assert blocks("abcdefgh", 16) == ["abcd", "efgh"]
 
 
 def test_blocks():

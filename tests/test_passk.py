@@ -217,11 +217,35 @@ def test_a_rate_of_nothing_or_all_is_not_certain(value: float):
     assert (found.mean, found.low, found.high) == (value, *accuracy_interval(round(10 * value), 10))
 
 
+def rates_of(*, right: int, problems: int) -> Measure:
+    """4 samples of each of 50 problems; so many problems have so many right, the others none."""
+    return Measure.of(np.array([right / 4] * problems + [0.0] * (50 - problems)), completions=200)
+
+
+def test_a_success_more_does_not_narrow_the_interval():
+    """By hand, with z^2 = 3.841459: (s + z^2 / 100 +- z sqrt(s (1 - s) / 50 + z^2 / 10000)) / (1 + z^2 / 50)."""
+    measures = [rates_of(right=1, problems=count) for count in range(5)]
+    found = estimates([*measures, Measure.of(1 - measures[1].numerators, completions=200)], resamples=200, seed=0)
+    ends = [(estimate.low, estimate.high) for estimate in found]
+    assert ends[0] == pytest.approx((0.0, 3.841459 / 53.841459))
+    assert ends[1] == pytest.approx((0.00028896, 0.08034517), abs=1e-8)
+    assert ends[5] == pytest.approx((1 - ends[1][1], 1 - ends[1][0]))
+    assert {estimate.interval for estimate in found} == {"wilson"} and found[1].mean == 0.005
+    assert all(low < high for few, more in itertools.pairwise(ends[:5]) for low, high in zip(few, more, strict=True))
+
+
+def test_enough_problems_off_the_edge_have_a_bootstrap_interval():
+    four, five = estimates([rates_of(right=2, problems=n) for n in (4, 5)], resamples=200, seed=0)
+    assert (four.interval, five.interval) == ("wilson", "bootstrap")
+    not_all = Measure(numerators=np.array([3.0] * 4 + [4.0] * 46), denominators=np.full(50, 4.0), completions=200)
+    assert estimates([not_all], resamples=200, seed=0)[0].interval == "wilson"
+
+
 def test_other_means_have_a_bootstrap_interval():
-    rate = np.array([0.25, 0.5, 0.75, 0.25])
-    lengths = np.array([1.0, 0.0, 1.0, 0.0])  # tokens, not verdicts
+    rate = np.array([0.25, 0.5, 0.75, 0.25, 0.5])
+    lengths = np.array([1.0, 0.0, 1.0, 0.0, 0.0])  # tokens, not verdicts
     found = estimates(
-        [Measure.of(rate, completions=16), Measure.of(lengths, completions=4, is_rate=False)], resamples=500, seed=5
+        [Measure.of(rate, completions=20), Measure.of(lengths, completions=5, is_rate=False)], resamples=500, seed=5
     )
     assert [estimate.interval for estimate in found] == ["bootstrap", "bootstrap"]
     for estimate, values in zip(found, (rate, lengths), strict=True):
@@ -230,8 +254,8 @@ def test_other_means_have_a_bootstrap_interval():
 
 
 def test_a_ratio_of_sums_resamples_whole_problems():
-    """Problem 1 has 1 right of 1, problem 2 has 0 right of 3: drawn are {1,1}, {1,2}, {2,2}: 1, 1/4, 0."""
-    measure = Measure(numerators=np.array([1.0, 0.0]), denominators=np.array([1.0, 3.0]), completions=4)
+    """Problem 1 has a count of 1 in 1, problem 2 of 0 in 3: drawn are {1,1}, {1,2}, {2,2}: 1, 1/4, 0."""
+    measure = Measure(numerators=np.array([1.0, 0.0]), denominators=np.array([1.0, 3.0]), completions=4, is_rate=False)
     (found,) = estimates([measure], resamples=2000, seed=0)
     assert (found.mean, found.low, found.high, found.problems) == (0.25, 0.0, 1.0, 2)
 
@@ -255,7 +279,31 @@ def test_a_difference_is_of_pairs():
     first = np.array([0.0, 0.25, 0.5, 0.75, NAN])
     found = paired_difference(first, first + 0.25, resamples=300, seed=0)
     assert (found.mean, found.low, found.high, found.problems) == (0.25, 0.25, 0.25, 4)
-    assert found.excludes_zero and found.mcnemar_p is None
+    assert found.changed == 4 and found.mcnemar_p is None
+
+
+def test_verdicts_are_significant_by_their_exact_test():
+    """Of 50 problems 4 (then 5, then 6) are right by the second alone: p = 2 / 2^4, 2 / 2^5, 2 / 2^6."""
+    none = np.zeros(50)
+    for gained, p, is_significant in ((4, 0.125, False), (5, 0.0625, False), (6, 0.03125, True)):
+        found = paired_difference(none, np.arange(50) < gained, resamples=2000, seed=0)
+        assert found.low > 0, "the interval excludes 0 however few they are"
+        assert (found.mcnemar_p, found.changed, found.is_significant) == (p, gained, is_significant)
+
+
+def test_rates_are_significant_where_enough_of_them_changed():
+    none = np.full(50, 0.25)
+    for gained, is_significant in ((5, False), (6, True)):
+        second = np.where(np.arange(50) < gained, 0.5, 0.25)
+        for found in (
+            paired_difference(none, second, resamples=2000, seed=0),
+            paired_difference(second, none, resamples=2000, seed=0),
+        ):
+            assert found.mcnemar_p is None and (found.low > 0 or found.high < 0)
+            assert (found.changed, found.is_significant) == (gained, is_significant)
+    to_and_fro = np.where(np.arange(50) < 20, np.where(np.arange(50) % 2, 0.5, 0.0), 0.25)
+    found = paired_difference(none, to_and_fro, resamples=2000, seed=0)
+    assert found.changed == 20 and found.low < 0 < found.high and not found.is_significant
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=20))
@@ -297,7 +345,7 @@ def test_mcnemar_of_many_problems_is_finite():
 
 def test_no_problem_in_common():
     found = paired_difference(np.array([NAN, 1.0]), np.array([1.0, NAN]), resamples=100, seed=0)
-    assert found.problems == 0 and math.isnan(found.mean) and not found.excludes_zero and found.mcnemar_p is None
+    assert found.problems == 0 and math.isnan(found.mean) and not found.is_significant and found.mcnemar_p is None
 
 
 def test_needs_no_torch():

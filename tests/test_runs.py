@@ -15,7 +15,16 @@ from rolltune.components import ConfigError
 from rolltune.data.dataset import Dataset, ProblemStream
 from rolltune.distributed import World
 from rolltune.policy import build_policy
-from rolltune.schema import DataConfig, ExampleTurn, GRPOConfig, ModelConfig, PrimeConfig, PromptConfig, SamplingConfig
+from rolltune.schema import (
+    DataConfig,
+    EvaluateSamplingConfig,
+    ExampleTurn,
+    GRPOConfig,
+    ModelConfig,
+    PrimeConfig,
+    PromptConfig,
+    SamplingConfig,
+)
 from rolltune.types import Completion, Problem, Prompt, SamplingParams
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -102,6 +111,14 @@ def test_resuming_names_every_change(tmp_path):
     )
     assert [problem.split(":")[0] for problem in error.value.problems] == ["seed", "optimizer", "num_steps"]
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 0
+
+
+def test_a_broken_config_is_named(tmp_path):
+    start(make_config(tmp_path))
+    save_step(tmp_path, 1)
+    (tmp_path / "config.yaml").write_text("seed: 0\nmodel: [\n")
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/config\.yaml, line 3: .*; mend it, or choose another"):
+        start(make_config(tmp_path, resume=True))
 
 
 def test_what_no_number_depends_on_may_change(tmp_path):
@@ -259,9 +276,10 @@ def test_prompts_and_sampling_follow_the_config(tokenizer):
         "<|system|>s<|end|><|user|>u<|end|><|assistant|>a<|end|><|user|>q<|end|><|assistant|><think>"
     )
     sampling = SamplingConfig(temperature=0.5, top_p=0.9, top_k=7, max_new_tokens=11, stop=["x", "y"])
-    assert runs.sampling_params(sampling) == SamplingParams(
-        temperature=0.5, top_p=0.9, top_k=7, max_new_tokens=11, stop=("x", "y")
-    )
+    expected = SamplingParams(temperature=0.5, top_p=0.9, top_k=7, max_new_tokens=11, stop=("x", "y"))
+    assert runs.sampling_params(sampling) == expected
+    of_evaluation = EvaluateSamplingConfig(temperature=0.5, top_p=0.9, top_k=7, max_new_tokens=11, stop=["x", "y"])
+    assert runs.sampling_params(of_evaluation) == expected
 
 
 def test_longest_prompt_of_those_that_come_first():

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Protocol
 
 import numpy as np
 
-from rolltune.behaviours import BEHAVIOURS, Agreement, BehaviourCounts, agreement, count_behaviours, thinking
+from rolltune.behaviours import BEHAVIOURS, Agreement, agreement, count_behaviours, thinking
+from rolltune.behaviours.classifier import Classifier
 from rolltune.judging import JudgedModel, row_means
 from rolltune.passk import Difference, Estimate, Measure, cons_at_k, estimates, paired_difference, pass_at_k
 from rolltune.seeding import derive_seed
@@ -21,12 +21,6 @@ from rolltune.types import Problem
 
 LENGTH_PARTS, SOLUTION_PARTS = 10, 5
 _SOLVE_RATES = ("0", "(0, 0.25]", "(0.25, 0.5]", "(0.5, 0.75]", "(0.75, 1)", "1")
-
-
-class Classifier(Protocol):
-    """Counts behaviours in texts; None where it came to no verdict."""
-
-    def classify(self, texts: Sequence[str]) -> list[BehaviourCounts | None]: ...
 
 
 # --- measures of one model --------------------------------------------------------------------------------------------
@@ -294,17 +288,26 @@ def classify(model: JudgedModel, classifier: Classifier, *, most: int, resamples
         model: judged.
         classifier: is asked once, with all texts.
         most: completions to show.
-        resamples: of the bootstrap, over completions.
+        resamples: of the bootstrap, over problems, each with its completions that were shown.
         seed: of the bootstrap.
     """
+    problems = len(model.texts)
     texts = [thinking(of_problem[i]) for i in range(len(model.texts[0])) for of_problem in model.texts][:most]
     verdicts = classifier.classify(texts)
     pairs = [(count_behaviours(text), v) for text, v in zip(texts, verdicts, strict=True) if v is not None]
     mean: dict[str, Estimate] = {}
     if pairs:
-        values = [np.array([float(getattr(v, name)) for _, v in pairs]) for name in BEHAVIOURS]
+        of_problem = [i % problems for i, v in enumerate(verdicts) if v is not None]
         found = estimates(
-            [Measure.of(v, completions=len(pairs), is_rate=False) for v in values],
+            [
+                Measure(
+                    numerators=np.bincount(of_problem, [getattr(v, name) for _, v in pairs], minlength=problems),
+                    denominators=np.bincount(of_problem, minlength=problems).astype(float),
+                    completions=len(pairs),
+                    is_rate=False,
+                )
+                for name in BEHAVIOURS
+            ],
             resamples=resamples,
             seed=derive_seed(seed, "bootstrap"),
         )
@@ -388,8 +391,10 @@ class Evaluation:
 def notes(problems: Sequence[Problem], models: Sequence[ModelResult]) -> list[str]:
     """What a reader has to know of these numbers, as far as it applies."""
     found = [
-        "Intervals are 95 %, over problems: Wilson's for shares of problems, bootstrap for other means. Differences "
-        "are of pairs, marked * where their interval excludes 0; there is no correction for the number of comparisons."
+        "Intervals are 95 %, over problems: Wilson's for shares of problems, and for rates that fewer than 5 problems "
+        "keep from being 0 or 1; bootstrap for other means. Differences are of pairs, marked * where McNemar's exact p "
+        "is below 0.05, or, for rates of several samples, where the interval excludes 0 and at least 6 problems "
+        "changed; there is no correction for the number of comparisons."
     ]
     if len(problems) < 30:
         found.append("With so few problems bootstrap intervals are somewhat too narrow.")

@@ -24,6 +24,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rolltune.components import ConfigError, describe_type, mismatch, nearest, show
+from rolltune.metrics import write_text_atomic
 from rolltune.schema import Component
 
 T = TypeVar("T")
@@ -185,6 +186,33 @@ def validate(schema: type[T], path: str | Path, overrides: Sequence[str] = (), *
 def dump(config: Any) -> str:
     """A config as YAML, all keys, interpolations resolved."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def save(config: Any, folder: str | Path) -> None:
+    """Write ``<folder>/config.yaml``, the folder made if needed; on the disk, and whole, when this returns."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_text_atomic(Path(folder) / "config.yaml", dump(config))
+
+
+def read_saved(folder: str | Path) -> dict[str, Any] | None:
+    """What :func:`save` wrote there, every value as it was; None where nothing is.
+
+    Raises:
+        ConfigError: the file is no YAML any more, or no mapping.
+    """
+    path = Path(folder) / "config.yaml"
+    if not path.exists():
+        return None
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))  # a plain loader, as save() has a plain dumper
+        problem = None if isinstance(tree, dict) else ": holds no config"
+    except UnicodeDecodeError:
+        problem = ": is no UTF-8 text"
+    except yaml.YAMLError as error:
+        problem = _yaml_problem(error)
+    if problem:
+        raise ConfigError([f"{path}{problem}; mend it, or choose another output_dir"])
+    return tree
 
 
 def _load(schema: type[T], path: str | Path, overrides: Sequence[str]) -> tuple[T, dict[str, str]]:

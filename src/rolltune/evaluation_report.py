@@ -46,7 +46,7 @@ def print_report(evaluation: Evaluation, console: Console) -> None:
     models, size = evaluation.models, f"{evaluation.problems} problems, {evaluation.samples} samples of each"
     _print(console, f"{size}; greedy: 1 of each", _main_table(evaluation))
     if evaluation.comparisons:
-        _print(console, f"differences on the same {size}; * excludes 0", _differences_table(evaluation))
+        _print(console, f"differences on the same {size}; * significant", _differences_table(evaluation))
     if len(models) > 1:
         title = f"accuracy of the samples by the solve rate of {models[0].name}; {evaluation.samples} samples of each"
         _print_bins(console, title, models[1:], lambda model: model.by_baseline)
@@ -54,7 +54,7 @@ def print_report(evaluation: Evaluation, console: Console) -> None:
     _print_bins(console, title, models, lambda model: model.by_solution_length)
     _print(console, f"behaviours by the counter; {size}", _behaviours_table(evaluation))
     if any(model.classified for model in models):
-        _print(console, "behaviours in a completion by the classifier", _classified_table(models))
+        _print(console, "behaviours in a completion by the classifier", _classified_table(evaluation))
     console.print()
     for note in evaluation.notes:
         console.print(Text(note, style="dim"), soft_wrap=True)
@@ -105,7 +105,7 @@ def _differences_table(evaluation: Evaluation) -> Table:
     for comparison in evaluation.comparisons:
         cells = []
         for difference in comparison.differences.values():
-            mark = " *" if difference.excludes_zero else ""
+            mark = " *" if difference.is_significant else ""
             fewer = "" if difference.problems == evaluation.problems else f" of {difference.problems} problems"
             shown = f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]{mark}{fewer}"
             cells.append(shown if difference.problems else "-")
@@ -138,13 +138,13 @@ def _behaviours_table(evaluation: Evaluation) -> Table:
     return table
 
 
-def _classified_table(models: Sequence[ModelResult]) -> Table:
-    classified = {model.name: model.classified for model in models if model.classified is not None}
+def _classified_table(evaluation: Evaluation) -> Table:
+    classified = {model.name: model.classified for model in evaluation.models if model.classified is not None}
     table = _table("", *classified)
     table.add_row("completions", *(str(c.completions) for c in classified.values()))
     table.add_row("without a verdict", *(str(c.unscored) for c in classified.values()))
-    for name in models[0].behaviours:
-        cells = [_cell(c.mean.get(name), c.completions - c.unscored) for c in classified.values()]
+    for name in evaluation.models[0].behaviours:
+        cells = [_cell(c.mean.get(name), evaluation.problems) for c in classified.values()]
         table.add_row(name.replace("_", " "), *cells)
     return table
 

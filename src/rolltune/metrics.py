@@ -72,7 +72,7 @@ class MetricsLog:
         self._output_dir.mkdir(parents=True, exist_ok=True)
         path = self._output_dir / "metrics.jsonl"
         kept = [] if resume_step is None else [row for row in _read_rows(path) if row["step"] <= resume_step]
-        _write_atomic(path, "".join(map(_json_line, kept)))
+        write_text_atomic(path, "".join(map(_json_line, kept)))
         self._file = path.open("a", encoding="utf-8")
         if wandb:
             self._wandb_run = _start_wandb(self._output_dir, wandb_project, config or {}, resume_step is not None)
@@ -155,7 +155,7 @@ def _start_wandb(output_dir: Path, project: str, config: Mapping[str, Any], resu
     )
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
-    _write_atomic(id_file, run_id + "\n")
+    write_text_atomic(id_file, run_id + "\n")
     return run
 
 
@@ -208,7 +208,7 @@ def write_samples(
     """
     path = Path(output_dir) / "samples" / f"step_{step:06d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomic(path, "".join(map(_json_line, _sample_rows(step, groups, advantages))))
+    write_text_atomic(path, "".join(map(_json_line, _sample_rows(step, groups, advantages))))
     return path
 
 
@@ -243,10 +243,11 @@ def _sample_rows(
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:
     """Write ``obj`` as indented JSON; a reader sees the old file or the new one, never a part. NaN becomes null."""
-    _write_atomic(Path(path), json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text_atomic(Path(path), json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _write_atomic(path: Path, text: str) -> None:
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write ``text`` in UTF-8, on the disk when this returns; a reader sees the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         # Model text can hold half of a surrogate pair, which UTF-8 cannot; as \udXXX it is the JSON escape for it.
@@ -287,10 +288,20 @@ def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
         The lower and the upper end.
     """
     assert 0 <= correct <= total and total > 0, (correct, total)
+    return wilson_interval(correct / total, total)
+
+
+def wilson_interval(share: float, total: int) -> tuple[float, float]:
+    """The same of a share that need not be a whole number of ``total``.
+
+    Args:
+        share: 0 .. 1.
+        total: at least 1.
+    """
+    assert 0 <= share <= 1 and total > 0, (share, total)
     z = 1.959963984540054  # the 97.5 % point of the normal distribution
-    share = correct / total
     scale = 1 + z**2 / total
     center = (share + z**2 / (2 * total)) / scale
     radius = z / scale * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
     # At 0 and at all the end is exactly 0 or 1; the formula misses it by a rounding error.
-    return (0.0 if correct == 0 else center - radius), (1.0 if correct == total else center + radius)
+    return (0.0 if share == 0 else center - radius), (1.0 if share == 1 else center + radius)

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rolltune.metrics import accuracy_interval
+from rolltune.metrics import wilson_interval
 
 CONFIDENCE = 0.95
+ENOUGH_OFF_THE_EDGE = 5  # problems whose rate is not 0 (or not 1), from which on a bootstrap of their mean has a width
+ENOUGH_CHANGED = 6  # problems: of 5, all changed for the better, chance makes as much in 1 case of 16; of 6, in 1 of 32
 SUBSETS = 200  # random subsets behind a cons@k
 _CELLS = 2_000_000  # of a chunk of resamples: bounds memory
 
@@ -98,7 +100,8 @@ class Estimate:
         mean: over problems; NaN where there are none.
         low: lower end of the interval.
         high: upper end.
-        interval: "wilson" for a share of problems, each of them 0 or 1; "bootstrap" for every other mean.
+        interval: "wilson" for a share of problems, each of them 0 or 1, and for a rate that fewer than 5 problems keep
+            from being 0 or 1; "bootstrap" for every other mean.
         problems: that the mean is over.
         completions: behind it.
     """
@@ -143,8 +146,8 @@ def estimates(measures: Sequence[Measure], *, resamples: int, seed: int) -> list
     """Each measure with its 95 % interval, all of them over the same resampled problems.
 
     A share of problems has Wilson's interval: the bootstrap of problems that are all wrong would have no width, as if
-    ten problems had shown that the eleventh is wrong too. For that reason a rate of exactly 0 or 1 is treated as such
-    a share as well, however many completions of each problem are behind it.
+    ten problems had shown that the eleventh is wrong too. For that reason a rate that is 0 or 1 on all problems but
+    fewer than 5 is treated as such a share as well, however many completions of each problem are behind it.
 
     Args:
         measures: over the same problems, in the same order.
@@ -164,8 +167,9 @@ def _estimate(measure: Measure, low: float, high: float) -> Estimate:
     problems = int((weights > 0).sum())
     mean = float(values.sum() / weights.sum()) if problems else math.nan
     is_share = np.isin(values, (0, 1)).all() and np.isin(weights, (0, 1)).all()
-    if problems and measure.is_rate and (is_share or mean in (0.0, 1.0)):
-        low, high = accuracy_interval(round(mean * problems), problems)
+    off_the_edge = min((values > 0).sum(), (values < weights).sum())
+    if problems and measure.is_rate and (is_share or off_the_edge < ENOUGH_OFF_THE_EDGE):
+        low, high = wilson_interval(mean, problems)
         return Estimate(
             mean=mean, low=low, high=high, interval="wilson", problems=problems, completions=measure.completions
         )
@@ -237,6 +241,7 @@ class Difference:
         low: lower end of the 95 % interval, by bootstrap over problems.
         high: upper end.
         problems: that both have a value for.
+        changed: those of them where the values differ.
         mcnemar_p: two-sided exact p of McNemar's test, where every value is 0 or 1; else None.
     """
 
@@ -244,11 +249,18 @@ class Difference:
     low: float
     high: float
     problems: int
+    changed: int
     mcnemar_p: float | None
 
     @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
+    def is_significant(self) -> bool:
+        """At the 5 % level: by McNemar's test where there is one, else by an interval without 0.
+
+        The bootstrap of a few changes, all of one sign, excludes 0 however few they are; so 6 at least are wanted.
+        """
+        if self.mcnemar_p is not None:
+            return self.mcnemar_p < 1 - CONFIDENCE
+        return self.changed >= ENOUGH_CHANGED and (self.low > 0 or self.high < 0)
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray, *, resamples: int, seed: int) -> Difference:
@@ -263,7 +275,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray, *, resamples: int, 
     both = ~(np.isnan(first) | np.isnan(second))
     first, second = first[both], second[both]
     if not len(first):
-        return Difference(mean=math.nan, low=math.nan, high=math.nan, problems=0, mcnemar_p=None)
+        return Difference(mean=math.nan, low=math.nan, high=math.nan, problems=0, changed=0, mcnemar_p=None)
     low, high = bootstrap_interval(second - first, resamples=resamples, seed=seed)
     is_binary = np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all()
     return Difference(
@@ -271,6 +283,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray, *, resamples: int, 
         low=low,
         high=high,
         problems=len(first),
+        changed=int((first != second).sum()),
         mcnemar_p=mcnemar_exact(int((first > second).sum()), int((second > first).sum())) if is_binary else None,
     )
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import yaml
 from transformers import PreTrainedTokenizerBase
 
 from rolltune import config
@@ -25,6 +24,7 @@ from rolltune.rollout import Rollout
 from rolltune.schema import (
     Component,
     DataConfig,
+    EvaluateSamplingConfig,
     GRPOConfig,
     LoggingConfig,
     PrimeConfig,
@@ -45,9 +45,9 @@ def start(cfg: GRPOConfig | PrimeConfig, checkpoints: Checkpoints, world: World)
         The newest whole checkpoint when resuming; None for a fresh start.
 
     Raises:
-        ConfigError: the folder holds another run, or the config is not the one the run was started with.
+        ConfigError: the folder holds another run or a broken config.yaml, or the config is not the one the run was
+            started with.
     """
-    saved = checkpoints.output_dir / "config.yaml"
     latest = checkpoints.latest() if cfg.resume else None
     if not cfg.resume and checkpoints.steps():
         raise ConfigError(
@@ -56,8 +56,9 @@ def start(cfg: GRPOConfig | PrimeConfig, checkpoints: Checkpoints, world: World)
                 "add resume=true to go on with it, or choose another output_dir"
             ]
         )
-    if latest is not None and saved.exists():
-        before, now = yaml.safe_load(saved.read_text(encoding="utf-8")), asdict(cfg)
+    before = config.read_saved(checkpoints.output_dir) if latest is not None else None
+    if before is not None:
+        now = asdict(cfg)
         changed = [k for k in now if k not in FREE_ON_RESUME and before.get(k) != now[k]]
         if changed:
             raise ConfigError(
@@ -69,10 +70,7 @@ def start(cfg: GRPOConfig | PrimeConfig, checkpoints: Checkpoints, world: World)
             )
     world.barrier()  # every rank has looked before rank 0 writes
     if world.is_main:
-        checkpoints.output_dir.mkdir(parents=True, exist_ok=True)
-        temporary = saved.with_name(".tmp-config.yaml")
-        temporary.write_text(config.dump(cfg), encoding="utf-8")
-        temporary.replace(saved)
+        config.save(cfg, checkpoints.output_dir)
         if latest is not None:
             checkpoints.recover(load_state(latest))
     return latest
@@ -177,7 +175,7 @@ def longest_prompt(stream: ProblemStream, render: Callable[[Problem], Prompt], *
     return max(len(render(problem).token_ids) for problem in stream.take(0, min(most, len(stream.dataset))))
 
 
-def sampling_params(sampling: SamplingConfig) -> SamplingParams:
+def sampling_params(sampling: SamplingConfig | EvaluateSamplingConfig) -> SamplingParams:
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,

@@ -33,7 +33,7 @@ from rolltune.seeding import derive_seed
 from rolltune.types import Completion, Problem, Prompt, SampleRequest, SamplingParams
 
 T = TypeVar("T")
-BLOCK_COMPLETIONS = 512  # sampled in one go: what a kill can cost, and enough to keep a sampler busy
+BLOCK_COMPLETIONS = 64  # sampled in one go: what a kill can cost, and what ranks share; the world's size plays no part
 _WEIGHTS = "weights"
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".model")
 

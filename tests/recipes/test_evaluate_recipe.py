@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import threading
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from rolltune import config, samples
 from rolltune.components import ConfigError
 from rolltune.data.sums import sums
+from rolltune.locks import take_lock
 from rolltune.metrics import accuracy_interval
 from rolltune.models import load_model, load_tokenizer
 from rolltune.prompts import render_prompt
@@ -124,6 +126,7 @@ def test_an_evaluation_leaves_everything_behind(evaluate, tmp_path: Path, capsys
         "pass_at_k.png",
         "results.json",
         "samples",
+        "samples.lock",
     }
     shown = capsys.readouterr().out
     assert "7 problems, 4 samples of each; greedy: 1 of each" in shown and "| accuracy, greedy " in shown
@@ -341,6 +344,26 @@ def test_several_processes_write_the_same(evaluate, make_config, tmp_path: Path)
         assert files[0].read_bytes() == files[1].read_bytes()
     assert len(list((tmp_path / "three/samples").iterdir())) == 2
     assert progress is recipe.SamplingProgress
+
+
+def test_one_run_at_a_time(evaluate, make_config, tmp_path: Path, without_weights):
+    """What another one has sampled by the time that it ends is not sampled again."""
+    evaluate("whole")
+    with take_lock(tmp_path / "out/samples"), pytest.raises(ValueError, match=r"out/samples: another process is"):
+        evaluate()
+    assert os.listdir(tmp_path / "out") == ["samples.lock"]
+    recipe = load_recipe("evaluate")
+    prepare = recipe.prepare
+
+    def prepare_while_another_one_ends(*args):
+        candidate = prepare(*args)
+        shutil.copytree(tmp_path / "whole/samples", tmp_path / "out/samples", dirs_exist_ok=True)
+        return candidate
+
+    recipe.prepare, recipe.plot_evaluation = prepare_while_another_one_ends, lambda evaluation, output_dir: []
+    without_weights()
+    recipe.run(make_config())
+    assert (tmp_path / "out/results.json").read_bytes() == (tmp_path / "whole/results.json").read_bytes()
 
 
 def test_one_model_is_held_at_a_time(make_config):

@@ -430,6 +430,19 @@ def test_another_config_in_the_same_folder(write):
 # --- dry run ----------------------------------------------------------------------------------------------------------
 
 
+def test_another_text_in_the_same_prompt_file(write, tmp_path):
+    (tmp_path / "prompt.md").write_text("Think aloud.")
+    with FaultServer(lambda _, request: solve(request)) as server:
+        changes = {"server": server, "writer": {"prompt": str(tmp_path / "prompt.md")}}
+        write(overrides=["data.count=3"], **changes)
+        write(overrides=["data.count=3"], **changes)
+        asked = len(server.calls)
+        (tmp_path / "prompt.md").write_text("Think aloud, and check.")
+        with pytest.raises(ValueError, match=r"writer: its prompt is \w{12} now; .* was written with \w{12}; go on"):
+            write(overrides=["data.count=3"], **changes)
+        assert len(server.calls) == asked == 3
+
+
 def test_dry_run_of_an_endpoint_calls_nobody(write, capsys):
     with FaultServer(lambda call, request: ok("")) as server:
         folder = write(server=server, overrides=["dry_run=true"])

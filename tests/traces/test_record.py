@@ -239,7 +239,7 @@ def load(tmp_path):
 @pytest.fixture
 def started(path, load):
     with TraceFile(path) as file:
-        save_config(load(), file)
+        save_config(load(), file, TRACE.provenance)
         file.append(TRACE)
         yield file
 
@@ -266,7 +266,7 @@ def test_the_config_is_saved(started, load):
 def test_another_run_is_refused(started, load, override, key):
     before = (started.path.parent / "config.yaml").read_text()
     with pytest.raises(ConfigError, match=f"^{key}"):
-        save_config(load(override), started)
+        save_config(load(override), started, TRACE.provenance)
     assert (started.path.parent / "config.yaml").read_text() == before
 
 
@@ -283,23 +283,50 @@ def test_what_traces_do_not_depend_on_may_change(started, load):
         "dollars_per_million_output": "7.0",
     }
     changes = [f"writer.{name}={value}" for name, value in writer.items()]
-    save_config(load(*changes, "max_concurrency=3", "traces_per_problem=2"), started)
+    save_config(load(*changes, "max_concurrency=3", "traces_per_problem=2"), started, TRACE.provenance)
     saved = yaml.safe_load((started.path.parent / "config.yaml").read_text())
     assert saved["writer"]["max_calls"] == 3 and saved["traces_per_problem"] == 2
 
 
+def test_another_writer_behind_the_same_config_is_refused(started, load):
+    """As where the text of a prompt has changed, in a file of one's own or in the package."""
+    before = (started.path.parent / "config.yaml").read_text()
+    message = "^writer: its writer is v now; sums/0, sample 0, in .*traces.jsonl was written with w; go on with the"
+    with pytest.raises(ConfigError, match=message):
+        save_config(load("max_concurrency=3"), started, {"writer": "v"})
+    with pytest.raises(ConfigError, match="^writer: its prompt is 0123456789ab now; .* was written with None"):
+        save_config(load(), started, {"writer": "w", "prompt": "0123456789ab"})
+    started.append(trace("b", provenance={"writer": "w", "prompt": "ba9876543210"}))
+    with pytest.raises(ConfigError, match="^writer: its prompt is None now; b, sample 0, .* with ba9876543210"):
+        save_config(load(), started, {"writer": "w"})
+    assert (started.path.parent / "config.yaml").read_text() == before
+
+
+def test_the_same_writer_may_be_elsewhere(path, load):
+    with TraceFile(path) as file:
+        save_config(load(), file, {"writer": "w"})
+        file.append(trace("a", provenance={"writer": "w", "host": "a.test", "base_url": "http://a.test/v1"}))
+        save_config(load(), file, {"writer": "w", "host": "b.test"})
+
+
+def test_a_broken_config_is_named(started, load):
+    (started.path.parent / "config.yaml").write_text("seed: 0\nwriter: {\n")
+    with pytest.raises(ConfigError, match=r"out/config\.yaml, line 3: .*; mend it, or choose another output_dir"):
+        save_config(load(), started, TRACE.provenance)
+
+
 def test_before_the_first_trace_anything_may_change(path, load):
     with TraceFile(path) as file:
-        save_config(load(), file)
-        save_config(load("seed=1"), file)
+        save_config(load(), file, TRACE.provenance)
+        save_config(load("seed=1"), file, TRACE.provenance)
 
 
 def test_folders_of_other_runs(path, load):
     with TraceFile(path) as file:
         (path.parent / "config.yaml").write_text("num_steps: 3\n")
         with pytest.raises(ConfigError, match="output_dir: .*out: holds another run; choose another output_dir"):
-            save_config(load(), file)
+            save_config(load(), file, TRACE.provenance)
         (path.parent / "config.yaml").unlink()
         file.append(TRACE)
         with pytest.raises(ConfigError, match=r"output_dir: .*: has traces\.jsonl without the config\.yaml"):
-            save_config(load(), file)
+            save_config(load(), file, TRACE.provenance)

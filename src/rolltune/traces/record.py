@@ -5,7 +5,6 @@ A kill costs the line that was being written and no other. One process writes at
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rolltune import config
 from rolltune.components import ConfigError
+from rolltune.locks import take_lock
 from rolltune.schema import WriteTracesConfig
 from rolltune.traces import Trace
 from rolltune.types import Message, Problem
@@ -35,6 +34,7 @@ FREE_WRITER_ARGUMENTS = {
     "dollars_per_million_input",
     "dollars_per_million_output",
 }
+FREE_PROVENANCE = {"host", "base_url"}
 
 # --- a line -----------------------------------------------------------------------------------------------------------
 
@@ -153,8 +153,7 @@ class TraceFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _take_lock(path)
+        self._lock = take_lock(path)
         try:
             traces, size = _read(path) if path.exists() else ([], 0)
             self.done = {(trace.problem.id, trace.sample) for trace in traces}
@@ -209,30 +208,23 @@ class TraceFile:
         self._file = self._open(size)
 
 
-def _take_lock(path: Path) -> BinaryIO:
-    """The lock beside the file. It goes with the process that holds it, however that ends; its file stays."""
-    lock = path.with_name(path.name + ".lock").open("ab")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise ValueError(f"{path}: another process is writing it; wait for it, or choose another output_dir") from None
-    return lock
-
-
 # --- the config beside it ---------------------------------------------------------------------------------------------
 
 
-def save_config(cfg: WriteTracesConfig, file: TraceFile) -> None:
+def save_config(cfg: WriteTracesConfig, file: TraceFile, provenance: Mapping[str, str]) -> None:
     """Write ``config.yaml`` beside the traces, or find that those there were written with the same.
 
+    Args:
+        cfg: of this run.
+        file: of the traces.
+        provenance: of this run's writer. It has what the config cannot show: a prompt is a path there, or a name.
+
     Raises:
-        ConfigError: the folder holds another run, or the run was started with other problems, another writer, verifier
-            or seed.
+        ConfigError: the folder holds another run or a broken config.yaml; or the run was started with other problems,
+            another writer, verifier or seed.
     """
-    saved = file.path.with_name("config.yaml")
-    before = yaml.safe_load(saved.read_text(encoding="utf-8")) if saved.exists() else None
-    if before is not None and not (isinstance(before, dict) and "writer" in before):
+    before = config.read_saved(file.path.parent)
+    if before is not None and "writer" not in before:
         raise ConfigError([f"output_dir: {cfg.output_dir}: holds another run; choose another output_dir"])
     if file.done:
         if before is None:
@@ -248,9 +240,23 @@ def save_config(cfg: WriteTracesConfig, file: TraceFile) -> None:
                     for key, then, now in changed
                 ]
             )
-    temporary = saved.with_name(".tmp-config.yaml")
-    temporary.write_text(config.dump(cfg), encoding="utf-8")
-    temporary.replace(saved)
+        _check_provenance(provenance, file)
+    config.save(cfg, file.path.parent)
+
+
+def _check_provenance(now: Mapping[str, str], file: TraceFile) -> None:
+    """Raise ConfigError where a trace of the file is of another writer than the one at hand."""
+    for trace in file.read():
+        before = trace.provenance
+        names = [name for name in dict.fromkeys([*now, *before]) if name not in FREE_PROVENANCE]
+        changed = [
+            f"writer: its {name} is {now.get(name)} now; {trace.problem.id}, sample {trace.sample}, in {file.path} was "
+            f"written with {before.get(name)}; go on with the same, or choose another output_dir"
+            for name in names
+            if now.get(name) != before.get(name)
+        ]
+        if changed:
+            raise ConfigError(changed)
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
