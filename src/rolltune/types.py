@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from rolltune.rewards.rubric.schema import Rubric
+
 
 class Message(TypedDict):
     """One turn of a conversation, as chat templates take it."""
@@ -33,12 +35,14 @@ class Problem:
         messages: the conversation up to the turn that the model writes.
         answer: the gold answer in canonical form (``"1800"``, not ``"$1,800"``); None where none is known.
         solution: a worked solution in plain text, for SFT and few-shot turns; None where none is known.
+        rubric: what a judge is to look for in an answer; None where there is none.
     """
 
     id: str
     messages: tuple[Message, ...]
     answer: str | None = None
     solution: str | None = None
+    rubric: Rubric | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

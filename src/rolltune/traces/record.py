@@ -72,7 +72,8 @@ def to_line(trace: Trace) -> bytes:
 
 
 def _as_dict(problem: Problem) -> dict[str, Any]:
-    return {**asdict(problem), "messages": [dict(turn) for turn in problem.messages]}
+    kept = ("id", "answer", "solution")  # a rubric has nothing to say of a trace
+    return {name: getattr(problem, name) for name in kept} | {"messages": [dict(turn) for turn in problem.messages]}
 
 
 def from_line(line: bytes) -> Trace:

@@ -1,0 +1,138 @@
+"""What a rubric is: a list of criteria, each with a weight and a direction."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+Category = Literal["essential", "important", "optional", "pitfall"]
+CATEGORIES: tuple[Category, ...] = get_args(Category)
+# Rubrics as Rewards (arXiv 2507.17746v2), section 4: explicit aggregation.
+CATEGORY_WEIGHTS: Mapping[Category, float] = {"essential": 1.0, "important": 0.7, "optional": 0.3, "pitfall": 0.9}
+
+_Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+_LARGEST_WEIGHT = 1e6
+
+
+class Criterion(BaseModel):
+    """One thing that a response does or does not do.
+
+    A weight says how much it matters, the direction whether doing it is good. Either may carry the sign: a negative
+    weight is the same as ``satisfied_is_good: false`` with its absolute value. Both at once would be a double negation
+    and are refused.
+
+    Example:
+        >>> Criterion(title="Unit", description="States the result in metres.", category="essential").is_good
+        True
+
+    Attributes:
+        title: two to four words; names the criterion's curve.
+        description: what is judged, in a sentence that can be understood without the other criteria.
+        category: gives the weight where there is no number; for a number it only groups the curves.
+        weight: a number other than 0, negative where satisfying the criterion is bad; None: by category.
+        satisfied_is_good: the direction. A pitfall has to state it, here or by a negative weight: "Does not mention
+            x" is good when satisfied and "Recommends x" is not, and data sets have both.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: _Text
+    description: _Text
+    category: Category | None = None
+    weight: Annotated[float, Field(ge=-_LARGEST_WEIGHT, le=_LARGEST_WEIGHT, allow_inf_nan=False)] | None = None
+    satisfied_is_good: bool | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.weight is None and self.category is None:
+            raise ValueError(f"{self.title!r} has neither category nor weight; give one of them")
+        if self.weight == 0:
+            raise ValueError(f"{self.title!r} has weight 0, so it would be judged for nothing; leave it out")
+        if self.weight is not None and self.weight < 0 and self.satisfied_is_good is not None:
+            raise ValueError(
+                f"{self.title!r} has the weight {self.weight:g} and satisfied_is_good "
+                f"{str(self.satisfied_is_good).lower()}; a negative weight says it already: give one of them"
+            )
+        if self.category == "pitfall" and self.weight is None and self.satisfied_is_good is None:
+            raise ValueError(
+                f"{self.title!r} is a pitfall without satisfied_is_good: true for 'Avoids ...', false for 'Does ...'"
+            )
+        return self
+
+    @property
+    def is_good(self) -> bool:
+        """Whether satisfying it raises the reward."""
+        if self.weight is not None and self.weight < 0:
+            return False
+        return self.satisfied_is_good is not False
+
+    def magnitude(self, category_weights: Mapping[Category, float] = CATEGORY_WEIGHTS) -> float:
+        """How much it matters, > 0 whatever the direction."""
+        if self.weight is not None:
+            return abs(self.weight)
+        assert self.category is not None
+        return category_weights[self.category]
+
+    @property
+    def key(self) -> str:
+        """The description without what does not change its meaning: case, punctuation, spaces, width of characters."""
+        return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", self.description).casefold()))
+
+
+class Rubric(BaseModel):
+    """The criteria that one problem's responses are judged by.
+
+    Attributes:
+        criteria: at least one. How many there are does not matter to the reward, which is a weighted mean.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    criteria: Annotated[tuple[Criterion, ...], Field(min_length=1, max_length=100)]
+
+    @classmethod
+    def of(cls, *criteria: Criterion) -> Self:
+        return cls(criteria=criteria)
+
+    def merged(self, category_weights: Mapping[Category, float] = CATEGORY_WEIGHTS) -> Self:
+        """Without repetitions: of criteria that say the same in the same direction the heaviest stays, in its place.
+
+        A criterion said twice would count twice in a weighted mean.
+        """
+        heaviest: dict[tuple[str, bool], Criterion] = {}
+        for criterion in self.criteria:
+            name = (criterion.key, criterion.is_good)
+            kept = heaviest.get(name)
+            if kept is None or criterion.magnitude(category_weights) > kept.magnitude(category_weights):
+                heaviest[name] = criterion  # a dict keeps the place of the first
+        return type(self)(criteria=tuple(heaviest.values()))
+
+
+def check_category_weights(weights: Mapping[str, float]) -> dict[Category, float]:
+    """The paper's weights with those of ``weights`` in their place.
+
+    Raises:
+        ValueError: an unknown category, or a weight that is no number > 0.
+    """
+    for name, weight in weights.items():
+        if name not in CATEGORIES:
+            raise ValueError(f"category_weights.{name}: unknown; there are {', '.join(CATEGORIES)}")
+        if not 0 < weight < math.inf:
+            raise ValueError(f"category_weights.{name}: {weight}; must be > 0 (a direction is the criterion's own)")
+    return {name: weights.get(name, default) for name, default in CATEGORY_WEIGHTS.items()}
+
+
+def slugs(criteria: Sequence[Criterion]) -> list[str]:
+    """A name for each criterion's curve: its title in snake_case, numbered where two have the same."""
+    seen: dict[str, int] = {}
+    names = []
+    for criterion in criteria:
+        name = "_".join(re.findall(r"[a-z0-9]+", criterion.title.casefold()))[:40] or "criterion"
+        seen[name] = seen.get(name, 0) + 1
+        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return names
