@@ -30,6 +30,7 @@ from rolltune.schema import (
     PrimeConfig,
     PromptConfig,
     SamplingConfig,
+    WriteRubricsConfig,
     WriteTracesConfig,
 )
 
@@ -51,6 +52,8 @@ def check_config(cfg: Any, *, world_size: int = 1) -> list[str]:
         return list(_check_audit_rewards(cfg))
     if isinstance(cfg, WriteTracesConfig):
         return list(_check_write_traces(cfg))
+    if isinstance(cfg, WriteRubricsConfig):
+        return list(_check_write_rubrics(cfg))
     if isinstance(cfg, EvaluateConfig):
         return list(_check_evaluate(cfg))
     return []
@@ -118,13 +121,27 @@ def _check_write_traces(cfg: WriteTracesConfig) -> Iterator[str]:
     yield from _check_output_dir(cfg.output_dir)
     yield from _at_least("seed", cfg.seed, 0)
     yield from check_component(cfg.data, "data")
-    problems = check_component(cfg.writer, "writer") or _call_problems(cfg.writer, "writer")
-    yield from problems
-    if not problems and not callable(getattr(instantiate(cfg.writer), "write", None)):
-        yield f"writer._component_: {cfg.writer['_component_']}: no writer; a rolltune.traces.TraceWriter has write"
+    yield from _check_writer(cfg.writer, "rolltune.traces.TraceWriter", ("condition", "write"))
     yield from _check_judge(cfg.correct, "correct")
     yield from _at_least("traces_per_problem", cfg.traces_per_problem, 1)
     yield from _at_least("max_concurrency", cfg.max_concurrency, 1)
+
+
+def _check_write_rubrics(cfg: WriteRubricsConfig) -> Iterator[str]:
+    yield from _check_output_dir(cfg.output_dir)
+    yield from _at_least("seed", cfg.seed, 0)
+    yield from check_component(cfg.data, "data")
+    yield from _check_writer(cfg.writer, "rolltune.rewards.rubric.writer.RubricWriter", ("check", "write"))
+    yield from _at_least("max_concurrency", cfg.max_concurrency, 1)
+
+
+def _check_writer(node: Component, protocol: str, members: tuple[str, str]) -> Iterator[str]:
+    """``members``: of the protocol; by the first of them it differs from the other recipe's."""
+    problems = check_component(node, "writer") or _call_problems(node, "writer")
+    yield from problems
+    if not problems and not all(hasattr(instantiate(node), name) for name in members):
+        has = " and ".join(members)
+        yield f"writer._component_: {node['_component_']}: no writer for this recipe; a {protocol} has {has}"
 
 
 def _check_evaluate(cfg: EvaluateConfig) -> Iterator[str]:

@@ -204,6 +204,18 @@ class WriteTracesConfig:
 
 
 @dataclass(kw_only=True)
+class WriteRubricsConfig:
+    """recipes/write_rubrics.py"""
+
+    output_dir: str = MISSING  # rubrics.jsonl is written there; a run that was stopped goes on where it was
+    seed: int = 0
+    dry_run: bool = False  # check everything, show one prompt, write nothing
+    data: Component = MISSING  # the problems that rubrics are written for
+    writer: Component = MISSING  # rolltune.rewards.rubric.writer.EndpointRubricWriter, or one of your own
+    max_concurrency: int = 16  # rubrics in the making at once
+
+
+@dataclass(kw_only=True)
 class EvaluatedModel:
     """One of the models that are compared."""
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from rolltune import config
 from rolltune.components import ConfigError
+from rolltune.records import save_config
 from rolltune.schema import WriteTracesConfig
 from rolltune.traces import Trace
-from rolltune.traces.record import TraceFile, from_line, read_traces, save_config, to_line
+from rolltune.traces.record import from_line, read_traces, to_line, trace_file
 from rolltune.types import Problem
 
 PROBLEM = Problem(
@@ -106,12 +107,12 @@ def test_a_broken_line_is_named(path, row, says):
 
 
 def test_append_and_go_on(path):
-    with TraceFile(path) as file:
+    with trace_file(path) as file:
         assert file.done == set()
         file.append(trace("a"))
         assert read_traces(path) == [trace("a")]  # there at once
         file.append(trace("a", 1))
-    with TraceFile(path) as file:
+    with trace_file(path) as file:
         assert file.done == {("a", 0), ("a", 1)}
         file.append(trace("b"))
         assert file.read() == [trace("a"), trace("a", 1), trace("b")]
@@ -120,7 +121,7 @@ def test_append_and_go_on(path):
 def test_lines_are_synced(path, monkeypatch):
     sizes = []
     monkeypatch.setattr(os, "fsync", lambda number: sizes.append(os.fstat(number).st_size))
-    with TraceFile(path) as file:
+    with trace_file(path) as file:
         file.append(trace("a"))
         file.append(trace("b"))
     assert sizes == [len(to_line(trace("a"))), 2 * len(to_line(trace("a")))]
@@ -131,7 +132,7 @@ def test_a_line_that_was_cut_is_dropped(path, kept):
     path.parent.mkdir()
     path.write_bytes(to_line(trace("a")) + to_line(trace("b"))[:kept])
     assert read_traces(path) == [trace("a")]
-    with TraceFile(path) as file:
+    with trace_file(path) as file:
         assert file.done == {("a", 0)}
         file.append(trace("c"))
     assert path.read_bytes() == to_line(trace("a")) + to_line(trace("c"))
@@ -140,7 +141,7 @@ def test_a_line_that_was_cut_is_dropped(path, kept):
 def test_a_line_that_lacks_its_newline_alone_is_kept(path):
     path.parent.mkdir()
     path.write_bytes(to_line(trace("a")) + to_line(trace("b"))[:-1])
-    with TraceFile(path) as file:
+    with trace_file(path) as file:
         assert file.done == {("a", 0), ("b", 0)}
         file.append(trace("c"))
     assert read_traces(path) == [trace("a"), trace("b"), trace("c")]
@@ -163,7 +164,7 @@ def test_the_same_trace_twice(path):
 
 
 def test_sorting(path):
-    with TraceFile(path) as file:
+    with trace_file(path) as file:
         for name, sample in (("b", 1), ("gone", 0), ("a", 0), ("b", 0), ("a", 1)):
             file.append(trace(name, sample))
         file.sort([replace(PROBLEM, id=name) for name in ("b", "a")])
@@ -177,8 +178,8 @@ def test_sorting(path):
 HOLD = """
 import sys
 from pathlib import Path
-from rolltune.traces.record import TraceFile
-file = TraceFile(Path(sys.argv[1]))
+from rolltune.traces.record import trace_file
+file = trace_file(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -193,14 +194,14 @@ def test_one_process_at_a_time(path):
     with pytest.raises(
         ValueError, match=r"traces\.jsonl: another process is writing it; wait for it, or choose another"
     ):
-        TraceFile(path)
+        trace_file(path)
     holder.kill()
     holder.communicate()
-    with TraceFile(path) as file:
+    with trace_file(path) as file:
         file.append(TRACE)
         with pytest.raises(ValueError, match="another process"):
-            TraceFile(path)
-    TraceFile(path).close()
+            trace_file(path)
+    trace_file(path).close()
 
 
 def test_a_broken_file_is_not_held(path):
@@ -208,7 +209,7 @@ def test_a_broken_file_is_not_held(path):
     path.write_text("oops\n\n")
     for _ in range(2):
         with pytest.raises(ValueError, match="Invalid JSON"):
-            TraceFile(path)
+            trace_file(path)
 
 
 # --- the config beside it ---------------------------------------------------------------------------------------------
@@ -238,7 +239,7 @@ def load(tmp_path):
 
 @pytest.fixture
 def started(path, load):
-    with TraceFile(path) as file:
+    with trace_file(path) as file:
         save_config(load(), file, TRACE.provenance)
         file.append(TRACE)
         yield file
@@ -303,7 +304,7 @@ def test_another_writer_behind_the_same_config_is_refused(started, load):
 
 
 def test_the_same_writer_may_be_elsewhere(path, load):
-    with TraceFile(path) as file:
+    with trace_file(path) as file:
         save_config(load(), file, {"writer": "w"})
         file.append(trace("a", provenance={"writer": "w", "host": "a.test", "base_url": "http://a.test/v1"}))
         save_config(load(), file, {"writer": "w", "host": "b.test"})
@@ -316,13 +317,13 @@ def test_a_broken_config_is_named(started, load):
 
 
 def test_before_the_first_trace_anything_may_change(path, load):
-    with TraceFile(path) as file:
+    with trace_file(path) as file:
         save_config(load(), file, TRACE.provenance)
         save_config(load("seed=1"), file, TRACE.provenance)
 
 
 def test_folders_of_other_runs(path, load):
-    with TraceFile(path) as file:
+    with trace_file(path) as file:
         (path.parent / "config.yaml").write_text("num_steps: 3\n")
         with pytest.raises(ConfigError, match="output_dir: .*out: holds another run; choose another output_dir"):
             save_config(load(), file, TRACE.provenance)

@@ -6,24 +6,19 @@ paper's settings are the defaults: temperature 0.5, 1,024 tokens. Its model is a
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Literal
 
 from rolltune.components import nearest
-from rolltune.endpoint import BudgetSpent, Endpoint, Reply
+from rolltune.endpoint import Endpoint, Reply
 from rolltune.rewards.format import format_reward
 from rolltune.seeding import derive_seed
 from rolltune.traces.conditions import CONDITIONS
 from rolltune.types import Message, Problem
+from rolltune.writing import Malformed, ask, check_asking, digest, read_prompt, shown_messages
 
 _PROMPTS = Path(__file__).parent / "prompts"
 _TRIES = 3  # replies that are asked for until one has the layout
-_SEEDS = 2**31  # some servers take 32-bit seeds alone
-
-
-class Malformed(ValueError):
-    """No reply to a problem had the layout of a trace; the problem is left out."""
 
 
 class EndpointTraceWriter:
@@ -81,12 +76,7 @@ class EndpointTraceWriter:
         dollars_per_million_input: float = 0.0,
         dollars_per_million_output: float = 0.0,
     ) -> None:
-        if not 0 <= temperature <= 2:
-            raise ValueError(f"temperature: {temperature}; must be in 0 .. 2")
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens: {max_tokens}; must be >= 1")
-        if max_total_tokens is not None and max_total_tokens < 1:
-            raise ValueError(f"max_total_tokens: {max_total_tokens}; must be >= 1")
+        check_asking(temperature=temperature, max_tokens=max_tokens, max_total_tokens=max_total_tokens)
         self.condition = condition
         self.endpoint = Endpoint(
             base_url=base_url,
@@ -101,7 +91,7 @@ class EndpointTraceWriter:
             dollars_per_million_input=dollars_per_million_input,
             dollars_per_million_output=dollars_per_million_output,
         )
-        self._system = _own_prompt(prompt) if prompt is not None else packaged_prompt(task, condition)
+        self._system = read_prompt(prompt) if prompt is not None else packaged_prompt(task, condition)
         self._temperature = temperature
         self._max_tokens = max_tokens
 
@@ -111,7 +101,7 @@ class EndpointTraceWriter:
             "writer": "rolltune.traces.endpoint",
             "model": self.endpoint.model,
             "host": self.endpoint.host,
-            "prompt": hashlib.sha256(self._system.encode()).hexdigest()[:12],
+            "prompt": digest(self._system),
             "temperature": str(self._temperature),
         }
 
@@ -124,16 +114,13 @@ class EndpointTraceWriter:
         """
         messages = self._messages(problem)
         for attempt in range(_TRIES):
-            try:
-                reply = await self.endpoint.chat(
-                    messages,
-                    temperature=self._temperature,
-                    max_tokens=self._max_tokens,
-                    seed=derive_seed(seed, attempt) % _SEEDS,
-                )
-            except BudgetSpent as error:
-                key = "max_total_tokens" if error.key == "max_tokens" else error.key  # as it is called here
-                raise BudgetSpent(key, error.limit, error.spent) from None
+            reply = await ask(
+                self.endpoint,
+                messages,
+                temperature=self._temperature,
+                max_tokens=self._max_tokens,
+                seed=derive_seed(seed, attempt),
+            )
             if _is_well_formed(problem, reply):
                 return reply.text.strip()
         problem_with_it = f"cut at {self._max_tokens} tokens" if reply.finish_reason == "length" else "another layout"
@@ -144,7 +131,7 @@ class EndpointTraceWriter:
 
     def preview(self, problem: Problem) -> str:
         """What is sent for a problem."""
-        return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in self._messages(problem))
+        return shown_messages(self._messages(problem))
 
     def _messages(self, problem: Problem) -> list[Message]:
         return [
@@ -166,16 +153,6 @@ def packaged_prompt(task: str, condition: str) -> str:
             hint = f"did you mean {near!r}? " if near else ""
             raise ValueError(f"{key}: {name!r} is unknown; {hint}There are {', '.join(names)}")
     return (_PROMPTS / task / f"{condition}.md").read_text(encoding="utf-8")
-
-
-def _own_prompt(path: str) -> str:
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompt: {path}: {getattr(error, 'strerror', None) or 'is no UTF-8 text'}") from None
-    if not text.strip():
-        raise ValueError(f"prompt: {path}: is empty")
-    return text
 
 
 def _is_well_formed(problem: Problem, reply: Reply) -> bool:
