@@ -278,7 +278,8 @@ def _repetitions(criteria: Sequence[Criterion]) -> Iterator[_Raw]:
 
 def _sense(description: str) -> frozenset[str]:
     """Its words without those that say nothing, and without negations: a pitfall often mirrors another criterion."""
-    return frozenset(_words(description)) - _NEGATIONS - _FILLERS
+    kept = [word for word in _words(description) if word not in _NEGATIONS | _FILLERS]
+    return frozenset(word.removesuffix("s") or word for word in kept)  # "names" and "name" are one word here
 
 
 def _alike(one: frozenset[str], other: frozenset[str]) -> bool:

@@ -29,11 +29,14 @@ _GOOD = re.compile(
 _NOT = re.compile(r"^(?:(?:do|does|did|is|are|can)(?: not|n't)|cannot|never) ")
 _ADVERB = re.compile(r"^(?:explicitly|simply|merely|also|only|ever|directly) ")
 _FAILURE = re.compile(
-    r"^(?:fail|omit|neglect|ignore|overlook|miss|lack|forget|misstate|misapplie|misapply|misuse|misinterpret|misread"
+    r"^(?:fail|omit|overlook|miss|lack|forget|misstate|misapplie|misapply|misuse|misinterpret|misread"
     r"|misrepresent|misidentifie|misidentify|misattribute|misclassifie|misclassify|miscalculate|mislead|mistake"
-    r"|misunderstand|confuse|conflate|contradict|fabricate|invent|hallucinate|exaggerate|overstate|understate"
-    r"|oversimplifie|oversimplify|overcomplicate|overgeneralize|overgeneralise|downplay|dismiss|mixes up|mix up"
-    r"|leaves out|leave out|ramble|digress|violate)(?:s|es)?\b"
+    r"|misunderstand|confuse|conflate|fabricate|hallucinate|overstate|understate|oversimplifie|oversimplify"
+    r"|overcomplicate|overgeneralize|overgeneralise|mixes up|mix up|leaves out|leave out|ramble|violate)(?:s|es)?\b"
+)
+# Errors for the most part, but "Neglects air resistance" or "Invents a rhyme" may be what was asked for.
+_OFTEN_FAILURE = re.compile(
+    r"^(?:neglect|ignore|dismiss|invent|exaggerate|contradict|downplay|digresse|digress|disregard)(?:s|es)?\b"
 )
 _WRONGLY = re.compile(
     r"^(?:\w+ )?(?:incorrectly|wrongly|falsely|mistakenly|erroneously|improperly|inaccurately|inappropriately"
@@ -77,12 +80,12 @@ def wording(description: str) -> Wording:
         return "good"
     if denied := _NOT.match(text):
         rest = _ADVERB.sub("", text[denied.end() :])
-        makes_error = _FAILURE.match(rest) or _WRONGLY.match(rest) or (_OFFER.match(rest) and _WRONG.search(rest))
-        return "good" if makes_error else "unsaid"
+        is_error = any(words.match(rest) for words in (_FAILURE, _OFTEN_FAILURE, _WRONGLY))
+        return "good" if is_error or (_OFFER.match(rest) and _WRONG.search(rest)) else "unsaid"
     text = _ADVERB.sub("", text)
     if _FAILURE.match(text) or _WRONGLY.match(text):
         return "bad"
-    return "act" if _ACT.match(text) else "unsaid"
+    return "act" if _ACT.match(text) or _OFTEN_FAILURE.match(text) else "unsaid"
 
 
 def pitfall_direction(description: str) -> bool | None:
