@@ -38,7 +38,14 @@ def test_links_are_relative_and_whole(name):
 
 def test_recipes_hold_no_helper_modules():
     """Under torchrun the folder of the recipe heads sys.path: a helper called datasets.py would shadow the library."""
-    assert {path.stem for path in RECIPES} == {"grpo", "prime", "evaluate", "write_traces", "audit_rewards"}
+    assert {path.stem for path in RECIPES} == {
+        "grpo",
+        "prime",
+        "evaluate",
+        "write_traces",
+        "write_rubrics",
+        "audit_rewards",
+    }
 
 
 def test_nothing_imports_what_torchtune_did_not_ship():
