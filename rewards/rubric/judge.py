@@ -61,10 +61,14 @@ class Judge(Protocol):
 
     Attributes:
         name: who it is, for :attr:`Answer.judge`.
+        stop_reason: why it will not answer any more (a cap is reached), in words; None as long as it does.
     """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def stop_reason(self) -> str | None: ...
 
     async def ask(self, question: Question) -> Answer:
         """The answer, unscored where there is none. ValueError where no question can ever be answered (a wrong key)."""

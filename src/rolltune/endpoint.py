@@ -103,6 +103,19 @@ class EndpointDown(RuntimeError):
     """All attempts at a call failed; the message says how the last one did."""
 
 
+class Refused(ValueError):
+    """The server does not take a call, and would not if it came again.
+
+    Attributes:
+        status: of the HTTP response. 401, 402, 403 and 404 are about who asks for what; 400, 413 and 422 may be about
+            this call's text alone.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class _Passing(Exception):
     """A failure that may pass."""
 
@@ -259,8 +272,8 @@ class Endpoint:
         Raises:
             BudgetSpent: a cap was reached before the call, or before another attempt at it.
             EndpointDown: all attempts failed.
-            ValueError: the server refuses the call, and would again (400, 401, 403, 404 ...); or there is a cap on
-                tokens or dollars, and the server does not say how many tokens it took.
+            Refused: a ValueError: the server refuses the call, and would again (400, 401, 403, 404 ...).
+            ValueError: there is a cap on tokens or dollars, and the server does not say how many tokens it took.
         """
         request: dict[str, Any] = {
             "model": self.model,
@@ -404,10 +417,10 @@ class Endpoint:
             return _Passing(said, _seconds(error.response.headers.get("retry-after")))
         if status in (401, 403):
             problem = "is refused by" if self._key() else "is not set, and a key is wanted by"
-            return ValueError(f"api_key_env: {self._api_key_env} {problem} {self.host} ({said})")
+            return Refused(f"api_key_env: {self._api_key_env} {problem} {self.host} ({said})", status)
         if status == 404:
-            return ValueError(f"model or base_url: {self.base_url} has no {self.model!r} ({said})")
-        return ValueError(f"model or base_url: {self.base_url} refuses a call for {self.model!r} ({said})")
+            return Refused(f"model or base_url: {self.base_url} has no {self.model!r} ({said})", status)
+        return Refused(f"model or base_url: {self.base_url} refuses a call for {self.model!r} ({said})", status)
 
     def _shown(self, text: str) -> str:
         """What a server says, for an error: one short line, without the key, without control characters."""

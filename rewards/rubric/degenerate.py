@@ -1,0 +1,85 @@
+"""Texts that say nothing, and that judges have been seen to reward.
+
+One token to fool LLM-as-a-judge (arXiv 2507.08794): a colon, a "Solution", a "Thought process:" or a "Let's solve this
+problem step by step." and nothing else is taken for a right answer by many judges. No judge need be asked about them.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+import zlib
+
+from rolltune.rewards.rubric.fence import neutral
+
+_TAG = re.compile(r"</?(?:think|answer|response|solution|reasoning)>", re.IGNORECASE)
+_OPERATORS = frozenset("+-*/%=<>&|^!?")  # each alone may be the answer to "which sign?"
+# Openers of an answer, in what the paper tried and its like in other languages. None is an answer by itself.
+_OPENERS = (
+    "solution|the solution|solution process|thought process|thinking process|my thought process|reasoning|analysis",
+    "explanation|answer|the answer|the answer is|final answer|the final answer|the final answer is|my answer|response",
+    "here is the solution|here is the answer|here is my answer|here is my response|heres the solution|heres the answer",
+    "let me think|let me think about it|let me think about this|lets think|lets begin|lets start|lets see",
+    "first of all|to begin with|to solve this problem|to answer this question|to solve this|to answer this",
+    "solución|la solución|respuesta|la respuesta|la respuesta es|proceso de pensamiento|lösung|die lösung|antwort",
+    "die antwort|die antwort lautet|denkprozess|solution finale|réponse|la réponse|la réponse est|soluzione|risposta",
+    "solução|resposta|решение|ответ|解|解答|解説|解决方案|答案|答|思考过程|思考過程|かいせつ|こたえ|答え|풀이|해설|답|정답",
+    "الحل|الجواب|हल|उत्तर",
+)
+_STEP_BY_STEP = re.compile(
+    r"(?:ok |okay |well |now |so |alright )?(?:lets|let us|let me|i will|ill|we will) (?:\w+ ){1,10}step by step"
+)
+_MIN_WORDS = 20  # of the same word again and again
+_MIN_BYTES, _COMPRESSES_TO = 600, 0.04  # English comes to 0.3 .. 0.5, a table to 0.1 .. 0.2
+_MOST_CHARS = 100_000
+
+
+def is_degenerate(text: str) -> bool:
+    """Whether a response is empty, punctuation, an opener without what it opens, or one thing again and again.
+
+    Careful with what is short and may be right: "42", "No", "-3", "x", "+" and one emoji are none of these. A task that
+    asks for punctuation or for the same line a hundred times is not for this check.
+
+    Example:
+        >>> [is_degenerate(text) for text in (":", "Thought process:", "<think></think>", "42")]
+        [True, True, True, False]
+    """
+    text = _TAG.sub(" ", text[:_MOST_CHARS])
+    text = unicodedata.normalize("NFKC", neutral(text)).replace("\ufffd", " ").replace("\\", " ").strip()
+    if text in _OPERATORS:
+        return False
+    if not any(unicodedata.category(char)[0] in "LNS" for char in text) or _is_ascii_art(text):
+        return True
+    return _is_opening(text) or _is_repetition(text)
+
+
+def _is_ascii_art(text: str) -> bool:
+    """Three signs or more and nothing but signs: rules, dots, empty markdown."""
+    return len(text) >= 3 and all(char.isspace() or (char.isascii() and not char.isalnum()) for char in text)
+
+
+def _is_opening(text: str) -> bool:
+    """Nothing but openers, one or several."""
+    if len(text) > 400:
+        return False
+    parts = [words for part in re.split(r"[\n.:;!?\u3002\uff1a]+", text) if (words := _words(part))]
+    return bool(parts) and all(part in _KNOWN or _STEP_BY_STEP.fullmatch(part) for part in parts)
+
+
+def _words(text: str) -> str:
+    """In lower case, without punctuation, with one space between words."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(re.findall(r"[^\W_]+", text.replace("'", "").replace("\u2019", "")))
+
+
+_KNOWN = frozenset(_words(opener) for line in _OPENERS for opener in line.split("|"))
+
+
+def _is_repetition(text: str) -> bool:
+    words = text.split()
+    if len(words) >= _MIN_WORDS and len(set(words)) == 1:
+        return True
+    if len(words) == 1 and len(text) >= _MIN_WORDS and len(set(text)) == 1 and not text.isdigit():
+        return True
+    data = text.encode()
+    return len(data) >= _MIN_BYTES and len(zlib.compress(data, 9)) < _COMPRESSES_TO * len(data)
