@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from rolltune import config
-from rolltune.schema import AuditRewardsConfig, EvaluateConfig, GRPOConfig, PrimeConfig, WriteTracesConfig
+from rolltune.schema import (
+    AuditRewardsConfig,
+    EvaluateConfig,
+    GRPOConfig,
+    LintRubricsConfig,
+    PrimeConfig,
+    ServeConfig,
+    WriteRubricsConfig,
+    WriteTracesConfig,
+)
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 SCHEMAS = {
@@ -14,7 +23,10 @@ SCHEMAS = {
     "prime": PrimeConfig,
     "evaluate": EvaluateConfig,
     "write_traces": WriteTracesConfig,
+    "write_rubrics": WriteRubricsConfig,
     "audit_rewards": AuditRewardsConfig,
+    "lint_rubrics": LintRubricsConfig,
+    "serve": ServeConfig,
 }
 # Stages whose output another config starts from.
 STAGES = sorted({stage for path in CONFIGS for stage in re.findall(r"path: outputs/(\w+)/best", path.read_text())})

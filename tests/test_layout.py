@@ -45,6 +45,7 @@ def test_recipes_hold_no_helper_modules():
         "write_traces",
         "write_rubrics",
         "audit_rewards",
+        "lint_rubrics",
     }
 
 

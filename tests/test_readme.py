@@ -7,7 +7,16 @@ import pytest
 
 from rolltune import config
 from rolltune.rewards.combine import WeightedReward
-from rolltune.schema import AuditRewardsConfig, EvaluateConfig, GRPOConfig, PrimeConfig, WriteTracesConfig
+from rolltune.schema import (
+    AuditRewardsConfig,
+    EvaluateConfig,
+    GRPOConfig,
+    LintRubricsConfig,
+    PrimeConfig,
+    ServeConfig,
+    WriteRubricsConfig,
+    WriteTracesConfig,
+)
 from rolltune.types import Completion, Problem
 
 ROOT = Path(__file__).parents[1]
@@ -17,7 +26,10 @@ SCHEMAS = {
     "prime": PrimeConfig,
     "evaluate": EvaluateConfig,
     "write_traces": WriteTracesConfig,
+    "write_rubrics": WriteRubricsConfig,
     "audit_rewards": AuditRewardsConfig,
+    "lint_rubrics": LintRubricsConfig,
+    "serve": ServeConfig,
 }
 RUN = re.compile(r"tune run (?:--nproc_per_node \d+ )?(\w+) --config (\S+\.yaml)([^#`\n]*)")
 COMMANDS = sorted({(recipe, name, rest.strip()) for recipe, name, rest in RUN.findall(README)})

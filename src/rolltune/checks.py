@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import shutil
 import string
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,12 +25,14 @@ from rolltune.schema import (
     EvaluatedModel,
     EvaluateSamplingConfig,
     GRPOConfig,
+    LintRubricsConfig,
     LoggingConfig,
     LoRAConfig,
     ModelConfig,
     PrimeConfig,
     PromptConfig,
     SamplingConfig,
+    ServeConfig,
     WriteRubricsConfig,
     WriteTracesConfig,
 )
@@ -50,12 +53,16 @@ def check_config(cfg: Any, *, world_size: int = 1) -> list[str]:
         return list(_check_prime(cfg, world_size))
     if isinstance(cfg, AuditRewardsConfig):
         return list(_check_audit_rewards(cfg))
+    if isinstance(cfg, LintRubricsConfig):
+        return list(_check_lint_rubrics(cfg))
     if isinstance(cfg, WriteTracesConfig):
         return list(_check_write_traces(cfg))
     if isinstance(cfg, WriteRubricsConfig):
         return list(_check_write_rubrics(cfg))
     if isinstance(cfg, EvaluateConfig):
         return list(_check_evaluate(cfg))
+    if isinstance(cfg, ServeConfig):
+        return list(_check_serve(cfg))
     return []
 
 
@@ -117,6 +124,16 @@ def _check_audit_rewards(cfg: AuditRewardsConfig) -> Iterator[str]:
         yield from _at_least("max_problems", cfg.max_problems, 1)
 
 
+def _check_lint_rubrics(cfg: LintRubricsConfig) -> Iterator[str]:
+    yield from _check_output_dir(cfg.output_dir)
+    yield from check_component(cfg.data, "data")
+    if cfg.max_problems is not None:
+        yield from _at_least("max_problems", cfg.max_problems, 1)
+    yield from _at_least("fewest_criteria", cfg.fewest_criteria, 1)
+    if cfg.most_criteria < cfg.fewest_criteria:
+        yield f"most_criteria: {cfg.most_criteria}; must be at least fewest_criteria, {cfg.fewest_criteria}"
+
+
 def _check_write_traces(cfg: WriteTracesConfig) -> Iterator[str]:
     yield from _check_output_dir(cfg.output_dir)
     yield from _at_least("seed", cfg.seed, 0)
@@ -167,6 +184,22 @@ def _check_evaluate(cfg: EvaluateConfig) -> Iterator[str]:
         yield from _at_least("classified_samples", cfg.classified_samples, 1)
     elif cfg.classified_samples != EvaluateConfig().classified_samples:
         yield f"classified_samples: {cfg.classified_samples}; does nothing while classifier is null"
+
+
+def _check_serve(cfg: ServeConfig) -> Iterator[str]:
+    yield from _check_output_dir(cfg.output_dir)
+    yield from _check_path(cfg.model, "model")
+    yield from _check_dtype("dtype", cfg.dtype)
+    if not cfg.name.strip():
+        yield "name: is empty; give what clients call the model"
+    if not 1 <= cfg.port <= 65535:
+        yield f"port: {cfg.port}; must be in 1 .. 65535"
+    yield from _at_least("max_model_len", cfg.max_model_len, 1)
+    yield from _at_least("max_num_seqs", cfg.max_num_seqs, 1)
+    yield from _above("kv_cache_gib", cfg.kv_cache_gib, 0)
+    yield from _above("start_seconds", cfg.start_seconds, 0)
+    if cfg.command and shutil.which(cfg.command[0]) is None:
+        yield f"command[0]: {cfg.command[0]}: no such program"
 
 
 def _check_models(models: list[EvaluatedModel]) -> Iterator[str]:
@@ -420,6 +453,8 @@ def _check_batch(cfg: GRPOConfig, world_size: int) -> Iterator[str]:
     for name, count in counts.items():
         yield from _at_least(f"batch.{name}", count, 1)
     yield from _at_least("batch.dynamic_sampling_rounds", batch.dynamic_sampling_rounds, 0)
+    if not 0 <= batch.max_unscored <= 1:
+        yield f"batch.max_unscored: {batch.max_unscored}; a share in 0 .. 1 is wanted"
     if batch.microbatch_tokens <= cfg.sampling.max_new_tokens:
         yield (
             f"batch.microbatch_tokens: {batch.microbatch_tokens}; a prompt and a completion of "

@@ -86,6 +86,7 @@ class BatchConfig:
     minibatches: int = 1  # optimizer steps in each pass; whole groups, so it divides prompts_per_step
     microbatch_tokens: int = 4096  # tokens in one forward and backward pass: bounds activation memory
     dynamic_sampling_rounds: int = 0  # DAPO: redraw groups without variance, at most so many rounds; 0: keep them all
+    max_unscored: float = 0.5  # share of a step's completions without a score, above which the run stops
 
 
 @dataclass(kw_only=True)
@@ -190,6 +191,18 @@ class AuditRewardsConfig:
 
 
 @dataclass(kw_only=True)
+class LintRubricsConfig:
+    """recipes/lint_rubrics.py"""
+
+    output_dir: str = MISSING
+    dry_run: bool = False
+    data: Component = MISSING  # problems with rubrics, such as rolltune.data.rubrics.rubric_jsonl
+    max_problems: int | None = None  # None: all of them
+    fewest_criteria: int = 7  # a rubric with fewer or more is warned of
+    most_criteria: int = 20
+
+
+@dataclass(kw_only=True)
 class WriteTracesConfig:
     """recipes/write_traces.py"""
 
@@ -213,6 +226,24 @@ class WriteRubricsConfig:
     data: Component = MISSING  # the problems that rubrics are written for
     writer: Component = MISSING  # rolltune.rewards.rubric.writer.EndpointRubricWriter, or one of your own
     max_concurrency: int = 16  # rubrics in the making at once
+
+
+@dataclass(kw_only=True)
+class ServeConfig:
+    """recipes/serve.py"""
+
+    output_dir: str = MISSING  # the server's log is written there
+    dry_run: bool = False  # check everything, print the server's command line, start nothing
+    model: str = MISSING  # a Hub id, a local folder with a full model, or "smollm2-135m-instruct"
+    name: str = "judge"  # what clients call the model
+    port: int = 8123  # on 127.0.0.1, for programs of this machine alone
+    dtype: str = "bfloat16"  # float32 or bfloat16
+    max_model_len: int = 4096  # tokens of a prompt and its reply
+    max_num_seqs: int = 32  # requests that are worked on at once; others wait
+    kv_cache_gib: float = 1.0  # memory for the keys and values of all of them
+    options: list[str] = field(default_factory=list)  # further ones of vLLM's server: ["--tensor-parallel-size", "4"]
+    start_seconds: float = 900.0  # the longest that loading may take
+    command: list[str] = field(default_factory=list)  # serve while this program runs; empty: until Ctrl-C
 
 
 @dataclass(kw_only=True)
