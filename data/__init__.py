@@ -16,7 +16,9 @@ What there is: ``gsm8k.gsm8k`` (from the Hub or a local copy), ``gsm_symbolic.gs
 network), ``reasoning_gym.reasoning_gym_task`` (any task of that library with a one-word answer), ``sums.sums``
 (short additions and subtractions for a first run), ``countdown.countdown`` (drawn), ``countdown.countdown_rows``
 (from the Hub or a file), ``traces.traces`` (what ``write_traces`` wrote, for SFT) and ``jsonl.jsonl`` (a file of your
-own).
+own). With rubrics: ``rubrics.rubric_jsonl`` (your own, or what ``write_rubrics`` wrote), ``rubrics.rar`` (from the Hub
+or a file), ``rubrics.with_rubric`` (any other data set, with rubrics from elsewhere) and ``rubrics.rubric_tasks``
+(embedded, for a first run).
 
 To add one, often ``jsonl.jsonl`` with a file is enough. Otherwise write one file here with one function:
 

@@ -168,15 +168,21 @@ def parse(schema: type[M], row: Any) -> M:
     try:
         return schema.model_validate(row)
     except ValidationError as error:
-        wrong = [_told(dict(detail)) for detail in error.errors(include_url=False, include_context=False)]
-        raise ValueError("; ".join(wrong)) from None
+        details = [dict(detail) for detail in error.errors(include_url=False, include_context=False)]
+        raise ValueError("; ".join(_told(detail) for detail in details if not _is_echo(detail, details))) from None
+
+
+def _is_echo(detail: dict[str, Any], details: list[dict[str, Any]]) -> bool:
+    """Whether it says that a list is too short only because its items are wrong."""
+    inner = [other["loc"] for other in details if len(other["loc"]) > len(detail["loc"])]
+    return detail["type"] == "too_short" and any(loc[: len(detail["loc"])] == detail["loc"] for loc in inner)
 
 
 def _told(detail: dict[str, Any]) -> str:
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"]).lstrip(".")
     given = detail["input"]
     shown = "" if isinstance(given, dict | BaseModel) or detail["type"] == "missing" else f", not {given!r:.60}"
-    message = detail["msg"].removeprefix("Value error, ")
+    message = detail["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("Tuple", "List")
     return f"{where}{': ' if where else ''}{message}{shown}"
 
 

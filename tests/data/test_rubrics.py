@@ -1,0 +1,299 @@
+"""Data sets with rubrics: files of one's own, published ones, other data sets with rubrics, the embedded tasks."""
+
+import json
+import re
+
+import pytest
+
+from rolltune.data.dataset import overlap
+from rolltune.data.rubrics import rar, rubric_jsonl, rubric_tasks, with_rubric
+from rolltune.rewards.rubric.lint import lint
+from rolltune.rewards.rubric.schema import CATEGORIES, Criterion, Rubric
+
+UNIT = {"title": "Unit", "description": "Names the unit.", "category": "essential"}
+SHORT = {"title": "Short", "description": "Is short.", "weight": 2}
+SUMS = {"_component_": "rolltune.data.sums.sums", "count": 4}
+
+
+def write_jsonl(path, rows) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+def rows(count: int) -> list[dict]:
+    return [{"question": f"How long is river {i}?", "answer": str(i), "criteria": [UNIT, SHORT]} for i in range(count)]
+
+
+# --- rubric_jsonl -----------------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_both_kinds_of_lines(tmp_path):
+    messages = [{"role": "user", "content": "How deep?"}]
+    written = {
+        "problem": {"id": "deep", "messages": messages, "answer": "3", "solution": None},
+        "rubric": {"criteria": [SHORT]},
+        "provenance": {"model": "m", "host": "h"},
+    }
+    data = rubric_jsonl(path=write_jsonl(tmp_path / "own.jsonl", [*rows(2), "", written]))
+    assert [p.id for p in data] == ["own/1", "own/2", "deep"]
+    assert [p.answer for p in data] == ["0", "1", "3"]
+    assert data[0].rubric == Rubric.of(Criterion(**UNIT), Criterion(**SHORT))
+    assert data[2].rubric == Rubric.of(Criterion(**SHORT)) and data[2].messages == tuple(messages)
+
+
+def test_a_slice_keeps_ids(tmp_path):
+    path = write_jsonl(tmp_path / "own.jsonl", rows(5))
+    assert [p.id for p in rubric_jsonl(path=path, start=3)] == ["own/4", "own/5"]
+    assert [p.id for p in rubric_jsonl(path=path, start=1, count=2)] == ["own/2", "own/3"]
+    with pytest.raises(ValueError, match=r"own.jsonl: start=5 must lie in 0 \.\. 4"):
+        rubric_jsonl(path=path, start=5)
+
+
+def test_wrong_lines_are_all_named(tmp_path):
+    bad = [{"question": "?"}, *rows(1), {"question": "?", "criteria": [{**UNIT, "category": "vital"}]}]
+    path = write_jsonl(tmp_path / "own.jsonl", bad)
+    with pytest.raises(ValueError) as caught:
+        rubric_jsonl(path=path)
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(f"{path}:1: either 'criteria', a list, or 'rubric'")
+    assert second.startswith(f"{path}:3: criteria[0].category: ") and second.endswith("not 'vital'")
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ([], "own.jsonl: the file has no rows"),
+        (["{"], "own.jsonl:1: not JSON"),
+        (["[]"], "own.jsonl:1: a row must be a JSON object, not list"),
+        ([row | {"id": "twin"} for row in rows(2)], r"own.jsonl:2: id: 'twin' is taken by .*own.jsonl:1"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, lines, message):
+    with pytest.raises(ValueError, match=message):
+        rubric_jsonl(path=write_jsonl(tmp_path / "own.jsonl", lines))
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(ValueError, match="rubric_jsonl: path='nowhere.jsonl' is not a file"):
+        rubric_jsonl(path="nowhere.jsonl")
+
+
+# --- with_rubric ------------------------------------------------------------------------------------------------------
+
+
+def test_one_rubric_for_all(tmp_path):
+    data = with_rubric(data=SUMS, rubric=[UNIT, SHORT])
+    assert [p.rubric for p in data] == [Rubric.of(Criterion(**UNIT), Criterion(**SHORT))] * 4
+    assert data[0].answer is not None and data[0].id == "sums/train/seed0/0"
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("r.yaml", "- {title: Unit, description: Names the unit., category: essential}\n"),
+        ("r.yml", "criteria:\n  - {title: Unit, description: Names the unit., category: essential}\n"),
+        ("r.json", json.dumps([UNIT])),
+        ("r.json", json.dumps({"criteria": [UNIT]})),
+    ],
+)
+def test_one_rubric_from_a_file(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert with_rubric(data=SUMS, rubric=str(tmp_path / name))[0].rubric == Rubric.of(Criterion(**UNIT))
+
+
+def test_rubrics_of_their_own_by_id(tmp_path):
+    lines = [{"id": f"sums/train/seed0/{i}", "criteria": [UNIT | {"title": f"Unit {i}"}]} for i in (3, 1, 0, 2, 9)]
+    data = with_rubric(data=SUMS, rubric=write_jsonl(tmp_path / "r.jsonl", lines))
+    assert [p.rubric.criteria[0].title for p in data] == ["Unit 0", "Unit 1", "Unit 2", "Unit 3"]
+
+
+def test_a_problem_without_a_rubric(tmp_path):
+    path = write_jsonl(tmp_path / "r.jsonl", [{"id": "sums/train/seed0/1", "criteria": [UNIT]}])
+    message = r"r.jsonl' has none for 3 of 4 problems: sums/train/seed0/0, .*; write them, or set missing: drop"
+    with pytest.raises(ValueError, match=message):
+        with_rubric(data=SUMS, rubric=path)
+    assert [p.id for p in with_rubric(data=SUMS, rubric=path, missing="drop")] == ["sums/train/seed0/1"]
+
+
+def test_rubrics_for_other_problems_altogether(tmp_path):
+    path = write_jsonl(tmp_path / "r.jsonl", [{"id": "else", "criteria": [UNIT]}])
+    with pytest.raises(ValueError, match="has a rubric for none of the problems, the first is 'sums/train/seed0/0'"):
+        with_rubric(data=SUMS, rubric=path, missing="drop")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"data": {"_component_": "rolltune.data.sums.sum"}}, r"with_rubric: data\._component_: .*did you mean"),
+        ({"data": SUMS | {"cuont": 1}}, r"with_rubric: data\.cuont: .*did you mean .*count"),
+        ({"data": SUMS | {"count": 0}}, "sums: count=0 must be at least 1"),
+        ({"rubric": []}, "with_rubric: rubric: criteria: .*at least 1 item"),
+        ({"rubric": [UNIT, {"title": "x"}]}, r"with_rubric: rubric: criteria\[1\]\.description: Field required"),
+        ({"rubric": "nowhere.jsonl"}, "with_rubric: rubric='nowhere.jsonl' is not a file"),
+        ({"rubric": "nowhere.yaml"}, "with_rubric: rubric='nowhere.yaml' is not a file"),
+        ({"missing": "keep"}, "missing='keep' must be one of error, drop"),
+        ({"missing": "drop"}, "missing=drop does nothing where one rubric is for all problems"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        with_rubric(**({"data": SUMS, "rubric": [UNIT]} | options))
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("r.txt", "x", "must be a .yaml, .json or .jsonl file, or a list of criteria"),
+        ("r.yaml", "a: [", "r.yaml: not YAML"),
+        ("r.yaml", "a: 1", "r.yaml: criteria: "),
+        ("r.yaml", "!!python/object/apply:os.getcwd []", "r.yaml: not YAML"),
+    ],
+)
+def test_wrong_files_of_one_rubric(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        with_rubric(data=SUMS, rubric=str(tmp_path / name))
+
+
+def test_twins_in_a_file_of_rubrics(tmp_path):
+    path = write_jsonl(tmp_path / "r.jsonl", [{"id": 1, "criteria": [UNIT]}, {"id": "1", "criteria": [SHORT]}])
+    with pytest.raises(ValueError, match=r"r.jsonl:2: id: '1' is taken by .*r.jsonl:1"):
+        with_rubric(data=SUMS, rubric=path)
+
+
+# --- rar --------------------------------------------------------------------------------------------------------------
+
+
+def published(i: int, pitfall: str = "Recommends surgery.") -> dict:
+    return {
+        "question": f"What of case {i}?",
+        "reference_answer": "" if i == 1 else f"It is {i}.",
+        "question_source": "s",
+        "rubric": [
+            {"title": "Cause", "description": "Essential Criteria: Names the cause.", "weight": 5},
+            {"title": "Reason", "description": "Important Criteria: Gives a reason.", "weight": 3},
+            {"title": "Pitfall", "description": f"Pitfall Criteria: {pitfall}", "weight": -1},
+        ],
+        "rubric_list": ["a", "b", "c"],
+        "rubric_count": 3,
+    }
+
+
+def write_parquet(path, table) -> str:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("write, name", [(write_jsonl, "RaR.jsonl"), (write_parquet, "RaR.parquet")])
+def test_published_rows_from_a_file(tmp_path, write, name):
+    data = rar(path=write(tmp_path / name, [published(i) for i in range(3)]))
+    assert [p.id for p in data] == ["RaR/0", "RaR/1", "RaR/2"]
+    assert [p.answer for p in data] == ["It is 0.", None, "It is 2."]
+    assert [(c.magnitude(), c.is_good) for c in data[0].rubric.criteria] == [(1.0, True), (0.7, True), (0.9, False)]
+    numbers = rar(path=str(tmp_path / name), weights="numbers", start=2)
+    assert [p.id for p in numbers] == ["RaR/2"]
+    assert [(c.magnitude(), c.is_good) for c in numbers[0].rubric.criteria] == [(5, True), (3, True), (1, False)]
+
+
+def test_published_pitfalls_that_do_not_say(tmp_path):
+    table = [published(0), published(1, "Does not mention x."), published(2, "Does not mention y.")]
+    path = write_jsonl(tmp_path / "m.jsonl", table)
+    with pytest.raises(ValueError) as caught:
+        rar(path=path)
+    lines = str(caught.value).splitlines()
+    assert [line.partition(" ")[0] for line in lines] == [f"{path}:2:", f"{path}:3:"]
+    assert "rubric[2].description: 'Pitfall Criteria: Does not mention x.' does not say" in lines[0]
+    assert [len(p.rubric.criteria) for p in rar(path=path, unsure="drop")] == [3, 2, 2]
+    assert [p.rubric.criteria[2].is_good for p in rar(path=path, unsure="bad")] == [False, False, False]
+    assert [p.rubric.criteria[2].is_good for p in rar(path=path, unsure="good")] == [False, True, True]
+    assert len(rar(path=path, count=1)) == 1  # what is not taken is not looked at
+
+
+def test_a_rubric_of_which_nothing_is_left_leaves_the_data(tmp_path):
+    empty = published(1, "Does not mention x.")
+    empty["rubric"] = empty["rubric"][2:]
+    path = write_jsonl(tmp_path / "m.jsonl", [published(0), empty])
+    assert [p.id for p in rar(path=path, unsure="drop")] == ["m/0"]
+    with pytest.raises(ValueError, match="unsure=drop leaves nothing of the 1 rubrics"):
+        rar(path=path, unsure="drop", start=1)
+
+
+def test_rows_of_the_hub(monkeypatch):
+    """The loader's own call, with its answer put in its place: there is no network here."""
+    import datasets
+
+    asked = []
+
+    def load_dataset(path, *, split):
+        asked.append((path, split))
+        return datasets.Dataset.from_list([published(i) for i in range(2)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = rar(path="anisha2102/RaR-Science", split="val")
+    assert asked == [("anisha2102/RaR-Science", "val")]
+    assert [p.id for p in data] == ["rar_science/val/0", "rar_science/val/1"]
+    assert data[0].rubric is not None and len(data[0].rubric.criteria) == 3
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    import datasets
+
+    def load_dataset(path, *, split):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match="could be loaded from the Hub.*offline.*\n.*local .jsonl or .parquet copy"):
+        rar()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"split": "dev"}, "rar: split='dev' must be one of train, val, test"),
+        ({"weights": "sign"}, "rar: weights='sign' must be one of categories, numbers"),
+        ({"unsure": "keep"}, "rar: unsure='keep' must be one of error, drop, bad, good"),
+        ({"path": "gone.jsonl"}, "rar: path='gone.jsonl' is not a file"),
+        ({"path": "gone.parquet"}, "rar: path='gone.parquet' is not a file"),
+        ({"path": "a/b/c"}, "rar: path='a/b/c' must be a .jsonl or .parquet file or a Hub id"),
+    ],
+)
+def test_wrong_options_of_rar(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        rar(**options)
+
+
+def test_a_parquet_file_that_is_none(tmp_path):
+    (tmp_path / "x.parquet").write_text("x")
+    with pytest.raises(ValueError, match="x.parquet: not a Parquet file"):
+        rar(path=str(tmp_path / "x.parquet"))
+
+
+# --- rubric_tasks -----------------------------------------------------------------------------------------------------
+
+
+def test_the_embedded_tasks():
+    train, heldout = rubric_tasks(), rubric_tasks(split="heldout")
+    assert (len(train), len(heldout)) == (48, 12)
+    assert not overlap(train, heldout)
+    assert len({problem.id for problem in (*train, *heldout)}) == 60
+    criteria = [c for problem in (*train, *heldout) for c in problem.rubric.criteria]
+    assert all(4 <= len(problem.rubric.criteria) <= 8 for problem in (*train, *heldout))
+    assert {c.category for c in criteria} == set(CATEGORIES)
+    pitfalls = [c.is_good for c in criteria if c.category == "pitfall"]
+    assert pitfalls.count(True) >= 10 and pitfalls.count(False) >= 10
+
+
+def test_the_embedded_tasks_are_clean():
+    for problem in (*rubric_tasks(), *rubric_tasks(split="heldout")):
+        assert lint(problem.rubric, name=problem.id, fewest=4) == []
+
+
+def test_slices_of_the_embedded_tasks():
+    assert [p.id for p in rubric_tasks(start=2, count=3)] == [p.id for p in rubric_tasks()][2:5]
+    with pytest.raises(ValueError, match=r"rubric_tasks heldout: count=13 must lie in 1 \.\. 12"):
+        rubric_tasks(split="heldout", count=13)
+    with pytest.raises(ValueError, match="rubric_tasks: split='test' must be one of train, heldout"):
+        rubric_tasks(split="test")
