@@ -44,6 +44,7 @@ def test_recipes_hold_no_helper_modules():
         "evaluate",
         "write_traces",
         "write_rubrics",
+        "serve",
         "audit_rewards",
         "lint_rubrics",
     }

@@ -14,6 +14,7 @@ from fault_server import FaultServer, Response, error, ok
 from tiny_run import ROOT, load_recipe
 
 from rolltune import config
+from rolltune.data.rubrics import rubric_jsonl
 from rolltune.rewards.rubric.record import read_rubrics
 from rolltune.rewards.rubric.schema import Criterion, Rubric
 from rolltune.schema import WriteRubricsConfig, WriteTracesConfig
@@ -188,6 +189,10 @@ def test_a_run(write, tmp_path, capsys):
         "dollars": 0.0,
         "retries": 2,
         "failures": 2,
+    }
+    read = rubric_jsonl(path=str(folder / "rubrics.jsonl"))
+    assert {problem.id: problem.rubric for problem in read} == {
+        record.problem.id: record.rubric for record in read_rubrics(folder / "rubrics.jsonl")
     }
     shown = capsys.readouterr()
     assert f"step {COUNT}/{COUNT} | written {COUNT} | left out 0 | dollars 0" in shown.out
