@@ -48,11 +48,13 @@ MIXED = make_group(
 EQUAL = make_group((1, "stop", score(0.2, 0.0)), (3, "stop", score(0.2, 0.0)))
 LONELY = make_group((5, "stop", score(None, None, failure="timeout")), (7, "stop", score(1.0, 1.0)))
 
-# Totals 1.2 0.2 0 0.2 0.2 1: mean 2.8 / 6; the answer's parts 1 0 0 0 0 1.
+# Totals 1.2 0.2 0 0.2 0.2 1: mean 2.8 / 6; the answer's parts 1 0 0 0 0 1. Length and reward in groups: MIXED has totals
+# of 11/15 -4/15 -7/15 about their mean and lengths of -3 -1 4 about theirs, EQUAL has 0 0 and -1 1, LONELY 0 and 0.
 EXPECTED = {
     "reward/mean": 2.8 / 6,
     "reward/std": sqrt((1.44 + 3 * 0.04 + 1.0) / 6 - (2.8 / 6) ** 2),
     "reward/unscored": 2 / 8,
+    "reward/length_correlation": (-33 + 4 - 28) / 15 / sqrt((121 + 16 + 49) / 225 * (9 + 1 + 16 + 1 + 1)),
     "reward/answer/mean": 2 / 6,
     "reward/answer/std": sqrt(2 / 6 - (2 / 6) ** 2),
     "reward/format/tags/mean": 0.375,
@@ -92,6 +94,36 @@ def test_equal_rewards_have_a_deviation_of_nothing():
     """Rounding may make the mean of squares a little smaller than the square of the mean."""
     metrics = rollout_metrics(make_rollout(make_group(*[(1, "stop", Score(total=0.1))] * 10)), ALONE)
     assert metrics["reward/std"] == pytest.approx(0.0, abs=1e-8)
+
+
+def lengths_and_rewards(*members: tuple[int, float | None]) -> Group:
+    return make_group(*[(length, "stop", Score(total=total)) for length, total in members])
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        # Longer is better within each group, though the group of long answers has the lower rewards.
+        ([[(1, 0.8), (2, 0.9)], [(50, 0.1), (51, 0.2)]], 1.0),
+        ([[(1, 0.9), (2, 0.8)], [(50, 0.1), (51, 0.2)]], 0.0),
+        ([[(4, 0.0), (2, 1.0)]], -1.0),
+        ([[(1, 0.0), (2, 0.0), (3, 1.0)]], sqrt(0.75)),  # 1 / sqrt(2 * 2/3)
+        # An unscored one has no part in its group's means either.
+        ([[(1, 0.0), (2, 0.0), (3, 1.0), (900, None)]], sqrt(0.75)),
+        ([[(5, 0.1), (6, 0.1), (7, 0.1)]], None),
+        ([[(5, 0.1), (5, 0.9)]], None),
+        ([[(5, 0.1)], [(9, 0.9)], [(3, None), (4, None)]], None),
+    ],
+)
+def test_correlation_of_reward_and_length_within_groups(groups, expected):
+    rollouts = [make_rollout(lengths_and_rewards(*group)) for group in groups]
+    metrics = rollout_metrics(make_rollout(*(rollout.sampled[0] for rollout in rollouts)), ALONE)
+    if expected is None:
+        assert "reward/length_correlation" not in metrics
+    else:
+        assert metrics["reward/length_correlation"] == pytest.approx(expected, abs=1e-12)
+    for of_rank in on_ranks(len(groups), lambda world: rollout_metrics(rollouts[world.rank], world)):
+        assert of_rank.get("reward/length_correlation") == pytest.approx(expected, abs=1e-12)
 
 
 # --- updates ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from rolltune.rollout import Rollout, has_signal, is_trainable
 
 
 def rollout_metrics(rollout: Rollout, world: World) -> dict[str, float]:
-    """What was sampled, over all ranks: rewards and their parts, failures, lengths, groups."""
+    """What was sampled, over all ranks: rewards and their parts, failures, lengths and what they earn, groups."""
     values: dict[str, list[float]] = defaultdict(list)
     failures: dict[str, float] = defaultdict(float)
     for group in rollout.sampled:
@@ -39,7 +40,7 @@ def rollout_metrics(rollout: Rollout, world: World) -> dict[str, float]:
     names = sorted(set(world.gather(moments)))  # a failure may have been seen by one rank alone
     absent = {name: (completions if name.startswith("failures/") else 0, 0.0, 0.0) for name in names}
     sums = world.sum([x for name in names for x in (absent | moments)[name]])
-    metrics = {}
+    metrics = _length_correlation(rollout, world)
     for i, name in enumerate(names):
         count, total, squares = sums[3 * i : 3 * i + 3]
         if name.startswith(("groups/", "failures/")) or name in ("completions/truncated", "reward/unscored"):
@@ -49,6 +50,31 @@ def rollout_metrics(rollout: Rollout, world: World) -> dict[str, float]:
             if name.startswith("reward"):
                 metrics[f"{name}/std"] = max(0.0, squares / count - (total / count) ** 2) ** 0.5
     return metrics
+
+
+def _length_correlation(rollout: Rollout, world: World) -> dict[str, float]:
+    """Pearson's correlation of reward and completion length within groups, over all ranks.
+
+    Both are centred by their group's mean over its scored completions, so that hard problems, whose answers are long and
+    bad, do not count. Near 1 the reward pays for length. Missing where rewards or lengths do not differ in any group.
+    """
+    products, rewards, lengths = 0.0, 0.0, 0.0
+    for group in (group.scored() for group in rollout.sampled):
+        centred_rewards = _centred(group.rewards)
+        centred_lengths = _centred([float(len(completion.token_ids)) for completion in group.completions])
+        products += math.fsum(x * y for x, y in zip(centred_rewards, centred_lengths, strict=True))
+        rewards += math.fsum(x * x for x in centred_rewards)
+        lengths += math.fsum(y * y for y in centred_lengths)
+    products, rewards, lengths = world.sum([products, rewards, lengths])
+    scale = math.sqrt(rewards) * math.sqrt(lengths)
+    return {"reward/length_correlation": max(-1.0, min(1.0, products / scale))} if scale > 0 else {}
+
+
+def _centred(values: Sequence[float]) -> list[float]:
+    if not values or min(values) == max(values):
+        return [0.0] * len(values)  # exactly, where a rounded mean would leave a variance of 1e-34
+    mean = statistics.fmean(values)
+    return [value - mean for value in values]
 
 
 def update_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
