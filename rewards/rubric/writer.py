@@ -13,7 +13,7 @@ from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rolltune.endpoint import Endpoint, Reply
+from rolltune.endpoint import Endpoint, Refused, Reply
 from rolltune.rewards.rubric.fence import fenced, neutral
 from rolltune.rewards.rubric.judge import Question, read_answer, response_format
 from rolltune.rewards.rubric.lint import FEWEST, MOST, Finding, lint
@@ -28,6 +28,8 @@ _LONGEST_ECHO = 8_000  # characters of a reply that is shown to its model again
 _MOST_READ = 100  # criteria, those that say the same counted each
 _MOST_FINDINGS = 10  # that are listed for the model
 _LONGEST_REASON = 300
+_ABOUT_THE_TEXT = frozenset({400, 413, 422, 451})  # a filter, or a question beyond the context; or a wrong request
+_HARMLESS: tuple[Message, ...] = ({"role": "user", "content": "Reply with an empty list of criteria."},)
 
 _QUESTION = """\
 Write the rubric for responses to this question:
@@ -157,6 +159,7 @@ class EndpointRubricWriter:
         self._response_format = response_format(_Reply) if json_schema else None
         self._temperature = temperature
         self._max_tokens = max_tokens
+        self._has_answered = False
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -181,21 +184,19 @@ class EndpointRubricWriter:
         """The first rubric that can be used.
 
         Raises:
-            Malformed: none of three can.
+            Malformed: none of three can; or the server refuses this question, and takes others.
             BudgetSpent, EndpointDown, ValueError: as in :meth:`rolltune.endpoint.Endpoint.chat`.
         """
         question = Question(messages=tuple(self._messages(problem)), answer=_Reply)
         messages: Sequence[Message] = question.messages
         wrong = ""
         for attempt in range(_TRIES):
-            reply = await ask(
-                self.endpoint,
-                messages,
-                temperature=self._temperature,
-                max_tokens=self._max_tokens,
-                seed=derive_seed(seed, attempt),
-                response_format=self._response_format,
-            )
+            try:
+                reply = await self._ask(messages, derive_seed(seed, attempt))
+            except Refused as error:
+                if error.status not in _ABOUT_THE_TEXT or not await self._takes_calls():
+                    raise
+                raise Malformed(f"{problem.id}: {error}") from None
             try:
                 return self._read(problem, question, reply)
             except ValueError as error:
@@ -211,6 +212,27 @@ class EndpointRubricWriter:
     def preview(self, problem: Problem) -> str:
         """What is sent for a problem."""
         return shown_messages(self._messages(problem))
+
+    async def _ask(self, messages: Sequence[Message], seed: int) -> Reply:
+        reply = await ask(
+            self.endpoint,
+            messages,
+            temperature=self._temperature,
+            max_tokens=self._max_tokens,
+            seed=seed,
+            response_format=self._response_format,
+        )
+        self._has_answered = True
+        return reply
+
+    async def _takes_calls(self) -> bool:
+        """Whether a refusal is about the question alone: others were answered, or a harmless one is."""
+        if not self._has_answered:
+            try:
+                await self._ask(_HARMLESS, 0)
+            except Refused:
+                return False
+        return True
 
     def _messages(self, problem: Problem) -> list[Message]:
         reference = _NO_REFERENCE

@@ -329,6 +329,26 @@ def test_a_refusal_is_not_malformed():
     assert not isinstance(refused.value, Malformed) and len(server.calls) == 1
 
 
+@pytest.mark.parametrize("status", [400, 413, 422, 451])
+def test_a_question_that_alone_is_refused_is_left_out(status):
+    """A filter, or a question beyond the context, is no mistake in the config."""
+
+    def script(call, request):
+        return error(status, "filtered") if ASKED in str(request["messages"]) else ok("{}")
+
+    with FaultServer(script) as server:
+        writer = make(server.base_url)
+        for calls in (2, 3):  # the second time it is known that others are answered
+            with pytest.raises(Malformed, match=rf"^q/0: model or base_url: .* refuses a call .*{status}: filtered"):
+                write(writer)
+            assert len(server.calls) == calls
+    assert server.calls[1].request["response_format"] == server.calls[0].request["response_format"]
+    with FaultServer(lambda call, request: error(status, "no such field: response_format")) as server:
+        with pytest.raises(ValueError, match="no such field: response_format") as refused:
+            write(make(server.base_url))
+    assert not isinstance(refused.value, Malformed) and len(server.calls) == 2
+
+
 @pytest.mark.parametrize(
     ("cap", "key"),
     [
