@@ -31,13 +31,14 @@ _NEGATIONS = frozenset(
     "not no never avoid avoids avoiding refrain refrains without fails fail omits does doesn".split()
 )
 _FILLERS = frozenset("a an the of to in on for and or that this it its is are be as by with from t s".split())
+_LEFT_OUT = _NEGATIONS | _FILLERS
 _ELSEWHERE = re.compile(
     r"\b(?:as|see|listed|described|mentioned|stated|noted|explained) (?:above|below)\b(?! \d)"
     r"|\babove-mentioned\b|\baforementioned\b"
     r"|\b(?:criterion|criteria|rubric item) (?:no\.? ?|#)?\d+\b"
-    r"|\b(?:previous|preceding|following|other|next|earlier) (?:criterion|criteria)\b"
+    r"|\b(?:previous|preceding) (?:criterion|criteria)\b"
 )
-_REFERENCE = re.compile(r"\b(?:reference|ideal|gold|model|sample) (?:answer|solution|response)\b")
+_REFERENCE = re.compile(r"\b(?:(?:reference|gold) (?:answer|solution|response)|(?:ideal|model) answer)\b")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -278,7 +279,7 @@ def _repetitions(criteria: Sequence[Criterion]) -> Iterator[_Raw]:
 
 def _sense(description: str) -> frozenset[str]:
     """Its words without those that say nothing, and without negations: a pitfall often mirrors another criterion."""
-    kept = [word for word in _words(description) if word not in _NEGATIONS | _FILLERS]
+    kept = [word for word in _words(description) if word not in _LEFT_OUT]
     return frozenset(word.removesuffix("s") or word for word in kept)  # "names" and "name" are one word here
 
 

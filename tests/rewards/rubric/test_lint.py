@@ -187,6 +187,8 @@ def test_the_answer_is_not_to_be_copied(description, answer, findings):
         ("Says that it rises as above 5 degrees.", None),
         ("Names the mountain above the village.", None),
         ("Names Koch's criteria.", None),
+        ("Calls it an ideal solution.", None),
+        ("Meets the following criteria of a haiku.", None),
         ("Numbers step 2 of the recipe.", None),
     ],
 )
