@@ -1,0 +1,98 @@
+"""Serve a model on this machine, for judges that are asked over the wire.
+
+vLLM answers at ``http://127.0.0.1:<port>/v1`` until Ctrl-C; or, with a ``command``, while that runs, and the exit
+status is the command's. If the server ends before it, the command is ended too, with status 1.
+
+    tune run serve --config smollm2_135m_judge.yaml
+    tune run serve --config smollm2_135m_judge.yaml command="[make, my-run]"
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rolltune import config
+from rolltune.schema import ServeConfig
+from rolltune.serving import HOST, Server, ServerFailed, command_line, serve
+
+FAILED = 1
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 60.0  # for a command to end by itself: one that trains may be in the middle of a checkpoint
+
+
+def run(cfg: ServeConfig) -> None:
+    """Serve until Ctrl-C or the end of the command."""
+    settings = {
+        "name": cfg.name,
+        "port": cfg.port,
+        "dtype": cfg.dtype,
+        "max_model_len": cfg.max_model_len,
+        "max_num_seqs": cfg.max_num_seqs,
+        "kv_cache_gib": cfg.kv_cache_gib,
+        "options": cfg.options,
+    }
+    if cfg.dry_run:
+        print(f"dry run: nothing was started; it would be\n  {shlex.join(command_line(cfg.model, **settings))}")
+        return
+    signal.signal(signal.SIGTERM, terminated)
+    log = Path(cfg.output_dir) / "server.log"
+    try:
+        with serve(cfg.model, log=log, start_seconds=cfg.start_seconds, **settings) as server:
+            status = run_beside(server, cfg.command) if cfg.command else wait_for(server)
+    except ServerFailed as error:
+        print(f"serve: {error}", file=sys.stderr)
+        status = FAILED
+    sys.exit(status)
+
+
+def terminated(number: int, frame: object) -> NoReturn:
+    """SIGTERM ends the process as an exception does, so that what it started is ended too."""
+    sys.exit(128 + number)
+
+
+def wait_for(server: Server) -> NoReturn:
+    """Until Ctrl-C; ServerFailed where the server ends before it."""
+    print("Ctrl-C stops it", flush=True)
+    while True:
+        server.check()
+        time.sleep(POLL_SECONDS)
+
+
+def run_beside(server: Server, command: Sequence[str]) -> int:
+    """The exit status of the command, or 128 and more for a signal; ServerFailed where the server ends before it."""
+    # What asks the server must not ask a proxy for it.
+    direct = ",".join(filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), HOST, "localhost"]))
+    process = subprocess.Popen(command, env=os.environ | {"NO_PROXY": direct, "no_proxy": direct})
+    try:
+        while (status := process.poll()) is None:
+            server.check()
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:  # the terminal has sent it to the command, too
+        end(process)
+        raise
+    except BaseException:
+        process.terminate()
+        end(process)
+        raise
+    return status if status >= 0 else 128 - status
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a command that was told to end; not for ever."""
+    try:
+        process.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+if __name__ == "__main__":
+    config.main(ServeConfig, run)

@@ -1,0 +1,59 @@
+"""Run a command that does not outlive the process that began it.
+
+    python -I guard.py SECONDS COMMAND [ARGUMENT ...] < a pipe that nobody writes to
+
+The command gets a process group of its own. When the pipe closes, which the operating system sees to however the
+process at its other end goes away, the whole group is sent SIGTERM, and SIGKILL after that many seconds. The exit
+status is the command's. Run as a file: what is imported is the standard library alone, and so it is there at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command until it ends or the standard input does. Returns its exit status; 128 and more for a signal.
+
+    Args:
+        argv: seconds between SIGTERM and SIGKILL, then the command.
+    """
+    grace, arguments = float(argv[0]), argv[1:]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the pipe alone says when to stop
+        signal.signal(number, signal.SIG_IGN)
+    command = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_default_signals)
+    threading.Thread(target=_end_with_stdin, args=(command, grace), daemon=True).start()
+    status = command.wait()
+    _signal_group(command, signal.SIGKILL)  # what it left running
+    return status if status >= 0 else 128 - status
+
+
+def _default_signals() -> None:
+    """What is ignored here is not to be ignored there: a program starts with what its parent ignores."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _end_with_stdin(command: subprocess.Popen[bytes], grace: float) -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    _signal_group(command, signal.SIGTERM)
+    time.sleep(grace)  # a daemon thread: the process ends with the command
+    _signal_group(command, signal.SIGKILL)
+
+
+def _signal_group(command: subprocess.Popen[bytes], number: int) -> None:
+    try:
+        os.killpg(command.pid, number)
+    except (ProcessLookupError, PermissionError):  # all of it is gone; macOS says so by the latter
+        pass
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
