@@ -49,6 +49,8 @@ _SPECIAL = (
         re.IGNORECASE | re.MULTILINE,
     ),
     re.compile(rf"^([ \t]{{0,8}})(?=#{{1,6}}[ \t]{{0,3}}(?:{_ROLES})[ \t]{{0,3}}$)", re.IGNORECASE | re.MULTILINE),
+    # "grade": 1 as a judge writes it; quoted without escapes it would end the judge's own reason and grade the text
+    re.compile(r'(")(?=(?:grade|rating|verdicts)"\s*:)', re.IGNORECASE),
     re.compile(r"()(?<![=\\])(?====[^\n]{0,200}\b(?:begins|ends)\b)", re.IGNORECASE),  # a fence's own lines
 )
 
@@ -86,8 +88,9 @@ def neutral(text: str) -> str:
     - Line ends of any kind are newlines; other control characters and lone surrogates become U+FFFD.
     - Format characters (zero width, bidi, tags), fillers and variation selectors are taken out: what is hidden from
       people is hidden from the judge.
-    - Special tokens, role headings and lines that look like a fence's get a backslash: ``<|im_start|>`` is shown as
-      ``<\\|im_start|>``, ``[INST]`` as ``[\\INST]``, ``### System:`` as ``\\### System:``.
+    - Special tokens, role headings, lines that look like a fence's and the keys of a verdict get a backslash:
+      ``<|im_start|>`` is shown as ``<\\|im_start|>``, ``[INST]`` as ``[\\INST]``, ``### System:`` as
+      ``\\### System:``, ``"grade": 1`` as ``"\\grade": 1``.
 
     Time linear in the length.
     """

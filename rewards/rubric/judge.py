@@ -8,6 +8,7 @@ question's schema counts; anything else is no verdict.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -18,7 +19,9 @@ from rolltune.types import Message
 
 Failure = Literal["judge_down", "judge_refused", "judge_unparseable", "judge_cut", "judge_budget"]
 MAX_REPLY_CHARS = 64_000  # the end of a reply, where its verdict stands
-_MOST_OBJECTS = 1000
+_MOST_WORK, _EACH_TRY, _UNKNOWN_WORK = 4_000_000, 400, 10_000  # characters read in looking for objects
+# No judge has cause to write "gr\\u0061de"; a text that it quotes may. An even number of backslashes escapes itself.
+_ESCAPED_LETTER = re.compile(r"(?<!\\)(?:\\\\)*\\u00[4-7]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +120,8 @@ def read_answer(question: Question, reply: str, *, whole: bool = True) -> BaseMo
         raise ValueError(f"a JSON object is wanted, and there is {what}")
     last = own[-1]
     before, behind = _outside(text, found, last)
+    if _ESCAPED_LETTER.search(text, last.start, last.end):
+        raise ValueError("letters are written as \\u escapes; write them as they are")
     if "{" in behind or "}" in behind:
         raise ValueError("the JSON object has to be the last thing, and more braces follow it")
     if before.count("{") != before.count("}"):
@@ -137,17 +142,23 @@ class _Place:
 
 
 def _objects(text: str) -> Iterator[_Place]:
-    """The JSON objects of a text that are in no other one, in order."""
-    starts = [place for place, char in enumerate(text) if char == "{"][-_MOST_OBJECTS:]
-    end = 0
-    for start in starts:
-        if start < end:
-            continue
+    """The JSON objects of a text that are in no other one, in order.
+
+    Raises:
+        ValueError: looking for them takes too long, which only braces that close nothing can do.
+    """
+    work, start = 0, text.find("{")
+    while start >= 0:
         try:
             value, end = _DECODER.raw_decode(text, start)
-        except (ValueError, RecursionError):  # ValueError also for a number of too many digits
-            continue
-        yield _Place(start, end, value)
+        except (ValueError, RecursionError) as error:  # ValueError also for a number of too many digits
+            work += error.pos - start + _EACH_TRY if isinstance(error, json.JSONDecodeError) else _UNKNOWN_WORK
+            end = start + 1
+        else:
+            yield _Place(start, end, value)
+        if work > _MOST_WORK:
+            raise ValueError("there are too many braces that close nothing")
+        start = text.find("{", end)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
