@@ -7,6 +7,7 @@ import pytest
 
 from rolltune import config
 from rolltune.schema import (
+    AuditJudgeConfig,
     AuditRewardsConfig,
     EvaluateConfig,
     GRPOConfig,
@@ -25,6 +26,7 @@ SCHEMAS = {
     "write_traces": WriteTracesConfig,
     "write_rubrics": WriteRubricsConfig,
     "audit_rewards": AuditRewardsConfig,
+    "audit_judge": AuditJudgeConfig,
     "lint_rubrics": LintRubricsConfig,
     "serve": ServeConfig,
 }

@@ -46,6 +46,7 @@ def test_recipes_hold_no_helper_modules():
         "write_rubrics",
         "serve",
         "audit_rewards",
+        "audit_judge",
         "lint_rubrics",
     }
 

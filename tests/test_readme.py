@@ -8,6 +8,7 @@ import pytest
 from rolltune import config
 from rolltune.rewards.combine import WeightedReward
 from rolltune.schema import (
+    AuditJudgeConfig,
     AuditRewardsConfig,
     EvaluateConfig,
     GRPOConfig,
@@ -28,6 +29,7 @@ SCHEMAS = {
     "write_traces": WriteTracesConfig,
     "write_rubrics": WriteRubricsConfig,
     "audit_rewards": AuditRewardsConfig,
+    "audit_judge": AuditJudgeConfig,
     "lint_rubrics": LintRubricsConfig,
     "serve": ServeConfig,
 }

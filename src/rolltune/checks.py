@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from rolltune.components import ConfigError, check_component, instantiate, mismatch, show
+from rolltune.rewards.rubric.templates import own_prompt
 from rolltune.schema import (
+    AuditJudgeConfig,
     AuditRewardsConfig,
     Component,
     DataConfig,
@@ -53,6 +55,8 @@ def check_config(cfg: Any, *, world_size: int = 1) -> list[str]:
         return list(_check_prime(cfg, world_size))
     if isinstance(cfg, AuditRewardsConfig):
         return list(_check_audit_rewards(cfg))
+    if isinstance(cfg, AuditJudgeConfig):
+        return list(_check_audit_judge(cfg))
     if isinstance(cfg, LintRubricsConfig):
         return list(_check_lint_rubrics(cfg))
     if isinstance(cfg, WriteTracesConfig):
@@ -132,6 +136,32 @@ def _check_lint_rubrics(cfg: LintRubricsConfig) -> Iterator[str]:
     yield from _at_least("fewest_criteria", cfg.fewest_criteria, 1)
     if cfg.most_criteria < cfg.fewest_criteria:
         yield f"most_criteria: {cfg.most_criteria}; must be at least fewest_criteria, {cfg.fewest_criteria}"
+
+
+def _check_audit_judge(cfg: AuditJudgeConfig) -> Iterator[str]:
+    yield from _check_output_dir(cfg.output_dir)
+    yield from _at_least("seed", cfg.seed, 0)
+    yield from check_component(cfg.data, "data")
+    problems = check_component(cfg.judge, "judge") or _call_problems(cfg.judge, "judge")
+    yield from problems
+    if not problems and not all(hasattr(instantiate(cfg.judge), name) for name in ("ask", "metrics")):
+        name = cfg.judge["_component_"]
+        yield f"judge._component_: {name}: no judge; a rolltune.rewards.rubric.judge.Judge has ask and metrics"
+    if cfg.template is not None:
+        try:
+            own_prompt(cfg.template, "explicit" if cfg.one_call else "explicit_one")
+        except ValueError as error:
+            yield str(error).replace("prompt", "template", 1)
+    if cfg.reversed and not cfg.one_call:
+        yield "reversed: true; does nothing while one_call is false, where no question has two criteria"
+    yield from _at_least("repeats", cfg.repeats, 1)
+    if cfg.repeats > 1 and not problems and check_component(cfg.judge | {"seed": 0}, "judge"):
+        yield f"repeats: {cfg.repeats}; {cfg.judge['_component_']} takes no seed, by which repeats differ; must be 1"
+    yield from _at_least("resamples", cfg.resamples, 100)
+    for name, lowest in (("min_accuracy", 0), ("min_kappa", -1)):
+        least = getattr(cfg, name)
+        if least is not None and not lowest <= least <= 1:
+            yield f"{name}: {least}; must be in {lowest} .. 1"
 
 
 def _check_write_traces(cfg: WriteTracesConfig) -> Iterator[str]:

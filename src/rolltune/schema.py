@@ -203,6 +203,24 @@ class LintRubricsConfig:
 
 
 @dataclass(kw_only=True)
+class AuditJudgeConfig:
+    """recipes/audit_judge.py"""
+
+    output_dir: str = MISSING
+    seed: int = 0  # of the bootstrap
+    dry_run: bool = False  # check everything, show one question, ask nothing
+    data: Component = MISSING  # labelled verdicts: rolltune.data.judge_labelled.judge_labelled
+    judge: Component = MISSING  # rolltune.rewards.rubric.endpoint_judge.EndpointJudge, or one of your own
+    template: str | None = None  # a file in place of the packaged prompt, as the reward takes one
+    one_call: bool = True  # all criteria of a response in one question; false: a question for each
+    reversed: bool = False  # ask with the criteria in reversed order, too
+    repeats: int = 1  # times that all is asked, each by a further seed of the judge, whose caps hold for each
+    resamples: int = 2000  # of the bootstrap over responses
+    min_accuracy: float | None = None  # below it the exit status is 1
+    min_kappa: float | None = None  # the same
+
+
+@dataclass(kw_only=True)
 class WriteTracesConfig:
     """recipes/write_traces.py"""
 
