@@ -48,8 +48,8 @@ MIXED = make_group(
 EQUAL = make_group((1, "stop", score(0.2, 0.0)), (3, "stop", score(0.2, 0.0)))
 LONELY = make_group((5, "stop", score(None, None, failure="timeout")), (7, "stop", score(1.0, 1.0)))
 
-# Totals 1.2 0.2 0 0.2 0.2 1: mean 2.8 / 6; the answer's parts 1 0 0 0 0 1. Length and reward in groups: MIXED has totals
-# of 11/15 -4/15 -7/15 about their mean and lengths of -3 -1 4 about theirs, EQUAL has 0 0 and -1 1, LONELY 0 and 0.
+# Totals 1.2 0.2 0 0.2 0.2 1: mean 2.8 / 6; the answer's parts 1 0 0 0 0 1. About its group's mean, MIXED has totals of
+# 11/15 -4/15 -7/15 and lengths of -3 -1 4, EQUAL has 0 0 and -1 1, LONELY 0 and 0.
 EXPECTED = {
     "reward/mean": 2.8 / 6,
     "reward/std": sqrt((1.44 + 3 * 0.04 + 1.0) / 6 - (2.8 / 6) ** 2),

@@ -270,7 +270,7 @@ def compare(pairs: Sequence[tuple[float, float]]) -> Comparison:
     """Compare (training score, gold score) of each turn.
 
     Example:
-        >>> compare([(1.0, 1.0), (0.5, 0.0), (0.25, 0.0), (0.25, 1.0)]).agreement
+        >>> compare([(1.0, 1.0), (0.5, 0.0), (0.25, 1.0)]).agreement
         0.5
 
     Args:

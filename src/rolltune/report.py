@@ -55,8 +55,8 @@ def rollout_metrics(rollout: Rollout, world: World) -> dict[str, float]:
 def _length_correlation(rollout: Rollout, world: World) -> dict[str, float]:
     """Pearson's correlation of reward and completion length within groups, over all ranks.
 
-    Both are centred by their group's mean over its scored completions, so that hard problems, whose answers are long and
-    bad, do not count. Near 1 the reward pays for length. Missing where rewards or lengths do not differ in any group.
+    Both are centred by their group's mean over its scored completions: that answers to hard problems are long and bad
+    does not count. Near 1 the reward pays for length. Missing where rewards or lengths do not differ in any group.
     """
     products, rewards, lengths = 0.0, 0.0, 0.0
     for group in (group.scored() for group in rollout.sampled):
