@@ -122,10 +122,10 @@ def read_answer(question: Question, reply: str, *, whole: bool = True) -> BaseMo
     before, behind = _outside(text, found, last)
     if _ESCAPED_LETTER.search(text, last.start, last.end):
         raise ValueError("letters are written as \\u escapes; write them as they are")
-    if "{" in behind or "}" in behind:
-        raise ValueError("the JSON object has to be the last thing, and more braces follow it")
     if before.count("{") != before.count("}"):
         raise ValueError("the JSON object stands behind a brace that is not closed")
+    if "{" in behind or "}" in behind:
+        raise ValueError("the JSON object has to be the last thing, and more braces follow it")
     try:
         return question.answer.model_validate(last.value, context={"whole": whole})
     except ValidationError as error:

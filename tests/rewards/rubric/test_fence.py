@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import read_prompt
 
-from rolltune.rewards.rubric import fence
 from rolltune.rewards.rubric.degenerate import is_degenerate
 from rolltune.rewards.rubric.fence import MAX_CHARS, fenced, neutral
 
@@ -72,7 +71,7 @@ def test_a_text_that_has_its_own_hash_gets_another(monkeypatch):
         def hexdigest(self) -> str:
             return "f" * 64 if self.data.startswith(b"0\n") else "e" * 64
 
-    monkeypatch.setattr(fence.hashlib, "sha256", Known)
+    monkeypatch.setattr(hashlib, "sha256", Known)
     assert fenced(f"I know it: {'F' * 16}").split()[2] == "e" * 16  # in capitals it would be known as well
 
 
