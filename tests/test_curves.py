@@ -87,6 +87,60 @@ def test_behaviours_have_a_panel_of_their_own(tmp_path):
     assert wide[0] == 2 * png_size(plot_curves(tmp_path / "without"))[0]
 
 
+JUDGED = {
+    "reward/mean": 0.5,
+    "reward/rubric/mean": 0.5,
+    "reward/rubric/scored_share/mean": 0.9,
+    "reward/rubric/category/essential/mean": 0.7,
+    "reward/rubric/category/pitfall/mean": 0.4,
+    "reward/rubric/criterion/names_the_unit/mean": 0.3,
+    "reward/length_correlation": 0.1,
+    "judge/rubric/questions": 40.0,
+    "judge/rubric/calls": 30.0,
+    "judge/rubric/cache_hits": 12.0,
+    "judge/rubric/dollars": 0.02,
+}
+
+
+def drawn_by(plot, rows) -> dict[str, list[float]]:
+    axes = Figure().add_subplot()
+    plot(axes, curves._series([{"step": step, **row} for step, row in enumerate(rows)]))
+    return {str(line.get_label()): list(line.get_ydata()) for line in axes.lines if str(line.get_label())[0] != "_"}  # pyright: ignore[reportArgumentType]
+
+
+def test_what_a_judged_run_adds(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.log(1, JUDGED | {"gold/train_mean": 0.6, "gold/mean": 0.5, "gold/alarm": 0.0})
+    log.close()
+    width, height = png_size(plot_curves(tmp_path))
+    log = MetricsLog(tmp_path / "plain")
+    log.log(1, {"reward/mean": 0.5, "kl": 0.0, "entropy": 1.0})  # a whole row of panels
+    log.close()
+    row_width, row_height = png_size(plot_curves(tmp_path / "plain"))
+    assert (width, height) == (row_width, 2 * row_height), "five panels: the reward, gold, categories, criteria, judge"
+    assert drawn_by(curves._plot_reward, [JUDGED]) == {"total": [0.5], "rubric": [0.5]}
+    assert drawn_by(curves._plot_rubric, [JUDGED]) == {"essential": [0.7], "pitfall": [0.4]}
+    assert drawn_by(curves._plot_criteria, [JUDGED]) == {"names the unit": [0.3]}
+    assert drawn_by(curves._plot_judge, [JUDGED]) == {
+        "rubric questions": [40.0],
+        "rubric calls": [30.0],
+        "rubric cache hits": [12.0],
+    }
+
+
+def test_alarms_are_marked_on_the_curve_of_the_judge():
+    rows = [{"gold/train_mean": mean, "gold/mean": 0.3, "gold/alarm": alarm} for mean, alarm in ((0.3, 0), (0.8, 1))]
+    assert drawn_by(curves._plot_gold, rows) == {"trained on": [0.3, 0.8], "gold": [0.3, 0.3], "alarm": [0.8]}
+    assert "alarm" not in drawn_by(curves._plot_gold, rows[:1])
+
+
+def test_of_many_criteria_those_seen_most_are_drawn():
+    names = [f"reward/rubric/criterion/c{i}/mean" for i in range(20)]
+    rows = [dict.fromkeys(names, 0.1), dict.fromkeys(names[10:13], 0.2)]
+    drawn = drawn_by(curves._plot_criteria, rows)
+    assert list(drawn) == ["c10", "c11", "c12", "c0", "c1", "c2"]
+
+
 def test_nothing_to_draw(tmp_path):
     log = MetricsLog(tmp_path)
     log.log(1, {"seconds/sample": 1.0})

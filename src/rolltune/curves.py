@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,8 +25,9 @@ def plot_curves(output_dir: str | Path) -> Path:
     """Draw ``<output_dir>/curves.png`` from ``metrics.jsonl``.
 
     One panel each for reward and its parts, held-out accuracy with its 95 % interval, completion length and
-    truncation, KL, entropy, and the gradient norm with the clip fraction; panels without data are left out. A run
-    without rewards (supervised fine-tuning) has its loss in the first panel.
+    truncation, KL, entropy, the gradient norm with the clip fraction, and, of a run that is judged, the judge beside
+    the gold measure, a rubric's categories and criteria, and what the judge was asked and has cost; panels without data
+    are left out. A run without rewards (supervised fine-tuning) has its loss in the first panel.
 
     Raises:
         ValueError: there is no ``metrics.jsonl``, or none of these metrics is in it.
@@ -46,8 +48,14 @@ def plot_curves(output_dir: str | Path) -> Path:
     if "reward/mean" not in curves:
         panels[0] = (_plot_loss, "loss")
     panels = [(draw, needed) for draw, needed in panels if needed in curves]
-    if behaviours := next(filter(_behaviour_of, curves), None):
-        panels.append((_plot_behaviours, behaviours))
+    for draw, is_drawn in (
+        (_plot_behaviours, _behaviour_of),
+        (_plot_gold, {"gold/mean"}.__contains__),
+        (_plot_rubric, _category_of),
+        (_plot_criteria, _criterion_of),
+        (_plot_judge, _questions_of),
+    ):
+        panels += [(draw, name) for name in list(filter(is_drawn, curves))[:1]]
     if not panels:
         raise ValueError(f"{output_dir / 'metrics.jsonl'}: nothing to draw; it has {', '.join(curves) or 'no metrics'}")
 
@@ -191,6 +199,64 @@ def _behaviour_of(name: str) -> str | None:
     if len(parts) == 4 and (parts[0], parts[3]) == ("reward", "mean") and parts[2] in BEHAVIOURS:
         return parts[2].replace("_", " ")
     return None
+
+
+def _plot_gold(axes: Axes, curves: dict[str, Series]) -> None:
+    title_axes(axes, "Judge and gold measure", "mean over held-out turns")
+    for name, label, color in (("train_mean", "trained on", COLORS[0]), ("mean", "gold", COLORS[2])):
+        axes.plot(*curves[f"gold/{name}"], color=color, linewidth=1.6, marker="o", markersize=3.5, label=label)
+    judged = dict(zip(*curves["gold/train_mean"], strict=True))
+    steps = [step for step, alarm in zip(*curves.get("gold/alarm", ([], [])), strict=True) if alarm]
+    if steps:
+        at = [judged[step] for step in steps]
+        axes.plot(steps, at, color=COLORS[4], linestyle="none", marker="X", markersize=8, label="alarm")
+
+
+def _plot_rubric(axes: Axes, curves: dict[str, Series]) -> None:
+    title_axes(axes, "Rubric, by category", "mean of what criteria earn")
+    _plot_named(axes, curves, _category_of)
+    if shares := next((name for name in curves if name.endswith("/scored_share/mean")), None):
+        _second_axis(axes, curves[shares], "share of the weight scored", top=1.05)
+
+
+def _category_of(name: str) -> str | None:
+    return _label(name, r"reward/([^/]+)/category/([^/]+)/mean")
+
+
+def _plot_criteria(axes: Axes, curves: dict[str, Series]) -> None:
+    title_axes(axes, "Rubric, by criterion", "mean of what it earns")
+    _plot_named(axes, curves, _criterion_of)
+
+
+def _criterion_of(name: str) -> str | None:
+    return _label(name, r"reward/([^/]+)/criterion/([^/]+)/mean")
+
+
+def _plot_judge(axes: Axes, curves: dict[str, Series]) -> None:
+    title_axes(axes, "Judge", "so far in this process")
+    for ending, style in (("questions", "-"), ("calls", "--"), ("cache_hits", ":")):
+        named = [name for name in curves if re.fullmatch(f"judge/[^/]+/{ending}", name)]
+        for color, name in zip(COLORS, named, strict=False):
+            label = " ".join(name.split("/")[1:]).replace("_", " ")
+            axes.plot(*curves[name], color=color, linestyle=style, linewidth=1.4, label=label)
+    if dollars := next((name for name in curves if re.fullmatch("judge/[^/]+/dollars", name)), None):
+        _second_axis(axes, curves[dollars], "dollars")
+
+
+def _questions_of(name: str) -> str | None:
+    return _label(name, "judge/([^/]+)/(questions)")
+
+
+def _plot_named(axes: Axes, curves: dict[str, Series], label_of: Callable[[str], str | None]) -> None:
+    """The curves that have a label, those with the most points first, and of these as many as there are colours."""
+    named = sorted((name for name in curves if label_of(name)), key=lambda name: -len(curves[name][0]))
+    for color, name in zip(COLORS, named, strict=False):
+        _line(axes, curves[name], color, label_of(name))
+
+
+def _label(name: str, pattern: str) -> str | None:
+    match = re.fullmatch(pattern, name)
+    return match and match[2].replace("_", " ").replace("-", " ")
 
 
 def _plot_loss(axes: Axes, curves: dict[str, Series]) -> None:
