@@ -63,6 +63,10 @@ sampler: {_component_: rolltune.samplers.native.NativeSampler}
 """
 
 
+GOLD = "_component_: rolltune.rewards.rubric.gold.GoldCheck"
+ANSWER = "{_component_: rolltune.rewards.answer.answer_reward}"
+
+
 @pytest.fixture
 def valid(tmp_path: Path) -> Path:
     path = tmp_path / "valid.yaml"
@@ -303,6 +307,22 @@ MISTAKES = [
         "eval.lenient={_component_: rolltune.rewards.length.cosine_length_reward, max_tokens: 9}",
         "cosine_length_reward takes the completion; a turn is judged by its text alone here",
     ),
+    ("eval.gold={_component_: rolltune.losses.grpo.GRPOLoss}", "rolltune.rewards.rubric.gold.GoldCheck is wanted"),
+    (f"eval.gold={{{GOLD}, reward: format}}", "eval.gold.gold: missing; GoldCheck needs it"),
+    (f"eval.gold={{{GOLD}, reward: frmt, gold: {ANSWER}}}", "eval.gold.reward: frmt; one of rewards is wanted: answer"),
+    (
+        f"eval.gold={{{GOLD}, reward: answer, gold: {ANSWER}}}",
+        "eval.gold.gold: the same as rewards.answer, which would",
+    ),
+    (f"eval.gold={{{GOLD}, reward: format, gold: {ANSWER}, alarm_gap: 0}}", "eval.gold.alarm_gap: 0; must be > 0"),
+    (
+        f"eval.gold={{{GOLD}, reward: format, gold: {{_component_: rolltune.nope}}}}",
+        "eval.gold.gold._component_: rolltune",
+    ),
+    (
+        f"eval.gold={{{GOLD}, reward: format, gold: {ANSWER}, max_problems: 300, min_problems: 201}}",
+        "eval.gold.min_problems: 201; eval.max_problems is 200, so nothing would ever be compared",
+    ),
     ("checkpoint.every_n_steps=0", "checkpoint.every_n_steps: 0; must be >= 1"),
     ("checkpoint.keep_last=0", "checkpoint.keep_last: 0; must be >= 1"),
     ("logging.samples_every_n_steps=0", "logging.samples_every_n_steps: 0; must be >= 1"),
@@ -392,6 +412,15 @@ def test_prime_measures_no_accuracy(tmp_path: Path):
     assert found.startswith("eval.correct: does nothing here: the held-out measure of this recipe is the loss")
     (found,) = problems_of(path, f"eval.lenient={judge}", recipe=schema.PrimeConfig)
     assert found.startswith("eval.lenient: does nothing here")
+
+
+def test_a_gold_check_is_for_what_samples(tmp_path: Path, valid: Path):
+    gold = f"eval.gold={{{GOLD}, reward: format, gold: {ANSWER}}}"
+    assert problems_of(valid, gold) == []
+    path = tmp_path / "prime.yaml"
+    path.write_text(PRIME)
+    (found,) = problems_of(path, gold, recipe=schema.PrimeConfig)
+    assert found.startswith("eval.gold: does nothing here")
 
 
 def test_several_settings_that_contradict(valid: Path):
@@ -649,6 +678,7 @@ SHARED = {
     "eval.max_new_tokens",
     "eval.correct",
     "eval.lenient",
+    "eval.gold",
     "checkpoint",
     "checkpoint.every_n_steps",
     "checkpoint.keep_last",

@@ -25,7 +25,10 @@ from rolltune.schema import Component
 from rolltune.types import Completion, Problem, Score
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from rolltune.distributed import World
+    from rolltune.samplers import Sampler
 
 SHOWN_CHARACTERS = 160  # of the turn that the two differ most about
 
@@ -98,7 +101,7 @@ class GoldCheck:
             gold=WeightedReward(rewards={"gold": (_build(self.gold), 1.0)}),
         )
         for reward in (watch.training, watch.gold):
-            reward.prepare(problems[: self.max_problems])
+            reward.check(problems[: self.max_problems])
         return watch
 
 
@@ -179,6 +182,12 @@ class GoldWatch:
         metrics |= now.metrics() | {"gold/gap_change": now.gap - first.gap, "gold/alarm": float(bool(found))}
         return GoldReading(metrics=metrics, warning=self._warning(found, scored) if found else None)
 
+    def try_out(self, problem: Problem) -> None:
+        self.gold.try_out(problem)
+
+    def bind(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, frozen: Callable[[], Sampler]) -> None:
+        self.gold.bind(sampler, tokenizer, frozen)
+
     def close(self) -> None:
         """The gold measure is asked no more."""
         self.gold.close()
@@ -208,7 +217,8 @@ class GoldWatch:
             turn.failure or "no reason given" for turn in scored if turn.training is None or turn.gold is None
         )
         listed = ", ".join(f"{failure} {count}" for failure, count in failures.most_common())
-        stopped = next((f"; {reward.stop_reason}" for reward in (self.training, self.gold) if reward.stop_reason), "")
+        reason = self.training.stop_reason or (self.gold.stop_reason or "").replace("rewards.gold", "eval.gold.gold", 1)
+        stopped = f"; {reason}" if reason else ""
         return (
             f"eval.gold: {num_pairs} of {len(scored)} held-out turns have both scores ({listed}), fewer than "
             f"min_problems, {self.check.min_problems}: nothing was compared{stopped}"

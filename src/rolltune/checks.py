@@ -92,6 +92,8 @@ def _check_grpo(cfg: GRPOConfig, world_size: int) -> Iterator[str]:
     yield from _check_eval(cfg)
     yield from _check_judge(cfg.eval.correct, "eval.correct")
     yield from _check_judge(cfg.eval.lenient, "eval.lenient")
+    if cfg.eval.gold is not None:
+        yield from _check_gold(cfg.eval.gold, cfg)
     yield from _check_logging(cfg.logging)
 
 
@@ -113,6 +115,8 @@ def _check_prime(cfg: PrimeConfig, world_size: int) -> Iterator[str]:
     for name in ("correct", "lenient"):
         if getattr(cfg.eval, name) != getattr(EvalConfig(), name):
             yield f"eval.{name}: does nothing here: the held-out measure of this recipe is the loss; leave it out"
+    if cfg.eval.gold is not None:
+        yield "eval.gold: does nothing here: prime samples nothing that could be scored; leave it out"
     yield from _check_logging(cfg.logging)
     if cfg.logging.classifier is not None:
         yield "logging.classifier: does nothing in prime, which samples nothing; leave it out"
@@ -505,6 +509,28 @@ def _check_eval(cfg: GRPOConfig | PrimeConfig) -> Iterator[str]:
         yield from _at_least("eval.max_new_tokens", cfg.eval.max_new_tokens, 1)
     yield from _at_least("checkpoint.every_n_steps", cfg.checkpoint.every_n_steps, 1)
     yield from _at_least("checkpoint.keep_last", cfg.checkpoint.keep_last, 1)
+
+
+def _check_gold(node: Component, cfg: GRPOConfig) -> Iterator[str]:
+    from rolltune.rewards.rubric.gold import GoldCheck
+
+    problems = check_component(node, "eval.gold") or _call_problems(node, "eval.gold")
+    yield from problems
+    if problems:
+        return
+    check = instantiate(node)
+    if not isinstance(check, GoldCheck):
+        yield f"eval.gold._component_: {node['_component_']}: rolltune.rewards.rubric.gold.GoldCheck is wanted"
+        return
+    if check.reward not in cfg.rewards:
+        yield f"eval.gold.reward: {check.reward}; one of rewards is wanted: {', '.join(cfg.rewards)}"
+    elif check.gold == {key: value for key, value in cfg.rewards[check.reward].items() if key != "weight"}:
+        yield f"eval.gold.gold: the same as rewards.{check.reward}, which would be compared with itself"
+    if cfg.eval.max_problems < check.min_problems:
+        yield (
+            f"eval.gold.min_problems: {check.min_problems}; eval.max_problems is {cfg.eval.max_problems}, so nothing "
+            "would ever be compared"
+        )
 
 
 def _check_logging(logging: LoggingConfig) -> Iterator[str]:

@@ -98,6 +98,7 @@ class EvalConfig:
     max_new_tokens: int | None = None  # null: as in sampling
     correct: Component = field(default_factory=_ANSWER)  # a turn is right where it gives 1
     lenient: Component = field(default_factory=_LENIENT)  # the same, whatever the form
+    gold: Component | None = None  # grpo: a rolltune.rewards.rubric.gold.GoldCheck, the alarm for a hacked judge
 
 
 @dataclass(kw_only=True)

@@ -305,10 +305,14 @@ class Judge:
         self.name, self.stop_reason = name, None
     def __call__(self, problem, text):
         return self.begin(problem, text)()
-    def prepare(self, problems):
-        EVENTS.append(("prepare", self.name, [problem.id for problem in problems]))
+    def check(self, problems):
+        EVENTS.append(("check", self.name, [problem.id for problem in problems]))
         if not problems[0].messages:
             raise ValueError(f"{problems[0].id}: has no question")
+    def try_out(self, problem):
+        EVENTS.append(("try_out", self.name, problem.id))
+    def bind(self, sampler, tokenizer, frozen):
+        EVENTS.append(("bind", self.name, sampler))
     def begin(self, problem, text):
         EVENTS.append(("begin", self.name, problem.id))
         def finish():
@@ -341,14 +345,27 @@ def test_both_are_asked_of_all_turns_before_either_is_waited_for(tmp_path, judge
     training = WeightedReward(rewards={"rubric": (judges.Judge("rubric"), 1.0)})
     watch = check.start(training, [problem for problem, _ in asked])
     ids = [str(i) for i in range(5)]
-    assert judges.EVENTS == [("prepare", "rubric", ids), ("prepare", "gold", ids)]
+    assert judges.EVENTS == [("check", "rubric", ids), ("check", "gold", ids)]
     judges.EVENTS.clear()
     metrics = measure(watch, asked, tmp_path).metrics
     assert [event for event, *_ in judges.EVENTS] == ["begin"] * 10 + ["finish"] * 10
     assert metrics["gold/correlation"] == 1.0 and metrics["gold/scored"] == 5.0
     assert metrics["gold/judge/calls"] == 5.0, "of the gold judge alone; the other's are the run's"
+    judges.EVENTS.clear()
+    watch.try_out(asked[0][0])
+    watch.bind("sampler", None, None)  # pyright: ignore[reportArgumentType]
     watch.close()
-    assert judges.EVENTS[-1] == ("close", "gold", None), "the training judge goes on"
+    of_gold = [("try_out", "gold", "0"), ("bind", "gold", "sampler"), ("close", "gold", None)]
+    assert judges.EVENTS == of_gold, "the training judge is the run's"
+
+
+def test_a_judge_that_may_be_asked_no_more_is_named(tmp_path, judges, monkeypatch):
+    check = GoldCheck(reward="rubric", gold={"_component_": "gold_parts.Judge", "name": "gold"}, min_problems=4)
+    turns = [(Problem(id="p", messages=({"role": "user", "content": "?"},)), turn(0, "-")[1])] * 4
+    watch = check.start(WeightedReward(rewards={"rubric": (marks, 1.0)}), [problem for problem, _ in turns])
+    watch.gold.judged["gold"].stop_reason = "max_dollars: 1 is reached"  # pyright: ignore[reportAttributeAccessIssue]
+    warning = measure(watch, turns, tmp_path).warning
+    assert warning is not None and warning.endswith("nothing was compared; eval.gold.gold: max_dollars: 1 is reached")
 
 
 def test_what_cannot_be_judged_is_refused_at_the_start(judges):
