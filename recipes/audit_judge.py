@@ -31,7 +31,6 @@ from rich.table import Table
 
 from rolltune import config
 from rolltune.components import ConfigError, instantiate
-from rolltune.evaluation_report import make_console
 from rolltune.metrics import write_json_atomic, write_text_atomic
 from rolltune.progress import Progress
 from rolltune.rewards.rubric.audit_judge import JudgeAudit, Measured, measure
@@ -274,6 +273,11 @@ def report(job: Job, audit: JudgeAudit, cost: dict[str, float]) -> None:
     shown = {name: value for name, value in cost.items() if value or name in ("calls", "cache_hits")}
     console.print("cost: " + ", ".join(f"{name} {value:,.4g}" for name, value in shown.items()), soft_wrap=True)
     console.print(f"verdicts: {Path(job.cfg.output_dir) / 'verdicts.jsonl'}", markup=False, highlight=False)
+
+
+def make_console() -> Console:
+    """As wide as the terminal; wide where there is none, so that no cell has to be broken."""
+    return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 def show_table(console: Console, columns: list[str], rows: Sequence[tuple[str | Measured, ...]]) -> None:
