@@ -98,12 +98,12 @@ def serve(
         dtype: of weights and activations.
         max_model_len: tokens of a prompt and its reply.
         max_num_seqs: requests that are worked on at once; others wait.
-        kv_cache_gib: memory for the keys and values of all of them.
+        kv_cache_gib: memory for the keys and values of all of them, on each GPU.
         options: further ones of vLLM's server: ``["--tensor-parallel-size", "4"]``.
         start_seconds: the longest that it may take to start.
         quiet: nothing is printed.
 
-    Returns:
+    Yields:
         Where it answers.
 
     Raises:
@@ -111,17 +111,17 @@ def serve(
             such model.
         ServerFailed: the server ended before it answered, refused a first request, or took too long.
     """
+    port = free_port() if port is None else port
     command = command_line(
         model,
         name=name,
-        port=free_port() if port is None else port,
+        port=port,
         dtype=dtype,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         kv_cache_gib=kv_cache_gib,
         options=options,
     )
-    port = int(command[command.index("--port") + 1])
     _check_port(port)
     server = _start(command, name=name, port=port, log=Path(log))
     try:
