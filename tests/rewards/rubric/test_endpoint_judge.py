@@ -339,7 +339,7 @@ def test_a_second_judge_with_the_same_cache_asks_only_what_is_new(tmp_path):
 
 
 def test_a_judge_that_dies_in_mid_run_and_the_run_after_it(tmp_path):
-    """Ten questions are answered, then the server fails for good: 15 are unscored, counted, and asked by the next run."""
+    """Ten are answered, then the server fails for good: the others are unscored, counted, and asked by the next run."""
     cache = str(tmp_path / "judge.sqlite")
     asked = [rating_of(f"answer {n}") for n in range(25)]
     revived = threading.Event()
