@@ -4,10 +4,52 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from rolltune.samplers import Sampler
 from rolltune.types import Completion, Problem, Score
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@runtime_checkable
+class JudgedReward(Protocol):
+    """A reward that somebody else is asked for, so that its score takes a while: a judge behind an endpoint, say.
+
+    A config names its class, and the object is kept for the whole run.
+    """
+
+    def check(self, problems: Sequence[Problem]) -> None:
+        """Raise ValueError where one of these problems lacks what it would be judged by. Asks nobody."""
+        ...
+
+    def try_out(self, problem: Problem) -> None:
+        """Have one turn judged before anything is loaded; raises ValueError where nobody answers."""
+        ...
+
+    def bind(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, frozen: Callable[[], Sampler]) -> None:
+        """Hand over the policy, for a judge that is the policy, and how to sample from the weights as they were."""
+        ...
+
+    def begin(self, problem: Problem, text: str) -> Callable[[], Score]:
+        """Start judging a turn and return at once; what is returned waits for the score."""
+        ...
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why nothing more can be judged, such as a cap that is reached; None while it can."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Totals of this process so far, such as calls and dollars; sums over processes make sense."""
+        ...
+
+    def close(self) -> None:
+        """Nothing is judged any more."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +69,10 @@ class WeightedReward:
     - ``parts["answer/failure/<failure>"]``: 1.0, only there where that reward reports that failure. The rate of
       a failure is the sum of this key over all completions divided by their number, absent ones counting 0.
     - ``failure``: the first one, in the order of ``rewards``.
+    - ``notes["rubric/<note>"]``: a reward's own notes, for the sample tables.
 
-    A reward that raises is a bug: the exception goes through.
+    A reward that raises is a bug: the exception goes through. A :class:`JudgedReward` is started by :meth:`begin`, as
+    soon as a turn is there, and waited for when all are.
 
     Attributes:
         rewards: name -> (reward, weight). The name heads the curves, so it has no slash. Weight 0: logged only. A
@@ -56,23 +100,83 @@ class WeightedReward:
     @property
     def text_rewards(self) -> dict[str, Callable[..., Score]]:
         """The rewards that need nothing but the problem and the text."""
-        return {name: reward for name, (reward, _) in self.rewards.items() if name not in self._wants_completion}
+        return {
+            name: reward
+            for name, (reward, _) in self.rewards.items()
+            if name not in self._wants_completion and name not in self.judged
+        }
+
+    @property
+    def judged(self) -> dict[str, JudgedReward]:
+        """The rewards that are waited for."""
+        return {name: reward for name, (reward, _) in self.rewards.items() if isinstance(reward, JudgedReward)}
 
     def __call__(self, problem: Problem, completion: Completion) -> Score:
         """Score one completion."""
+        return self.begin(problem, completion)()
+
+    def begin(self, problem: Problem, completion: Completion) -> Callable[[], Score]:
+        """Start what takes a while, and return at once; what is returned does the rest and gives the score."""
+        begun = {name: reward.begin(problem, completion.text) for name, reward in self.judged.items()}
+
+        def finish() -> Score:
+            return self._combine({name: self._score(name, begun, problem, completion) for name in self.rewards})
+
+        return finish
+
+    def _score(
+        self, name: str, begun: Mapping[str, Callable[[], Score]], problem: Problem, completion: Completion
+    ) -> Score:
+        if name in begun:
+            return begun[name]()
+        extra = {"completion": completion} if name in self._wants_completion else {}
+        return self.rewards[name][0](problem, completion.text, **extra)
+
+    def _combine(self, scores: Mapping[str, Score]) -> Score:
         total: float | None = 0.0
         parts: dict[str, float | None] = {}
+        notes: dict[str, str] = {}
         failures: list[str] = []
-        for name, (reward, weight) in self.rewards.items():
-            extra = {"completion": completion} if name in self._wants_completion else {}
-            score = reward(problem, completion.text, **extra)
+        for name, score in scores.items():
             parts |= _named_parts(name, score)
+            notes |= {f"{name}/{note}": text for note, text in score.notes.items()}
             if score.failure is not None:
                 failures.append(score.failure)
                 parts[f"{name}/failure/{score.failure}"] = 1.0
+            weight = self.rewards[name][1]
             if weight != 0:
                 total = None if total is None or score.total is None else total + weight * score.total
-        return Score(total=total, parts=parts, failure=failures[0] if failures else None)
+        return Score(total=total, parts=parts, failure=failures[0] if failures else None, notes=notes)
+
+    def check(self, problems: Sequence[Problem]) -> None:
+        for reward in self.judged.values():
+            reward.check(problems)
+
+    def try_out(self, problem: Problem) -> None:
+        for reward in self.judged.values():
+            reward.try_out(problem)
+
+    def bind(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, frozen: Callable[[], Sampler]) -> None:
+        for reward in self.judged.values():
+            reward.bind(sampler, tokenizer, frozen)
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why a judged reward can judge nothing more; None while all can."""
+        reasons = (f"rewards.{name}: {r.stop_reason}" for name, r in self.judged.items() if r.stop_reason)
+        return next(reasons, None)
+
+    def metrics(self) -> dict[str, float]:
+        """What the judged rewards have cost so far, by ``judge/<reward>/<name>``."""
+        return {
+            f"judge/{name}/{key}": value
+            for name, reward in self.judged.items()
+            for key, value in reward.metrics().items()
+        }
+
+    def close(self) -> None:
+        for reward in self.judged.values():
+            reward.close()
 
 
 def _takes_completion(reward: Callable[..., Score]) -> bool:

@@ -39,11 +39,11 @@ class EchoSampler:
     def sync(self, version):
         self.version = version
 
-    def generate(self, requests, params, *, on_progress=None):
+    def generate(self, requests, params, *, on_progress=None, on_completion=None):
         self.calls.append((requests, params))
         if on_progress:
             on_progress(1, 1)
-        return [
+        written = [
             tuple(
                 Completion(
                     token_ids=request.prompt.token_ids,
@@ -56,6 +56,10 @@ class EchoSampler:
             )
             for request in requests
         ]
+        for i in reversed(range(len(written))):  # they end in any order
+            for j, completion in enumerate(written[i]):
+                on_completion(i, j, completion)
+        return written
 
 
 def problems(*names: str) -> list[Problem]:
@@ -67,7 +71,7 @@ def sample(names, *, group_size=3, seed=(0, 1), score=lambda problem, completion
         problems(*names),
         render=lambda problem: Prompt(token_ids=(len(problem.id),), prefill=problem.id),
         sampler=options.pop("sampler", EchoSampler()),
-        score=score,
+        begin_score=lambda problem, completion: lambda: score(problem, completion),
         params=PARAMS,
         group_size=group_size,
         seed=seed,
@@ -89,6 +93,25 @@ def test_a_completion_depends_on_seed_problem_and_number_alone():
     assert len(set(everything)) == 9
     for other in ((0, 2), (1, 1)):  # the next step, another run
         assert not set(everything) & {t for group in texts(sample(["a", "b", "c"], seed=other)).values() for t in group}
+
+
+def test_all_are_begun_before_any_is_waited_for():
+    order = []
+
+    def begin(problem, completion):
+        order.append(("begin", problem.id))
+        return lambda: order.append(("finish", problem.id)) or Score(total=1.0)
+
+    sample_groups(
+        problems("a", "b"),
+        render=lambda problem: Prompt(token_ids=(1,)),
+        sampler=EchoSampler(),
+        begin_score=begin,
+        params=PARAMS,
+        group_size=2,
+        seed=(0,),
+    )
+    assert order == [("begin", "b")] * 2 + [("begin", "a")] * 2 + [("finish", "a")] * 2 + [("finish", "b")] * 2
 
 
 def test_prompts_are_rendered_once_and_scores_stay_with_their_completions():

@@ -50,6 +50,8 @@ class ConfigError(ValueError):
 def instantiate(node: Component, *args: Any, **kwargs: Any) -> Any:
     """Call the node's component with ``args``, the node's own arguments and ``kwargs``.
 
+    An argument that is a node itself is passed as it stands: what takes it builds it.
+
     Raises:
         ConfigError: no such component, or it refused its arguments (a ValueError) or found no file.
     """
@@ -76,6 +78,15 @@ def component(node: Component, *, ignore: Collection[str] = ()) -> Callable[...,
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     return functools.partial(target, **{name: value for name, value in node.items() if name not in _options(ignore)})
+
+
+def is_node(value: Any) -> bool:
+    """Whether an argument names a component of its own."""
+    return isinstance(value, Mapping) and "_component_" in value
+
+
+def _is_node_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(is_node(item) for item in value)
 
 
 def _options(ignore: Collection[str]) -> set[str]:
@@ -251,6 +262,22 @@ def _listed(names: Iterable[str]) -> str:
     return f"; it takes {', '.join(sorted(names))}" if names else ""
 
 
+def _nested_problems(node: Component, key: str) -> list[str]:
+    """Of a node inside another one. What a function is called with there is not known here, so it may lack that."""
+    try:
+        target = locate(node["_component_"])
+        positional = 0 if inspect.isclass(target) else len(_required_by_position(target))
+    except (TypeError, ValueError):
+        positional = 0
+    return check_component(node, key, positional=positional)
+
+
+def _required_by_position(target: Any) -> list[inspect.Parameter]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(target).parameters.values()
+    return [p for p in parameters if p.kind in kinds and p.default is p.empty]
+
+
 def _value_problems(target: Any, options: Mapping[str, Any], key: str) -> list[str]:
     try:
         hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
@@ -258,8 +285,11 @@ def _value_problems(target: Any, options: Mapping[str, Any], key: str) -> list[s
         return []
     problems = []
     for name, value in options.items():
-        wrong = mismatch(value, hints.get(name, Any))
-        if wrong:
+        if is_node(value):
+            problems += _nested_problems(value, f"{key}.{name}")
+        elif _is_node_list(value):
+            problems += [p for i, item in enumerate(value) for p in _nested_problems(item, f"{key}.{name}[{i}]")]
+        elif wrong := mismatch(value, hints.get(name, Any)):
             problems.append(f"{key}.{name}: {wrong}")
     return problems
 

@@ -30,6 +30,7 @@ from rolltune.schema import Component
 T = TypeVar("T")
 USER_MISTAKE = 2
 INTERRUPTED = 130
+STOPPED = 1
 SECONDS_FOR_RANK_0 = 5.0
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -71,11 +72,16 @@ def parse_args(argv: Sequence[str]) -> Arguments:
     return Arguments(config=config, overrides=tuple(overrides), help=bool({"-h", "--help"} & set(argv)))
 
 
+class RunStopped(RuntimeError):
+    """A run that ended before its time, through no mistake in its config; the message says why and how to go on."""
+
+
 def main(schema: type[T], run: Callable[[T], None], check: Callable[[T], None] | None = None) -> None:
     """The command line of a recipe: load and check the config, print it, run.
 
     A user's mistake is printed in a few lines and ends the process with status 2. These are a :class:`ConfigError`,
-    and a ValueError that rolltune's own code raises; any other error is a bug and keeps its traceback.
+    and a ValueError that rolltune's own code raises. :class:`RunStopped` is printed and ends it with status 1. Any
+    other error is a bug and keeps its traceback.
 
     Args:
         schema: the dataclass of the config's keys.
@@ -101,6 +107,10 @@ def main(schema: type[T], run: Callable[[T], None], check: Callable[[T], None] |
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except RunStopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).stem}: stopped: {stopped}", file=sys.stderr)
+        sys.exit(STOPPED)
     except ValueError as error:
         # A ConfigError says all there is to know, unless it was made from another error.
         raised = error.__cause__ if isinstance(error, ConfigError) else error

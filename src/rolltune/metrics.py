@@ -120,10 +120,11 @@ class MetricsLog:
         if self._wandb_run is not None:
             import wandb
 
-            columns: list[Any] = ["step", "problem", "text", "tokens", "finish_reason", "reward", "advantage"]
+            columns: list[Any] = ["step", "problem", "text", "tokens", "finish_reason", "reward", "advantage", "notes"]
             table = wandb.Table(columns=columns)
             for row in _sample_rows(step, groups, advantages):
-                table.add_data(*(row[column] for column in columns))
+                notes = "\n".join(f"{name}: {text}" for name, text in row["notes"].items())
+                table.add_data(*(notes if column == "notes" else row[column] for column in columns))
             self._wandb_run.log({"step": step, "samples": table})
 
     def close(self) -> None:
@@ -235,6 +236,7 @@ def _sample_rows(
                     "reward": score.total,
                     "parts": dict(score.parts),
                     "failure": score.failure,
+                    "notes": dict(score.notes),
                     "advantage": None if of_group is None or score.total is None else next(values),
                 }
             )

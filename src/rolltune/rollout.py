@@ -17,7 +17,7 @@ def sample_groups(
     *,
     render: Callable[[Problem], Prompt],
     sampler: Sampler,
-    score: Callable[[Problem, Completion], Score],
+    begin_score: Callable[[Problem, Completion], Callable[[], Score]],
     params: SamplingParams,
     group_size: int,
     seed: tuple[int | str, ...],
@@ -29,7 +29,9 @@ def sample_groups(
         problems: this rank's.
         render: problem to prompt.
         sampler: current with the policy.
-        score: the weighted reward.
+        begin_score: the weighted reward's :meth:`~rolltune.rewards.combine.WeightedReward.begin`: called with each
+            completion as soon as it is there, so that judges read while others are still being written; what it returns
+            is called when all are written.
         params: the distribution that is sampled from.
         group_size: completions a problem.
         seed: with the problem's id and the sample's number it seeds each completion, so that what is sampled
@@ -43,15 +45,20 @@ def sample_groups(
         )
         for problem in problems
     ]
-    sampled = sampler.generate(requests, params, on_progress=on_progress)
+    finish: dict[tuple[int, int], Callable[[], Score]] = {}
+
+    def begin(request: int, sample: int, completion: Completion) -> None:
+        finish[request, sample] = begin_score(problems[request], completion)
+
+    sampled = sampler.generate(requests, params, on_progress=on_progress, on_completion=begin)
     return [
         Group(
             problem=problem,
-            prompt=request.prompt,
-            completions=completions,
-            scores=tuple(score(problem, completion) for completion in completions),
+            prompt=requests[i].prompt,
+            completions=sampled[i],
+            scores=tuple(finish[i, j]() for j in range(len(sampled[i]))),
         )
-        for problem, request, completions in zip(problems, requests, sampled, strict=True)
+        for i, problem in enumerate(problems)
     ]
 
 

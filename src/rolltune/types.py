@@ -124,11 +124,13 @@ class Score:
             0: an unscored completion leaves its group.
         parts: named components behind the total, for the curves; an unscored part is None.
         failure: why no value could be parsed, in one or two snake_case words that name a curve; None if it could.
+        notes: text behind the parts, such as a judge's reasons, for the sample tables.
     """
 
     total: float | None
     parts: Mapping[str, float | None] = field(default_factory=dict)
     failure: str | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 class Reward(Protocol):

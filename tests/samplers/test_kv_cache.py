@@ -50,7 +50,7 @@ def test_rows_move_into_the_places_of_those_that_leave():
         slots.values[:] = torch.arange(count)[:, None, None, None]
     for i in (0, 1, 3):
         rows[i].finish_reason = "stop"
-    assert batch.remove_finished() == 3
+    assert len(batch.remove_finished()) == 3
     assert batch.rows == [rows[4], rows[5], rows[2]]
     assert layer.own.values[:3, 0, 0, 0].tolist() == [4, 5, 2]
     assert batch.prompts == [prompts[2], prompts[1]]
@@ -59,7 +59,7 @@ def test_rows_move_into_the_places_of_those_that_leave():
     plan = batch.decode_plan()
     assert plan.cells.tolist() == [0, 1, 2, 0]  # rows of prompt 2, then of prompt 1 and a spare cell
     assert plan.cell_of_row.tolist() == [0, 1, 2]
-    assert batch.remove_finished() == 0
+    assert batch.remove_finished() == []
 
 
 @pytest.mark.parametrize("scale", [0.3, 10.0], ids=["flat", "peaked"])

@@ -302,6 +302,24 @@ def test_progress_counts_completions(llama, tokenizer):
     assert done[0] < 20
 
 
+def test_completions_are_handed_over_as_they_end(llama, tokenizer):
+    seen: dict[tuple[int, int], Completion] = {}
+    done: list[int] = []
+
+    def take(request: int, sample: int, completion: Completion) -> None:
+        assert (request, sample) not in seen
+        seen[request, sample] = completion
+
+    groups = NativeSampler(llama, tokenizer, max_rows=3).generate(
+        requests(4),
+        SamplingParams(max_new_tokens=30),
+        on_progress=lambda _done, _total: done.append(len(seen)),
+        on_completion=take,
+    )
+    assert seen == {(i, j): completion for i, group in enumerate(groups) for j, completion in enumerate(group)}
+    assert 0 < done[0] < 20  # some of them long before the last
+
+
 def test_requests_may_be_empty(llama, tokenizer):
     sampler, params = NativeSampler(llama, tokenizer), SamplingParams(max_new_tokens=3)
     assert sampler.generate([], params) == []

@@ -24,6 +24,7 @@ class Sampler(Protocol):
         params: SamplingParams,
         *,
         on_progress: Callable[[int, int], None] | None = None,
+        on_completion: Callable[[int, int, Completion], None] | None = None,
     ) -> list[tuple[Completion, ...]]:
         """One tuple a request, in its order, with one completion a seed, in the order of the seeds.
 
@@ -31,5 +32,7 @@ class Sampler(Protocol):
             requests: prompts of any lengths, with any number of seeds.
             params: the distribution that is sampled from, and when to stop.
             on_progress: called with (completions done, completions in all) when some are done.
+            on_completion: called once with each completion, (request's number, seed's number, completion), as early as
+                it is there, so that a judge can read it while others are still being written. Returns at once.
         """
         ...

@@ -79,6 +79,7 @@ class NativeSampler:
         params: SamplingParams,
         *,
         on_progress: Callable[[int, int], None] | None = None,
+        on_completion: Callable[[int, int, Completion], None] | None = None,
     ) -> list[tuple[Completion, ...]]:
         """See :class:`rolltune.samplers.Sampler`.
 
@@ -92,19 +93,27 @@ class NativeSampler:
             [RowState(prompt, _uniforms(seed, params.max_new_tokens)) for seed in request.seeds]
             for prompt, request in zip(prompts, requests, strict=True)
         ]
+        places = {id(row): (i, j) for i, group in enumerate(rows) for j, row in enumerate(group)}
+        written: dict[tuple[int, int], Completion] = {}
+
+        def keep(finished: Sequence[RowState]) -> None:
+            for row in finished:
+                i, j = places[id(row)]
+                written[i, j] = self._completion(row, requests[i].prompt.prefill)
+                if on_completion is not None:
+                    on_completion(i, j, written[i, j])
+            if on_progress is not None:
+                on_progress(len(written), len(places))
+
         # The longest prompts first, so that those side by side are of like length and later ones fit into their slots.
         order = sorted(range(len(rows)), key=lambda i: -len(prompts[i].token_ids))
-        self._write(deque(row for i in order for row in rows[i]), params, on_progress)
-        return [
-            tuple(self._completion(row, request.prompt.prefill) for row in group)
-            for group, request in zip(rows, requests, strict=True)
-        ]
+        self._write(deque(row for i in order for row in rows[i]), params, keep)
+        return [tuple(written[i, j] for j in range(len(group))) for i, group in enumerate(rows)]
 
     def _write(
-        self, waiting: deque[RowState], params: SamplingParams, on_progress: Callable[[int, int], None] | None
+        self, waiting: deque[RowState], params: SamplingParams, on_finished: Callable[[Sequence[RowState]], None]
     ) -> None:
-        """Write all rows to their ends."""
-        total, done = len(waiting), 0
+        """Write all rows to their ends; those that reach theirs are handed over at once."""
         batch = Batch(self._causal_lm.device)
         end = EndOfText(self._tokenizer, self._eos, params.stop, params.max_new_tokens)
         with self._sampling():
@@ -116,9 +125,8 @@ class NativeSampler:
                     self._read(new, batch)
                 self._step(batch, params, end)
                 finished = batch.remove_finished()
-                if finished and on_progress is not None:
-                    done += finished
-                    on_progress(done, total)
+                if finished:
+                    on_finished(finished)
 
     def _read(self, prompts: Sequence[PromptState], batch: Batch) -> None:
         """Compute the keys and values of new prompts, packed in rows [1, T]."""

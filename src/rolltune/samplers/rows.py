@@ -81,11 +81,11 @@ class Batch:
         self._arrange()
         return new
 
-    def remove_finished(self) -> int:
-        """Let finished rows leave, and prompts with their last row. Returns the number of rows."""
+    def remove_finished(self) -> list[RowState]:
+        """Let finished rows leave, and prompts with their last row; returns the rows."""
         finished = [row for row in self.rows if row.finish_reason is not None]
         if not finished:
-            return 0
+            return []
         for row in finished:
             row.prompt.unfinished -= 1
         self.rows, row_moves = _without_holes(self.rows, [row.finish_reason is None for row in self.rows])
@@ -96,7 +96,7 @@ class Batch:
         for slot, prompt in enumerate(self.prompts):
             prompt.slot = slot
         self._arrange()
-        return len(finished)
+        return finished
 
     def _arrange(self) -> None:
         """What all steps have in common until rows come or go."""

@@ -1,0 +1,113 @@
+"""The judges of a reward at work: turns are judged while others are still being sampled, and waited for at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from rolltune.background import BackgroundLoop
+from rolltune.components import instantiate
+from rolltune.rewards.rubric.judge import Judge, Question
+from rolltune.rewards.rubric.panel import Combine, Panel
+from rolltune.rewards.rubric.policy_judge import PolicyJudge
+from rolltune.samplers import Sampler
+from rolltune.schema import Component
+from rolltune.types import Score
+
+LATE, STOPPED = "judge_late", "judge_stopped"
+_BETWEEN_LOOKS = 0.01  # seconds, while a policy judge may be asked more
+_CANNOT_JUDGE = ("judge_down", "judge_budget", "judge_refused")
+
+
+class Bench:
+    """Judges, the loop that they answer in, and what a run has to know of them.
+
+    Args:
+        judges: nodes of :class:`rolltune.rewards.rubric.judge.Judge` classes.
+        combine: as for :class:`rolltune.rewards.rubric.panel.Panel`.
+        quorum: the same.
+        wait_seconds: how long after the last question was begun answers are waited for. What comes later is unscored.
+            A policy that judges itself is always waited for.
+
+    Raises:
+        ValueError: an argument is out of range, or a judge refuses its own.
+    """
+
+    def __init__(
+        self, judges: Sequence[Component], *, combine: Combine, quorum: int | None, wait_seconds: float
+    ) -> None:
+        if not wait_seconds > 0:
+            raise ValueError(f"wait_seconds: {wait_seconds}; must be > 0")
+        built: list[Judge] = [instantiate(node) for node in judges]
+        self.panel = Panel(built, combine=combine, quorum=quorum)
+        self._policy_judges = [judge for judge in built if isinstance(judge, PolicyJudge)]
+        self._loop = BackgroundLoop("judge")
+        self._wait_seconds = wait_seconds
+        self._last_begun = 0.0
+        self._refusal: str | None = None
+        self._late = 0
+
+    def bind(self, sampler: Sampler, tokenizer: Any, frozen: Callable[[], Sampler]) -> None:
+        """Give the policy to the judges that are the policy; see :meth:`PolicyJudge.bind`."""
+        for judge in self._policy_judges:
+            judge.bind(sampler, tokenizer, frozen)
+
+    def try_out(self, question: Question) -> None:
+        """Ask the judges that are not the policy once, so that a server that is not there shows before weights are
+        loaded.
+
+        Raises:
+            ValueError: one of them cannot judge at all. An answer that cannot be read is no such thing.
+        """
+        for judge in self.panel.judges:
+            if judge in self._policy_judges:
+                continue
+            answer = self._loop.submit(judge.ask(question)).result()
+            if answer.failure in _CANNOT_JUDGE:
+                raise ValueError(
+                    f"judge {judge.name}: {answer.failure.replace('_', ' ')} when it was tried out"
+                    f"{f' ({answer.text[:200]})' if answer.text else ''}; is its server running, at this address?"
+                )
+
+    def begin(self, judging: Coroutine[Any, Any, Score]) -> Callable[[], Score]:
+        """Have a turn judged; what is returned waits for its score, which is None where none came in time."""
+        future = self._loop.submit(judging)
+        self._last_begun = time.monotonic()
+        return lambda: self._wait(future)
+
+    def _wait(self, future: Future[Score]) -> Score:
+        while True:
+            self._ask_policy()
+            left = max(0.0, self._last_begun + self._wait_seconds - time.monotonic())
+            try:
+                return future.result(timeout=min(left, _BETWEEN_LOOKS) if self._policy_judges else left)
+            except TimeoutError:
+                if left > 0 and self._policy_judges:
+                    continue
+                future.cancel()
+                self._late += 1
+                return Score(total=None, failure=LATE)
+            except ValueError as error:  # the server refuses every call
+                self._refusal = str(error)
+                return Score(total=None, failure=STOPPED)
+
+    def _ask_policy(self) -> None:
+        """Let the policy answer all that waits for it, in one batch; its time is not counted against the others."""
+        for judge in self._policy_judges:
+            self._loop.settle()  # turns that were begun have put their questions by now
+            if judge.answer_waiting():
+                self._last_begun = time.monotonic()
+
+    @property
+    def stop_reason(self) -> str | None:
+        return self._refusal or self.panel.stop_reason
+
+    def metrics(self) -> dict[str, float]:
+        """The judges' totals, and the turns that were not waited for."""
+        return {**self.panel.metrics(), "late": float(self._late)}
+
+    def close(self) -> None:
+        self._loop.submit(self.panel.aclose()).result()
+        self._loop.close()

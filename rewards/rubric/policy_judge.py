@@ -1,0 +1,150 @@
+"""The policy as its own judge, through its sampler (the self-critique of Kimi K2, arXiv 2507.20534, section 3.2.2).
+
+K2's critic is trained further on verifiable prompts, which keeps it honest; nothing of the kind is done here. A policy
+that is both paid and payer drifts, so hold it to a check that it has no part in (``eval.gold``), or let its weights as
+they were at the start judge (``frozen: true``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from rolltune.prompts import render_prompt
+from rolltune.rewards.rubric.fence import neutral
+from rolltune.rewards.rubric.judge import Answer, Question, read_answer
+from rolltune.samplers import Sampler
+from rolltune.seeding import derive_seed
+from rolltune.types import Completion, Message, Problem, SampleRequest, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    messages: tuple[Message, ...]
+    loop: asyncio.AbstractEventLoop
+    reply: asyncio.Future[Completion]
+
+
+class PolicyJudge:
+    """A judge whose replies the policy's own sampler writes, many at a time, between sampling and training.
+
+    Questions wait until :meth:`answer_waiting` is called, by the thread that samples. Each answer says which weights
+    gave it: ``policy@12`` is the policy after 12 optimizer steps, ``start@0`` the frozen copy.
+
+    Args:
+        frozen: judge by the weights that the run starts from. They are held in memory beside the policy.
+        max_new_tokens: of one reply; one that reaches it is cut, and unscored.
+        temperature: 0 for the likeliest reply.
+        seed: with the question it seeds a reply where the temperature is not 0.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    stop_reason = None  # it costs nothing but time
+
+    def __init__(
+        self, *, frozen: bool = False, max_new_tokens: int = 512, temperature: float = 0.0, seed: int = 0
+    ) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: {max_new_tokens}; must be >= 1")
+        if not 0 <= temperature <= 2:
+            raise ValueError(f"temperature: {temperature}; must be in 0 .. 2")
+        self._frozen = frozen
+        self._params = SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens)
+        self._seed = seed
+        self._sampler: Sampler | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._lock = threading.Lock()
+        self._waiting: list[_Waiting] = []
+        self._totals: dict[str, float] = dict.fromkeys(
+            ("questions", "repairs", "completion_tokens", "latency_seconds", "judge_unparseable", "judge_cut"), 0.0
+        )
+
+    @property
+    def name(self) -> str:
+        return "start" if self._frozen else "policy"
+
+    def bind(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, frozen: Callable[[], Sampler]) -> None:
+        """Say who answers.
+
+        Args:
+            sampler: of the policy; whoever trains keeps it current.
+            tokenizer: whose chat template asks the questions.
+            frozen: makes a sampler of the weights that the run started from; called where they are wanted.
+        """
+        self._sampler = frozen() if self._frozen else sampler
+        self._tokenizer = tokenizer
+
+    async def ask(self, question: Question) -> Answer:
+        """The policy's answer; asked once more where it cannot be read."""
+        self._totals["questions"] += 1
+        messages: tuple[Message, ...] = question.messages
+        answer = Answer(value=None, failure="judge_unparseable", text="", judge=self.name, cached=False)
+        for is_repair in (False, True):
+            self._totals["repairs"] += is_repair
+            reply = await self._reply(messages)
+            judge = f"{self.name}@{reply.policy_version}"
+            if reply.finish_reason == "length":
+                self._totals["judge_cut"] += 1
+                return Answer(value=None, failure="judge_cut", text=reply.text, judge=judge, cached=False)
+            try:
+                value = read_answer(question, reply.text)
+            except ValueError as error:
+                answer = Answer(value=None, failure="judge_unparseable", text=reply.text, judge=judge, cached=False)
+                messages = (*question.messages, *_repair(reply.text, str(error)))
+            else:
+                return Answer(value=value, failure=None, text=reply.text, judge=judge, cached=False)
+        self._totals["judge_unparseable"] += 1
+        return answer
+
+    async def _reply(self, messages: tuple[Message, ...]) -> Completion:
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(messages, loop, loop.create_future())
+        with self._lock:
+            self._waiting.append(waiting)
+        return await waiting.reply
+
+    def answer_waiting(self) -> int:
+        """Write the replies to all questions that wait; returns how many. For the thread that samples."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return 0
+        assert self._sampler is not None, "bind() comes first"
+        start = time.monotonic()
+        replies = self._sampler.generate([self._request(w.messages) for w in waiting], self._params)
+        self._totals["latency_seconds"] += time.monotonic() - start
+        for question, (reply,) in zip(waiting, replies, strict=True):
+            self._totals["completion_tokens"] += len(reply.token_ids)
+            question.loop.call_soon_threadsafe(_settle, question.reply, reply)
+        return len(waiting)
+
+    def _request(self, messages: Sequence[Message]) -> SampleRequest:
+        assert self._tokenizer is not None
+        prompt = render_prompt(Problem(id="judge", messages=tuple(messages)), self._tokenizer)
+        return SampleRequest(prompt=prompt, seeds=(derive_seed(self._seed, "judge", *map(str, messages)),))
+
+    def metrics(self) -> dict[str, float]:
+        """Totals of this process; ``latency_seconds`` is the time that sampling replies took."""
+        return dict(self._totals)
+
+    async def aclose(self) -> None:
+        """Nothing is open."""
+
+
+def _settle(future: asyncio.Future[Completion], reply: Completion) -> None:
+    if not future.done():  # cancelled meanwhile
+        future.set_result(reply)
+
+
+def _repair(text: str, problem: str) -> tuple[Message, ...]:
+    return (
+        {"role": "assistant", "content": neutral(text) or "(nothing)"},
+        {"role": "user", "content": f"This reply cannot be read: {problem}. Reply with the JSON object alone."},
+    )

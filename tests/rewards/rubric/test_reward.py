@@ -1,0 +1,260 @@
+"""The rubric as a reward, against judges behind real sockets."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fault_server import FaultServer, Response, error, ok
+
+from rolltune.rewards.combine import JudgedReward, WeightedReward
+from rolltune.rewards.rubric.reward import RubricReward
+from rolltune.rewards.rubric.schema import Criterion, Rubric
+from rolltune.types import Completion, Problem, Score
+
+CRITERIA = (
+    Criterion(title="Says four", description="States that the sum is four.", category="essential"),
+    Criterion(title="Is brief", description="Uses one sentence.", category="optional"),
+    Criterion(title="Guesses", description="Says that it is guessing.", category="pitfall", satisfied_is_good=False),
+)
+PROBLEM = Problem(
+    id="p", messages=({"role": "user", "content": "2 + 2?"},), answer="4", rubric=Rubric(criteria=CRITERIA)
+)
+TEXT = "Two and two is four."
+
+
+def verdicts(*grades: int | None) -> str:
+    graded = [{"number": i, "reason": f"r{i}", "grade": g} for i, g in enumerate(grades, start=1) if g is not None]
+    return json.dumps({"verdicts": graded})
+
+
+@pytest.fixture
+def make_reward():
+    """A reward whose judges are servers; closed at the end."""
+    made = []
+
+    def make(*servers: FaultServer, judge: dict[str, Any] | None = None, **options: Any) -> RubricReward:
+        nodes = [
+            {
+                "_component_": "rolltune.rewards.rubric.endpoint_judge.EndpointJudge",
+                "base_url": server.base_url,
+                "model": f"judge{i}",
+                "max_attempts": 2,
+                **(judge or {}),
+            }
+            for i, server in enumerate(servers)
+        ]
+        made.append(RubricReward(judges=nodes, **options))
+        return made[-1]
+
+    yield make
+    for reward in made:
+        reward.close()
+
+
+def always(text: str) -> Callable[[int, dict[str, Any]], Response]:
+    return lambda call, request: ok(text)
+
+
+def test_explicit_by_hand(make_reward):
+    """Essential 1.0 satisfied, optional 0.3 not, pitfall 0.9 not done: (1.0 + 0.9) / 2.2."""
+    with FaultServer(always(verdicts(1, 0, 0))) as server:
+        score = make_reward(server, criterion_curves=True)(PROBLEM, TEXT)
+    assert score.total == pytest.approx(1.9 / 2.2) and score.failure is None
+    assert score.parts == {
+        "scored_share": 1.0,
+        "category/essential": 1.0,
+        "category/optional": 0.0,
+        "category/pitfall": 1.0,
+        "criterion/says_four": 1.0,
+        "criterion/is_brief": 0.0,
+        "criterion/guesses": 1.0,
+    }
+    host = server.base_url.split("/")[2]
+    assert score.notes["is_brief"] == f"0: judge0@{host} 0: r2"
+    assert len(server.calls) == 1
+
+
+def test_one_question_for_each_criterion(make_reward):
+    def judge(call: int, request: dict[str, Any]) -> Response:
+        asked = request["messages"][-1]["content"]
+        return ok(json.dumps({"reason": "r", "grade": int("Says four" in asked)}))
+
+    with FaultServer(judge) as server:
+        score = make_reward(server, one_call=False)(PROBLEM, TEXT)
+    assert score.total == pytest.approx(1.9 / 2.2) and len(server.calls) == 3
+
+
+def test_a_criterion_without_a_grade_leaves_the_mean(make_reward):
+    """The pitfall (0.9 of 2.2) is unscored: 1.0 / 1.3 of what is left where 0.5 of the weight is enough."""
+    with FaultServer(always(verdicts(1, 0, None))) as server:
+        lenient = make_reward(server, min_scored=0.5)(PROBLEM, TEXT)
+        strict = make_reward(server, min_scored=0.7)(PROBLEM, TEXT)
+    assert lenient.total == pytest.approx(1.0 / 1.3)
+    assert lenient.parts["scored_share"] == pytest.approx(1.3 / 2.2)
+    assert lenient.parts["category/pitfall"] is None
+    assert strict.total is None and strict.notes["guesses"].startswith("unscored: ")
+
+
+def test_levels(make_reward):
+    with FaultServer(always(verdicts(1, 2, 0))) as server:
+        score = make_reward(server, levels=3)(PROBLEM, TEXT)
+    assert score.total == pytest.approx((0.5 + 0.3 + 0.9) / 2.2)
+
+
+@pytest.mark.parametrize(("aggregation", "shows"), [("implicit", "Says four"), ("likert", None)])
+def test_ratings(make_reward, aggregation, shows):
+    with FaultServer(always('{"reason": "fine", "rating": 7}')) as server:
+        score = make_reward(server, aggregation=aggregation)(PROBLEM, TEXT)
+    assert score.total == pytest.approx(6 / 9)
+    assert "7 of 10. fine" in score.notes["rating"]
+    assert ("Says four" in server.calls[0].request["messages"][-1]["content"]) == (shows is not None)
+
+
+def test_a_reference_is_shown_where_it_is_asked_for(make_reward):
+    with FaultServer(always('{"reason": "", "rating": 1}')) as server:
+        assert make_reward(server, aggregation="reference_likert")(PROBLEM, TEXT).total == 0.0
+    assert "reference" in server.calls[0].request["messages"][-1]["content"]
+
+
+def test_a_panel_takes_the_mean_and_leaves_out_who_failed(make_reward):
+    with FaultServer(always(verdicts(1, 1, 0))) as a, FaultServer(always(verdicts(0, 1, 0))) as b:
+        assert make_reward(a, b)(PROBLEM, TEXT).total == pytest.approx((0.5 + 0.3 + 0.9) / 2.2)
+        with FaultServer(always("I would rather not say.")) as c:
+            score = make_reward(a, c, quorum=1)(PROBLEM, TEXT)
+            assert score.total == pytest.approx(1.0) and "judge_unparseable" in score.notes["says_four"]
+            assert make_reward(a, c)(PROBLEM, TEXT).failure == "judge_unparseable"
+
+
+@pytest.mark.parametrize(
+    ("script", "failure"),
+    [
+        (lambda call, request: error(500, "oops"), "judge_down"),
+        (lambda call, request: ok("", delay=5), "judge_down"),
+        (always('{"verdicts": "all good"}'), "judge_unparseable"),
+        (always(""), "judge_unparseable"),
+        (lambda call, request: ok(verdicts(1, 1, 1), finish_reason="length"), "judge_cut"),
+        (lambda call, request: ok(verdicts(1, 1, 1), cut=True), "judge_down"),
+    ],
+)
+def test_no_fault_is_a_zero(make_reward, script, failure):
+    with FaultServer(script) as server:
+        reward = make_reward(server, judge={"timeout_seconds": 0.3})
+        score = reward(PROBLEM, TEXT)
+    assert score.total is None and score.failure == failure
+    assert not [part for name, part in score.parts.items() if part is not None and name != "scored_share"]
+    assert reward.stop_reason is None
+
+
+@pytest.mark.parametrize("text", ["", ":", "Solution", "Thought process:", "the " * 200, "\u200b\u200b"])
+def test_nothing_said_is_worth_nothing_and_costs_nothing(make_reward, text):
+    with FaultServer(always(verdicts(1, 1, 0))) as server:
+        assert make_reward(server)(PROBLEM, text) == Score(total=0.0, failure="degenerate")
+    assert server.calls == []
+
+
+def test_a_gate(make_reward):
+    gate = {"_component_": "rolltune.rewards.answer.answer_reward"}
+    with FaultServer(always(verdicts(1, 1, 0))) as server:
+        reward = make_reward(server, gate=gate)
+        assert reward(PROBLEM, "<think>w</think><answer>5</answer>").total == 0.0
+        assert server.calls == []
+        assert reward(PROBLEM, "<think>w</think><answer>4</answer>").total == 1.0
+
+
+def test_the_answer_alone(make_reward):
+    with FaultServer(always(verdicts(1, 1, 0))) as server:
+        reward = make_reward(server, judged="answer")
+        assert reward(PROBLEM, "<think>secret</think><answer>It is four.</answer>").total == 1.0
+        assert reward(PROBLEM, "It is four.").failure == "degenerate"
+    asked = server.calls[0].request["messages"][-1]["content"]
+    assert "It is four." in asked and "secret" not in asked
+
+
+def test_many_are_judged_at_once_and_the_late_are_unscored(make_reward):
+    """Seven answers wait for each other, so they can only come if all were asked for at once; the eighth never comes."""
+    together = threading.Barrier(7)
+
+    def judge(call: int, request: dict[str, Any]) -> Response:
+        asked = request["messages"][-1]["content"]
+        if "slow" in asked:
+            return ok(verdicts(1, 1, 0), delay=60.0)
+        if "four," in asked:
+            together.wait(60)
+        return ok(verdicts(1, 1, 0))
+
+    with FaultServer(judge) as server:
+        reward = make_reward(server, wait_seconds=8.0)
+        reward.try_out(PROBLEM)  # the library is imported by now
+        finish = [reward.begin(PROBLEM, f"It is four, {i}, {'slow' if i == 3 else 'fast'}.") for i in range(8)]
+        totals = [end().total for end in finish]
+    assert [total for i, total in enumerate(totals) if i != 3] == [1.0] * 7
+    assert totals[3] is None and reward.metrics()["late"] == 1
+
+
+def test_a_cap_stops_and_says_so(make_reward):
+    with FaultServer(always(verdicts(1, 1, 0))) as server:
+        reward = make_reward(server, judge={"max_calls": 1})
+        assert reward(PROBLEM, TEXT).total == 1.0 and reward.stop_reason is None
+        assert reward(PROBLEM, f"{TEXT} Yes.").failure == "judge_budget"
+    assert "max_calls: the cap of 1 is reached" in str(reward.stop_reason)
+
+
+def test_a_server_that_refuses_everything_stops_and_says_so(make_reward):
+    with FaultServer(lambda call, request: error(401, "bad key")) as server:
+        reward = make_reward(server)
+        assert reward(PROBLEM, TEXT) == Score(total=None, failure="judge_stopped")
+    assert "api_key_env" in str(reward.stop_reason)
+
+
+def test_what_cannot_be_judged_shows_before_anything_is_sampled(make_reward):
+    with FaultServer(always(verdicts(1, 1, 0))) as server:
+        reward = make_reward(server)
+        reward.check([PROBLEM])
+        bare = Problem(id="bare", messages=PROBLEM.messages)
+        with pytest.raises(ValueError, match="data: bare has no rubric"):
+            reward.check([PROBLEM, bare])
+        with pytest.raises(ValueError, match="data: bare has no answer"):
+            make_reward(server, aggregation="reference_likert").check([bare])
+        assert server.calls == []
+        reward.try_out(PROBLEM)
+        assert len(server.calls) == 1
+    with pytest.raises(ValueError, match=r"judge judge0@127.*: judge down .*is its server running"):
+        make_reward(server).try_out(PROBLEM)  # which has gone
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aggregation": "best"}, "aggregation: 'best' is unknown"),
+        ({"aggregation": "implicit", "levels": 3}, "levels: does nothing with aggregation implicit"),
+        ({"aggregation": "likert", "shuffle": True}, "with_reference, shuffle: do nothing"),
+        ({"min_scored": 0.0}, "min_scored: 0.0"),
+        ({"wait_seconds": 0.0}, "wait_seconds: 0.0"),
+        ({"category_weights": {"vital": 1.0}}, "category_weights.vital"),
+        ({"template": "nowhere.md"}, "prompt: nowhere.md"),
+        ({"judges": []}, "judges: there is none"),
+    ],
+)
+def test_bad_options(options, message):
+    node = {"_component_": "rolltune.rewards.rubric.endpoint_judge.EndpointJudge", "model": "m"}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RubricReward(**({"judges": [node | {"base_url": "http://localhost:1/v1"}]} | options))
+
+
+def test_it_is_a_judged_reward_and_composes_by_weight(make_reward):
+    with FaultServer(always(verdicts(1, 0, 0))) as server:
+        judged = make_reward(server)
+        assert isinstance(judged, JudgedReward)
+        reward = WeightedReward(
+            rewards={"rubric": (judged, 2.0), "plain": (lambda problem, text: Score(total=0.25), 1.0)}
+        )
+        completion = Completion(token_ids=(1,), logprobs=(0.0,), finish_reason="stop", policy_version=0, text=TEXT)
+        score = reward(PROBLEM, completion)
+    assert score.total == pytest.approx(2 * 1.9 / 2.2 + 0.25)
+    assert score.parts["rubric/category/essential"] == 1.0 and "rubric/says_four" in score.notes
+    assert reward.metrics()["judge/rubric/calls"] == 1 and list(reward.text_rewards) == ["plain"]
