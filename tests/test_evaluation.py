@@ -5,7 +5,7 @@ import torch
 from thread_world import on_ranks
 
 from rolltune.distributed import World
-from rolltune.evaluation import evaluate_greedy
+from rolltune.evaluation import judge_greedy, sample_greedy
 from rolltune.metrics import accuracy_interval
 from rolltune.rewards.answer import answer_reward, lenient_answer_reward
 from rolltune.types import Completion, Problem, Prompt, SamplingParams, Score
@@ -47,15 +47,15 @@ def evaluate(cases, world=None, sampler=None, correct=answer_reward, lenient=len
         Completion(token_ids=(0,) * tokens, logprobs=(0.0,) * tokens, finish_reason=end, policy_version=0, text=text)
         for _, text, tokens, end, *_ in cases
     ]
-    return evaluate_greedy(
+    world = world or World(rank=0, size=1, device=torch.device("cpu"))
+    turns = sample_greedy(
         problems,
         render=lambda problem: Prompt(token_ids=(int(problem.id),)),
         sampler=sampler or Written(completions),
         params=GREEDY,
-        correct=correct,
-        lenient=lenient,
-        world=world or World(rank=0, size=1, device=torch.device("cpu")),
+        world=world,
     )
+    return judge_greedy(turns, correct=correct, lenient=lenient, world=world)
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case[1] or "empty" for case in CASES])
@@ -104,6 +104,28 @@ def test_one_completion_a_problem():
     )
     evaluate(CASES[:2], sampler=sampler)
     assert [(r.prompt.token_ids, len(r.seeds)) for r in sampler.requests] == [((0,), 1), ((1,), 1)]
+
+
+def test_each_rank_has_the_turns_of_its_share():
+    sampler = Written(
+        [
+            Completion(token_ids=(1,), logprobs=(0.0,), finish_reason="stop", policy_version=0, text=f"turn {i}")
+            for i in range(3)
+        ]
+    )
+    problems = [Problem(id=str(i), messages=()) for i in range(3)]
+
+    def sample(world: World):
+        turns = sample_greedy(
+            problems,
+            render=lambda problem: Prompt(token_ids=(int(problem.id),)),
+            sampler=sampler,
+            params=GREEDY,
+            world=world,
+        )
+        return [(problem.id, completion.text) for problem, completion in turns]
+
+    assert on_ranks(2, sample) == [[("0", "turn 0"), ("2", "turn 2")], [("1", "turn 1")]]
 
 
 def test_ranks_share_the_problems_and_know_the_whole():

@@ -8,55 +8,64 @@ from rolltune.distributed import World
 from rolltune.metrics import accuracy_interval
 from rolltune.rewards.format import format_reward
 from rolltune.samplers import Sampler
-from rolltune.types import Problem, Prompt, Reward, SampleRequest, SamplingParams
+from rolltune.types import Completion, Problem, Prompt, Reward, SampleRequest, SamplingParams
 
 
-def evaluate_greedy(
+def sample_greedy(
     problems: Sequence[Problem],
     *,
     render: Callable[[Problem], Prompt],
     sampler: Sampler,
     params: SamplingParams,
-    correct: Reward,
-    lenient: Reward,
     world: World,
     on_progress: Callable[[int, int], None] | None = None,
-) -> dict[str, float]:
-    """One greedy completion a problem, judged strictly and leniently.
-
-    Both measures are reported because most of an early gain in the strict one is format.
+) -> list[tuple[Problem, Completion]]:
+    """One greedy completion of each problem of this rank's share.
 
     Args:
         problems: of all ranks; each rank takes its share.
         render: problem to prompt.
         sampler: current with the policy.
         params: greedy.
+        world: all ranks call this.
+        on_progress: called with (completions done, completions in all).
+    """
+    mine = world.shard(problems)
+    requests = [SampleRequest(prompt=render(problem), seeds=(0,)) for problem in mine]
+    completions = [c for (c,) in sampler.generate(requests, params, on_progress=on_progress)]
+    return list(zip(mine, completions, strict=True))
+
+
+def judge_greedy(
+    turns: Sequence[tuple[Problem, Completion]], *, correct: Reward, lenient: Reward, world: World
+) -> dict[str, float]:
+    """Greedy turns judged strictly and leniently.
+
+    Both measures are reported because most of an early gain in the strict one is format.
+
+    Args:
+        turns: this rank's, with their problems.
         correct: the strict measure: a turn is right where it gives 1.
         lenient: the same, whatever the form of the answer.
         world: all ranks call this.
-        on_progress: called with (completions done, completions in all).
 
     Returns:
         ``heldout/...`` metrics over all ranks: accuracy with its Wilson 95 % interval, lenient accuracy, share of turns
         in the exact format, mean length in tokens, share of completions that were cut, and the share that the strict
         measure left unscored. Unscored turns count in neither accuracy, which is missing where there is no other.
     """
-    mine = world.shard(problems)
-    requests = [SampleRequest(prompt=render(problem), seeds=(0,)) for problem in mine]
-    completions = [c for (c,) in sampler.generate(requests, params, on_progress=on_progress)]
-    pairs = list(zip(mine, completions, strict=True))
-    strict = [correct(problem, c.text).total for problem, c in pairs]
-    loose = [lenient(problem, c.text).total for problem, c in pairs]
+    strict = [correct(problem, c.text).total for problem, c in turns]
+    loose = [lenient(problem, c.text).total for problem, c in turns]
     num_correct, num_scored, num_lenient, num_loose, num_formatted, tokens, cut, total = world.sum(
         [
             sum(score == 1.0 for score in strict),
             sum(score is not None for score in strict),
             sum(score == 1.0 for score in loose),
             sum(score is not None for score in loose),
-            sum(format_reward(problem, c.text).total == 1.0 for problem, c in pairs),
-            sum(len(c.token_ids) for c in completions),
-            sum(c.finish_reason == "length" for c in completions),
-            len(completions),
+            sum(format_reward(problem, c.text).total == 1.0 for problem, c in turns),
+            sum(len(c.token_ids) for _, c in turns),
+            sum(c.finish_reason == "length" for _, c in turns),
+            len(turns),
         ]
     )
     metrics = {

@@ -1,0 +1,80 @@
+"""GRPO with a gold check: the numbers stand beside the held-out accuracy, and the alarm is told."""
+
+from __future__ import annotations
+
+import sys
+
+from tiny_run import read_rows
+
+ANSWER = {"_component_": "rolltune.rewards.answer.answer_reward"}
+
+
+def eval_with(reward: str, gold: dict, **options) -> dict:
+    check = {"_component_": "rolltune.rewards.rubric.gold.GoldCheck", "reward": reward, "gold": gold} | options
+    return {"every_n_steps": 2, "max_problems": 4, "gold": check | {"min_problems": 4}}
+
+
+def test_a_run_with_a_gold_check(run_grpo):
+    """The reward that is trained on has a part of its own; the random model gets no answer right."""
+    rows = read_rows(run_grpo(num_steps=3, eval=eval_with("low", ANSWER)))
+    plain = read_rows(run_grpo("plain", num_steps=3, eval={"every_n_steps": 2, "max_problems": 4}))
+    checked = [row for row in rows if "gold/scored" in row]
+    assert [row["step"] for row in checked] == [0, 2, 3] == [row["step"] for row in rows if "heldout/accuracy" in row]
+    assert [{name: value for name, value in row.items() if not name.startswith("gold/")} for row in rows] == plain
+    first = checked[0]
+    for row in checked:
+        assert row["gold/scored"] == 4.0 and row["gold/mean"] == 0.0 and 0 < row["gold/train_mean"] < 1
+        assert row["gold/gap"] == row["gold/train_mean"]
+        assert row["gold/gap_change"] == row["gold/gap"] - first["gold/gap"]
+        assert "gold/correlation" not in row, "no turn is right, so gold has no variance"
+
+
+def test_the_alarm_is_told(run_grpo, reward_module, capsys):
+    """A judge that is taken in by and by: its mark grows with each turn that it reads, whatever stands there."""
+    (reward_module / "taken_in.py").write_text(
+        "from rolltune.types import Score\nread = []\ndef judge(problem, text):\n"
+        "    read.append(text)\n    return Score(total=min(1.0, len(read) / 40))\njudge.full_marks = None\n"
+    )
+    rewards = {"judge": {"_component_": "taken_in.judge", "weight": 1.0}}
+    rows = read_rows(run_grpo(num_steps=2, rewards=rewards, eval=eval_with("judge", ANSWER)))
+    assert [row["gold/alarm"] for row in rows if "gold/alarm" in row] == [0.0, 1.0]
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("eval.gold: ALARM")]
+    assert len(told) == 1 and "since the first evaluation the mean of judge went from" in told[0]
+
+
+GOLD_JUDGE = """
+from rolltune.types import Score
+
+CALLED = []
+
+class Gold:
+    stop_reason = None
+    def __call__(self, problem, text):
+        return self.begin(problem, text)()
+    def check(self, problems):
+        CALLED.append(f"check {len(problems)}")
+    def try_out(self, problem):
+        CALLED.append("try_out")
+    def bind(self, sampler, tokenizer, frozen):
+        CALLED.append(f"bind {type(sampler).__name__}")
+    def begin(self, problem, text):
+        CALLED.append("begin")
+        return lambda: Score(total=0.5)
+    def metrics(self):
+        return {"calls": float(CALLED.count("begin"))}
+    def close(self):
+        CALLED.append("close")
+"""
+
+
+def test_another_judge_as_the_gold_measure(run_grpo, reward_module, monkeypatch):
+    (reward_module / "gold_judge.py").write_text(GOLD_JUDGE)
+    monkeypatch.delitem(sys.modules, "gold_judge", raising=False)
+    checked = eval_with("low", {"_component_": "gold_judge.Gold"})
+    run_grpo("dry", eval=checked, overrides=("dry_run=true",))
+    called = sys.modules["gold_judge"].CALLED
+    assert called == ["check 4"], "a dry run asks nobody"
+    called.clear()
+    rows = read_rows(run_grpo(num_steps=2, eval=checked))
+    assert called == ["check 4", "try_out", "bind NativeSampler", *["begin"] * 8, "close"]
+    assert [row["gold/judge/calls"] for row in rows if "gold/scored" in row] == [4.0, 8.0]
