@@ -310,7 +310,9 @@ def shortcomings(job: Job, audit: JudgeAudit) -> Iterator[str]:
         return
     for name, found in (("accuracy", audit.accuracy), ("kappa", audit.kappa)):
         least = getattr(job.cfg, f"min_{name}")
-        if least is not None and not found.value >= least:  # also where it is NaN
+        if least is not None and math.isnan(found.value):
+            yield f"{name} has no value on these verdicts, and min_{name} asks for {least:g}: label some of either kind"
+        elif least is not None and found.value < least:
             yield f"{name} {found.value:.3f} is below min_{name}, {least:g}: do not train on this judge"
 
 

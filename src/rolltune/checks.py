@@ -148,7 +148,8 @@ def _check_audit_judge(cfg: AuditJudgeConfig) -> Iterator[str]:
     yield from check_component(cfg.data, "data")
     problems = check_component(cfg.judge, "judge") or _call_problems(cfg.judge, "judge")
     yield from problems
-    if not problems and not all(hasattr(instantiate(cfg.judge), name) for name in ("ask", "metrics")):
+    judge = None if problems else instantiate(cfg.judge)
+    if judge is not None and not (hasattr(judge, "ask") and hasattr(judge, "metrics")):
         name = cfg.judge["_component_"]
         yield f"judge._component_: {name}: no judge; a rolltune.rewards.rubric.judge.Judge has ask and metrics"
     if cfg.template is not None:

@@ -314,6 +314,18 @@ def test_both_thresholds(audit, capsys):
     assert said[1].startswith("audit_judge: kappa -") and "is below min_kappa, 0.6" in said[1]
 
 
+def test_a_threshold_of_what_has_no_value_is_not_passed(audit, tmp_path, capsys):
+    """All that is labelled is satisfied and passes: agreement by chance is 1, and kappa 0 / 0."""
+    response, label = next((r, label) for r in RESPONSES for label in r.labels if label.satisfied)
+    criterion = label.criterion.model_dump(exclude_none=True)
+    row = {"id": label.id, "problem": response.problem.messages[0]["content"], "response": response.text}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row | {"criterion": criterion, "satisfied": True}) + "\n")
+    data = {"_component_": "rolltune.data.judge_labelled.judge_labelled", "path": str(tmp_path / "own.jsonl")}
+    status, found = audit(judge(perfect), data=data, min_accuracy=1.0, min_kappa=0.0)
+    assert status == 1 and found["accuracy"]["value"] == 1 and found["kappa"]["value"] is None
+    assert capsys.readouterr().err.startswith("audit_judge: kappa has no value on these verdicts, and min_kappa asks")
+
+
 def test_as_a_command(make_file, tmp_path):
     """Exit status and output of a process; the key is in nothing that it writes."""
     with FaultServer(judge(lambda *_: False)) as server:

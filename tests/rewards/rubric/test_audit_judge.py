@@ -187,6 +187,13 @@ def test_padding_that_pays_is_found():
     assert found.value == pytest.approx(2 / 3) and found.of == 24 and 0.25 < found.low < 2 / 3 < found.high < 1
 
 
+def test_length_counts_by_its_logarithm():
+    """One response of a thousand words does not decide alone: 0, 1, 3 and 7 words are equally far apart."""
+    found = audit([said(False, i >= 2, response=i, words=count) for i, count in enumerate([0, 1, 3, 7])])
+    # Of x = 0 0 1 1 and y = 0 1 2 3: covariance 0.5, deviations 0.5 and sqrt(1.25).
+    assert found.length_false_pass.value == pytest.approx(0.5 / (0.5 * 1.25**0.5))
+
+
 def test_the_sign_of_errors():
     """Passes wrongly what is long and fails wrongly what is short: only wrong verdicts count."""
     wrong = [said(i >= 6, i < 6, response=i, words=100 if i < 6 else 5) for i in range(12)]
