@@ -406,8 +406,12 @@ def test_ctrl_c_stops_a_server_without_a_command(stand_in, tiny_llama, tmp_path)
     command = [sys.executable, str(ROOT / "recipes" / "serve.py"), "--config", str(tmp_path / "serve.yaml")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    said = "".join(iter(process.stdout.readline, "Ctrl-C stops it\n"))
-    assert "/v1 after " in said
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line == "Ctrl-C stops it\n":
+            break
+    assert "/v1 after " in said[-2], said
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
     assert (process.returncode, stderr) == (130, "interrupted\n")
