@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from rich.console import Console
@@ -36,11 +37,12 @@ from rolltune.components import component, instantiate
 from rolltune.curves import plot_curves
 from rolltune.data.dataset import ProblemStream
 from rolltune.distributed import World, close_world, init_world
-from rolltune.evaluation import evaluate_greedy
+from rolltune.evaluation import judge_greedy, sample_greedy
 from rolltune.models import load_tokenizer
 from rolltune.policy import Policy, build_policy
 from rolltune.progress import Progress
 from rolltune.rewards.combine import WeightedReward
+from rolltune.rewards.rubric.gold import GoldWatch
 from rolltune.rollout import Rollout, collect, is_trainable, sample_groups
 from rolltune.samplers import Sampler
 from rolltune.schema import GRPOConfig
@@ -64,9 +66,15 @@ class Parts:
     heldout: Sequence[Problem]
     render: Callable[[Problem], Prompt]
     reward: WeightedReward
+    gold: GoldWatch | None
     advantage: Callable[[Sequence[float]], list[float]]
     loss: Loss
     optimization: Optimization
+
+    def close(self) -> None:
+        self.reward.close()
+        if self.gold is not None:
+            self.gold.close()
 
 
 def run(cfg: GRPOConfig) -> None:
@@ -94,6 +102,8 @@ def run(cfg: GRPOConfig) -> None:
             started = time.perf_counter()
             phases = Phases()
             rollout = sample(cfg, parts, step, state.cursor, phases, progress)
+            if why := runs.why_stop(rollout, parts.reward, max_unscored=cfg.batch.max_unscored, world=world):
+                stop(cfg, parts, checkpoints, state, why)
             if step == first_step:
                 selftest(cfg, parts, rollout, console, starts_as_reference=state.policy_version == 0)
             metrics, advantages = train(cfg, parts, step, rollout, phases, progress)
@@ -104,7 +114,7 @@ def run(cfg: GRPOConfig) -> None:
             is_last = step == cfg.num_steps
             if step % cfg.eval.every_n_steps == 0 or is_last:
                 metrics |= evaluate(cfg, parts, progress)
-            log.log(step, metrics)
+            log.log(step, metrics | runs.judge_metrics(parts.reward, world))
             classify(rollout, step)
             if step % cfg.logging.samples_every_n_steps == 0:
                 log.log_samples(step, rollout.sampled, advantages)
@@ -120,10 +130,24 @@ def run(cfg: GRPOConfig) -> None:
                 is_due=is_last or step % cfg.checkpoint.every_n_steps == 0,
             )
     log.close()
+    parts.close()
     if world.is_main:
         plot_curves(output_dir)
         report.write_summary(output_dir, console)
     close_world()
+
+
+def stop(cfg: GRPOConfig, parts: Parts, checkpoints: Checkpoints, state: TrainState, why: str) -> NoReturn:
+    """End the run on a rollout that should not be trained on, with a checkpoint of the last step that was taken."""
+    if state.step and state.step not in checkpoints.steps():
+        runs.save(
+            parts.policy, parts.tokenizer, parts.optimization, checkpoints, state, parts.world, score=None, is_due=True
+        )
+    parts.close()
+    kept = f"a checkpoint of step {state.step} is in {cfg.output_dir}" if state.step else "nothing was trained yet"
+    raise config.RunStopped(
+        f"step {state.step + 1}: {why}\n  {kept}; go on with the same command{' and resume=true' * bool(state.step)}"
+    )
 
 
 def dry_run(cfg: GRPOConfig) -> None:
@@ -131,7 +155,7 @@ def dry_run(cfg: GRPOConfig) -> None:
     console = Console()
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
     train, heldout = runs.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
-    runs.build_reward(cfg.rewards)
+    runs.start_rewards(cfg, train, heldout, try_out=False)
     stream = ProblemStream(train, seed=cfg.seed)
     render = runs.prompt_renderer(cfg.prompt, tokenizer)
     first = render(stream.take(0, 1)[0])
@@ -164,6 +188,7 @@ def build(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Parts:
     longest = runs.longest_prompt(stream, render)
     estimates.check_context(cfg.model, prompt_tokens=longest, max_new_tokens=cfg.sampling.max_new_tokens)
     loss = instantiate(cfg.loss)
+    reward, gold = runs.start_rewards(cfg, train, heldout, try_out=True)
     policy = build_policy(
         cfg.model,
         cfg.lora,
@@ -177,15 +202,19 @@ def build(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Parts:
     )
     if resume_from:
         optimization.load_state_dict(load_optimization(resume_from, world.device))
+    sampler = instantiate(cfg.sampler, policy.model, tokenizer)
+    for judged in (reward, gold) if gold else (reward,):
+        judged.bind(sampler, tokenizer, lambda: runs.starting_sampler(cfg, tokenizer, world))
     return Parts(
         world=world,
         policy=policy,
-        sampler=instantiate(cfg.sampler, policy.model, tokenizer),
+        sampler=sampler,
         tokenizer=tokenizer,
         stream=stream,
         heldout=heldout,
         render=render,
-        reward=runs.build_reward(cfg.rewards),
+        reward=reward,
+        gold=gold,
         advantage=component(cfg.advantage),
         loss=loss,
         optimization=optimization,
@@ -202,7 +231,7 @@ def sample(cfg: GRPOConfig, parts: Parts, step: int, cursor: int, phases: Phases
             problems,
             render=parts.render,
             sampler=parts.sampler,
-            score=parts.reward,
+            begin_score=parts.reward.begin,
             params=params,
             group_size=cfg.sampling.group_size,
             seed=(cfg.seed, step),
@@ -297,23 +326,24 @@ def train(
 
 
 def evaluate(cfg: GRPOConfig, parts: Parts, progress: Progress) -> dict[str, float]:
-    """Greedy accuracy on the held-out problems with the current weights."""
+    """Greedy accuracy on the held-out problems with the current weights, and the gold check of the same turns."""
     parts.sampler.sync(parts.policy.version)
     params = SamplingParams(
         temperature=0.0,
         max_new_tokens=cfg.eval.max_new_tokens or cfg.sampling.max_new_tokens,
         stop=tuple(cfg.sampling.stop),
     )
-    return evaluate_greedy(
+    turns = sample_greedy(
         parts.heldout,
         render=parts.render,
         sampler=parts.sampler,
         params=params,
-        correct=component(cfg.eval.correct),
-        lenient=component(cfg.eval.lenient),
         world=parts.world,
         on_progress=progress.phase("evaluating"),
     )
+    correct, lenient = component(cfg.eval.correct), component(cfg.eval.lenient)
+    metrics = judge_greedy(turns, correct=correct, lenient=lenient, world=parts.world)
+    return metrics | runs.check_gold(parts.gold, turns, Path(cfg.output_dir), parts.world)
 
 
 if __name__ == "__main__":

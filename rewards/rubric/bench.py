@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future
-from typing import Any
+from concurrent.futures import CancelledError, Future
+from typing import Any, TypeVar
 
 from rolltune.background import BackgroundLoop
 from rolltune.components import instantiate
@@ -14,8 +14,8 @@ from rolltune.rewards.rubric.panel import Combine, Panel
 from rolltune.rewards.rubric.policy_judge import PolicyJudge
 from rolltune.samplers import Sampler
 from rolltune.schema import Component
-from rolltune.types import Score
 
+T = TypeVar("T")
 LATE, STOPPED = "judge_late", "judge_stopped"
 _BETWEEN_LOOKS = 0.01  # seconds, while a policy judge may be asked more
 _CANNOT_JUDGE = ("judge_down", "judge_budget", "judge_refused")
@@ -71,27 +71,26 @@ class Bench:
                     f"{f' ({answer.text[:200]})' if answer.text else ''}; is its server running, at this address?"
                 )
 
-    def begin(self, judging: Coroutine[Any, Any, Score]) -> Callable[[], Score]:
-        """Have a turn judged; what is returned waits for its score, which is None where none came in time."""
-        future = self._loop.submit(judging)
+    def submit(self, judging: Coroutine[Any, Any, T]) -> Future[T]:
+        """Have it run beside the sampling; returns at once."""
         self._last_begun = time.monotonic()
-        return lambda: self._wait(future)
+        return self._loop.submit(judging)
 
-    def _wait(self, future: Future[Score]) -> Score:
+    def wait(self, future: Future[T], otherwise: Callable[[str], T]) -> T:
+        """The result; or what ``otherwise`` makes of the failure word, where none came in time or none ever will."""
         while True:
             self._ask_policy()
             left = max(0.0, self._last_begun + self._wait_seconds - time.monotonic())
             try:
                 return future.result(timeout=min(left, _BETWEEN_LOOKS) if self._policy_judges else left)
-            except TimeoutError:
-                if left > 0 and self._policy_judges:
+            except (TimeoutError, CancelledError):
+                if left > 0 and not future.cancelled():
                     continue
-                future.cancel()
-                self._late += 1
-                return Score(total=None, failure=LATE)
+                self._late += future.cancel()
+                return otherwise(LATE)
             except ValueError as error:  # the server refuses every call
                 self._refusal = str(error)
-                return Score(total=None, failure=STOPPED)
+                return otherwise(STOPPED)
 
     def _ask_policy(self) -> None:
         """Let the policy answer all that waits for it, in one batch; its time is not counted against the others."""

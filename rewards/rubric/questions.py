@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
@@ -69,6 +69,19 @@ class Rating(BaseModel):
         if isinstance(value, bool):
             raise ValueError(f"must be a whole number from {LOWEST_RATING} to {HIGHEST_RATING}")
         return value
+
+
+class Preference(BaseModel):
+    """Which of two responses a judge finds better."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="ignore",
+        json_schema_extra=lambda schema: _replace(schema, _PREFERENCE_SCHEMA),
+    )
+
+    reason: _Reason = ""
+    better: Literal["first", "second", "neither"]
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------------
@@ -169,6 +182,38 @@ def likert_question(
     """
     prompt = _prompt(template, "reference_likert" if with_reference else "likert", with_reference)
     return Question(messages=prompt.messages(**_shown(problem, text, with_reference, max_chars)), answer=Rating)
+
+
+def pairwise_question(
+    problem: Problem,
+    first: str,
+    second: str,
+    criteria: Sequence[Criterion],
+    *,
+    category_weights: Mapping[Category, float] = CATEGORY_WEIGHTS,
+    template: JudgePrompt | None = None,
+    max_chars: int = MAX_CHARS,
+) -> Question:
+    """What has a judge say which of two responses is better by the whole rubric; the answer is a :class:`Preference`.
+
+    Judges prefer what stands first, or last; ask again with the two changed about. Arguments as for
+    :func:`implicit_question`.
+    """
+    assert criteria
+    prompt = _prompt(template, "pairwise", False)
+    items = [
+        f"{number}. {_item(criterion)} ({_stakes(criterion, category_weights)})"
+        for number, criterion in enumerate(criteria, start=1)
+    ]
+    values = _shown(problem, "", False, max_chars)
+    shown = prompt.messages(
+        problem=values["problem"],
+        criteria=_fenced_list(items, "criteria", max_chars),
+        count=str(len(criteria)),
+        first=fenced(first, name="first response", max_chars=max_chars),
+        second=fenced(second, name="second response", max_chars=max_chars),
+    )
+    return Question(messages=shown, answer=Preference)
 
 
 def check_levels(levels: int) -> None:
@@ -361,6 +406,11 @@ def _object(**properties: dict[str, Any]) -> dict[str, Any]:
 _RATING_SCHEMA = _object(
     reason={"type": "string"},
     rating={"type": "integer", "enum": list(range(LOWEST_RATING, HIGHEST_RATING + 1))},
+)
+
+
+_PREFERENCE_SCHEMA = _object(
+    reason={"type": "string"}, better={"type": "string", "enum": ["first", "second", "neither"]}
 )
 
 

@@ -175,7 +175,8 @@ class RubricReward:
         shown = text if self._judged == "turn" else parse_tags(text).answer or ""
         if is_degenerate(shown):
             return lambda: Score(total=0.0, failure=DEGENERATE)
-        return self._bench.begin(self._judge(problem, shown))
+        judging = self._bench.submit(self._judge(problem, shown))
+        return lambda: self._bench.wait(judging, lambda failure: Score(total=None, failure=failure))
 
     def _criteria(self, problem: Problem) -> tuple[Criterion, ...]:
         return () if problem.rubric is None else problem.rubric.merged(self._weights).criteria

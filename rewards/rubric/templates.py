@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 from rolltune.types import Message
 
-Kind = Literal["explicit", "explicit_one", "implicit", "likert", "reference_likert"]
+Kind = Literal["explicit", "explicit_one", "implicit", "likert", "reference_likert", "pairwise"]
 _PROMPTS = Path(__file__).parent / "prompts"
 # What a prompt of a kind has to hold, and what else it may.
 _NEEDED: Mapping[Kind, tuple[str, ...]] = {
@@ -24,6 +24,7 @@ _NEEDED: Mapping[Kind, tuple[str, ...]] = {
     "implicit": ("problem", "criteria", "response"),
     "likert": ("problem", "response"),
     "reference_likert": ("problem", "reference", "response"),
+    "pairwise": ("problem", "criteria", "first", "second"),
 }
 _ALLOWED: Mapping[Kind, tuple[str, ...]] = {
     "explicit": ("reference", "count"),
@@ -31,6 +32,7 @@ _ALLOWED: Mapping[Kind, tuple[str, ...]] = {
     "implicit": ("reference", "count"),
     "likert": (),
     "reference_likert": (),
+    "pairwise": ("count",),
 }
 
 
@@ -72,7 +74,8 @@ def own_prompt(path: str, kind: Kind) -> JudgePrompt:
         path: a text file in UTF-8, laid out as the module says.
         kind: which packaged prompt it takes the place of. Explicit ones need ``${problem}``, ``${criteria}``,
             ``${response}`` and ``${grades}`` (what the grades mean), implicit ones the first three, Likert ones
-            ``${problem}`` and ``${response}``, with a reference also ``${reference}``. The first two kinds may hold
+            ``${problem}`` and ``${response}``, with a reference also ``${reference}``; the pairwise one
+            ``${problem}``, ``${criteria}``, ``${first}`` and ``${second}``. The first two kinds may hold
             ``${reference}`` (empty where none is shown) and ``${count}``.
 
     Raises:

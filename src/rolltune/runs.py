@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -13,14 +15,17 @@ from transformers import PreTrainedTokenizerBase
 from rolltune import config
 from rolltune.behaviours import BackgroundClassifier, thinking
 from rolltune.checkpoint import Checkpoints, TrainState, load_state
-from rolltune.components import ConfigError, component, instantiate
+from rolltune.components import ConfigError, component, instantiate, locate
 from rolltune.data.dataset import ProblemStream, overlap
 from rolltune.distributed import World
 from rolltune.metrics import MetricsLog
 from rolltune.policy import Policy
 from rolltune.prompts import render_prompt
 from rolltune.rewards.combine import WeightedReward
+from rolltune.rewards.rubric.gold import GoldWatch
 from rolltune.rollout import Rollout
+from rolltune.samplers import Sampler
+from rolltune.samples import load_for_sampling
 from rolltune.schema import (
     Component,
     DataConfig,
@@ -31,7 +36,7 @@ from rolltune.schema import (
     PromptConfig,
     SamplingConfig,
 )
-from rolltune.types import Problem, Prompt, SamplingParams
+from rolltune.types import Completion, Problem, Prompt, SamplingParams, Score
 from rolltune.update import MasterWeights, Optimization
 
 # Keys that may change between the parts of a resumed run: none of them touches a number that is trained with.
@@ -142,12 +147,90 @@ def load_data(data: DataConfig, *, max_heldout: int) -> tuple[Sequence[Problem],
 
 
 def build_reward(nodes: dict[str, Component]) -> WeightedReward:
-    """The weighted sum of the configured rewards; a node's ``weight`` defaults to 1."""
-    return WeightedReward(
-        rewards={
-            name: (component(node, ignore=("weight",)), float(node.get("weight", 1.0))) for name, node in nodes.items()
-        }
-    )
+    """The weighted sum of the configured rewards: functions, or classes whose objects are called.
+
+    A node's ``weight`` defaults to 1.
+    """
+
+    def build(node: Component) -> Callable[..., Score]:
+        if not inspect.isclass(locate(node["_component_"])):
+            return component(node, ignore=("weight",))
+        return instantiate({key: value for key, value in node.items() if key != "weight"})
+
+    return WeightedReward(rewards={name: (build(node), float(node.get("weight", 1.0))) for name, node in nodes.items()})
+
+
+def starting_sampler(cfg: GRPOConfig, tokenizer: PreTrainedTokenizerBase, world: World) -> Sampler:
+    """Samples from the weights that the run starts from, held frozen beside the policy; also in a resumed run."""
+    model = load_for_sampling(cfg.model.path, dtype=cfg.model.dtype, device=world.device)
+    return instantiate(cfg.sampler, model, tokenizer)
+
+
+def why_stop(rollout: Rollout, reward: WeightedReward, *, max_unscored: float, world: World) -> str | None:
+    """Why no step should be taken on a rollout, the same on all ranks; None where all is well.
+
+    Args:
+        rollout: this rank's.
+        reward: that scored it.
+        max_unscored: share of the completions that may be unscored.
+        world: all ranks call this.
+    """
+    scores = [score for group in rollout.sampled for score in group.scores]
+    unscored = [score for score in scores if score.total is None]
+    reasons = world.gather([reward.stop_reason] if reward.stop_reason else [])
+    failures = Counter(world.gather([score.failure or "no reason given" for score in unscored]))
+    (total,) = world.sum([len(scores)])
+    if reasons:
+        return reasons[0]
+    if failures.total() > max_unscored * total:
+        listed = ", ".join(f"{failure} {count}" for failure, count in failures.most_common())
+        return (
+            f"batch.max_unscored: {failures.total()} of {total:.0f} completions are unscored ({listed}), more than the "
+            f"share of {max_unscored:g} that is allowed"
+        )
+    return None
+
+
+def judge_metrics(reward: WeightedReward, world: World) -> dict[str, float]:
+    """What judging has cost so far, over all ranks; counted from the start of this process."""
+    mine = reward.metrics()
+    return dict(zip(mine, world.sum(list(mine.values())), strict=True))
+
+
+def start_rewards(
+    cfg: GRPOConfig, train: Sequence[Problem], heldout: Sequence[Problem], *, try_out: bool
+) -> tuple[WeightedReward, GoldWatch | None]:
+    """The reward, and the alarm for a hacked judge where the config has one; neither is taken on trust.
+
+    Args:
+        cfg: names them.
+        train: what the reward will be asked for.
+        heldout: what both will be asked for.
+        try_out: have a turn judged now, so that a judge that is not there shows before weights are loaded.
+
+    Raises:
+        ValueError: a problem lacks what it would be judged by, or a judge does not answer.
+    """
+    reward = build_reward(cfg.rewards)
+    gold = None if cfg.eval.gold is None else instantiate(cfg.eval.gold).start(reward, heldout)
+    reward.check([*train, *heldout])
+    if try_out:
+        reward.try_out(train[0])
+        if gold is not None:
+            gold.try_out(heldout[0])
+    return reward, gold
+
+
+def check_gold(
+    watch: GoldWatch | None, turns: Sequence[tuple[Problem, Completion]], output_dir: Path, world: World
+) -> dict[str, float]:
+    """The metrics of one gold check, none without a watch; rank 0 prints its warning."""
+    if watch is None:
+        return {}
+    reading = watch.measure(turns, output_dir=output_dir, world=world)
+    if reading.warning and world.is_main:
+        print(reading.warning, flush=True)
+    return reading.metrics
 
 
 def build_optimization(cfg: GRPOConfig | PrimeConfig, policy: Policy, *, num_updates: int) -> Optimization:
