@@ -15,7 +15,7 @@ SEED ?= 0
 STEPS ?= 24
 PIPELINE ?= outputs/pipeline/seed$(SEED)
 
-.PHONY: install install-vllm quickstart pipeline warmup primed incorrect test check
+.PHONY: install install-vllm quickstart rubric pipeline warmup primed incorrect test check
 
 install: .venv/installed
 
@@ -42,6 +42,10 @@ install-vllm: .venv/installed-vllm
 quickstart: install
 	$(BIN)/tune run prime --config quickstart_prime.yaml resume=true
 	$(BIN)/tune run grpo --config quickstart.yaml resume=true
+
+rubric: install-vllm
+	$(BIN)/tune run serve --config smollm2_135m_judge.yaml \
+	    command="[$(BIN)/tune, run, grpo, --config, smollm2_135m_rubric.yaml, resume=true]"
 
 # An arm: traces of one kind, SFT on them, GRPO from there.
 define arm

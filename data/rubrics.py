@@ -7,6 +7,7 @@ was not trained on any, and at 29.7 (explicit) and 31.2 (implicit) with rubrics 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -24,6 +25,7 @@ from rolltune.types import Problem
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TASKS = Path(__file__).with_name("rubric_tasks.jsonl")
+_ONE_HELD_OUT_IN = 50  # questions of published data, by a hash of their text
 
 # --- one's own --------------------------------------------------------------------------------------------------------
 
@@ -175,11 +177,12 @@ def rar(
     count: int | None = None,
     weights: Weights = "categories",
     unsure: Unsure = "error",
+    part: Literal["all", "train", "heldout"] = "all",
 ) -> Dataset:
     """Rows of RaR-Medicine or RaR-Science, the data of Rubrics as Rewards (arXiv 2507.17746).
 
     The reference answer becomes the problem's answer, for judges that are shown it. Two things to know of the data:
-    questions stand in it more than once and in several splits (``rolltune.data.dataset.overlap`` finds them), and
+    questions stand in it more than once and in several splits, so held-out ones are best taken by ``part``; and
     pitfalls are phrased both ways under the same negative weights, see ``unsure``. Leaving pitfalls out costs
     nothing in the paper's ablation (37.2 with and without them).
 
@@ -194,6 +197,8 @@ def rar(
         unsure: what becomes of a pitfall whose wording does not say whether it is good to satisfy ("Does not mention
             ..."): "error" names them all, "drop" leaves them out, "bad" takes them for failures, which most of
             RaR-Medicine's are, "good" for errors avoided.
+        part: "all" rows as they are; "train" or "heldout" for each question once, one in fifty of them held out by a
+            hash of its text, so that no question is in both, whatever the split or slice.
 
     Raises:
         ValueError: the data cannot be found or reached, rows are malformed (each is named with its fields), or the
@@ -203,6 +208,7 @@ def rar(
         ("split", split, ("train", "val", "test")),
         ("weights", weights, ("categories", "numbers")),
         ("unsure", unsure, ("error", "drop", "bad", "good")),
+        ("part", part, ("all", "train", "heldout")),
     ):
         if value not in known:
             raise ValueError(f"rar: {name}={value!r} must be one of {', '.join(known)}")
@@ -213,9 +219,19 @@ def rar(
         taken, lambda where, row: rar_problem(row[1], f"{name}/{row[0]}", weights=weights, unsure=unsure)
     )
     kept = [problem for problem in problems if problem is not None]
+    if part != "all":
+        once = {problem.messages[-1]["content"]: problem for problem in reversed(kept)}  # the first of each stays
+        kept = [p for p in kept if once[p.messages[-1]["content"]] is p and _is_heldout(p) == (part == "heldout")]
+        if not kept:
+            raise ValueError(f"rar: part={part!r} of {path} has no rows; take a larger slice")
     if not kept:
         raise ValueError(f"rar: unsure={unsure} leaves nothing of the {len(problems)} rubrics of {path}")
     return Dataset(kept)
+
+
+def _is_heldout(problem: Problem) -> bool:
+    digest = hashlib.blake2b(problem.messages[-1]["content"].encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % _ONE_HELD_OUT_IN == 0
 
 
 def _rar_rows(path: str, split: str) -> tuple[str, list[tuple[str, Any]]]:

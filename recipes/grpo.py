@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from rich.console import Console
@@ -41,8 +40,6 @@ from rolltune.evaluation import judge_greedy, sample_greedy
 from rolltune.models import load_tokenizer
 from rolltune.policy import Policy, build_policy
 from rolltune.progress import Progress
-from rolltune.rewards.combine import WeightedReward
-from rolltune.rewards.rubric.gold import GoldWatch
 from rolltune.rollout import Rollout, collect, is_trainable, sample_groups
 from rolltune.samplers import Sampler
 from rolltune.schema import GRPOConfig
@@ -65,16 +62,10 @@ class Parts:
     stream: ProblemStream
     heldout: Sequence[Problem]
     render: Callable[[Problem], Prompt]
-    reward: WeightedReward
-    gold: GoldWatch | None
+    rewards: runs.Rewards
     advantage: Callable[[Sequence[float]], list[float]]
     loss: Loss
     optimization: Optimization
-
-    def close(self) -> None:
-        self.reward.close()
-        if self.gold is not None:
-            self.gold.close()
 
 
 def run(cfg: GRPOConfig) -> None:
@@ -102,8 +93,8 @@ def run(cfg: GRPOConfig) -> None:
             started = time.perf_counter()
             phases = Phases()
             rollout = sample(cfg, parts, step, state.cursor, phases, progress)
-            if why := runs.why_stop(rollout, parts.reward, max_unscored=cfg.batch.max_unscored, world=world):
-                stop(cfg, parts, checkpoints, state, why)
+            if why := runs.why_stop(rollout, parts.rewards.training, max_unscored=cfg.batch.max_unscored, world=world):
+                runs.stop_early(cfg, parts.policy, parts.tokenizer, parts.optimization, checkpoints, state, world, why)
             if step == first_step:
                 selftest(cfg, parts, rollout, console, starts_as_reference=state.policy_version == 0)
             metrics, advantages = train(cfg, parts, step, rollout, phases, progress)
@@ -114,7 +105,7 @@ def run(cfg: GRPOConfig) -> None:
             is_last = step == cfg.num_steps
             if step % cfg.eval.every_n_steps == 0 or is_last:
                 metrics |= evaluate(cfg, parts, progress)
-            log.log(step, metrics | runs.judge_metrics(parts.reward, world))
+            log.log(step, metrics | runs.judge_metrics(parts.rewards.training, world))
             classify(rollout, step)
             if step % cfg.logging.samples_every_n_steps == 0:
                 log.log_samples(step, rollout.sampled, advantages)
@@ -126,28 +117,15 @@ def run(cfg: GRPOConfig) -> None:
                 checkpoints,
                 state,
                 world,
-                score=metrics.get("heldout/accuracy"),
+                score=metrics.get("heldout/score"),
                 is_due=is_last or step % cfg.checkpoint.every_n_steps == 0,
             )
     log.close()
-    parts.close()
+    parts.rewards.close()
     if world.is_main:
         plot_curves(output_dir)
         report.write_summary(output_dir, console)
     close_world()
-
-
-def stop(cfg: GRPOConfig, parts: Parts, checkpoints: Checkpoints, state: TrainState, why: str) -> NoReturn:
-    """End the run on a rollout that should not be trained on, with a checkpoint of the last step that was taken."""
-    if state.step and state.step not in checkpoints.steps():
-        runs.save(
-            parts.policy, parts.tokenizer, parts.optimization, checkpoints, state, parts.world, score=None, is_due=True
-        )
-    parts.close()
-    kept = f"a checkpoint of step {state.step} is in {cfg.output_dir}" if state.step else "nothing was trained yet"
-    raise config.RunStopped(
-        f"step {state.step + 1}: {why}\n  {kept}; go on with the same command{' and resume=true' * bool(state.step)}"
-    )
 
 
 def dry_run(cfg: GRPOConfig) -> None:
@@ -188,7 +166,7 @@ def build(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Parts:
     longest = runs.longest_prompt(stream, render)
     estimates.check_context(cfg.model, prompt_tokens=longest, max_new_tokens=cfg.sampling.max_new_tokens)
     loss = instantiate(cfg.loss)
-    reward, gold = runs.start_rewards(cfg, train, heldout, try_out=True)
+    rewards = runs.start_rewards(cfg, train, heldout, try_out=True)
     policy = build_policy(
         cfg.model,
         cfg.lora,
@@ -203,8 +181,7 @@ def build(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Parts:
     if resume_from:
         optimization.load_state_dict(load_optimization(resume_from, world.device))
     sampler = instantiate(cfg.sampler, policy.model, tokenizer)
-    for judged in (reward, gold) if gold else (reward,):
-        judged.bind(sampler, tokenizer, lambda: runs.starting_sampler(cfg, tokenizer, world))
+    rewards.bind(sampler, tokenizer, lambda: runs.starting_sampler(cfg, tokenizer, world))
     return Parts(
         world=world,
         policy=policy,
@@ -213,8 +190,7 @@ def build(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Parts:
         stream=stream,
         heldout=heldout,
         render=render,
-        reward=reward,
-        gold=gold,
+        rewards=rewards,
         advantage=component(cfg.advantage),
         loss=loss,
         optimization=optimization,
@@ -231,7 +207,7 @@ def sample(cfg: GRPOConfig, parts: Parts, step: int, cursor: int, phases: Phases
             problems,
             render=parts.render,
             sampler=parts.sampler,
-            begin_score=parts.reward.begin,
+            begin_score=parts.rewards.training.begin,
             params=params,
             group_size=cfg.sampling.group_size,
             seed=(cfg.seed, step),
@@ -258,7 +234,7 @@ def selftest(cfg: GRPOConfig, parts: Parts, rollout: Rollout, console: Console, 
         parts.policy,
         rollout.sampled,
         tokenizer=parts.tokenizer,
-        rewards=parts.reward.text_rewards,
+        rewards=parts.rewards.training.text_rewards,
         answer_format=cfg.answer_format,
         temperature=cfg.sampling.temperature,
         dtype=cfg.model.dtype,
@@ -341,9 +317,8 @@ def evaluate(cfg: GRPOConfig, parts: Parts, progress: Progress) -> dict[str, flo
         world=parts.world,
         on_progress=progress.phase("evaluating"),
     )
-    correct, lenient = component(cfg.eval.correct), component(cfg.eval.lenient)
-    metrics = judge_greedy(turns, correct=correct, lenient=lenient, world=parts.world)
-    return metrics | runs.check_gold(parts.gold, turns, Path(cfg.output_dir), parts.world)
+    metrics = judge_greedy(turns, reward=parts.rewards.heldout, world=parts.world)
+    return metrics | runs.check_gold(parts.rewards.gold, turns, Path(cfg.output_dir), parts.world)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from rolltune.distributed import World
 from rolltune.evaluation import judge_greedy, sample_greedy
 from rolltune.metrics import accuracy_interval
 from rolltune.rewards.answer import answer_reward, lenient_answer_reward
+from rolltune.rewards.combine import WeightedReward
 from rolltune.types import Completion, Problem, Prompt, SamplingParams, Score
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=9)
@@ -55,7 +56,8 @@ def evaluate(cases, world=None, sampler=None, correct=answer_reward, lenient=len
         params=GREEDY,
         world=world,
     )
-    return judge_greedy(turns, correct=correct, lenient=lenient, world=world)
+    measures = {"correct": (correct, 1.0)} | ({"lenient": (lenient, 0.0)} if lenient else {})
+    return judge_greedy(turns, reward=WeightedReward(rewards=measures), world=world)
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case[1] or "empty" for case in CASES])
@@ -71,6 +73,7 @@ def test_one_turn(case):
 def test_shares_of_all(tokens=7 + 8 + 3 + 5 + 2 + 6 + 9 + 9 + 4 + 1):
     low, high = accuracy_interval(4, 10)
     assert evaluate(CASES) == {
+        "heldout/score": 0.4,
         "heldout/accuracy": 0.4,
         "heldout/accuracy_low": low,
         "heldout/accuracy_high": high,
@@ -93,6 +96,8 @@ def test_what_is_right_is_for_the_two_measures_to_say():
 
     metrics = evaluate(CASES, correct=correct, lenient=lambda problem, text: Score(total=float("2 + 2" in text)))
     assert metrics["heldout/accuracy"] == 7 / 9 and metrics["heldout/unscored"] == pytest.approx(0.1)
+    assert metrics["heldout/score"] == pytest.approx((7 + 2 * 0.9) / 9)
+    assert "heldout/lenient_accuracy" not in evaluate(CASES, correct=correct, lenient=None)
     assert (metrics["heldout/accuracy_low"], metrics["heldout/accuracy_high"]) == accuracy_interval(7, 9)
     assert metrics["heldout/lenient_accuracy"] == 0.3
     assert seen == [(case[0], case[1]) for case in CASES]

@@ -58,6 +58,7 @@ class EchoSampler:
         ]
         for i in reversed(range(len(written))):  # they end in any order
             for j, completion in enumerate(written[i]):
+                assert on_completion is not None
                 on_completion(i, j, completion)
         return written
 

@@ -111,6 +111,7 @@ class EndpointJudge:
         self._latency_seconds = 0.0
         self._unscored: dict[Failure, int] = dict.fromkeys(get_args(Failure), 0)
         self._takes_calls = False
+        self._told: set[Failure] = set()
 
     def __repr__(self) -> str:
         return f"EndpointJudge({self.name!r})"
@@ -284,7 +285,8 @@ class EndpointJudge:
         return text.replace(key or "\0", "***")[-_MOST_TEXT:]
 
     def _none(self, failure: Failure, why: str, text: str = "") -> Answer:
-        if not self._unscored[failure]:  # the first ones; the others are counted
+        if failure not in self._told:  # the first one; the others are counted
+            self._told.add(failure)
             _log.warning("%s: a question is unscored (%s): %s", self.name, failure, why)
         return Answer(value=None, failure=failure, text=text, judge=self.name, cached=False)
 

@@ -8,7 +8,6 @@ by a gold measure, which is another judge or, better, a check of the answer. Whe
 
 from __future__ import annotations
 
-import inspect
 import math
 import statistics
 from collections import Counter
@@ -18,11 +17,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rolltune.components import component, instantiate, locate
+from rolltune.components import component_or_object
 from rolltune.metrics import Row, read_metrics
 from rolltune.rewards.combine import WeightedReward
 from rolltune.schema import Component
-from rolltune.types import Completion, Problem, Score
+from rolltune.types import Completion, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,15 +97,11 @@ class GoldCheck:
         watch = GoldWatch(
             check=self,
             training=WeightedReward(rewards={self.reward: training.rewards[self.reward]}),
-            gold=WeightedReward(rewards={"gold": (_build(self.gold), 1.0)}),
+            gold=WeightedReward(rewards={"gold": (component_or_object(self.gold), 1.0)}),
         )
         for reward in (watch.training, watch.gold):
             reward.check(problems[: self.max_problems])
         return watch
-
-
-def _build(node: Component) -> Callable[..., Score]:
-    return instantiate(node) if inspect.isclass(locate(node["_component_"])) else component(node)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ nothing in this run is a problem too.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import re
 import shutil
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rolltune.components import ConfigError, check_component, instantiate, mismatch, show
+from rolltune.components import ConfigError, check_component, instantiate, locate, mismatch, show
 from rolltune.rewards.rubric.templates import own_prompt
 from rolltune.schema import (
     AuditJudgeConfig,
@@ -90,8 +91,11 @@ def _check_grpo(cfg: GRPOConfig, world_size: int) -> Iterator[str]:
     yield from _check_optimization(cfg, updates)
     yield from _check_batch(cfg, world_size)
     yield from _check_eval(cfg)
-    yield from _check_judge(cfg.eval.correct, "eval.correct")
-    yield from _check_judge(cfg.eval.lenient, "eval.lenient")
+    for name, node in (("correct", cfg.eval.correct), ("lenient", cfg.eval.lenient)):
+        if node is not None and _is_class(node):
+            yield from _reward_problems(node, f"eval.{name}")
+        elif node is not None:
+            yield from _check_judge(node, f"eval.{name}")
     if cfg.eval.gold is not None:
         yield from _check_gold(cfg.eval.gold, cfg)
     yield from _check_logging(cfg.logging)
@@ -350,11 +354,29 @@ def _check_rewards(rewards: dict[str, Component]) -> Iterator[str]:
         key = f"rewards.{name}"
         if not re.fullmatch(r"[\w-]+", name):
             yield f"{key}: a reward's name heads its curves; letters, digits, - and _ are wanted"
-        yield from check_component(node, key, positional=2, reserved=("completion",), ignore=("weight",))
+        yield from _reward_problems(node, key)
         weight = node.get("weight", 1.0)
         wrong = mismatch(weight, float)
         if wrong or not math.isfinite(weight):
             yield f"{key}.weight: {wrong or f'{weight}; a finite number is wanted'}"
+
+
+def _reward_problems(node: Component, key: str) -> list[str]:
+    """Of a function that is called with (problem, text), or of a class whose object is."""
+    if not _is_class(node):
+        return check_component(node, key, positional=2, reserved=("completion",), ignore=("weight",))
+    bare = {name: value for name, value in node.items() if name != "weight"}
+    problems = check_component(bare, key) or _call_problems(bare, key)
+    if not problems and not callable(instantiate(bare)):
+        problems = [f"{key}._component_: {node['_component_']}: no reward; it is not called with (problem, text)"]
+    return problems
+
+
+def _is_class(node: Component) -> bool:
+    try:
+        return inspect.isclass(locate(node.get("_component_", "")))
+    except ValueError:
+        return False
 
 
 def _check_judge(node: Component, key: str) -> Iterator[str]:

@@ -89,6 +89,21 @@ def _is_node_list(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(is_node(item) for item in value)
 
 
+def component_or_object(node: Component, *, ignore: Collection[str] = ()) -> Callable[..., Any]:
+    """What is called later: a function with its arguments bound, or an object of a class, made now and kept.
+
+    Args:
+        node: ``_component_`` and arguments.
+        ignore: keys of the node that are not arguments.
+
+    Raises:
+        ConfigError: no such component, or a class that refuses its arguments.
+    """
+    if inspect.isclass(component(node).func):  # pyright: ignore[reportFunctionMemberAccess]
+        return instantiate({key: value for key, value in node.items() if key not in ignore})
+    return component(node, ignore=ignore)
+
+
 def _options(ignore: Collection[str]) -> set[str]:
     return {"_component_", *ignore}
 

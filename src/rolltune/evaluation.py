@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 from rolltune.distributed import World
 from rolltune.metrics import accuracy_interval
+from rolltune.rewards.combine import WeightedReward
 from rolltune.rewards.format import format_reward
 from rolltune.samplers import Sampler
-from rolltune.types import Completion, Problem, Prompt, Reward, SampleRequest, SamplingParams
+from rolltune.types import Completion, Problem, Prompt, SampleRequest, SamplingParams
 
 
 def sample_greedy(
@@ -37,7 +38,7 @@ def sample_greedy(
 
 
 def judge_greedy(
-    turns: Sequence[tuple[Problem, Completion]], *, correct: Reward, lenient: Reward, world: World
+    turns: Sequence[tuple[Problem, Completion]], *, reward: WeightedReward, world: World
 ) -> dict[str, float]:
     """Greedy turns judged strictly and leniently.
 
@@ -45,21 +46,25 @@ def judge_greedy(
 
     Args:
         turns: this rank's, with their problems.
-        correct: the strict measure: a turn is right where it gives 1.
-        lenient: the same, whatever the form of the answer.
+        reward: of two: ``correct``, by which a turn is right where it gives 1, and, where it is there, ``lenient``, the
+            same whatever the form of the answer.
         world: all ranks call this.
 
     Returns:
-        ``heldout/...`` metrics over all ranks: accuracy with its Wilson 95 % interval, lenient accuracy, share of turns
-        in the exact format, mean length in tokens, share of completions that were cut, and the share that the strict
-        measure left unscored. Unscored turns count in neither accuracy, which is missing where there is no other.
+        ``heldout/...`` metrics over all ranks: accuracy with its Wilson 95 % interval, the mean score (which is the
+        accuracy where nothing lies between 0 and 1), lenient accuracy, share of turns in the exact format, mean length
+        in tokens, share of completions that were cut, and the share that the strict measure left unscored. Unscored
+        turns count in none of the first three, which are missing where there is no other.
     """
-    strict = [correct(problem, c.text).total for problem, c in turns]
-    loose = [lenient(problem, c.text).total for problem, c in turns]
-    num_correct, num_scored, num_lenient, num_loose, num_formatted, tokens, cut, total = world.sum(
+    begun = [reward.begin(problem, completion) for problem, completion in turns]  # all, before any is waited for
+    scores = [finish() for finish in begun]
+    strict = [score.parts["correct"] for score in scores]
+    loose = [score.parts.get("lenient") for score in scores]
+    num_correct, num_scored, score, num_lenient, num_loose, num_formatted, tokens, cut, total = world.sum(
         [
             sum(score == 1.0 for score in strict),
             sum(score is not None for score in strict),
+            sum(score for score in strict if score is not None),
             sum(score == 1.0 for score in loose),
             sum(score is not None for score in loose),
             sum(format_reward(problem, c.text).total == 1.0 for problem, c in turns),
@@ -77,6 +82,7 @@ def judge_greedy(
     if num_scored:
         low, high = accuracy_interval(int(num_correct), int(num_scored))
         metrics |= {
+            "heldout/score": score / num_scored,
             "heldout/accuracy": num_correct / num_scored,
             "heldout/accuracy_low": low,
             "heldout/accuracy_high": high,

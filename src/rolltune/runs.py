@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
 from rolltune import config
 from rolltune.behaviours import BackgroundClassifier, thinking
 from rolltune.checkpoint import Checkpoints, TrainState, load_state
-from rolltune.components import ConfigError, component, instantiate, locate
+from rolltune.components import ConfigError, component_or_object, instantiate
 from rolltune.data.dataset import ProblemStream, overlap
 from rolltune.distributed import World
 from rolltune.metrics import MetricsLog
@@ -36,7 +36,7 @@ from rolltune.schema import (
     PromptConfig,
     SamplingConfig,
 )
-from rolltune.types import Completion, Problem, Prompt, SamplingParams, Score
+from rolltune.types import Completion, Problem, Prompt, SamplingParams
 from rolltune.update import MasterWeights, Optimization
 
 # Keys that may change between the parts of a resumed run: none of them touches a number that is trained with.
@@ -152,12 +152,64 @@ def build_reward(nodes: dict[str, Component]) -> WeightedReward:
     A node's ``weight`` defaults to 1.
     """
 
-    def build(node: Component) -> Callable[..., Score]:
-        if not inspect.isclass(locate(node["_component_"])):
-            return component(node, ignore=("weight",))
-        return instantiate({key: value for key, value in node.items() if key != "weight"})
+    return WeightedReward(
+        rewards={
+            name: (component_or_object(node, ignore=("weight",)), float(node.get("weight", 1.0)))
+            for name, node in nodes.items()
+        }
+    )
 
-    return WeightedReward(rewards={name: (build(node), float(node.get("weight", 1.0))) for name, node in nodes.items()})
+
+@dataclass(frozen=True, kw_only=True)
+class Rewards:
+    """Everything that scores turns in a run.
+
+    Attributes:
+        training: what is trained on.
+        heldout: ``correct`` and, where the config has it, ``lenient``, for :func:`rolltune.evaluation.judge_greedy`.
+        gold: the alarm for a hacked judge; None where the config has none.
+    """
+
+    training: WeightedReward
+    heldout: WeightedReward
+    gold: GoldWatch | None
+
+    def bind(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, frozen: Callable[[], Sampler]) -> None:
+        """Hand the policy to judges that are the policy; see :class:`rolltune.rewards.combine.JudgedReward`."""
+        for part in self._parts():
+            part.bind(sampler, tokenizer, frozen)
+
+    def close(self) -> None:
+        for part in self._parts():
+            part.close()
+
+    def _parts(self) -> list[WeightedReward | GoldWatch]:
+        return [self.training, self.heldout, *([self.gold] if self.gold else [])]
+
+
+def start_rewards(cfg: GRPOConfig, train: Sequence[Problem], heldout: Sequence[Problem], *, try_out: bool) -> Rewards:
+    """Build what scores turns; none of it is taken on trust.
+
+    Args:
+        cfg: names them.
+        train: what the training reward will be asked for.
+        heldout: what the others will be asked for.
+        try_out: have a turn judged now, so that a judge that is not there shows before weights are loaded.
+
+    Raises:
+        ValueError: a problem lacks what it would be judged by, or a judge does not answer.
+    """
+    training = build_reward(cfg.rewards)
+    lenient = {} if cfg.eval.lenient is None else {"lenient": cfg.eval.lenient | {"weight": 0.0}}
+    measured = build_reward({"correct": cfg.eval.correct} | lenient)
+    gold = None if cfg.eval.gold is None else instantiate(cfg.eval.gold).start(training, heldout)
+    training.check(train)
+    measured.check(heldout)
+    if try_out:
+        training.try_out(train[0])
+        for judged in [measured, *([gold] if gold else [])]:
+            judged.try_out(heldout[0])
+    return Rewards(training=training, heldout=measured, gold=gold)
 
 
 def starting_sampler(cfg: GRPOConfig, tokenizer: PreTrainedTokenizerBase, world: World) -> Sampler:
@@ -191,34 +243,29 @@ def why_stop(rollout: Rollout, reward: WeightedReward, *, max_unscored: float, w
     return None
 
 
+def stop_early(
+    cfg: GRPOConfig,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    optimization: Optimization,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    world: World,
+    why: str,
+) -> NoReturn:
+    """End the run on a rollout that should not be trained on, with a checkpoint of the last step that was taken."""
+    if state.step and state.step not in checkpoints.steps():
+        save(policy, tokenizer, optimization, checkpoints, state, world, score=None, is_due=True)
+    kept = f"a checkpoint of step {state.step} is in {cfg.output_dir}" if state.step else "nothing was trained yet"
+    raise config.RunStopped(
+        f"step {state.step + 1}: {why}\n  {kept}; go on with the same command{' and resume=true' * bool(state.step)}"
+    )
+
+
 def judge_metrics(reward: WeightedReward, world: World) -> dict[str, float]:
     """What judging has cost so far, over all ranks; counted from the start of this process."""
     mine = reward.metrics()
     return dict(zip(mine, world.sum(list(mine.values())), strict=True))
-
-
-def start_rewards(
-    cfg: GRPOConfig, train: Sequence[Problem], heldout: Sequence[Problem], *, try_out: bool
-) -> tuple[WeightedReward, GoldWatch | None]:
-    """The reward, and the alarm for a hacked judge where the config has one; neither is taken on trust.
-
-    Args:
-        cfg: names them.
-        train: what the reward will be asked for.
-        heldout: what both will be asked for.
-        try_out: have a turn judged now, so that a judge that is not there shows before weights are loaded.
-
-    Raises:
-        ValueError: a problem lacks what it would be judged by, or a judge does not answer.
-    """
-    reward = build_reward(cfg.rewards)
-    gold = None if cfg.eval.gold is None else instantiate(cfg.eval.gold).start(reward, heldout)
-    reward.check([*train, *heldout])
-    if try_out:
-        reward.try_out(train[0])
-        if gold is not None:
-            gold.try_out(heldout[0])
-    return reward, gold
 
 
 def check_gold(

@@ -96,8 +96,8 @@ class EvalConfig:
     every_n_steps: int = 10  # also before the first step and after the last
     max_problems: int = 200
     max_new_tokens: int | None = None  # null: as in sampling
-    correct: Component = field(default_factory=_ANSWER)  # a turn is right where it gives 1
-    lenient: Component = field(default_factory=_LENIENT)  # the same, whatever the form
+    correct: Component = field(default_factory=_ANSWER)  # a turn is right where it gives 1; or a judge's class
+    lenient: Component | None = field(default_factory=_LENIENT)  # the same, whatever the form; null: not measured
     gold: Component | None = None  # grpo: a rolltune.rewards.rubric.gold.GoldCheck, the alarm for a hacked judge
 
 

@@ -179,6 +179,18 @@ def published(i: int, pitfall: str = "Recommends surgery.") -> dict:
     }
 
 
+def test_a_question_is_held_out_wherever_it_stands(tmp_path):
+    """500 questions, each of them twice: every one is in one part, once."""
+    path = write_jsonl(tmp_path / "RaR.jsonl", [published(i % 500) for i in range(1000)])
+    parts = {part: [p.messages[-1]["content"] for p in rar(path=path, part=part)] for part in ("train", "heldout")}
+    assert len(parts["train"]) + len(parts["heldout"]) == 500 == len({*parts["train"], *parts["heldout"]})
+    assert 2 <= len(parts["heldout"]) <= 25 and len(rar(path=path)) == 1000
+    again = [p.messages[-1]["content"] for p in rar(path=path, part="heldout", start=500)]
+    assert again == parts["heldout"]
+    with pytest.raises(ValueError, match="part='heldout' of .* has no rows"):
+        rar(path=path, part="heldout", count=1)
+
+
 def write_parquet(path, table) -> str:
     import pyarrow
     import pyarrow.parquet
@@ -252,6 +264,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"part": "test"}, "part='test' must be one of all, train, heldout"),
         ({"split": "dev"}, "rar: split='dev' must be one of train, val, test"),
         ({"weights": "sign"}, "rar: weights='sign' must be one of categories, numbers"),
         ({"unsure": "keep"}, "rar: unsure='keep' must be one of error, drop, bad, good"),
