@@ -149,7 +149,7 @@ def test_several_updates_as_one_row():
 
 
 def test_live_line():
-    metrics = {"reward/mean": 0.5, "kl": 0.0, "heldout/accuracy": 0.25, "reward/std": 1.0, "lr": 1.0}
+    metrics = {"reward/mean": 0.5, "kl": 0.0, "heldout/score": 0.25, "reward/std": 1.0, "lr": 1.0}
     assert live_line(metrics) == {"reward": 0.5, "kl": 0.0, "held-out": 0.25}
 
 
@@ -159,6 +159,7 @@ def test_live_line():
 def evaluation(accuracy: float) -> dict:
     return {
         "heldout/accuracy": accuracy,
+        "heldout/score": accuracy,
         "heldout/accuracy_low": accuracy - 0.1,
         "heldout/accuracy_high": accuracy + 0.1,
     }
@@ -189,13 +190,15 @@ def test_summary_of_fifths(tmp_path):
         "reward_answer_last_fifth": pytest.approx(1.05),
         "heldout_before": 0.25,
         "heldout_before_interval": [0.15, 0.35],
+        "heldout_before_score": 0.25,
         "heldout_after": 0.5,
         "heldout_after_interval": [0.4, 0.6],
+        "heldout_after_score": 0.5,
         "heldout_best": 0.75,
         "heldout_best_step": 4,  # the first of equals, as its checkpoint
     }
     assert "0.250  (95 %: 0.150 to 0.350)" in shown and "0.500  (95 %: 0.400 to 0.600)" in shown
-    assert "11 steps in 7.0 minutes; best held-out accuracy 0.750 at step 4" in shown
+    assert "11 steps in 7.0 minutes; best held-out score 0.750 at step 4" in shown
 
 
 def test_fewer_than_five_steps_are_fifths_of_one(tmp_path):
@@ -234,3 +237,17 @@ def test_values_that_are_null_or_missing_are_left_out(tmp_path):
 def test_a_run_in_which_nothing_was_ever_scored(tmp_path):
     summary, _ = summarize(tmp_path, [{"step": 0, **evaluation(0.5)}, {"step": 1, "reward/unscored": 1.0}])
     assert summary["steps"] == 0 and "reward_first_fifth" not in summary
+
+
+def test_a_run_whose_judge_never_scored_a_held_out_turn(tmp_path):
+    rows = [{"step": 0, "heldout/unscored": 1.0}, {"step": 1, "reward/mean": 0.5, "reward/r/criterion/x/mean": 1.0}]
+    summary, shown = summarize(tmp_path, rows)
+    assert summary["reward_first_fifth"] == 0.5 and not [name for name in summary if "heldout" in name]
+    assert "no held-out turn was scored" in shown and "criterion" not in shown
+
+
+def test_a_graded_measure_is_shown_beside_the_share_of_full_marks(tmp_path):
+    rows = [{"step": 0, **evaluation(0.0), "heldout/score": 0.4}, {"step": 1, "reward/mean": 0.5, **evaluation(0.5)}]
+    _, shown = summarize(tmp_path, rows)
+    (line,) = [line.split("│") for line in shown.splitlines() if line.startswith("held-out score")]
+    assert [cell.strip() for cell in line[1:]] == ["0.400", "0.500"]

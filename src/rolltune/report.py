@@ -100,7 +100,7 @@ def live_line(metrics: dict[str, float]) -> dict[str, float]:
         "kl": "kl",
         "length": "completions/length_mean",
         "entropy": "entropy",
-        "held-out": "heldout/accuracy",
+        "held-out": "heldout/score",
     }
     return {label: metrics[name] for label, name in names.items() if name in metrics}
 
@@ -116,18 +116,19 @@ def write_summary(output_dir: Path, console: Console) -> dict:
     evaluations = [row for row in rows if row.get("heldout/accuracy") is not None]
     seconds = sum(value or 0.0 for row in rows for name, value in row.items() if name.startswith("seconds/"))
     summary: dict = {"steps": len(steps), "train_minutes": seconds / 60}
-    for name in sorted(
-        {name for row in steps for name in row if name.startswith("reward/") and name.endswith("/mean")}
-    ):
+    means = {name for row in steps for name in row if name.startswith("reward/") and name.endswith("/mean")}
+    for name in sorted(name for name in means if "/criterion/" not in name):  # of which there may be hundreds
         key = name.removesuffix("/mean").replace("/", "_")
         for label, part in (("first", steps[:fifth]), ("last", steps[-fifth:])):
             seen = [row[name] for row in part if row.get(name) is not None]  # a part may have been unscored throughout
             summary[f"{key}_{label}_fifth"] = statistics.fmean(seen) if seen else None
-    for label, row in (("before", evaluations[0]), ("after", evaluations[-1])):
-        summary[f"heldout_{label}"] = row["heldout/accuracy"]
-        summary[f"heldout_{label}_interval"] = [row["heldout/accuracy_low"], row["heldout/accuracy_high"]]
-    best = max(evaluations[1:] or evaluations, key=lambda row: row["heldout/accuracy"])
-    summary |= {"heldout_best": best["heldout/accuracy"], "heldout_best_step": best["step"]}
+    if evaluations:  # a judge may have left every held-out turn unscored
+        for label, row in (("before", evaluations[0]), ("after", evaluations[-1])):
+            summary[f"heldout_{label}"] = row["heldout/accuracy"]
+            summary[f"heldout_{label}_interval"] = [row["heldout/accuracy_low"], row["heldout/accuracy_high"]]
+            summary[f"heldout_{label}_score"] = row["heldout/score"]
+        best = max(evaluations[1:] or evaluations, key=lambda row: row["heldout/score"])
+        summary |= {"heldout_best": best["heldout/score"], "heldout_best_step": best["step"]}
     write_json_atomic(output_dir / "summary.json", summary)
     _print_summary(summary, output_dir, console)
     return summary
@@ -139,14 +140,19 @@ def _print_summary(summary: dict, output_dir: Path, console: Console) -> None:
         name = key.removesuffix("_first_fifth")
         means = (summary[key], summary[f"{name}_last_fifth"])
         table.add_row(name.replace("_", " "), *("-" if mean is None else f"{mean:.3f}" for mean in means))
-    cells = []
-    for label in ("before", "after"):
-        low, high = summary[f"heldout_{label}_interval"]
-        cells.append(f"{summary[f'heldout_{label}']:.3f}  (95 %: {low:.3f} to {high:.3f})")
-    table.add_row("held-out accuracy, greedy", *cells)
+    best = "no held-out turn was scored"
+    if "heldout_best" in summary:
+        labels = ("before", "after")
+        cells = []
+        for label in labels:
+            low, high = summary[f"heldout_{label}_interval"]
+            cells.append(f"{summary[f'heldout_{label}']:.3f}  (95 %: {low:.3f} to {high:.3f})")
+        table.add_row("held-out accuracy, greedy", *cells)
+        if any(summary[f"heldout_{label}_score"] != summary[f"heldout_{label}"] for label in labels):  # graded
+            table.add_row("held-out score, greedy", *(f"{summary[f'heldout_{label}_score']:.3f}" for label in labels))
+        best = f"best held-out score {summary['heldout_best']:.3f} at step {summary['heldout_best_step']}"
     console.print(table)
     console.print(
-        f"{summary['steps']} steps in {summary['train_minutes']:.1f} minutes; best held-out accuracy "
-        f"{summary['heldout_best']:.3f} at step {summary['heldout_best_step']}\n"
+        f"{summary['steps']} steps in {summary['train_minutes']:.1f} minutes; {best}\n"
         f"curves: {output_dir / 'curves.png'}   weights: {output_dir / 'best'}   summary: {output_dir / 'summary.json'}"
     )
