@@ -40,7 +40,7 @@ from rolltune.types import Completion, Problem, Prompt, SamplingParams
 from rolltune.update import MasterWeights, Optimization
 
 # Keys that may change between the parts of a resumed run: none of them touches a number that is trained with.
-FREE_ON_RESUME = {"output_dir", "resume", "dry_run", "device", "checkpoint", "logging"}
+FREE_ON_RESUME = {"output_dir", "resume", "dry_run", "device", "checkpoint", "logging", "mismatch"}
 
 
 def start(cfg: GRPOConfig | PrimeConfig, checkpoints: Checkpoints, world: World) -> Path | None:
