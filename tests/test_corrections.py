@@ -88,7 +88,8 @@ def test_geometric_rejection_looks_at_the_mean_and_lets_differences_cancel_where
 
 
 def test_k3_rejection():
-    # rho - 1 - log rho: (1/2: 0.1931, 3: 0.9014 | 2: 0.3069 | 0.1931, 0.3069, 1/4: 0.6363); means 0.5473, 0.3069, 0.3788
+    # rho - 1 - log rho: (1/2: 0.1931, 3: 0.9014 | 2: 0.3069 | 0.1931, 0.3069, 1/4: 0.6363);
+    # means 0.5473, 0.3069, 0.3788
     assert weights(K3Rejection(max_k3=0.3)) == [0, 0, 0, 0, 0, 0]
     assert weights(K3Rejection(max_k3=0.31)) == [0, 0, 1, 0, 0, 0]
     assert weights(K3Rejection(max_k3=0.38)) == [0, 0, 1, 1, 1, 1]

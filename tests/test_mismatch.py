@@ -126,9 +126,17 @@ def test_within_the_limits():
     ("limit", "changes", "fragment"),
     [
         (MismatchLimit(), {"k3": 0.02}, "mismatch.max_k3: k3 of sampler and trainer is 0.02, more than 0.015"),
-        (MismatchLimit(), {"mean_ratio": 2.0}, "mismatch.max_ratio_gap: the mean ratio's distance from 1 .* is 1, more"),
+        (
+            MismatchLimit(),
+            {"mean_ratio": 2.0},
+            "mismatch.max_ratio_gap: the mean ratio's distance from 1 .* is 1, more",
+        ),
         (MismatchLimit(), {"mean_ratio": 0.89}, "mismatch.max_ratio_gap: .* is 0.11, more than 0.1"),
-        (MismatchLimit(max_outside=0.1), {"outside": 0.5}, r"mismatch.max_outside: the share of ratios .* is 0.5, more"),
+        (
+            MismatchLimit(max_outside=0.1),
+            {"outside": 0.5},
+            r"mismatch.max_outside: the share of ratios .* is 0.5, more",
+        ),
         (MismatchLimit(), {"k3": math.nan}, "mismatch.max_k3: k3 of sampler and trainer is nan"),
     ],
 )
