@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rolltune.corrections import Correction, SequenceMIS, SequenceTIS, TokenMask, TokenTIS
@@ -106,8 +107,6 @@ def test_weights_are_trls(mode):
 
 
 def test_trls_default_is_ours():
-    from trl import GRPOConfig
-
     defaults: dict[str, float | str | None] = {
         name: GRPOConfig.__dataclass_fields__[f"vllm_importance_sampling_{name}"].default
         for name in ("mode", "clip_min", "clip_max")
