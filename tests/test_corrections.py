@@ -102,6 +102,31 @@ def test_bypass_has_no_weights_but_a_rejection():
     assert weights(Bypass(rejection=rejection)) == [0, 0, 0, 1, 1, 1]
 
 
+# What verl 0.9.1 gives for these log-ratios (rollout_corr_helper: compute_rollout_correction_weights with rollout_is and
+# its threshold, compute_rollout_rejection_mask with rollout_rs and its own; seq_mean_k1's bounds are on the inverse).
+VERL_LOG_RATIOS = (0.4, -0.9, 0.05, 1.2, -0.3, 0.2, 0.15, -0.02)
+VERL_IDS = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2])
+VERL = {
+    "token, 1.2": (
+        TokenTIS(max_ratio=1.2),
+        (1.2, 0.40657, 1.051271, 1.2, 0.740818, 1.2, 1.161834, 0.980199),
+    ),
+    "token, 0.5_1.2": (TokenMask(low=0.5, high=1.2), (0, 0, 1.051271, 0, 0.740818, 0, 1.161834, 0.980199)),
+    "sequence, 1.5": (SequenceTIS(max_ratio=1.5), (0.637628,) * 3 + (1.5,) + (1.030455,) * 4),
+    "seq_mean_k1, 0.8_1.25": (GeometricRejection(low=1 / 1.25, high=1 / 0.8), (1, 1, 1, 0, 1, 1, 1, 1)),
+    "seq_mean_k3, 0.1": (K3Rejection(max_k3=0.1), (0, 0, 0, 0, 1, 1, 1, 1)),
+    "seq_mean_k3, 0.2": (K3Rejection(max_k3=0.2), (1, 1, 1, 0, 1, 1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", VERL)
+def test_weights_are_verls(name):
+    correction, expected = VERL[name]
+    sampler = torch.full((len(VERL_LOG_RATIOS),), -1.0)
+    found = correction(sampler + torch.tensor(VERL_LOG_RATIOS), sampler, VERL_IDS, 3)
+    assert found.tolist() == approx(*expected)
+
+
 @pytest.mark.parametrize("name", ["TokenTIS", "TokenMask", "SequenceTIS", "SequenceMIS", "Bypass"])
 def test_bypass_refuses_what_would_be_counted_twice(name):
     with pytest.raises(ValueError, match=f"rejection: rolltune.corrections.{name} weighs by pi_old / mu, .* twice"):
