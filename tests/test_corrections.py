@@ -102,8 +102,8 @@ def test_bypass_has_no_weights_but_a_rejection():
     assert weights(Bypass(rejection=rejection)) == [0, 0, 0, 1, 1, 1]
 
 
-# What verl 0.9.1 gives for these log-ratios (rollout_corr_helper: compute_rollout_correction_weights with rollout_is and
-# its threshold, compute_rollout_rejection_mask with rollout_rs and its own; seq_mean_k1's bounds are on the inverse).
+# What verl 0.9.1 gives for these log-ratios (compute_rollout_correction_weights with rollout_is and its threshold, or
+# compute_rollout_rejection_mask with rollout_rs; seq_mean_k1's bounds are on the inverse).
 VERL_LOG_RATIOS = (0.4, -0.9, 0.05, 1.2, -0.3, 0.2, 0.15, -0.02)
 VERL_IDS = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2])
 VERL = {
