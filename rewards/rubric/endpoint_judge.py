@@ -14,15 +14,13 @@ from pydantic import BaseModel
 
 from rolltune.endpoint import BudgetSpent, Endpoint, EndpointDown, Refused, Reply
 from rolltune.rewards.rubric.cache import AnswerCache, cache_key
-from rolltune.rewards.rubric.fence import neutral
-from rolltune.rewards.rubric.judge import Answer, Failure, Question, read_answer, response_format
+from rolltune.rewards.rubric.judge import Answer, Failure, Question, read_answer, repair, response_format
 from rolltune.types import Message
 
 # Refusals that may be about a question's text: too long, or of a kind that the service does not take.
 _ABOUT_THE_TEXT = frozenset({400, 403, 413, 422, 451})
 _HARMLESS: tuple[Message, ...] = ({"role": "user", "content": "Reply with an empty JSON object."},)
 _MOST_TEXT = 64_000  # characters of a reply that are kept
-_MOST_REPAIRED = 8_000  # of a reply that is shown to the judge again
 _log = logging.getLogger(__name__)
 
 
@@ -240,7 +238,7 @@ class EndpointJudge:
                 self._store(key, text, reply)
                 return Answer(value=value, failure=None, text=text, judge=self.name, cached=False)
             part = _part(question, text) or part
-            messages = (*question.messages, *_repair(text, problem))
+            messages = (*question.messages, *repair(text, problem))
         if part is not None:
             return Answer(value=part, failure=None, text=text, judge=self.name, cached=False)
         return self._none("judge_unparseable", f"{problem}, in {text[-200:]!r}", text)
@@ -297,15 +295,3 @@ def _part(question: Question, text: str) -> BaseModel | None:
         return read_answer(question, text, whole=False)
     except ValueError:
         return None
-
-
-def _repair(text: str, problem: str) -> tuple[Message, ...]:
-    """The judge's own malformed reply, and what is wrong with it."""
-    return (
-        {"role": "assistant", "content": neutral(text[-_MOST_REPAIRED:]) or "(nothing)"},
-        {
-            "role": "user",
-            "content": f"This reply cannot be read: {problem}. Judge again by the same rules, and reply with the JSON "
-            "object alone, in the form that was asked for.",
-        },
-    )

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from rolltune.prompts import render_prompt
-from rolltune.rewards.rubric.fence import neutral
-from rolltune.rewards.rubric.judge import Answer, Question, read_answer
+from rolltune.rewards.rubric.judge import Answer, Question, read_answer, repair
 from rolltune.samplers import Sampler
 from rolltune.seeding import derive_seed
 from rolltune.types import Completion, Message, Problem, SampleRequest, SamplingParams
@@ -97,7 +96,7 @@ class PolicyJudge:
                 value = read_answer(question, reply.text)
             except ValueError as error:
                 answer = Answer(value=None, failure="judge_unparseable", text=reply.text, judge=judge, cached=False)
-                messages = (*question.messages, *_repair(reply.text, str(error)))
+                messages = (*question.messages, *repair(reply.text, str(error)))
             else:
                 return Answer(value=value, failure=None, text=reply.text, judge=judge, cached=False)
         self._totals["judge_unparseable"] += 1
@@ -141,10 +140,3 @@ class PolicyJudge:
 def _settle(future: asyncio.Future[Completion], reply: Completion) -> None:
     if not future.done():  # cancelled meanwhile
         future.set_result(reply)
-
-
-def _repair(text: str, problem: str) -> tuple[Message, ...]:
-    return (
-        {"role": "assistant", "content": neutral(text) or "(nothing)"},
-        {"role": "user", "content": f"This reply cannot be read: {problem}. Reply with the JSON object alone."},
-    )

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from rolltune.components import component
 from rolltune.rewards.rubric.bench import Bench
-from rolltune.rewards.rubric.degenerate import is_degenerate
+from rolltune.rewards.rubric.degenerate import DEGENERATE, is_degenerate
 from rolltune.rewards.rubric.fence import MAX_CHARS
 from rolltune.rewards.rubric.judge import Answer, Question
 from rolltune.rewards.rubric.panel import Combine
@@ -31,7 +31,6 @@ from rolltune.schema import Component
 from rolltune.types import Problem, Score
 
 Aggregation = Literal["explicit", "implicit", "likert", "reference_likert"]
-DEGENERATE = "degenerate"
 _TRIAL = "I do not know."
 
 
