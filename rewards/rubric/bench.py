@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent import futures
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from rolltune.background import BackgroundLoop
 from rolltune.components import instantiate
-from rolltune.rewards.rubric.judge import Judge, Question
+from rolltune.rewards.rubric.judge import Judge, JudgeStopped, Question
 from rolltune.rewards.rubric.panel import Combine, Panel
 from rolltune.rewards.rubric.policy_judge import PolicyJudge
 from rolltune.samplers import Sampler
@@ -81,15 +82,17 @@ class Bench:
         while True:
             self._ask_policy()
             left = max(0.0, self._last_begun + self._wait_seconds - time.monotonic())
-            try:
-                return future.result(timeout=min(left, _BETWEEN_LOOKS) if self._policy_judges else left)
-            except (TimeoutError, CancelledError):
-                if left > 0 and not future.cancelled():
-                    continue
-                self._late += future.cancel()
+            futures.wait([future], timeout=min(left, _BETWEEN_LOOKS) if self._policy_judges else left)
+            if not future.done() and left > 0:
+                continue
+            if not future.done() and future.cancel():
+                self._late += 1
+            if future.cancelled():  # now, or when somebody else waited for it
                 return otherwise(LATE)
-            except ValueError as error:  # the server refuses every call
-                self._refusal = str(error)
+            try:
+                return future.result()
+            except JudgeStopped as stopped:  # any other exception is a bug, and goes through
+                self._refusal = str(stopped)
                 return otherwise(STOPPED)
 
     def _ask_policy(self) -> None:
