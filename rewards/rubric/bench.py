@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent import futures
@@ -19,7 +20,9 @@ from rolltune.schema import Component
 T = TypeVar("T")
 LATE, STOPPED = "judge_late", "judge_stopped"
 _BETWEEN_LOOKS = 0.01  # seconds, while a policy judge may be asked more
+_SECONDS_TO_CLOSE = 5.0
 _CANNOT_JUDGE = ("judge_down", "judge_budget", "judge_refused")
+_log = logging.getLogger(__name__)
 
 
 class Bench:
@@ -111,5 +114,9 @@ class Bench:
         return {**self.panel.metrics(), "late": float(self._late)}
 
     def close(self) -> None:
-        self._loop.submit(self.panel.aclose()).result()
+        """End what still runs, within seconds. Raises nothing: it may be called while an exception is on its way."""
+        closing = self._loop.submit(self.panel.aclose())
+        futures.wait([closing], timeout=_SECONDS_TO_CLOSE)
         self._loop.close()
+        if closing.cancelled() or closing.exception() is not None:
+            _log.warning("%s: could not be closed properly", self.panel.name)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
+from rolltune import background
+from rolltune.rewards.rubric import bench as bench_module
 from rolltune.rewards.rubric.bench import LATE, STOPPED, Bench
 from rolltune.rewards.rubric.judge import Answer, JudgeStopped, Question
 from rolltune.rewards.rubric.questions import Rating
@@ -60,3 +64,28 @@ def test_a_judge_that_refuses_for_good_stops(bench, monkeypatch):
     assert bench.stop_reason == "api_key_env: KEY is refused"
     with pytest.raises(JudgeStopped):
         asyncio.run(bench.panel.ask(QUESTION))
+
+
+@pytest.mark.parametrize("fault", ["hangs", "raises"])
+def test_closing_ends_whatever_happens(bench, monkeypatch, caplog, fault):
+    """It may be called while another exception is on its way, which must not be lost."""
+    monkeypatch.setattr(bench_module, "_SECONDS_TO_CLOSE", 0.1)
+    monkeypatch.setattr(background, "SECONDS_TO_END", 0.1)
+
+    async def never_ends() -> None:
+        while True:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.2)
+
+    async def close() -> None:
+        if fault == "raises":
+            raise RuntimeError("the socket is gone")
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(bench.panel.judges[0], "aclose", close)
+    bench.submit(never_ends())
+    thread = next(thread for thread in threading.enumerate() if thread.name == "judge")
+    started = time.monotonic()
+    bench.close()
+    assert time.monotonic() - started < 5 and not thread.is_alive()
+    assert "could not be closed properly" in caplog.text
