@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -175,7 +175,11 @@ class Rewards:
     gold: GoldWatch | None
 
     def bind(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, frozen: Callable[[], Sampler]) -> None:
-        """Hand the policy to judges that are the policy; see :class:`rolltune.rewards.combine.JudgedReward`."""
+        """Hand the policy to judges that are the policy; see :class:`rolltune.rewards.combine.JudgedReward`.
+
+        ``frozen`` is called once at most, however many judges want the weights as they were.
+        """
+        frozen = cache(frozen)
         for part in self._parts():
             part.bind(sampler, tokenizer, frozen)
 
@@ -254,7 +258,9 @@ def stop_early(
     why: str,
 ) -> NoReturn:
     """End the run on a rollout that should not be trained on, with a checkpoint of the last step that was taken."""
-    if state.step and state.step not in checkpoints.steps():
+    # All ranks save or none: a rank that looked for itself might see what another has written meanwhile.
+    (is_kept,) = world.gather([state.step in checkpoints.steps()] if world.is_main else [])
+    if state.step and not is_kept:
         save(policy, tokenizer, optimization, checkpoints, state, world, score=None, is_due=True)
     kept = f"a checkpoint of step {state.step} is in {cfg.output_dir}" if state.step else "nothing was trained yet"
     raise config.RunStopped(
@@ -262,9 +268,12 @@ def stop_early(
     )
 
 
-def judge_metrics(reward: WeightedReward, world: World) -> dict[str, float]:
-    """What judging has cost so far, over all ranks; counted from the start of this process."""
-    mine = reward.metrics()
+def judge_metrics(rewards: Rewards, world: World) -> dict[str, float]:
+    """What judging has cost so far, over all ranks; counted from the start of this process.
+
+    ``judge/...`` for what is trained on, ``heldout/judge/...`` for ``eval.correct`` and ``eval.lenient``.
+    """
+    mine = rewards.training.metrics() | {f"heldout/{name}": cost for name, cost in rewards.heldout.metrics().items()}
     return dict(zip(mine, world.sum(list(mine.values())), strict=True))
 
 
