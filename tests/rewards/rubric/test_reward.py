@@ -98,6 +98,13 @@ def test_a_criterion_without_a_grade_leaves_the_mean(make_reward):
     assert lenient.parts["scored_share"] == pytest.approx(1.3 / 2.2)
     assert lenient.parts["category/pitfall"] is None
     assert strict.total is None and strict.notes["guesses"].startswith("unscored: ")
+    assert strict.failure == "judge_unparseable"
+
+
+def test_judges_that_disagree(make_reward):
+    with FaultServer(always(verdicts(1, 1, 0))) as a, FaultServer(always(verdicts(0, 1, 0))) as b:
+        score = make_reward(a, b, combine="majority", min_scored=0.9)(PROBLEM, TEXT)
+    assert score.total is None and score.failure == "judge_disagrees"
 
 
 def test_levels(make_reward):
@@ -164,6 +171,46 @@ def test_a_gate(make_reward):
         assert reward(PROBLEM, "<think>w</think><answer>5</answer>").total == 0.0
         assert server.calls == []
         assert reward(PROBLEM, "<think>w</think><answer>4</answer>").total == 1.0
+
+
+class Passes:
+    """A gate that is a class, built once."""
+
+    def __init__(self, *, word: str) -> None:
+        self.word = word
+
+    def __call__(self, problem: Problem, text: str) -> Score:
+        return Score(total=float(self.word in text))
+
+
+def test_a_gate_may_be_a_class(make_reward, monkeypatch):
+    monkeypatch.setattr("rolltune.rewards.answer.Passes", Passes, raising=False)
+    with FaultServer(always(verdicts(1, 1, 0))) as server:
+        reward = make_reward(server, gate={"_component_": "rolltune.rewards.answer.Passes", "word": "four"})
+        assert [reward(PROBLEM, text).total for text in (TEXT, "Five it is.")] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        (
+            {"_component_": "rolltune.rewards.length.soft_overlong_reward", "max_tokens": 8, "cache_tokens": 4},
+            "takes the completion",
+        ),
+        ({"_component_": "rolltune.rewards.rubric.reward.RubricReward"}, "is judged itself"),
+    ],
+)
+def test_a_gate_that_cannot_be_one(make_reward, gate, message):
+    with FaultServer(always("")) as server:
+        judges = [
+            {
+                "_component_": "rolltune.rewards.rubric.endpoint_judge.EndpointJudge",
+                "base_url": server.base_url,
+                "model": "m",
+            }
+        ]
+        with pytest.raises(ValueError, match=f"gate: .*{message}"):
+            make_reward(server, gate=gate | ({"judges": judges} if "rubric" in gate["_component_"] else {}))
 
 
 def test_the_answer_alone(make_reward):
