@@ -84,6 +84,7 @@ def run(cfg: GRPOConfig) -> None:
     log = runs.open_log(cfg, world, resume_step=state.step if resume_from else None)
     console = Console(quiet=not world.is_main)
     with (
+        runs.leave_together(world),
         closing(log),
         closing(parts.rewards),
         Progress(cfg.num_steps, state.step, enabled=world.is_main) as progress,

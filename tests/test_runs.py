@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -404,6 +405,22 @@ def test_stopping_keeps_the_last_step_on_all_ranks_or_none(tmp_path, is_kept):
     said = f"step 4: why\n  a checkpoint of step 3 is in {tmp_path}; go on with the same command and resume=true"
     assert on_ranks(2, stop) == [said] * 2
     assert Checkpoints(tmp_path / "0", keep_last=2).steps() == [3]
+
+
+def test_stopped_ranks_leave_together():
+    closed = []
+
+    def stop(world: World) -> list[str]:
+        with pytest.raises(RunStopped), runs.leave_together(world):
+            try:
+                raise RunStopped("why")
+            finally:
+                if world.is_main:
+                    time.sleep(0.3)
+                    closed.append("the log")
+        return list(closed)
+
+    assert on_ranks(2, stop) == [["the log"]] * 2
 
 
 def test_prime_starts_in_the_same_way(tmp_path):

@@ -268,6 +268,19 @@ def stop_early(
     )
 
 
+@contextmanager
+def leave_together(world: World) -> Iterator[None]:
+    """Ranks of a stopped run wait for each other: torchrun kills the rest when one has left, rank 0 with its logs too.
+
+    Outside of all that is closed.
+    """
+    try:
+        yield
+    except config.RunStopped:  # which all ranks raise
+        world.barrier()
+        raise
+
+
 def judge_metrics(rewards: Rewards, world: World) -> dict[str, float]:
     """What judging has cost so far, over all ranks; counted from the start of this process.
 
