@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import get_args
 
@@ -105,6 +106,7 @@ class EndpointJudge:
         self._json_schema = json_schema
         self._cache = None if cache is None else AnswerCache(cache)
         self._in_flight: dict[tuple[asyncio.AbstractEventLoop, str], asyncio.Task[Answer]] = {}
+        self._askers: Counter[tuple[asyncio.AbstractEventLoop, str]] = Counter()
         self._questions = self._cache_hits = self._repairs = self._answered = 0
         self._latency_seconds = 0.0
         self._unscored: dict[Failure, int] = dict.fromkeys(get_args(Failure), 0)
@@ -139,9 +141,16 @@ class EndpointJudge:
         is_shared = place in self._in_flight
         if not is_shared:
             self._in_flight[place] = place[0].create_task(self._find(key, question))
-            self._in_flight[place].add_done_callback(lambda _: self._in_flight.pop(place, None))
-        # Shielded: another asker may wait for the same answer when this one is cancelled.
-        answer = await asyncio.shield(self._in_flight[place])
+        task = self._in_flight[place]
+        self._askers[place] += 1
+        try:
+            # Shielded: another asker may wait for the same answer when this one is cancelled.
+            answer = await asyncio.shield(task)
+        finally:
+            self._askers[place] -= 1
+            if not self._askers[place]:  # nobody waits: the call would keep later ones from being sent
+                task.cancel()
+                del self._askers[place], self._in_flight[place]
         if answer.failure is not None:
             self._unscored[answer.failure] += 1
         elif is_shared:

@@ -243,6 +243,21 @@ def test_many_are_judged_at_once_and_the_late_are_unscored(make_reward):
     assert totals[3] is None and reward.metrics()["late"] == 1
 
 
+def test_what_nobody_waits_for_any_more_keeps_nothing_else_from_being_judged(make_reward):
+    """Both places are taken by calls that hang when their step is over."""
+
+    def judge(call: int, request: dict[str, Any]) -> Response:
+        return ok(verdicts(1, 1, 0), delay=60.0 if "hang" in request["messages"][-1]["content"] else 0.0)
+
+    with FaultServer(judge) as server:
+        reward = make_reward(server, judge={"max_concurrency": 2}, wait_seconds=1.0)
+        reward.try_out(PROBLEM)
+        first = [reward.begin(PROBLEM, f"It is four, {i}, hang.") for i in range(4)]
+        assert [end().failure for end in first] == ["judge_late"] * 4
+        reward._bench._wait_seconds = 30.0
+        assert reward(PROBLEM, TEXT).total == 1.0
+
+
 def test_a_cap_stops_and_says_so(make_reward):
     with FaultServer(always(verdicts(1, 1, 0))) as server:
         reward = make_reward(server, judge={"max_calls": 1})
