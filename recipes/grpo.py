@@ -121,7 +121,7 @@ def run(cfg: GRPOConfig) -> None:
                 checkpoints,
                 state,
                 world,
-                score=metrics.get("heldout/score"),
+                score=runs.heldout_score(metrics, max_unscored=cfg.batch.max_unscored, world=world),
                 is_due=is_last or step % cfg.checkpoint.every_n_steps == 0,
             )
     if world.is_main:

@@ -116,6 +116,37 @@ def test_resuming_names_every_change(tmp_path):
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 0
 
 
+def judged(**changes) -> dict:
+    judge = {"_component_": "rolltune.rewards.rubric.endpoint_judge.EndpointJudge", "base_url": "http://a/v1"}
+    reward = {"_component_": "rolltune.rewards.rubric.reward.RubricReward", "weight": 1.0, "wait_seconds": 9.0}
+    own = {name: changes.pop(name) for name in [*changes] if name in ("wait_seconds", "min_scored")}
+    return {"rubric": reward | own | {"judges": [judge | {"model": "m", "max_calls": 9} | changes]}}
+
+
+def test_a_run_goes_on_with_a_judge_that_moved_or_may_cost_more_but_not_with_another(tmp_path):
+    start(make_config(tmp_path, rewards=judged()))
+    save_step(tmp_path, 1)
+    moved = judged(base_url="http://b/v1", max_calls=99, max_dollars=5.0, cache="c.sqlite", wait_seconds=60.0)
+    assert start(make_config(tmp_path, resume=True, rewards=moved)) is not None
+    for change in ({"model": "n"}, {"temperature": 0.7}, {"min_scored": 0.1}):
+        with pytest.raises(ConfigError, match="^rewards: "):
+            start(make_config(tmp_path, resume=True, rewards=judged(**change)))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "score"),
+    [
+        ({}, None),
+        ({"heldout/score": 0.4, "heldout/unscored": 0.0}, 0.4),
+        ({"heldout/score": 1.0, "heldout/unscored": 0.6}, None),
+        ({"heldout/unscored": 1.0}, None),
+    ],
+)
+def test_the_best_is_not_chosen_by_a_few(metrics, score, capsys):
+    assert runs.heldout_score(metrics, max_unscored=0.5, world=ALONE) == score
+    assert ("unscored" in capsys.readouterr().out) == (metrics.get("heldout/unscored", 0.0) > 0.5)
+
+
 def test_a_broken_config_is_named(tmp_path):
     start(make_config(tmp_path))
     save_step(tmp_path, 1)
