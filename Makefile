@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= passive
 
 # One seed of the pipeline: make pipeline SEED=1; for a first look: make pipeline STEPS=1
 SEED ?= 0
-STEPS ?= 24
+STEPS ?= 20
 PIPELINE ?= outputs/pipeline/seed$(SEED)
 
 .PHONY: install install-vllm quickstart rubric pipeline warmup primed incorrect test check

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -89,6 +90,9 @@ def run(cfg: GRPOConfig) -> None:
     log = runs.open_log(cfg, world, resume_step=state.step if resume_from else None)
     console = Console(quiet=not world.is_main)
     with (
+        runs.leave_together(world),
+        closing(log),
+        closing(parts.rewards),
         Progress(cfg.num_steps, state.step, enabled=world.is_main) as progress,
         runs.background_classifier(cfg.logging, log, world) as classify,
     ):
@@ -115,7 +119,7 @@ def run(cfg: GRPOConfig) -> None:
             is_last = step == cfg.num_steps
             if step % cfg.eval.every_n_steps == 0 or is_last:
                 metrics |= evaluate(cfg, parts, progress)
-            log.log(step, metrics | runs.judge_metrics(parts.rewards.training, world))
+            log.log(step, metrics | runs.judge_metrics(parts.rewards, world))
             classify(rollout, step)
             if step % cfg.logging.samples_every_n_steps == 0:
                 log.log_samples(step, rollout.sampled, advantages)
@@ -127,11 +131,9 @@ def run(cfg: GRPOConfig) -> None:
                 checkpoints,
                 state,
                 world,
-                score=metrics.get("heldout/score"),
+                score=runs.heldout_score(metrics, max_unscored=cfg.batch.max_unscored, world=world),
                 is_due=is_last or step % cfg.checkpoint.every_n_steps == 0,
             )
-    log.close()
-    parts.rewards.close()
     if world.is_main:
         plot_curves(output_dir)
         report.write_summary(output_dir, console)

@@ -65,6 +65,8 @@ sampler: {_component_: rolltune.samplers.native.NativeSampler}
 
 GOLD = "_component_: rolltune.rewards.rubric.gold.GoldCheck"
 ANSWER = "{_component_: rolltune.rewards.answer.answer_reward}"
+JUDGE = "{_component_: rolltune.rewards.rubric.policy_judge.PolicyJudge}"
+PAIRWISE = f"{{_component_: rolltune.rewards.rubric.pairwise.PairwiseReward, judges: [{JUDGE}]}}"
 
 
 @pytest.fixture
@@ -348,6 +350,11 @@ MISTAKES = [
         f"eval.gold={{{GOLD}, reward: format, gold: {ANSWER}, max_problems: 300, min_problems: 201}}",
         "eval.gold.min_problems: 201; eval.max_problems is 200, so nothing would ever be compared",
     ),
+    (
+        f"eval.correct={PAIRWISE}",
+        "eval.correct: PairwiseReward compares turns of a group, and a held-out problem has one",
+    ),
+    (f"eval.gold={{{GOLD}, reward: answer, gold: {PAIRWISE}}}", "eval.gold.gold: PairwiseReward compares turns of a"),
     ("checkpoint.every_n_steps=0", "checkpoint.every_n_steps: 0; must be >= 1"),
     ("checkpoint.keep_last=0", "checkpoint.keep_last: 0; must be >= 1"),
     ("logging.samples_every_n_steps=0", "logging.samples_every_n_steps: 0; must be >= 1"),

@@ -97,10 +97,10 @@ def test_what_is_right_is_for_the_two_measures_to_say():
     metrics = evaluate(CASES, correct=correct, lenient=lambda problem, text: Score(total=float("2 + 2" in text)))
     assert metrics["heldout/accuracy"] == 7 / 9 and metrics["heldout/unscored"] == pytest.approx(0.1)
     assert metrics["heldout/score"] == pytest.approx((7 + 2 * 0.9) / 9)
-    assert "heldout/lenient_accuracy" not in evaluate(CASES, correct=correct, lenient=None)
     assert (metrics["heldout/accuracy_low"], metrics["heldout/accuracy_high"]) == accuracy_interval(7, 9)
     assert metrics["heldout/lenient_accuracy"] == 0.3
     assert seen == [(case[0], case[1]) for case in CASES]
+    assert "heldout/lenient_accuracy" not in evaluate(CASES, correct=correct, lenient=None)
 
 
 def test_one_completion_a_problem():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from thread_world import on_ranks
 from rolltune import runs
 from rolltune.checkpoint import Checkpoints, TrainState, load_state
 from rolltune.components import ConfigError
+from rolltune.config import RunStopped
 from rolltune.data.dataset import Dataset, ProblemStream
 from rolltune.distributed import World
 from rolltune.policy import build_policy
+from rolltune.rollout import Rollout
 from rolltune.schema import (
     DataConfig,
     EvaluateSamplingConfig,
@@ -25,7 +28,7 @@ from rolltune.schema import (
     PromptConfig,
     SamplingConfig,
 )
-from rolltune.types import Completion, Problem, Prompt, SamplingParams
+from rolltune.types import Completion, Group, Problem, Prompt, SamplingParams, Score
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 OPTIMIZER = {"_component_": "torch.optim.AdamW", "lr": 1e-05, "betas": [0.9, 0.95]}
@@ -111,6 +114,37 @@ def test_resuming_names_every_change(tmp_path):
     )
     assert [problem.split(":")[0] for problem in error.value.problems] == ["seed", "optimizer", "num_steps"]
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 0
+
+
+def judged(**changes) -> dict:
+    judge = {"_component_": "rolltune.rewards.rubric.endpoint_judge.EndpointJudge", "base_url": "http://a/v1"}
+    reward = {"_component_": "rolltune.rewards.rubric.reward.RubricReward", "weight": 1.0, "wait_seconds": 9.0}
+    own = {name: changes.pop(name) for name in [*changes] if name in ("wait_seconds", "min_scored")}
+    return {"rubric": reward | own | {"judges": [judge | {"model": "m", "max_calls": 9} | changes]}}
+
+
+def test_a_run_goes_on_with_a_judge_that_moved_or_may_cost_more_but_not_with_another(tmp_path):
+    start(make_config(tmp_path, rewards=judged()))
+    save_step(tmp_path, 1)
+    moved = judged(base_url="http://b/v1", max_calls=99, max_dollars=5.0, cache="c.sqlite", wait_seconds=60.0)
+    assert start(make_config(tmp_path, resume=True, rewards=moved)) is not None
+    for change in ({"model": "n"}, {"temperature": 0.7}, {"min_scored": 0.1}):
+        with pytest.raises(ConfigError, match="^rewards: "):
+            start(make_config(tmp_path, resume=True, rewards=judged(**change)))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "score"),
+    [
+        ({}, None),
+        ({"heldout/score": 0.4, "heldout/unscored": 0.0}, 0.4),
+        ({"heldout/score": 1.0, "heldout/unscored": 0.6}, None),
+        ({"heldout/unscored": 1.0}, None),
+    ],
+)
+def test_the_best_is_not_chosen_by_a_few(metrics, score, capsys):
+    assert runs.heldout_score(metrics, max_unscored=0.5, world=ALONE) == score
+    assert ("unscored" in capsys.readouterr().out) == (metrics.get("heldout/unscored", 0.0) > 0.5)
 
 
 def test_a_broken_config_is_named(tmp_path):
@@ -341,6 +375,83 @@ def test_one_rank_writes_and_all_know_the_best(tmp_path):
     states = on_ranks(3, lambda world: save_all(tmp_path, [0.1, None, 0.3], every=2, world=world))
     assert states[0] == states[1] == states[2] and states[0][-1].best_step == 3
     assert Checkpoints(tmp_path, keep_last=99).steps() == [1, 2, 3]
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+def test_all_ranks_stop_for_the_same_reason():
+    """One rank's judge has reached its cap, or two of four turns are unscored over both ranks."""
+
+    def rollout(*failures: str | None) -> Rollout:
+        scores = tuple(Score(total=1.0 if failure is None else None, failure=failure) for failure in failures)
+        completion = Completion(token_ids=(1,), logprobs=(0.0,), finish_reason="stop", policy_version=0, text="x")
+        group = Group(
+            problem=Problem(id="p", messages=()),
+            prompt=Prompt(token_ids=(1,)),
+            completions=(completion,) * len(scores),
+            scores=scores,
+        )
+        return Rollout(sampled=[group], kept={0: group}, num_kept=1, cursor=1)
+
+    def why(world: World, reason: str | None, share: float) -> str | None:
+        class Reward:
+            stop_reason = reason if world.rank == 1 else None
+
+        mine = rollout("judge_down", None) if world.rank == 0 else rollout("judge_late", None)
+        return runs.why_stop(mine, Reward(), max_unscored=share, world=world)  # pyright: ignore[reportArgumentType]
+
+    assert on_ranks(2, lambda world: why(world, "max_calls", 1.0)) == ["max_calls"] * 2
+    assert on_ranks(2, lambda world: why(world, None, 0.5)) == [None, None]
+    said = (
+        "batch.max_unscored: 2 of 4 completions are unscored (judge_down 1, judge_late 1), more than the share of 0.4 "
+        "that is allowed"
+    )
+    assert on_ranks(2, lambda world: why(world, None, 0.4)) == [said] * 2
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_stopping_keeps_the_last_step_on_all_ranks_or_none(tmp_path, is_kept):
+    """The second rank looks into another folder, as behind a slow network file system: it must not decide by itself,
+    or one rank waits for the other for ever."""
+    for rank, kept in enumerate((is_kept, not is_kept)):
+        if kept:
+            save_step(tmp_path / str(rank), 3)
+
+    def stop(world: World) -> str:
+        checkpoints, nothing = Checkpoints(tmp_path / str(world.rank), keep_last=2), Nothing()
+        with pytest.raises(RunStopped) as stopped:
+            runs.stop_early(
+                make_config(tmp_path),
+                nothing,  # pyright: ignore[reportArgumentType]
+                None,  # pyright: ignore[reportArgumentType]
+                nothing,  # pyright: ignore[reportArgumentType]
+                checkpoints,
+                TrainState(step=3),
+                world,
+                "why",
+            )
+        return str(stopped.value)
+
+    said = f"step 4: why\n  a checkpoint of step 3 is in {tmp_path}; go on with the same command and resume=true"
+    assert on_ranks(2, stop) == [said] * 2
+    assert Checkpoints(tmp_path / "0", keep_last=2).steps() == [3]
+
+
+def test_stopped_ranks_leave_together():
+    closed = []
+
+    def stop(world: World) -> list[str]:
+        with pytest.raises(RunStopped), runs.leave_together(world):
+            try:
+                raise RunStopped("why")
+            finally:
+                if world.is_main:
+                    time.sleep(0.3)
+                    closed.append("the log")
+        return list(closed)
+
+    assert on_ranks(2, stop) == [["the log"]] * 2
 
 
 def test_prime_starts_in_the_same_way(tmp_path):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent import futures
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from rolltune.background import BackgroundLoop
 from rolltune.components import instantiate
-from rolltune.rewards.rubric.judge import Judge, Question
+from rolltune.rewards.rubric.judge import Judge, JudgeStopped, Question
 from rolltune.rewards.rubric.panel import Combine, Panel
 from rolltune.rewards.rubric.policy_judge import PolicyJudge
 from rolltune.samplers import Sampler
@@ -18,7 +20,9 @@ from rolltune.schema import Component
 T = TypeVar("T")
 LATE, STOPPED = "judge_late", "judge_stopped"
 _BETWEEN_LOOKS = 0.01  # seconds, while a policy judge may be asked more
+_SECONDS_TO_CLOSE = 5.0
 _CANNOT_JUDGE = ("judge_down", "judge_budget", "judge_refused")
+_log = logging.getLogger(__name__)
 
 
 class Bench:
@@ -81,15 +85,17 @@ class Bench:
         while True:
             self._ask_policy()
             left = max(0.0, self._last_begun + self._wait_seconds - time.monotonic())
-            try:
-                return future.result(timeout=min(left, _BETWEEN_LOOKS) if self._policy_judges else left)
-            except (TimeoutError, CancelledError):
-                if left > 0 and not future.cancelled():
-                    continue
-                self._late += future.cancel()
+            futures.wait([future], timeout=min(left, _BETWEEN_LOOKS) if self._policy_judges else left)
+            if not future.done() and left > 0:
+                continue
+            if not future.done() and future.cancel():
+                self._late += 1
+            if future.cancelled():  # now, or when somebody else waited for it
                 return otherwise(LATE)
-            except ValueError as error:  # the server refuses every call
-                self._refusal = str(error)
+            try:
+                return future.result()
+            except JudgeStopped as stopped:  # any other exception is a bug, and goes through
+                self._refusal = str(stopped)
                 return otherwise(STOPPED)
 
     def _ask_policy(self) -> None:
@@ -108,5 +114,9 @@ class Bench:
         return {**self.panel.metrics(), "late": float(self._late)}
 
     def close(self) -> None:
-        self._loop.submit(self.panel.aclose()).result()
+        """End what still runs, within seconds. Raises nothing: it may be called while an exception is on its way."""
+        closing = self._loop.submit(self.panel.aclose())
+        futures.wait([closing], timeout=_SECONDS_TO_CLOSE)
         self._loop.close()
+        if closing.cancelled() or closing.exception() is not None:
+            _log.warning("%s: could not be closed properly", self.panel.name)

@@ -12,6 +12,8 @@ import zlib
 
 from rolltune.rewards.rubric.fence import neutral
 
+DEGENERATE = "degenerate"  # the failure of a turn that says nothing, which is worth 0 and not unscored
+
 _TAG = re.compile(r"</?(?:think|answer|response|solution|reasoning)>", re.IGNORECASE)
 _OPERATORS = frozenset("+-*/%=<>&|^!?")  # each alone may be the answer to "which sign?"
 # Openers of an answer, in what the paper tried and its like in other languages. None is an answer by itself.

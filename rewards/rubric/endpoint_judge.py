@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import get_args
 
@@ -14,15 +15,13 @@ from pydantic import BaseModel
 
 from rolltune.endpoint import BudgetSpent, Endpoint, EndpointDown, Refused, Reply
 from rolltune.rewards.rubric.cache import AnswerCache, cache_key
-from rolltune.rewards.rubric.fence import neutral
-from rolltune.rewards.rubric.judge import Answer, Failure, Question, read_answer, response_format
+from rolltune.rewards.rubric.judge import Answer, Failure, Question, read_answer, repair, response_format
 from rolltune.types import Message
 
 # Refusals that may be about a question's text: too long, or of a kind that the service does not take.
 _ABOUT_THE_TEXT = frozenset({400, 403, 413, 422, 451})
 _HARMLESS: tuple[Message, ...] = ({"role": "user", "content": "Reply with an empty JSON object."},)
 _MOST_TEXT = 64_000  # characters of a reply that are kept
-_MOST_REPAIRED = 8_000  # of a reply that is shown to the judge again
 _log = logging.getLogger(__name__)
 
 
@@ -107,6 +106,7 @@ class EndpointJudge:
         self._json_schema = json_schema
         self._cache = None if cache is None else AnswerCache(cache)
         self._in_flight: dict[tuple[asyncio.AbstractEventLoop, str], asyncio.Task[Answer]] = {}
+        self._askers: Counter[tuple[asyncio.AbstractEventLoop, str]] = Counter()
         self._questions = self._cache_hits = self._repairs = self._answered = 0
         self._latency_seconds = 0.0
         self._unscored: dict[Failure, int] = dict.fromkeys(get_args(Failure), 0)
@@ -141,9 +141,16 @@ class EndpointJudge:
         is_shared = place in self._in_flight
         if not is_shared:
             self._in_flight[place] = place[0].create_task(self._find(key, question))
-            self._in_flight[place].add_done_callback(lambda _: self._in_flight.pop(place, None))
-        # Shielded: another asker may wait for the same answer when this one is cancelled.
-        answer = await asyncio.shield(self._in_flight[place])
+        task = self._in_flight[place]
+        self._askers[place] += 1
+        try:
+            # Shielded: another asker may wait for the same answer when this one is cancelled.
+            answer = await asyncio.shield(task)
+        finally:
+            self._askers[place] -= 1
+            if not self._askers[place]:  # nobody waits: the call would keep later ones from being sent
+                task.cancel()
+                del self._askers[place], self._in_flight[place]
         if answer.failure is not None:
             self._unscored[answer.failure] += 1
         elif is_shared:
@@ -240,7 +247,7 @@ class EndpointJudge:
                 self._store(key, text, reply)
                 return Answer(value=value, failure=None, text=text, judge=self.name, cached=False)
             part = _part(question, text) or part
-            messages = (*question.messages, *_repair(text, problem))
+            messages = (*question.messages, *repair(text, problem))
         if part is not None:
             return Answer(value=part, failure=None, text=text, judge=self.name, cached=False)
         return self._none("judge_unparseable", f"{problem}, in {text[-200:]!r}", text)
@@ -297,15 +304,3 @@ def _part(question: Question, text: str) -> BaseModel | None:
         return read_answer(question, text, whole=False)
     except ValueError:
         return None
-
-
-def _repair(text: str, problem: str) -> tuple[Message, ...]:
-    """The judge's own malformed reply, and what is wrong with it."""
-    return (
-        {"role": "assistant", "content": neutral(text[-_MOST_REPAIRED:]) or "(nothing)"},
-        {
-            "role": "user",
-            "content": f"This reply cannot be read: {problem}. Judge again by the same rules, and reply with the JSON "
-            "object alone, in the form that was asked for.",
-        },
-    )

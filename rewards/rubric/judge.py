@@ -15,13 +15,19 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ValidationError
 
+from rolltune.rewards.rubric.fence import neutral
 from rolltune.types import Message
 
 Failure = Literal["judge_down", "judge_refused", "judge_unparseable", "judge_cut", "judge_budget"]
 MAX_REPLY_CHARS = 64_000  # the end of a reply, where its verdict stands
+_MOST_REPAIRED = 8_000  # characters of a malformed reply that its judge is shown again
 _MOST_WORK, _EACH_TRY, _UNKNOWN_WORK = 4_000_000, 400, 10_000  # characters read in looking for objects
 # No judge has cause to write "gr\\u0061de"; a text that it quotes may. An even number of backslashes escapes itself.
 _ESCAPED_LETTER = re.compile(r"(?<!\\)(?:\\\\)*\\u00[4-7]")
+
+
+class JudgeStopped(ValueError):
+    """No question can be answered any more; the message says why. Everything else that is raised is a bug."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +138,18 @@ def read_answer(question: Question, reply: str, *, whole: bool = True) -> BaseMo
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{where}{': ' if where else ''}{first['msg'].removeprefix('Value error, ')}") from None
+
+
+def repair(reply: str, problem: str) -> tuple[Message, ...]:
+    """The turns that go on from a question: a malformed reply, and what is wrong with it."""
+    return (
+        {"role": "assistant", "content": neutral(reply[-_MOST_REPAIRED:]) or "(nothing)"},
+        {
+            "role": "user",
+            "content": f"This reply cannot be read: {problem}. Judge again by the same rules, and reply with the JSON "
+            "object alone, in the form that was asked for.",
+        },
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from rolltune.rewards.rubric.bench import Bench
-from rolltune.rewards.rubric.degenerate import is_degenerate
+from rolltune.rewards.rubric.degenerate import DEGENERATE, is_degenerate
 from rolltune.rewards.rubric.fence import MAX_CHARS
 from rolltune.rewards.rubric.judge import Answer, Question
 from rolltune.rewards.rubric.panel import Combine
@@ -22,8 +22,6 @@ from rolltune.rewards.rubric.templates import own_prompt
 from rolltune.samplers import Sampler
 from rolltune.schema import Component
 from rolltune.types import Problem, Score
-
-DEGENERATE = "degenerate"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from rolltune.rewards.rubric.judge import Answer, Judge, Question
+from rolltune.rewards.rubric.judge import Answer, Judge, JudgeStopped, Question
 
 Combine = Literal["mean", "majority"]
 
@@ -55,8 +55,13 @@ class Panel:
         return "; ".join(reasons) if len(self.judges) - len(reasons) < self.quorum else None
 
     async def ask(self, question: Question) -> tuple[Answer, ...]:
-        """Each judge's answer, in the judges' order. ValueError as from :meth:`Judge.ask`."""
-        return tuple(await asyncio.gather(*(judge.ask(question) for judge in self.judges)))
+        """Each judge's answer, in the judges' order.
+
+        Raises:
+            JudgeStopped: one of them can answer no question any more, whatever the quorum: what it lacks (a key, a
+                model) is for people to mend.
+        """
+        return tuple(await asyncio.gather(*(_ask(judge, question) for judge in self.judges)))
 
     def combined(self, grades: Sequence[Sequence[float | None]]) -> list[float | None]:
         """One grade for each criterion; see :func:`combine_grades`."""
@@ -73,6 +78,13 @@ class Panel:
     async def aclose(self) -> None:
         for judge in self.judges:
             await judge.aclose()
+
+
+async def _ask(judge: Judge, question: Question) -> Answer:
+    try:
+        return await judge.ask(question)
+    except ValueError as error:
+        raise JudgeStopped(str(error)) from error
 
 
 def combine_grades(grades: Sequence[Sequence[float | None]], *, combine: Combine, quorum: int) -> list[float | None]:

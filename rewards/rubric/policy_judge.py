@@ -8,6 +8,7 @@ they were at the start judge (``frozen: true``).
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,25 +17,27 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from rolltune.prompts import render_prompt
-from rolltune.rewards.rubric.fence import neutral
-from rolltune.rewards.rubric.judge import Answer, Question, read_answer
+from rolltune.rewards.rubric.judge import Answer, Question, read_answer, repair
 from rolltune.samplers import Sampler
 from rolltune.seeding import derive_seed
 from rolltune.types import Completion, Message, Problem, SampleRequest, SamplingParams
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
     messages: tuple[Message, ...]
     loop: asyncio.AbstractEventLoop
-    reply: asyncio.Future[Completion]
+    reply: asyncio.Future[Completion | None]  # None: the sampler refuses it
 
 
 class PolicyJudge:
     """A judge whose replies the policy's own sampler writes, many at a time, between sampling and training.
 
     Questions wait until :meth:`answer_waiting` is called, by the thread that samples. Each answer says which weights
-    gave it: ``policy@12`` is the policy after 12 optimizer steps, ``start@0`` the frozen copy.
+    gave it: ``policy@12`` is the policy after 12 optimizer steps, ``start@0`` the frozen copy. A question that is too
+    long for the model is unscored (``judge_refused``).
 
     Args:
         frozen: judge by the weights that the run starts from. They are held in memory beside the policy.
@@ -62,9 +65,10 @@ class PolicyJudge:
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._lock = threading.Lock()
         self._waiting: list[_Waiting] = []
-        self._totals: dict[str, float] = dict.fromkeys(
-            ("questions", "repairs", "completion_tokens", "latency_seconds", "judge_unparseable", "judge_cut"), 0.0
-        )
+        totals = ("questions", "repairs", "completion_tokens", "latency_seconds")
+        failures = ("judge_refused", "judge_unparseable", "judge_cut")
+        self._totals: dict[str, float] = dict.fromkeys((*totals, *failures), 0.0)
+        self._has_refused = False
 
     @property
     def name(self) -> str:
@@ -89,6 +93,11 @@ class PolicyJudge:
         for is_repair in (False, True):
             self._totals["repairs"] += is_repair
             reply = await self._reply(messages)
+            if reply is None and is_repair:
+                break
+            if reply is None:
+                self._totals["judge_refused"] += 1
+                return Answer(value=None, failure="judge_refused", text="", judge=self.name, cached=False)
             judge = f"{self.name}@{reply.policy_version}"
             if reply.finish_reason == "length":
                 self._totals["judge_cut"] += 1
@@ -97,13 +106,13 @@ class PolicyJudge:
                 value = read_answer(question, reply.text)
             except ValueError as error:
                 answer = Answer(value=None, failure="judge_unparseable", text=reply.text, judge=judge, cached=False)
-                messages = (*question.messages, *_repair(reply.text, str(error)))
+                messages = (*question.messages, *repair(reply.text, str(error)))
             else:
                 return Answer(value=value, failure=None, text=reply.text, judge=judge, cached=False)
         self._totals["judge_unparseable"] += 1
         return answer
 
-    async def _reply(self, messages: tuple[Message, ...]) -> Completion:
+    async def _reply(self, messages: tuple[Message, ...]) -> Completion | None:
         loop = asyncio.get_running_loop()
         waiting = _Waiting(messages, loop, loop.create_future())
         with self._lock:
@@ -114,16 +123,30 @@ class PolicyJudge:
         """Write the replies to all questions that wait; returns how many. For the thread that samples."""
         with self._lock:
             waiting, self._waiting = self._waiting, []
-        if not waiting:
-            return 0
-        assert self._sampler is not None, "bind() comes first"
+        waiting = [question for question in waiting if not question.reply.done()]  # nobody waits for a cancelled one
         start = time.monotonic()
-        replies = self._sampler.generate([self._request(w.messages) for w in waiting], self._params)
+        replies = self._generate([self._request(question.messages) for question in waiting])
         self._totals["latency_seconds"] += time.monotonic() - start
-        for question, (reply,) in zip(waiting, replies, strict=True):
-            self._totals["completion_tokens"] += len(reply.token_ids)
+        for question, reply in zip(waiting, replies, strict=True):
+            self._totals["completion_tokens"] += 0 if reply is None else len(reply.token_ids)
             question.loop.call_soon_threadsafe(_settle, question.reply, reply)
         return len(waiting)
+
+    def _generate(self, requests: Sequence[SampleRequest]) -> list[Completion | None]:
+        """A reply to each; None for those that the sampler refuses, which keep no other from being answered."""
+        if not requests:
+            return []
+        assert self._sampler is not None, "bind() comes first"
+        try:
+            return [reply for (reply,) in self._sampler.generate(requests, self._params)]
+        except ValueError as error:
+            if len(requests) > 1:
+                half = len(requests) // 2
+                return [*self._generate(requests[:half]), *self._generate(requests[half:])]
+            if not self._has_refused:
+                _log.warning("%s: a question is unscored (judge_refused): %s", self.name, error)
+            self._has_refused = True
+            return [None]
 
     def _request(self, messages: Sequence[Message]) -> SampleRequest:
         assert self._tokenizer is not None
@@ -138,13 +161,6 @@ class PolicyJudge:
         """Nothing is open."""
 
 
-def _settle(future: asyncio.Future[Completion], reply: Completion) -> None:
+def _settle(future: asyncio.Future[Completion | None], reply: Completion | None) -> None:
     if not future.done():  # cancelled meanwhile
         future.set_result(reply)
-
-
-def _repair(text: str, problem: str) -> tuple[Message, ...]:
-    return (
-        {"role": "assistant", "content": neutral(text) or "(nothing)"},
-        {"role": "user", "content": f"This reply cannot be read: {problem}. Reply with the JSON object alone."},
-    )

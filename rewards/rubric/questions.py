@@ -134,7 +134,7 @@ def explicit_questions(
             Question(messages=prompt.messages(**values, criteria=shown, count="1"), answer=answer) for shown in asked
         ]
     if shuffle:
-        random.Random(derive_seed("criteria", problem.id, text)).shuffle(numbered)
+        _by(problem, text).shuffle(numbered)
     shown = _fenced_list(numbered, "criteria", max_chars)
     messages = prompt.messages(**values, criteria=shown, count=str(len(criteria)))
     return [Question(messages=messages, answer=verdicts_schema(len(criteria), levels))]
@@ -160,7 +160,7 @@ def implicit_question(
     prompt = _prompt(template, "implicit", with_reference)
     items = [f"{_item(criterion)} ({_stakes(criterion, category_weights)})" for criterion in criteria]
     if shuffle:
-        random.Random(derive_seed("criteria", problem.id, text)).shuffle(items)
+        _by(problem, text).shuffle(items)
     numbered = [f"{number}. {item}" for number, item in enumerate(items, start=1)]
     values = _shown(problem, text, with_reference, max_chars)
     shown = _fenced_list(numbered, "criteria", max_chars)
@@ -214,6 +214,12 @@ def pairwise_question(
         second=fenced(second, name="second response", max_chars=max_chars),
     )
     return Question(messages=shown, answer=Preference)
+
+
+def _by(problem: Problem, text: str) -> random.Random:
+    """Draws the order of the criteria."""
+    whole = text.encode(errors="backslashreplace").decode()  # of half a surrogate pair there is no hash
+    return random.Random(derive_seed("criteria", problem.id, whole))
 
 
 def check_levels(levels: int) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
-from rolltune.components import component
+from rolltune.components import component_or_object
+from rolltune.rewards.combine import JudgedReward
 from rolltune.rewards.rubric.bench import Bench
-from rolltune.rewards.rubric.degenerate import is_degenerate
+from rolltune.rewards.rubric.degenerate import DEGENERATE, is_degenerate
 from rolltune.rewards.rubric.fence import MAX_CHARS
 from rolltune.rewards.rubric.judge import Answer, Question
 from rolltune.rewards.rubric.panel import Combine
@@ -31,7 +33,6 @@ from rolltune.schema import Component
 from rolltune.types import Problem, Score
 
 Aggregation = Literal["explicit", "implicit", "likert", "reference_likert"]
-DEGENERATE = "degenerate"
 _TRIAL = "I do not know."
 
 
@@ -134,7 +135,7 @@ class RubricReward:
         self._weights = check_category_weights(category_weights or {})
         self._min_scored = min_scored
         self._judged = judged
-        self._gate = None if gate is None else component(gate)
+        self._gate = None if gate is None else _gate(gate)
         kind: Kind = "explicit_one" if aggregation == "explicit" and not one_call else aggregation
         self._template = None if template is None else own_prompt(template, kind)
         self._criterion_curves = criterion_curves
@@ -213,22 +214,22 @@ class RubricReward:
             name: _note(grades[i], [(judge, *of_judge[i]) for judge, of_judge in zip(judges, read, strict=True)])
             for i, name in enumerate(names)
         }
-        flat = [answer for of_judge in answers for answer in of_judge]
-        return Score(total=score.total, parts=parts, failure=_failure(score.total, flat), notes=notes)
+        failures = [reason for of_judge in read for grade, reason in of_judge if grade is None]
+        return Score(total=score.total, parts=parts, failure=_failure(score.total, failures), notes=notes)
 
     def _rated(self, answers: Sequence[Answer]) -> Score:
         """The score of a rating; ``answers`` of each judge."""
         rated = [
             (a.judge, rating_score(a.value.rating), f"{a.value.rating} of 10. {a.value.reason}")
             if isinstance(a.value, Rating)
-            else (a.judge, None, a.failure or "")
+            else (a.judge, None, a.failure or "judge_unparseable")
             for a in answers
         ]
         (total,) = self._bench.panel.combined([[grade] for _, grade, _ in rated])
         return Score(
             total=total,
             parts={"scored_share": statistics.fmean(grade is not None for _, grade, _ in rated)},
-            failure=_failure(total, answers),
+            failure=_failure(total, [why for _, grade, why in rated if grade is None]),
             notes={"rating": _note(total, rated)},
         )
 
@@ -246,6 +247,16 @@ class RubricReward:
         self._bench.close()
 
 
+def _gate(node: Component) -> Callable[[Problem, str], Score]:
+    """A reward that is called with a turn's text alone, and answers at once."""
+    reward, name = component_or_object(node), node["_component_"]
+    if isinstance(reward, JudgedReward):
+        raise ValueError(f"gate: {name} is judged itself, and sampling would wait for it; give it to rewards by weight")
+    if "completion" in inspect.signature(reward).parameters:
+        raise ValueError(f"gate: {name} takes the completion; a gate is called with the turn's text alone")
+    return reward
+
+
 def _note(grade: float | None, given: Sequence[tuple[str, float | None, str]]) -> str:
     """``0.5: judge-a 1: reason | judge-b 0: reason``"""
     said = " | ".join(f"{judge} {_number(of_judge)}: {reason}" for judge, of_judge, reason in given)
@@ -256,9 +267,8 @@ def _number(grade: float | None) -> str:
     return "unscored" if grade is None else f"{grade:g}"
 
 
-def _failure(total: float | None, answers: Sequence[Answer]) -> str | None:
-    """Why there is no total: what happened most often."""
+def _failure(total: float | None, failures: Sequence[str]) -> str | None:
+    """Why there is no total: what most often kept a judge from grading. Where all have graded, they disagree."""
     if total is not None:
         return None
-    failures = Counter(answer.failure for answer in answers if answer.failure is not None)
-    return failures.most_common(1)[0][0] if failures else "judge_disagrees"
+    return Counter(failures).most_common(1)[0][0] if failures else "judge_disagrees"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import unicodedata
@@ -128,11 +129,10 @@ def check_category_weights(weights: Mapping[str, float]) -> dict[Category, float
 
 
 def slugs(criteria: Sequence[Criterion]) -> list[str]:
-    """A name for each criterion's curve: its title in snake_case, numbered where two have the same."""
-    seen: dict[str, int] = {}
-    names = []
+    """A name for each criterion's curve: its title in snake_case, numbered where that is taken already."""
+    names: list[str] = []
     for criterion in criteria:
-        name = "_".join(re.findall(r"[a-z0-9]+", criterion.title.casefold()))[:40] or "criterion"
-        seen[name] = seen.get(name, 0) + 1
-        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+        stem = "_".join(re.findall(r"[a-z0-9]+", criterion.title.casefold()))[:40] or "criterion"
+        numbered = (stem if i == 1 else f"{stem}_{i}" for i in itertools.count(1))
+        names.append(next(name for name in numbered if name not in names))
     return names

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+SECONDS_TO_END = 5.0  # for what is cancelled; it may have something to clear up
 
 
 class BackgroundLoop:
@@ -47,7 +48,7 @@ class BackgroundLoop:
         self.submit(turns()).result()
 
     def close(self) -> None:
-        """Cancel what still runs, and end the thread. A coroutine submitted later begins anew."""
+        """Cancel what still runs, and end the thread, within seconds. A coroutine submitted later begins anew."""
         if self._loop is None or self._thread is None:
             return
         loop, thread = self._loop, self._thread
@@ -57,7 +58,11 @@ class BackgroundLoop:
             others = asyncio.all_tasks() - {asyncio.current_task()}
             for task in others:
                 task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
+            if others:
+                ended, _ = await asyncio.wait(others, timeout=SECONDS_TO_END)
+                for task in ended:  # nobody else asks how they ended, and asyncio would complain
+                    if not task.cancelled():
+                        task.exception()
 
         asyncio.run_coroutine_threadsafe(end(), loop).result()
         loop.call_soon_threadsafe(loop.stop)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rolltune.components import ConfigError, check_component, instantiate, locate, mismatch, show
+from rolltune.components import ConfigError, check_component, instantiate, is_node, locate, mismatch, show
 from rolltune.rewards.rubric.templates import own_prompt
 from rolltune.schema import (
     AuditJudgeConfig,
@@ -102,6 +102,7 @@ def _check_grpo(cfg: GRPOConfig, world_size: int) -> Iterator[str]:
             yield from _check_judge(node, f"eval.{name}")
     if cfg.eval.gold is not None:
         yield from _check_gold(cfg.eval.gold, cfg)
+    yield from _check_no_pairs(cfg)
     yield from _check_logging(cfg.logging)
 
 
@@ -588,6 +589,22 @@ def _check_gold(node: Component, cfg: GRPOConfig) -> Iterator[str]:
             f"eval.gold.min_problems: {check.min_problems}; eval.max_problems is {cfg.eval.max_problems}, so nothing "
             "would ever be compared"
         )
+
+
+def _check_no_pairs(cfg: GRPOConfig) -> Iterator[str]:
+    """A held-out problem has one turn, which nothing can be compared with: it would never be scored."""
+    from rolltune.rewards.rubric.pairwise import PairwiseReward
+
+    gold = cfg.eval.gold or {}
+    nodes = {
+        "eval.correct": cfg.eval.correct,
+        "eval.lenient": cfg.eval.lenient,
+        "eval.gold.gold": gold.get("gold"),
+        "eval.gold.reward": cfg.rewards.get(str(gold.get("reward"))),
+    }
+    for key, node in nodes.items():
+        if is_node(node) and _is_class(node) and issubclass(locate(node["_component_"]), PairwiseReward):
+            yield f"{key}: PairwiseReward compares turns of a group, and a held-out problem has one turn; give another"
 
 
 def _check_logging(logging: LoggingConfig) -> Iterator[str]:

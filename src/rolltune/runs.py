@@ -6,21 +6,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
 from rolltune import config
 from rolltune.behaviours import BackgroundClassifier, thinking
 from rolltune.checkpoint import Checkpoints, TrainState, load_state
-from rolltune.components import ConfigError, component_or_object, instantiate
+from rolltune.components import ConfigError, component_or_object, instantiate, is_node
 from rolltune.data.dataset import ProblemStream, overlap
 from rolltune.distributed import World
 from rolltune.metrics import MetricsLog
 from rolltune.policy import Policy
 from rolltune.prompts import render_prompt
+from rolltune.records import FREE_WRITER_ARGUMENTS
 from rolltune.rewards.combine import WeightedReward
 from rolltune.rewards.rubric.gold import GoldWatch
 from rolltune.rollout import Rollout
@@ -41,6 +42,9 @@ from rolltune.update import MasterWeights, Optimization
 
 # Keys that may change between the parts of a resumed run: none of them touches a number that is trained with.
 FREE_ON_RESUME = {"output_dir", "resume", "dry_run", "device", "checkpoint", "logging", "mismatch"}
+# The same of a judge's arguments: where it is and what it may cost, not what it says. A run that a cap or a dead server
+# has stopped goes on with others.
+FREE_JUDGE_ARGUMENTS = FREE_WRITER_ARGUMENTS | {"max_concurrency", "cache", "wait_seconds"}
 
 
 def start(cfg: GRPOConfig | PrimeConfig, checkpoints: Checkpoints, world: World) -> Path | None:
@@ -64,7 +68,7 @@ def start(cfg: GRPOConfig | PrimeConfig, checkpoints: Checkpoints, world: World)
     before = config.read_saved(checkpoints.output_dir) if latest is not None else None
     if before is not None:
         now = asdict(cfg)
-        changed = [k for k in now if k not in FREE_ON_RESUME and before.get(k) != now[k]]
+        changed = [k for k in now if k not in FREE_ON_RESUME and _fixed(before.get(k)) != _fixed(now[k])]
         if changed:
             raise ConfigError(
                 [
@@ -79,6 +83,18 @@ def start(cfg: GRPOConfig | PrimeConfig, checkpoints: Checkpoints, world: World)
         if latest is not None:
             checkpoints.recover(load_state(latest))
     return latest
+
+
+def _fixed(value: Any) -> Any:
+    """A config's value without what may change of judges, at any depth."""
+    if isinstance(value, dict):
+        free = FREE_JUDGE_ARGUMENTS if _names_a_judge(value) else set()
+        return {key: _fixed(item) for key, item in value.items() if key not in free}
+    return [_fixed(item) for item in value] if isinstance(value, list) else value
+
+
+def _names_a_judge(node: dict[str, Any]) -> bool:
+    return is_node(node) and ("judges" in node or "base_url" in node)
 
 
 def open_log(cfg: GRPOConfig | PrimeConfig, world: World, *, resume_step: int | None) -> MetricsLog:
@@ -175,7 +191,11 @@ class Rewards:
     gold: GoldWatch | None
 
     def bind(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, frozen: Callable[[], Sampler]) -> None:
-        """Hand the policy to judges that are the policy; see :class:`rolltune.rewards.combine.JudgedReward`."""
+        """Hand the policy to judges that are the policy; see :class:`rolltune.rewards.combine.JudgedReward`.
+
+        ``frozen`` is called once at most, however many judges want the weights as they were.
+        """
+        frozen = cache(frozen)
         for part in self._parts():
             part.bind(sampler, tokenizer, frozen)
 
@@ -254,7 +274,9 @@ def stop_early(
     why: str,
 ) -> NoReturn:
     """End the run on a rollout that should not be trained on, with a checkpoint of the last step that was taken."""
-    if state.step and state.step not in checkpoints.steps():
+    # All ranks save or none: a rank that looked for itself might see what another has written meanwhile.
+    (is_kept,) = world.gather([state.step in checkpoints.steps()] if world.is_main else [])
+    if state.step and not is_kept:
         save(policy, tokenizer, optimization, checkpoints, state, world, score=None, is_due=True)
     kept = f"a checkpoint of step {state.step} is in {cfg.output_dir}" if state.step else "nothing was trained yet"
     raise config.RunStopped(
@@ -262,9 +284,41 @@ def stop_early(
     )
 
 
-def judge_metrics(reward: WeightedReward, world: World) -> dict[str, float]:
-    """What judging has cost so far, over all ranks; counted from the start of this process."""
-    mine = reward.metrics()
+@contextmanager
+def leave_together(world: World) -> Iterator[None]:
+    """Ranks of a stopped run wait for each other: torchrun kills the rest when one has left, rank 0 with its logs too.
+
+    Outside of all that is closed.
+    """
+    try:
+        yield
+    except config.RunStopped:  # which all ranks raise
+        world.barrier()
+        raise
+
+
+def heldout_score(metrics: dict[str, float], *, max_unscored: float, world: World) -> float | None:
+    """What the best checkpoint is chosen by; None where nothing was measured, or too little of it was scored to choose.
+
+    Args:
+        metrics: of the step.
+        max_unscored: share of the held-out turns that may be unscored.
+        world: rank 0 says where too many are.
+    """
+    unscored = metrics.get("heldout/unscored", 0.0)
+    if unscored <= max_unscored:
+        return metrics.get("heldout/score")
+    if world.is_main:
+        print(f"held-out turns: {unscored:.0%} are unscored; no best checkpoint is chosen by the others", flush=True)
+    return None
+
+
+def judge_metrics(rewards: Rewards, world: World) -> dict[str, float]:
+    """What judging has cost so far, over all ranks; counted from the start of this process.
+
+    ``judge/...`` for what is trained on, ``heldout/judge/...`` for ``eval.correct`` and ``eval.lenient``.
+    """
+    mine = rewards.training.metrics() | {f"heldout/{name}": cost for name, cost in rewards.heldout.metrics().items()}
     return dict(zip(mine, world.sum(list(mine.values())), strict=True))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,11 +166,23 @@ def test_no_fault_of_the_judge_is_a_score(run_grpo, tmp_path):
 
 
 def test_a_cap_ends_the_run_clearly(run_grpo):
+    before = threading.active_count()
     with FaultServer(grade) as server:
         changes = options(server, None, judge={"max_calls": 12})
         with pytest.raises(RunStopped, match=r"step 2: rewards\.rubric: m@.*max_calls: the cap of 12 is reached"):
             run_grpo(**changes)
         assert len(server.calls) == 12
+    assert threading.active_count() == before, "the judge's loop has ended with the run"
+
+
+def test_what_judging_held_out_turns_costs_is_logged(run_grpo):
+    with FaultServer(grade) as server:
+        changes = options(server, None)
+        changes["eval"] |= {"correct": changes["rewards"]["rubric"]}
+        rows = read_rows(run_grpo(**changes | {"num_steps": 1}))
+        asked = len(server.calls)
+    assert rows[-1]["heldout/judge/correct/calls"] > 1
+    assert rows[-1]["judge/rubric/calls"] + rows[-1]["heldout/judge/correct/calls"] == asked
 
 
 def test_a_judge_that_is_not_there_shows_at_once(run_grpo, monkeypatch):

@@ -108,6 +108,17 @@ def test_the_real_sampler(make_reward, tiny_llama, tokenizer):
     assert [end() for end in [reward.begin(problem, "It is four.") for problem in PROBLEMS]] == first
 
 
+def test_a_question_too_long_for_the_model_is_unscored_alone(make_reward, tiny_llama, tokenizer, caplog):
+    """The sampler refuses the whole batch that it is in. A token is a byte here."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32, max_position_embeddings=4096)
+    reward = make_reward(NativeSampler(model, tokenizer))
+    texts = ["It is four.", " ".join(map(str, range(1000))), "Four, I think."]
+    scores = [end() for end in [reward.begin(p, text) for p, text in zip(PROBLEMS, texts, strict=True)]]
+    assert [score.failure == "judge_refused" for score in scores] == [False, True, False]
+    assert [score.total for score in scores] == [None] * 3 and reward.metrics()["judge_refused"] == 1
+    assert "4096 tokens" in caplog.text
+
+
 @pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"temperature": 3.0}])
 def test_bad_options(options):
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -124,6 +124,7 @@ def test_shuffled_criteria_keep_their_numbers():
     assert len(orders) == 6  # all orders of three
     assert all(sorted(order) == plain for order in orders)
     assert ask(shuffle=True) == ask(shuffle=True)
+    assert ask(text="half a pair \ud800", shuffle=True) != ask(text="half a pair", shuffle=True)
 
 
 def test_a_long_rubric_is_never_cut():

@@ -98,6 +98,13 @@ def test_a_criterion_without_a_grade_leaves_the_mean(make_reward):
     assert lenient.parts["scored_share"] == pytest.approx(1.3 / 2.2)
     assert lenient.parts["category/pitfall"] is None
     assert strict.total is None and strict.notes["guesses"].startswith("unscored: ")
+    assert strict.failure == "judge_unparseable"
+
+
+def test_judges_that_disagree(make_reward):
+    with FaultServer(always(verdicts(1, 1, 0))) as a, FaultServer(always(verdicts(0, 1, 0))) as b:
+        score = make_reward(a, b, combine="majority", min_scored=0.9)(PROBLEM, TEXT)
+    assert score.total is None and score.failure == "judge_disagrees"
 
 
 def test_levels(make_reward):
@@ -166,6 +173,46 @@ def test_a_gate(make_reward):
         assert reward(PROBLEM, "<think>w</think><answer>4</answer>").total == 1.0
 
 
+class Passes:
+    """A gate that is a class, built once."""
+
+    def __init__(self, *, word: str) -> None:
+        self.word = word
+
+    def __call__(self, problem: Problem, text: str) -> Score:
+        return Score(total=float(self.word in text))
+
+
+def test_a_gate_may_be_a_class(make_reward, monkeypatch):
+    monkeypatch.setattr("rolltune.rewards.answer.Passes", Passes, raising=False)
+    with FaultServer(always(verdicts(1, 1, 0))) as server:
+        reward = make_reward(server, gate={"_component_": "rolltune.rewards.answer.Passes", "word": "four"})
+        assert [reward(PROBLEM, text).total for text in (TEXT, "Five it is.")] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        (
+            {"_component_": "rolltune.rewards.length.soft_overlong_reward", "max_tokens": 8, "cache_tokens": 4},
+            "takes the completion",
+        ),
+        ({"_component_": "rolltune.rewards.rubric.reward.RubricReward"}, "is judged itself"),
+    ],
+)
+def test_a_gate_that_cannot_be_one(make_reward, gate, message):
+    with FaultServer(always("")) as server:
+        judges = [
+            {
+                "_component_": "rolltune.rewards.rubric.endpoint_judge.EndpointJudge",
+                "base_url": server.base_url,
+                "model": "m",
+            }
+        ]
+        with pytest.raises(ValueError, match=f"gate: .*{message}"):
+            make_reward(server, gate=gate | ({"judges": judges} if "rubric" in gate["_component_"] else {}))
+
+
 def test_the_answer_alone(make_reward):
     with FaultServer(always(verdicts(1, 1, 0))) as server:
         reward = make_reward(server, judged="answer")
@@ -194,6 +241,21 @@ def test_many_are_judged_at_once_and_the_late_are_unscored(make_reward):
         totals = [end().total for end in finish]
     assert [total for i, total in enumerate(totals) if i != 3] == [1.0] * 7
     assert totals[3] is None and reward.metrics()["late"] == 1
+
+
+def test_what_nobody_waits_for_any_more_keeps_nothing_else_from_being_judged(make_reward):
+    """Both places are taken by calls that hang when their step is over."""
+
+    def judge(call: int, request: dict[str, Any]) -> Response:
+        return ok(verdicts(1, 1, 0), delay=60.0 if "hang" in request["messages"][-1]["content"] else 0.0)
+
+    with FaultServer(judge) as server:
+        reward = make_reward(server, judge={"max_concurrency": 2}, wait_seconds=1.0)
+        reward.try_out(PROBLEM)
+        first = [reward.begin(PROBLEM, f"It is four, {i}, hang.") for i in range(4)]
+        assert [end().failure for end in first] == ["judge_late"] * 4
+        reward._bench._wait_seconds = 30.0
+        assert reward(PROBLEM, TEXT).total == 1.0
 
 
 def test_a_cap_stops_and_says_so(make_reward):

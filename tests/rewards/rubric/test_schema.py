@@ -104,6 +104,10 @@ def test_category_weights():
             check_category_weights({"pitfall": weight})
 
 
+def test_a_numbered_title_does_not_collide():
+    assert slugs([make(title="A"), make(title="A"), make(title="A 2")]) == ["a", "a_2", "a_2_2"]
+
+
 def test_slugs_are_unique():
     assert slugs([make(title="Right Unit"), make(title="right unit!"), make(title="\u5355\u4f4d")]) == [
         "right_unit",
