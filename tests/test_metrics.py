@@ -236,7 +236,10 @@ def group() -> Group:
             ),
             Completion(token_ids=(7,), logprobs=(-0.5,), finish_reason="length", policy_version=3, text="line\nbreak"),
         ),
-        scores=(Score(total=1.0, parts={"answer": 1.0, "judge": None}), Score(total=0.0, failure="no_answer")),
+        scores=(
+            Score(total=1.0, parts={"answer": 1.0, "judge": None}, notes={"judge": "r"}),
+            Score(total=0.0, failure="no_answer"),
+        ),
     )
 
 
@@ -268,6 +271,7 @@ def test_samples_of_a_step(tmp_path):
         "reward": 1.0,
         "parts": {"answer": 1.0, "judge": None},
         "failure": None,
+        "notes": {"judge": "r"},
         "advantage": 0.7,
     }
     assert (rows[1]["tokens"], rows[1]["finish_reason"], rows[1]["failure"]) == (1, "length", "no_answer")
