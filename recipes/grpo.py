@@ -6,8 +6,10 @@ Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, eq. 3-4), ou
     ratio, and the k3 KL to a frozen reference inside the loss;
   - changed by config, one component each: the advantage (``rolltune.advantages``) and the objective
     (``rolltune.losses``), which together give Dr. GRPO, DAPO, GSPO, CISPO and RLOO;
-  - dropped: refreshing the reference in mid-run, process supervision, and old log-probs from the sampler: where there
-    is more than one update a step they are computed by the trainer, and where there is one the ratio is exactly 1.
+  - dropped: refreshing the reference in mid-run, and process supervision;
+  - old log-probs are the trainer's own, not the sampler's: where there is more than one update a step they are computed
+    before the first, and where there is one the ratio is exactly 1. How far the sampler's are from them is measured
+    (``rolltune.mismatch``) and can be corrected for, or bypassed, by one component (``rolltune.corrections``).
 
 One process or many: every rank samples and trains on its share of the step's prompts, whole groups at a time;
 denominators and metrics are global. All randomness comes from (seed, step, purpose), so a killed run resumes to the
@@ -33,11 +35,13 @@ from transformers import PreTrainedTokenizerBase
 from rolltune import config, estimates, report, runs
 from rolltune.batch import count_totals, pack, train_group, without_zero_advantages
 from rolltune.checkpoint import Checkpoints, TrainState, load_optimization, load_state
-from rolltune.components import component, instantiate
+from rolltune.components import component, component_or_object, instantiate
+from rolltune.corrections import Bypass, Correction
 from rolltune.curves import plot_curves
 from rolltune.data.dataset import ProblemStream
 from rolltune.distributed import World, close_world, init_world
 from rolltune.evaluation import judge_greedy, sample_greedy
+from rolltune.mismatch import MismatchError, MismatchLimit
 from rolltune.models import load_tokenizer
 from rolltune.policy import Policy, build_policy
 from rolltune.progress import Progress
@@ -66,6 +70,8 @@ class Parts:
     rewards: runs.Rewards
     advantage: Callable[[Sequence[float]], list[float]]
     loss: Loss
+    correction: Correction | None
+    mismatch: MismatchLimit | None
     optimization: Optimization
 
 
@@ -101,7 +107,11 @@ def run(cfg: GRPOConfig) -> None:
                 runs.stop_early(cfg, parts.policy, parts.tokenizer, parts.optimization, checkpoints, state, world, why)
             if step == first_step:
                 selftest(cfg, parts, rollout, console, starts_as_reference=state.policy_version == 0)
-            metrics, advantages = train(cfg, parts, step, rollout, phases, progress)
+            try:
+                metrics, advantages = train(cfg, parts, step, rollout, phases, progress)
+            except MismatchError as error:  # no weight was stepped yet
+                why = str(error)
+                runs.stop_early(cfg, parts.policy, parts.tokenizer, parts.optimization, checkpoints, state, world, why)
             seconds = state.seconds + time.perf_counter() - started
             state = replace(
                 state, step=step, cursor=rollout.cursor, policy_version=parts.policy.version, seconds=seconds
@@ -195,6 +205,8 @@ def build(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Parts:
         rewards=rewards,
         advantage=component(cfg.advantage),
         loss=loss,
+        correction=component_or_object(cfg.correction) if cfg.correction else None,
+        mismatch=instantiate(cfg.mismatch) if cfg.mismatch else None,
         optimization=optimization,
     )
 
@@ -270,7 +282,7 @@ def train(
                 policy,
                 pack(kept, max_tokens=cfg.batch.microbatch_tokens, device=device),
                 temperature=cfg.sampling.temperature,
-                with_old=num_updates > 1,
+                with_old=num_updates > 1 and not isinstance(parts.correction, Bypass),
                 with_reference=with_reference,
             )
             minibatches.append((rows, LossTotals(tokens=int(tokens), sequences=int(sequences))))
@@ -288,6 +300,8 @@ def train(
                         parts.optimization,
                         world,
                         temperature=cfg.sampling.temperature,
+                        correction=parts.correction,
+                        limit=None if updates else parts.mismatch,
                         on_row=progress.phase("training"),
                     )
                 )

@@ -266,6 +266,31 @@ MISTAKES = [
         "rewards.length.completion: the recipe passes it to cosine_length_reward",
     ),
     ("advantage.eps=0", "advantage.eps: 0, must be > 0"),
+    (
+        "correction={_component_: rolltune.corrections.TokenTIS, max_rato: 2}",
+        "correction.max_rato: TokenTIS takes no such argument; did you mean correction.max_ratio?",
+    ),
+    ("correction={_component_: rolltune.corrections.TokenTIS, max_ratio: 0.5}", "correction.max_ratio: 0.5, must be"),
+    ("correction={_component_: rolltune.corrections.TokenMask, low: 2}", "correction.low: 2, must be in [0, 1]"),
+    ("correction={_component_: rolltune.advantages.group_zscore}", "group_zscore takes 1 positional arguments"),
+    ("correction={_component_: rolltune.corrections.bounded}", "bounded takes 1 positional arguments"),
+    (
+        "correction={_component_: rolltune.corrections.Bypass, rejection: "
+        "{_component_: rolltune.corrections.TokenTIS}}",
+        "correction.rejection: rolltune.corrections.TokenTIS weighs by pi_old / mu, which the ratio to the sampler "
+        "holds already: it would be counted twice",
+    ),
+    (
+        "correction={_component_: rolltune.corrections.Bypass, rejection: "
+        "{_component_: rolltune.corrections.K3Rejection, max_k3: 0}}",
+        "correction.rejection: rolltune.corrections.K3Rejection: max_k3: 0, must be > 0",
+    ),
+    ("mismatch={_component_: rolltune.mismatch.MismatchLimit, max_k3: 0}", "mismatch.max_k3: 0, must be > 0"),
+    (
+        "mismatch={_component_: rolltune.mismatch.MismatchLimit, max_k3: null, max_ratio_gap: null}",
+        "mismatch.max_k3, max_ratio_gap and max_outside are null: nothing would be looked at",
+    ),
+    ("mismatch={_component_: rolltune.losses.grpo.GRPOLoss}", "rolltune.mismatch.MismatchLimit is wanted"),
     # values
     ("rewards.answer.weight=much", "rewards.answer.weight: 'much' is a string; a number is wanted"),
     ("rewards.answer.weight=.inf", "rewards.answer.weight: inf; a finite number is wanted"),
@@ -445,6 +470,9 @@ def test_several_settings_that_contradict(valid: Path):
     loss = "loss=rolltune.losses.reinforce.ReinforceLoss"
     assert problems_of(valid, loss) == []
     assert "ReinforceLoss has no ratio" in problems_of(valid, loss, "batch.num_iterations=2")[0]
+    bypass = "correction={_component_: rolltune.corrections.Bypass}"
+    assert problems_of(valid, bypass) == []
+    assert "Bypass does nothing with ReinforceLoss, which has no ratio" in problems_of(valid, loss, bypass)[0]
     assert problems_of(valid, "logging.wandb=true", "logging.wandb_project=mine") == []
     assert problems_of(valid, "lr_scheduler.num_warmup_steps=11", "batch.minibatches=2") == [], "20 updates"
 
@@ -711,6 +739,8 @@ KEYS = {
         "sampler",
         "advantage",
         "loss",
+        "correction",
+        "mismatch",
         "batch.prompts_per_step",
         "batch.num_iterations",
         "batch.minibatches",

@@ -66,6 +66,23 @@ def test_panels_without_data_are_left_out(tmp_path):
     assert (two, three) == (2 * one, 3 * one) and height == last_height
 
 
+def test_a_mismatch_has_a_panel_where_it_is_more_than_rounding(tmp_path, monkeypatch):
+    drawn = []
+    right = curves._plot_mismatch
+    monkeypatch.setattr(curves, "_plot_mismatch", lambda axes, of: (drawn.append(list(of)), right(axes, of)))
+    for number, gap in enumerate((1e-6, 1e-2)):
+        log = MetricsLog(tmp_path / str(number))
+        for step in range(3):
+            row = {"kl": 0.1, "mismatch/mean_abs": gap, "mismatch/k3": gap**2 / 2, "mismatch/outside": 0.05}
+            log.log(step, row)
+        log.close()
+        plot_curves(tmp_path / str(number))
+        assert len(drawn) == number
+    axes = Figure().add_subplot()
+    right(axes, {"mismatch/k3": ([0, 1], [1e-3, 2e-3])})
+    assert list(axes.lines[0].get_ydata()) == [1e-3, 2e-3]  # pyright: ignore[reportArgumentType]
+
+
 def test_behaviours_have_a_panel_of_their_own(tmp_path):
     row = {"reward/mean": 0.5, "reward/answer/mean": 0.5, "reward/seen/mean": 7.0}
     row |= {f"reward/seen/{name}/mean": 2.0 for name in BEHAVIOURS}

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from rolltune.batch import TrainGroup, TrainSequence, count_totals, pack
+from rolltune.corrections import Bypass, TokenMask, TokenTIS
 from rolltune.distributed import World
 from rolltune.losses.dapo import DAPOLoss
 from rolltune.losses.grpo import GRPOLoss
+from rolltune.mismatch import MismatchError, MismatchLimit
 from rolltune.policy import build_policy
 from rolltune.schema import ModelConfig
 from rolltune.types import Prompt
@@ -33,7 +35,9 @@ def make_groups(seed=0):
     ]
 
 
-def step_once(path, loss, *, max_tokens, lr=0.1, dtype="float32", masters=False, num_updates=1):
+def step_once(
+    path, loss, *, max_tokens, lr=0.1, dtype="float32", masters=False, num_updates=1, correction=None, limit=None
+):
     policy = build_policy(
         ModelConfig(path=str(path), dtype=dtype),
         None,
@@ -50,11 +54,21 @@ def step_once(path, loss, *, max_tokens, lr=0.1, dtype="float32", masters=False,
         policy,
         pack(groups, max_tokens=max_tokens),
         temperature=1.0,
-        with_old=num_updates > 1,
+        with_old=num_updates > 1 and not isinstance(correction, Bypass),
         with_reference=loss.kl_coef > 0,
     )
     metrics = [
-        update_policy(policy, rows, loss, count_totals(groups), optimization, WORLD, temperature=1.0)
+        update_policy(
+            policy,
+            rows,
+            loss,
+            count_totals(groups),
+            optimization,
+            WORLD,
+            temperature=1.0,
+            correction=correction,
+            limit=limit,
+        )
         for _ in range(num_updates)
     ]
     return policy, metrics
@@ -89,9 +103,71 @@ def test_metrics_by_hand(tiny_llama):
     assert metrics["mismatch/mean_abs"] == pytest.approx(gap.abs().mean().item(), rel=1e-5)
     assert metrics["mismatch/max_abs"] == pytest.approx(gap.abs().max().item(), rel=1e-5)
     assert metrics["mismatch/k3"] == pytest.approx((gap.exp() - gap - 1).mean().item(), rel=1e-4)
+    assert metrics["mismatch/mean_ratio"] == pytest.approx(gap.exp().mean().item(), rel=1e-5)
+    # The sampler's log-probs are -5 throughout: all in the bucket below 0.01, whose mean is that of all tokens.
+    assert metrics["mismatch/probability/0_to_0.01"] == pytest.approx(metrics["mismatch/mean_abs"], rel=1e-6)
+    assert not [name for name in metrics if name.startswith("correction/")]
     # DAPO's loss at ratio 1 is minus the token mean of the advantages: (4*1 - 9*0.5 - 2*0.5) / 15 a group.
     assert metrics["loss"] == pytest.approx(1.5 / 15, rel=1e-5)
     assert metrics["lr"] == 0.0 and policy.version == 1
+
+
+def test_a_correction_weighs_the_current_log_probs_where_there_is_one_update(tiny_llama):
+    policy, (metrics,) = step_once(tiny_llama, DAPOLoss(), max_tokens=1000, lr=0.0, correction=TokenTIS(max_ratio=1.0))
+    (row,) = pack(make_groups(), max_tokens=1000)
+    weights = (policy.logprobs(row, temperature=1.0)[0].detach() + 5.0).exp().clamp(max=1.0)
+    assert 0 < (weights == 1.0).sum() < len(weights), "some are cut and some are not"
+    assert metrics["loss"] == pytest.approx(-(weights * row.advantages).mean().item(), rel=1e-5)
+    assert metrics["ratio/mean"] == 1.0, "the ratio is to pi_old still"
+    assert metrics["correction/weight"] == pytest.approx(weights.mean().item(), rel=1e-5)
+    assert metrics["correction/zeroed"] == 0.0
+
+
+def test_later_updates_move_the_ratio_but_neither_weights_nor_mismatch(tiny_llama):
+    correction = TokenMask(low=0.2, high=2.0)
+    _, metrics = step_once(
+        tiny_llama, GRPOLoss(kl_coef=0.0), max_tokens=1000, num_updates=3, lr=1.0, correction=correction
+    )
+    assert metrics[2]["ratio/max"] > 1.01
+    names = [name for name in metrics[0] if name.startswith(("mismatch/", "correction/"))]
+    assert len(names) > 8 and 0 < metrics[0]["correction/zeroed"] < 1
+    for name in names:
+        assert metrics[2][name] == metrics[0][name], name
+
+
+def test_bypass_takes_the_ratio_to_the_sampler(tiny_llama):
+    loss = DAPOLoss()
+    policy, metrics = step_once(tiny_llama, loss, max_tokens=1000, lr=0.0, num_updates=2, correction=Bypass())
+    (row,) = pack(make_groups(), max_tokens=1000)
+    ratios = (policy.logprobs(row, temperature=1.0)[0].detach() + 5.0).exp()
+    expected = -torch.minimum(ratios * row.advantages, ratios.clamp(0.8, 1.28) * row.advantages).mean().item()
+    for update in metrics:
+        assert update["ratio/mean"] == pytest.approx(ratios.mean().item(), rel=1e-5)
+        assert update["loss"] == pytest.approx(expected, rel=1e-5)
+        assert update["correction/weight"] == 1.0
+
+
+def test_a_mismatch_beyond_its_limit_leaves_the_weights(tiny_llama):
+    policy = build_policy(ModelConfig(path=str(tiny_llama)), None, device=WORLD.device, seed=0, with_reference=False)
+    weights = MasterWeights(policy.trainable_parameters, enabled=False)
+    optimization = Optimization(
+        weights=weights, optimizer=torch.optim.SGD(weights.masters, lr=0.1), scheduler=None, max_grad_norm=1.0
+    )
+    copies = [p.detach().clone() for p in weights.parameters]
+    rows = prepare_rows(
+        policy, pack(make_groups(), max_tokens=10), temperature=1.0, with_old=False, with_reference=False
+    )
+    totals = count_totals(make_groups())
+    with pytest.raises(MismatchError, match="mismatch.max_k3: k3 of sampler and trainer is"):
+        update_policy(
+            policy, rows, DAPOLoss(), totals, optimization, WORLD, temperature=1.0, limit=MismatchLimit(max_k3=0.01)
+        )
+    assert policy.version == 0
+    for parameter, copy in zip(weights.parameters, copies, strict=True):
+        assert torch.equal(parameter, copy)
+    loose = MismatchLimit(max_k3=1e6, max_ratio_gap=1e6)
+    assert update_policy(policy, rows, DAPOLoss(), totals, optimization, WORLD, temperature=1.0, limit=loose)
+    assert policy.version == 1
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights(tiny_llama, monkeypatch):

@@ -87,6 +87,10 @@ def _check_grpo(cfg: GRPOConfig, world_size: int) -> Iterator[str]:
     yield from check_component(cfg.sampler, "sampler", positional=2)
     yield from _check_advantage(cfg.advantage)
     yield from _check_loss(cfg)
+    if cfg.correction is not None:
+        yield from _check_correction(cfg.correction, cfg.loss)
+    if cfg.mismatch is not None:
+        yield from _check_mismatch(cfg.mismatch)
     updates = cfg.num_steps * cfg.batch.num_iterations * cfg.batch.minibatches
     yield from _check_optimization(cfg, updates)
     yield from _check_batch(cfg, world_size)
@@ -480,6 +484,36 @@ def _check_loss(cfg: GRPOConfig) -> Iterator[str]:
             "loss._component_: ReinforceLoss has no ratio, so only the first update of a step would be on-policy; "
             "batch.num_iterations and batch.minibatches must be 1, or take a loss with a ratio"
         )
+
+
+def _check_correction(node: Component, loss: Component) -> Iterator[str]:
+    """Of a class whose object is called with three tensors and a number, or of such a function."""
+    from rolltune.corrections import Bypass
+
+    if not _is_class(node):
+        yield from check_component(node, "correction", positional=4)
+        return
+    problems = check_component(node, "correction") or _call_problems(node, "correction")
+    yield from problems
+    if problems:
+        return
+    correction = instantiate(node)
+    if not callable(correction):
+        yield f"correction._component_: {node['_component_']}: no rolltune.corrections.Correction; one is called"
+    elif isinstance(correction, Bypass) and loss.get("_component_", "").endswith(".ReinforceLoss"):
+        yield (
+            "correction._component_: Bypass does nothing with ReinforceLoss, which has no ratio; take a loss with one, "
+            "or weights such as rolltune.corrections.SequenceTIS"
+        )
+
+
+def _check_mismatch(node: Component) -> Iterator[str]:
+    from rolltune.mismatch import MismatchLimit
+
+    problems = check_component(node, "mismatch") or _call_problems(node, "mismatch")
+    yield from problems
+    if not problems and not isinstance(instantiate(node), MismatchLimit):
+        yield f"mismatch._component_: {node['_component_']}: rolltune.mismatch.MismatchLimit is wanted"
 
 
 # --- optimization and batches -----------------------------------------------------------------------------------------

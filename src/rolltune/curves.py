@@ -19,15 +19,17 @@ if TYPE_CHECKING:
 Series = tuple[list[float], list[float]]  # steps and values
 
 COLORS = ("#2a6fbb", "#e07b39", "#3c9d6b", "#8e5bb5", "#c8475d", "#7a7a7a")
+ROUNDING = 1e-4  # of log-probs in fp32
 
 
 def plot_curves(output_dir: str | Path) -> Path:
     """Draw ``<output_dir>/curves.png`` from ``metrics.jsonl``.
 
-    One panel each for reward and its parts, held-out accuracy with its 95 % interval, completion length and
-    truncation, KL, entropy, the gradient norm with the clip fraction, and, of a run that is judged, the judge beside
-    the gold measure, a rubric's categories and criteria, and what the judge was asked and has cost; panels without data
-    are left out. A run without rewards (supervised fine-tuning) has its loss in the first panel.
+    One panel each for reward and its parts, held-out accuracy with its 95 % interval, completion length and truncation,
+    KL, entropy, the gradient norm with the clip fraction, the mismatch of sampler and trainer where it is more than
+    rounding, and, of a run that is judged, the judge beside the gold measure, a rubric's categories and criteria, and
+    what the judge was asked and has cost; panels without data are left out. A run without rewards (supervised
+    fine-tuning) has its loss in the first panel.
 
     Raises:
         ValueError: there is no ``metrics.jsonl``, or none of these metrics is in it.
@@ -45,6 +47,8 @@ def plot_curves(output_dir: str | Path) -> Path:
         (_plot_entropy, "entropy"),
         (_plot_gradient, "grad_norm"),
     ]
+    if max(curves.get("mismatch/mean_abs", ([], [0.0]))[1]) > ROUNDING:
+        panels.append((_plot_mismatch, "mismatch/k3"))
     if "reward/mean" not in curves:
         panels[0] = (_plot_loss, "loss")
     panels = [(draw, needed) for draw, needed in panels if needed in curves]
@@ -184,6 +188,13 @@ def _plot_gradient(axes: Axes, curves: dict[str, Series]) -> None:
     _line(axes, curves["grad_norm"], COLORS[0])
     if "clip_fraction" in curves:
         _second_axis(axes, curves["clip_fraction"], "share of ratios clipped")
+
+
+def _plot_mismatch(axes: Axes, curves: dict[str, Series]) -> None:
+    title_axes(axes, "Sampler and trainer", "k3 estimate of the KL, nats per token")
+    _line(axes, curves["mismatch/k3"], COLORS[0])
+    if "mismatch/outside" in curves:
+        _second_axis(axes, curves["mismatch/outside"], "share of ratios not in [0.9, 1.1]")
 
 
 def _plot_behaviours(axes: Axes, curves: dict[str, Series]) -> None:

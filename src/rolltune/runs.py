@@ -41,7 +41,7 @@ from rolltune.types import Completion, Problem, Prompt, SamplingParams
 from rolltune.update import MasterWeights, Optimization
 
 # Keys that may change between the parts of a resumed run: none of them touches a number that is trained with.
-FREE_ON_RESUME = {"output_dir", "resume", "dry_run", "device", "checkpoint", "logging"}
+FREE_ON_RESUME = {"output_dir", "resume", "dry_run", "device", "checkpoint", "logging", "mismatch"}
 # The same of a judge's arguments: where it is and what it may cost, not what it says. A run that a cap or a dead server
 # has stopped goes on with others.
 FREE_JUDGE_ARGUMENTS = FREE_WRITER_ARGUMENTS | {"max_concurrency", "cache", "wait_seconds"}

@@ -138,6 +138,8 @@ class GRPOConfig:
     sampler: Component = MISSING  # called with (model, tokenizer)
     advantage: Component = MISSING  # called with the rewards of a group; gives one number a completion
     loss: Component = MISSING  # a class of rolltune.losses
+    correction: Component | None = None  # a class of rolltune.corrections, for sampler/trainer mismatch; null: none
+    mismatch: Component | None = None  # a rolltune.mismatch.MismatchLimit, which stops the run; null: measured alone
     optimizer: Component = MISSING  # called with the parameters
     lr_scheduler: Component | None = None  # called with (optimizer, num_training_steps=...); null: a constant rate
     num_steps: int = MISSING

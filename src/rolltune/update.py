@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rolltune.corrections import Bypass, Correction
 from rolltune.distributed import World
+from rolltune.mismatch import MismatchLimit, MismatchMeter
 from rolltune.policy import Policy
 from rolltune.types import Loss, LossInputs, LossTotals, MicroBatch
 
@@ -97,7 +99,8 @@ class Row:
 
     Attributes:
         old_logprobs: float32 [N], of the weights before the first update; None where there is one update only, whose
-            old policy is the current one: the ratio is exactly 1 and no pass is spent on it.
+            old policy is the current one (the ratio is exactly 1 and no pass is spent on it), and in bypass mode, which
+            has no old policy.
         reference_logprobs: float32 [N]; None where the loss has no KL term.
     """
 
@@ -129,6 +132,8 @@ def update_policy(
     world: World,
     *,
     temperature: float,
+    correction: Correction | None = None,
+    limit: MismatchLimit | None = None,
     on_row: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """One optimizer step on ``rows``.
@@ -141,40 +146,41 @@ def update_policy(
         optimization: optimizer, schedule and clip norm.
         world: gradients and metrics are summed over it.
         temperature: the one that was sampled with.
+        correction: of sampler/trainer mismatch; None: the weights are 1.
+        limit: on the mismatch, looked at before the step; None: it is measured alone.
         on_row: called with (rows done, rows in all).
 
     Returns:
         Metrics, means over the tokens of all ranks' rows but for the loss; the same on every rank. Empty, and no step
-        is taken, where no rank has a row.
+        is taken, where no rank has a row. "mismatch/..." are those of :mod:`rolltune.mismatch`. With a correction there
+        are "correction/weight", the mean weight, and "correction/zeroed", the share of tokens of weight 0.
+
+    Raises:
+        MismatchError: ``limit`` is exceeded; the weights were left as they were.
     """
     sums: dict[str, float] = dict.fromkeys(_METRICS, 0.0)
-    extremes = [-math.inf, -math.inf, 0.0]  # max of ratio, of -ratio, of |sampler - trainer|
+    extremes = [-math.inf, -math.inf]  # max of ratio, of -ratio
+    meter = MismatchMeter()
     for done, row in enumerate(rows):
         logprobs, entropy = policy.logprobs(row.microbatch, temperature=temperature)
-        inputs = LossInputs(
-            logprobs=logprobs,
-            old_logprobs=logprobs.detach() if row.old_logprobs is None else row.old_logprobs,
-            advantages=row.microbatch.advantages,
-            sequence_ids=row.microbatch.sequence_ids,
-            num_sequences=row.microbatch.num_sequences,
-            reference_logprobs=row.reference_logprobs,
-        )
+        meter.add(logprobs if row.old_logprobs is None else row.old_logprobs, row.microbatch)
+        inputs = loss_inputs(logprobs, row, correction)
         loss, metrics = loss_fn(inputs, totals)
         loss.backward()
         ratio = torch.exp(logprobs.detach() - inputs.old_logprobs)
-        gap = logprobs.detach() - row.microbatch.sampler_logprobs
+        if inputs.importance_weights is not None:
+            metrics["correction/weight"] = inputs.importance_weights.sum()
+            metrics["correction/zeroed"] = (inputs.importance_weights == 0).sum()
         metrics |= {
             "loss": loss.detach(),
             "entropy": entropy.sum(),
             "ratio/mean": ratio.sum(),
             "ratio/outside": ((ratio < 0.9) | (ratio > 1.1)).sum(),
-            "mismatch/mean_abs": gap.abs().sum(),
-            "mismatch/k3": (torch.expm1(gap) - gap).sum(),
             "tokens": torch.tensor(float(len(logprobs))),
         }
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + float(value)
-        seen = (ratio.max().item(), -ratio.min().item(), gap.abs().max().item())
+        seen = (ratio.max().item(), -ratio.min().item())
         extremes = [max(a, b) for a, b in zip(extremes, seen, strict=True)]
         if on_row:
             on_row(done + 1, len(rows))
@@ -183,8 +189,11 @@ def update_policy(
     reduced = dict(zip(names, world.sum([sums.get(name, 0.0) for name in names]), strict=True))
     extremes = world.max(extremes)
     tokens = reduced.pop("tokens")
-    if tokens == 0:
+    mismatch = meter.read(world)
+    if mismatch is None:
         return {}  # no rank has anything to learn from
+    if limit is not None:
+        limit.check(mismatch)
     step_metrics = optimization.step(world)
     policy.version += 1
     # The loss is divided by the step's totals already. The rest are means over the tokens in the rows, which are fewer
@@ -197,9 +206,32 @@ def update_policy(
             "loss": reduced["loss"],
             "ratio/max": extremes[0],
             "ratio/min": -extremes[1],
-            "mismatch/max_abs": extremes[2],
         }
+        | mismatch.metrics()
     )
 
 
-_METRICS = ("loss", "entropy", "ratio/mean", "ratio/outside", "mismatch/mean_abs", "mismatch/k3", "tokens")
+def loss_inputs(logprobs: Tensor, row: Row, correction: Correction | None) -> LossInputs:
+    """What the loss is called with: the policy that the ratio is taken to, and the weights of a correction.
+
+    Args:
+        logprobs: [N], of the policy under training; carries the gradient.
+        row: its micro-batch and the log-probs that stay fixed.
+        correction: None: no weights.
+    """
+    old = logprobs.detach() if row.old_logprobs is None else row.old_logprobs
+    batch, weights = row.microbatch, None
+    if correction is not None:
+        weights = correction(old, batch.sampler_logprobs, batch.sequence_ids, batch.num_sequences)
+    return LossInputs(
+        logprobs=logprobs,
+        old_logprobs=batch.sampler_logprobs if isinstance(correction, Bypass) else old,
+        advantages=batch.advantages,
+        sequence_ids=batch.sequence_ids,
+        num_sequences=batch.num_sequences,
+        reference_logprobs=row.reference_logprobs,
+        importance_weights=weights,
+    )
+
+
+_METRICS = ("loss", "entropy", "ratio/mean", "ratio/outside", "tokens")

@@ -46,6 +46,7 @@ def test_what_a_run_leaves_behind(run_grpo):
         "reward/mean reward/std reward/low/mean reward/answer/mean failures/answer/no_answer groups/zero_variance "
         "groups/skipped completions/length_mean completions/truncated kl entropy clip_fraction grad_norm lr loss "
         "ratio/mean ratio/min ratio/max ratio/outside mismatch/mean_abs mismatch/max_abs mismatch/k3 "
+        "mismatch/mean_ratio mismatch/outside mismatch/position/quarter_1 mismatch/position/quarter_4 "
         "tokens_per_second/sample tokens_per_second/train seconds/sample seconds/train memory/peak_gib"
     ).split():
         assert name in rows[1], name
