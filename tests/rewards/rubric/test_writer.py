@@ -209,7 +209,7 @@ COPIED = item(f"States: {ANSWER}", title="Answer")
 BAD = {
     "no JSON": (ok("I would rather not."), "a JSON object is wanted, and there is none that can be read"),
     "nothing": (ok(None), "a JSON object is wanted, and there is none that can be read"),
-    "cut JSON": (ok(json.dumps({"criteria": CRITERIA})[:-40]), "the JSON object has to be the last thing"),
+    "cut JSON": (ok(json.dumps({"criteria": CRITERIA})[:-40]), "behind a brace that is not closed"),
     "cut": (reply(CRITERIA, finish_reason="length"), "it was cut at 50 tokens: write fewer or shorter criteria"),
     "another schema": (ok(json.dumps({"rubric": CRITERIA})), "criteria: Field required"),
     "a list": (ok(json.dumps(CRITERIA)), "."),
