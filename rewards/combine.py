@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from rolltune.samplers import Sampler
@@ -36,6 +37,10 @@ class JudgedReward(Protocol):
 
     def begin(self, problem: Problem, text: str) -> Callable[[], Score]:
         """Start judging a turn and return at once; what is returned waits for the score."""
+        ...
+
+    def keep_account(self, path: Path) -> None:
+        """Have caps on spending hold for all that keep their account in this file: a run's processes and starts."""
         ...
 
     @property
@@ -159,6 +164,10 @@ class WeightedReward:
     def bind(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, frozen: Callable[[], Sampler]) -> None:
         for reward in self.judged.values():
             reward.bind(sampler, tokenizer, frozen)
+
+    def keep_account(self, path: Path) -> None:
+        for reward in self.judged.values():
+            reward.keep_account(path)
 
     @property
     def stop_reason(self) -> str | None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent import futures
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rolltune.background import BackgroundLoop
@@ -21,7 +22,7 @@ T = TypeVar("T")
 LATE, STOPPED = "judge_late", "judge_stopped"
 _BETWEEN_LOOKS = 0.01  # seconds, while a policy judge may be asked more
 _SECONDS_TO_CLOSE = 5.0
-_CANNOT_JUDGE = ("judge_down", "judge_budget", "judge_refused")
+_CANNOT_JUDGE = ("judge_down", "judge_refused")
 _log = logging.getLogger(__name__)
 
 
@@ -69,6 +70,8 @@ class Bench:
             if judge in self._policy_judges:
                 continue
             answer = self._loop.submit(judge.ask(question)).result()
+            if judge.stop_reason is not None:
+                raise ValueError(judge.stop_reason)
             if answer.failure in _CANNOT_JUDGE:
                 raise ValueError(
                     f"judge {judge.name}: {answer.failure.replace('_', ' ')} when it was tried out"
@@ -104,6 +107,11 @@ class Bench:
             self._loop.settle()  # turns that were begun have put their questions by now
             if judge.answer_waiting():
                 self._last_begun = time.monotonic()
+
+    def keep_account(self, path: Path) -> None:
+        """Where the judges keep what the run has spent."""
+        for judge in self.panel.judges:
+            judge.keep_account(path)
 
     @property
     def stop_reason(self) -> str | None:

@@ -9,11 +9,13 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import get_args
 
 from pydantic import BaseModel
 
 from rolltune.endpoint import BudgetSpent, Endpoint, EndpointDown, Refused, Reply
+from rolltune.ledger import Ledger
 from rolltune.rewards.rubric.cache import AnswerCache, cache_key
 from rolltune.rewards.rubric.judge import Answer, Failure, Question, read_answer, repair, response_format
 from rolltune.types import Message
@@ -48,9 +50,10 @@ class EndpointJudge:
         max_concurrency: calls at once.
         timeout_seconds: for a whole reply.
         max_attempts: calls for one reply, at most, where calls fail.
-        max_calls: cap on the calls of this process, as with :class:`rolltune.endpoint.Endpoint`.
-        max_total_tokens: cap on its tokens, prompts included.
-        max_dollars: cap on its price.
+        max_calls: cap on the calls, as with :class:`rolltune.endpoint.Endpoint`: of this process, or with
+            :meth:`keep_account` of a run.
+        max_total_tokens: cap on the tokens, prompts included.
+        max_dollars: cap on the price.
         dollars_per_million_input: price of prompt tokens.
         dollars_per_million_output: price of completion tokens.
         cache: an SQLite file of answers, made if needed; processes of one machine may share it. None: no cache.
@@ -157,6 +160,10 @@ class EndpointJudge:
             self._cache_hits += 1
             answer = dataclasses.replace(answer, cached=True)
         return answer
+
+    def keep_account(self, path: Path) -> None:
+        """Have the caps hold for all that keep their account of this model in the same file."""
+        self.endpoint.keep_account(Ledger(path, f"{self.endpoint.model} {self.endpoint.base_url}"))
 
     def metrics(self) -> dict[str, float]:
         """Totals of this process.

@@ -177,6 +177,9 @@ class GoldWatch:
         metrics |= now.metrics() | {"gold/gap_change": now.gap - first.gap, "gold/alarm": float(bool(found))}
         return GoldReading(metrics=metrics, warning=self._warning(found, scored) if found else None)
 
+    def keep_account(self, path: Path) -> None:
+        self.gold.keep_account(path)
+
     def try_out(self, problem: Problem) -> None:
         self.gold.try_out(problem)
 

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ValidationError
@@ -81,6 +82,10 @@ class Judge(Protocol):
 
     async def ask(self, question: Question) -> Answer:
         """The answer, unscored where there is none. ValueError where no question can ever be answered (a wrong key)."""
+        ...
+
+    def keep_account(self, path: Path) -> None:
+        """Have its caps hold for all that keep their account in this file: a run's processes, and all its starts."""
         ...
 
     def metrics(self) -> dict[str, float]:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -179,6 +180,10 @@ class PairwiseReward:
 
     def bind(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, frozen: Callable[[], Sampler]) -> None:
         self._bench.bind(sampler, tokenizer, frozen)
+
+    def keep_account(self, path: Path) -> None:
+        """Have the judges' caps hold for all that keep their account in this file."""
+        self._bench.keep_account(path)
 
     @property
     def stop_reason(self) -> str | None:

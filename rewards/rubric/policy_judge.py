@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -152,6 +153,9 @@ class PolicyJudge:
         assert self._tokenizer is not None
         prompt = render_prompt(Problem(id="judge", messages=tuple(messages)), self._tokenizer)
         return SampleRequest(prompt=prompt, seeds=(derive_seed(self._seed, "judge", *map(str, messages)),))
+
+    def keep_account(self, path: Path) -> None:
+        """It has no caps."""
 
     def metrics(self) -> dict[str, float]:
         """Totals of this process; ``latency_seconds`` is the time that sampling replies took."""

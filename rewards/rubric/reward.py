@@ -7,6 +7,7 @@ import inspect
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rolltune.components import component_or_object
@@ -235,6 +236,10 @@ class RubricReward:
 
     def bind(self, sampler: Sampler, tokenizer: Any, frozen: Callable[[], Sampler]) -> None:
         self._bench.bind(sampler, tokenizer, frozen)
+
+    def keep_account(self, path: Path) -> None:
+        """Have the judges' caps hold for all that keep their account in this file."""
+        self._bench.keep_account(path)
 
     @property
     def stop_reason(self) -> str | None:

@@ -14,7 +14,7 @@ import random
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import tenacity
 from pydantic import BaseModel, Field, ValidationError
 
+from rolltune.ledger import Ledger
 from rolltune.types import Message
 
 if TYPE_CHECKING:
@@ -235,18 +236,18 @@ class Endpoint:
         self._prices = tuple(prices.values())
         self._calls = self._prompt_tokens = self._completion_tokens = self._retries = self._failures = 0
         self._connections: dict[asyncio.AbstractEventLoop, _Connection] = {}
+        self._ledger: Ledger | None = None
 
     def __repr__(self) -> str:
         return f"Endpoint(base_url={self.base_url!r}, model={self.model!r})"
 
     @property
     def spent(self) -> Spent:
-        price = self._prompt_tokens * self._prices[0] + self._completion_tokens * self._prices[1]
         return Spent(
             calls=self._calls,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
-            dollars=price / 1e6,
+            dollars=self._price(self._prompt_tokens, self._completion_tokens),
             retries=self._retries,
             failures=self._failures,
         )
@@ -339,7 +340,7 @@ class Endpoint:
         import openai
 
         self._check_caps()
-        self._calls += 1
+        self._enter_call()
         self._retries += attempt > 1
         failure: Exception
         try:
@@ -360,8 +361,39 @@ class Endpoint:
         # Raised here, not above: the library's error would hang on as the context, with the request and so the key.
         raise failure
 
+    def keep_account(self, ledger: Ledger) -> None:
+        """From now on the caps hold for all that share the ledger: the processes of a run, and all its starts."""
+        self._ledger = ledger
+
+    def _enter_call(self) -> None:
+        """Count a call before it is sent. Of several processes that have one call left in common, one gets it."""
+        if self._ledger is not None:
+            most = self._caps.get("max_calls")
+            if self._ledger.add(calls=1).calls > (math.inf if most is None else most):
+                self._ledger.add(calls=-1)
+                raise BudgetSpent("max_calls", most or 0, self._spent_in_all())
+        self._calls += 1
+
+    def _spent_in_all(self) -> Spent:
+        """By this process; with a ledger, by all that share it."""
+        if self._ledger is None:
+            return self.spent
+        account = self._ledger.read()
+        return replace(
+            self.spent,
+            calls=account.calls,
+            prompt_tokens=account.prompt_tokens,
+            completion_tokens=account.completion_tokens,
+            dollars=self._price(account.prompt_tokens, account.completion_tokens),
+        )
+
+    def _price(self, prompt_tokens: int, completion_tokens: int) -> float:
+        return (prompt_tokens * self._prices[0] + completion_tokens * self._prices[1]) / 1e6
+
     def _check_caps(self) -> None:
-        spent = self.spent
+        if not self._caps:
+            return
+        spent = self._spent_in_all()
         counts = {
             "max_calls": spent.calls,
             "max_tokens": spent.prompt_tokens + spent.completion_tokens,
@@ -391,6 +423,11 @@ class Endpoint:
             if completion.usage is not None:
                 self._prompt_tokens += completion.usage.prompt_tokens
                 self._completion_tokens += completion.usage.completion_tokens
+                if self._ledger is not None:
+                    self._ledger.add(
+                        prompt_tokens=completion.usage.prompt_tokens,
+                        completion_tokens=completion.usage.completion_tokens,
+                    )
             elif unkept := [name for name in ("max_tokens", "max_dollars") if name in self._caps]:
                 raise ValueError(
                     f"{unkept[0]}: cannot be kept, as {self.host} does not say how many tokens a reply took (usage); "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ from rolltune.schema import (
 from rolltune.types import Completion, Problem, Prompt, SamplingParams
 from rolltune.update import MasterWeights, Optimization
 
+SPENT = "spent"  # the folder of what judges have cost, over all processes and starts of a run
 # Keys that may change between the parts of a resumed run: none of them touches a number that is trained with.
 FREE_ON_RESUME = {"output_dir", "resume", "dry_run", "device", "checkpoint", "logging", "mismatch"}
 # The same of a judge's arguments: where it is and what it may cost, not what it says. A run that a cap or a dead server
@@ -77,6 +79,8 @@ def start(cfg: GRPOConfig | PrimeConfig, checkpoints: Checkpoints, world: World)
                     for key in changed
                 ]
             )
+    if world.is_main and not cfg.resume:
+        shutil.rmtree(checkpoints.output_dir / SPENT, ignore_errors=True)  # of a run that came to nothing
     world.barrier()  # every rank has looked before rank 0 writes
     if world.is_main:
         config.save(cfg, checkpoints.output_dir)
@@ -214,7 +218,8 @@ def start_rewards(cfg: GRPOConfig, train: Sequence[Problem], heldout: Sequence[P
         cfg: names them.
         train: what the training reward will be asked for.
         heldout: what the others will be asked for.
-        try_out: have a turn judged now, so that a judge that is not there shows before weights are loaded.
+        try_out: have a turn judged now, so that a judge that is not there shows before weights are loaded. From then on
+            caps hold for the run: what was spent is kept in its folder.
 
     Raises:
         ValueError: a problem lacks what it would be judged by, or a judge does not answer.
@@ -223,13 +228,19 @@ def start_rewards(cfg: GRPOConfig, train: Sequence[Problem], heldout: Sequence[P
     lenient = {} if cfg.eval.lenient is None else {"lenient": cfg.eval.lenient | {"weight": 0.0}}
     measured = build_reward({"correct": cfg.eval.correct} | lenient)
     gold = None if cfg.eval.gold is None else instantiate(cfg.eval.gold).start(training, heldout)
-    training.check(train)
-    measured.check(heldout)
-    if try_out:
-        training.try_out(train[0])
-        for judged in [measured, *([gold] if gold else [])]:
-            judged.try_out(heldout[0])
-    return Rewards(training=training, heldout=measured, gold=gold)
+    rewards = Rewards(training=training, heldout=measured, gold=gold)
+    try:
+        training.check(train)
+        measured.check(heldout)
+        if try_out:
+            for name, judged in (("training", training), ("heldout", measured), ("gold", gold)):
+                if judged is not None:
+                    judged.keep_account(Path(cfg.output_dir) / SPENT / f"{name}.sqlite")
+                    judged.try_out(train[0] if judged is training else heldout[0])
+    except BaseException:
+        rewards.close()
+        raise
+    return rewards
 
 
 def starting_sampler(cfg: GRPOConfig, tokenizer: PreTrainedTokenizerBase, world: World) -> Sampler:

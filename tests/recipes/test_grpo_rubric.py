@@ -165,14 +165,21 @@ def test_no_fault_of_the_judge_is_a_score(run_grpo, tmp_path):
         assert sum(advantages) == pytest.approx(0.0, abs=1e-5), "the mean is that of the scored ones alone"
 
 
-def test_a_cap_ends_the_run_clearly(run_grpo):
+def test_a_cap_ends_the_run_clearly_and_holds_for_the_run(run_grpo):
+    """A new start has not the whole of it again; with a higher one the run goes on."""
     before = threading.active_count()
     with FaultServer(grade) as server:
         changes = options(server, None, judge={"max_calls": 12})
         with pytest.raises(RunStopped, match=r"step 2: rewards\.rubric: m@.*max_calls: the cap of 12 is reached"):
             run_grpo(**changes)
         assert len(server.calls) == 12
-    assert threading.active_count() == before, "the judge's loop has ended with the run"
+        with pytest.raises(ValueError, match="max_calls: the cap of 12 is reached: 12 calls"):
+            run_grpo(overrides=("resume=true",), **changes)
+        assert len(server.calls) == 12
+        changes["rewards"]["rubric"]["judges"][0]["max_calls"] = 100
+        output_dir = run_grpo(overrides=("resume=true",), **changes)
+    assert threading.active_count() == before, "the judge's loop has ended with each run"
+    assert [row["step"] for row in read_rows(output_dir)] == [0, 1, 2, 3]
 
 
 def test_what_judging_held_out_turns_costs_is_logged(run_grpo):

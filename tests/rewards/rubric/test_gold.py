@@ -311,6 +311,9 @@ class Judge:
             raise ValueError(f"{problems[0].id}: has no question")
     def try_out(self, problem):
         EVENTS.append(("try_out", self.name, problem.id))
+    def keep_account(self, path):
+        pass
+
     def bind(self, sampler, tokenizer, frozen):
         EVENTS.append(("bind", self.name, sampler))
     def begin(self, problem, text):
