@@ -379,11 +379,11 @@ def test_connections_that_break_and_replies_that_do_not_come(write, failure):
         if number in seen:
             return solve(request)
         seen.add(number)
-        return solve(request, cut=True) if failure == "cut" else solve(request, delay=5.0)
+        return solve(request, cut=True) if failure == "cut" else solve(request, delay=60.0)
 
     with FaultServer(script) as server:
-        folder = write(server=server, writer={"timeout_seconds": 0.3}, overrides=["data.count=3"])
-    assert named(folder) == IDS[:3] and json.loads((folder / "summary.json").read_text())["failures"] == 3
+        folder = write(server=server, writer={"timeout_seconds": 2.0}, overrides=["data.count=3"])
+    assert named(folder) == IDS[:3] and json.loads((folder / "summary.json").read_text())["failures"] >= 3
 
 
 def test_a_refusal_is_a_mistake_in_the_config(make_file, tmp_path):
