@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -201,19 +201,21 @@ def sample(
     share = f"; one of {world.size} processes shows its share" if world.size > 1 else ""
     progress.say(number, candidate.name, f"samples go to {candidate.cache.path}; loading {candidate.path}{share}")
     model = load_for_sampling(candidate.path, dtype=cfg.dtype, device=world.device)
-    sample_missing(
-        problems,
-        candidate.prompts,
-        candidate.done,
-        cache=candidate.cache,
-        sampler=instantiate(cfg.sampler, model, candidate.tokenizer),
-        params=runs.sampling_params(cfg.sampling),
-        samples=cfg.sampling.samples,
-        seed=cfg.seed,
-        world=world,
-        on_progress=progress.model(number, candidate.name),
-    )
-    del model
+    with closing(instantiate(cfg.sampler, model, candidate.tokenizer)) as sampler:
+        sampler.sync(0)
+        sample_missing(
+            problems,
+            candidate.prompts,
+            candidate.done,
+            cache=candidate.cache,
+            sampler=sampler,
+            params=runs.sampling_params(cfg.sampling),
+            samples=cfg.sampling.samples,
+            seed=cfg.seed,
+            world=world,
+            on_progress=progress.model(number, candidate.name),
+        )
+    del sampler, model
     gc.collect()
     if world.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,8 +46,8 @@ from rolltune.mismatch import MismatchError, MismatchLimit
 from rolltune.models import load_tokenizer
 from rolltune.policy import Policy, build_policy
 from rolltune.progress import Progress
-from rolltune.rollout import Rollout, collect, is_trainable, sample_groups
-from rolltune.samplers import Sampler
+from rolltune.rollout import Rollout, check_versions, collect, is_trainable, sample_groups
+from rolltune.samplers import Sampler, SyncError
 from rolltune.schema import GRPOConfig
 from rolltune.seeding import derive_seed
 from rolltune.selftest import report as report_selftest
@@ -93,6 +94,7 @@ def run(cfg: GRPOConfig) -> None:
         runs.leave_together(world),
         closing(log),
         closing(parts.rewards),
+        closing(parts.sampler),
         Progress(cfg.num_steps, state.step, enabled=world.is_main) as progress,
         runs.background_classifier(cfg.logging, log, world) as classify,
     ):
@@ -102,16 +104,18 @@ def run(cfg: GRPOConfig) -> None:
         for step in range(first_step, cfg.num_steps + 1):
             started = time.perf_counter()
             phases = Phases()
-            rollout = sample(cfg, parts, step, state.cursor, phases, progress)
-            if why := runs.why_stop(rollout, parts.rewards.training, max_unscored=cfg.batch.max_unscored, world=world):
-                runs.stop_early(cfg, parts.policy, parts.tokenizer, parts.optimization, checkpoints, state, world, why)
-            if step == first_step:
-                selftest(cfg, parts, rollout, console, starts_as_reference=state.policy_version == 0)
+            stop = partial(
+                runs.stop_early, cfg, parts.policy, parts.tokenizer, parts.optimization, checkpoints, state, world
+            )
             try:
+                rollout = sample(cfg, parts, step, state.cursor, phases, progress)
+                if why := runs.why_stop(rollout, parts.rewards.training, cfg.batch.max_unscored, world):
+                    stop(why)
+                if step == first_step:
+                    selftest(cfg, parts, rollout, console, starts_as_reference=state.policy_version == 0)
                 metrics, advantages = train(cfg, parts, step, rollout, phases, progress)
-            except MismatchError as error:  # no weight was stepped yet
-                why = str(error)
-                runs.stop_early(cfg, parts.policy, parts.tokenizer, parts.optimization, checkpoints, state, world, why)
+            except (SyncError, MismatchError) as error:  # no weight was stepped yet
+                stop(str(error))
             seconds = state.seconds + time.perf_counter() - started
             state = replace(
                 state, step=step, cursor=rollout.cursor, policy_version=parts.policy.version, seconds=seconds
@@ -213,7 +217,8 @@ def build(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Parts:
 
 def sample(cfg: GRPOConfig, parts: Parts, step: int, cursor: int, phases: Phases, progress: Progress) -> Rollout:
     """This rank's groups of one step, written by the current weights."""
-    parts.sampler.sync(parts.policy.version)
+    with phases("sync"):
+        parts.sampler.sync(parts.policy.version)
     params = runs.sampling_params(cfg.sampling)
 
     def sample_some(problems) -> list[Group]:
@@ -237,8 +242,7 @@ def sample(cfg: GRPOConfig, parts: Parts, step: int, cursor: int, phases: Phases
             num_groups=cfg.batch.prompts_per_step,
             dynamic_rounds=cfg.batch.dynamic_sampling_rounds,
         )
-    written = (c for group in rollout.sampled for c in group.completions)
-    assert all(c.policy_version == parts.policy.version for c in written), "the sampler's weights are stale"
+    check_versions(rollout, parts.policy.version, parts.world)
     return rollout
 
 

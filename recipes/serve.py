@@ -37,6 +37,7 @@ def run(cfg: ServeConfig) -> None:
         "max_model_len": cfg.max_model_len,
         "max_num_seqs": cfg.max_num_seqs,
         "kv_cache_gib": cfg.kv_cache_gib,
+        "takes_weights": cfg.takes_weights,
         "options": cfg.options,
     }
     if cfg.dry_run:

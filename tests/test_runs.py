@@ -399,7 +399,7 @@ def test_all_ranks_stop_for_the_same_reason():
             stop_reason = reason if world.rank == 1 else None
 
         mine = rollout("judge_down", None) if world.rank == 0 else rollout("judge_late", None)
-        return runs.why_stop(mine, Reward(), max_unscored=share, world=world)  # pyright: ignore[reportArgumentType]
+        return runs.why_stop(mine, Reward(), share, world)  # pyright: ignore[reportArgumentType]
 
     assert on_ranks(2, lambda world: why(world, "max_calls", 1.0)) == ["max_calls"] * 2
     assert on_ranks(2, lambda world: why(world, None, 0.5)) == [None, None]

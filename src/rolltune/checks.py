@@ -84,7 +84,7 @@ def _check_grpo(cfg: GRPOConfig, world_size: int) -> Iterator[str]:
     yield from _check_answer_format(cfg.answer_format, cfg.prompt.prefill)
     yield from _check_sampling(cfg.sampling)
     yield from _check_context(cfg.model.path, cfg.sampling.max_new_tokens)
-    yield from check_component(cfg.sampler, "sampler", positional=2)
+    yield from _check_sampler(cfg.sampler, cfg.sampling)
     yield from _check_advantage(cfg.advantage)
     yield from _check_loss(cfg)
     if cfg.correction is not None:
@@ -218,7 +218,7 @@ def _check_evaluate(cfg: EvaluateConfig) -> Iterator[str]:
     yield from _check_evaluate_sampling(cfg.sampling)
     for i, model in enumerate(cfg.models):
         yield from _check_context(model.path, cfg.sampling.max_new_tokens, f"models[{i}].path")
-    yield from check_component(cfg.sampler, "sampler", positional=2)
+    yield from _check_sampler(cfg.sampler, cfg.sampling)
     for name in ("correct", "lenient", "format"):
         yield from _check_judge(getattr(cfg, name), name)
     yield from _check_ks(cfg.ks, cfg.sampling.samples)
@@ -231,6 +231,8 @@ def _check_evaluate(cfg: EvaluateConfig) -> Iterator[str]:
 
 
 def _check_serve(cfg: ServeConfig) -> Iterator[str]:
+    from rolltune.serving import TRANSFERS
+
     yield from _check_output_dir(cfg.output_dir)
     yield from _check_path(cfg.model, "model")
     yield from _check_dtype("dtype", cfg.dtype)
@@ -241,6 +243,8 @@ def _check_serve(cfg: ServeConfig) -> Iterator[str]:
     yield from _at_least("max_model_len", cfg.max_model_len, 1)
     yield from _at_least("max_num_seqs", cfg.max_num_seqs, 1)
     yield from _above("kv_cache_gib", cfg.kv_cache_gib, 0)
+    if cfg.takes_weights is not None and cfg.takes_weights not in TRANSFERS:
+        yield f"takes_weights: {cfg.takes_weights}; one of {', '.join(TRANSFERS)} is wanted, or null"
     yield from _above("start_seconds", cfg.start_seconds, 0)
     if cfg.command and shutil.which(cfg.command[0]) is None:
         yield f"command[0]: {cfg.command[0]}: no such program"
@@ -421,6 +425,25 @@ def _check_sampling(sampling: SamplingConfig) -> Iterator[str]:
         yield f"sampling.top_p: {sampling.top_p}; {_FULL_SUPPORT.format('1')}"
     if sampling.top_k > 0:
         yield f"sampling.top_k: {sampling.top_k}; {_FULL_SUPPORT.format('0')}"
+
+
+def _check_sampler(node: Component, sampling: SamplingConfig | EvaluateSamplingConfig) -> Iterator[str]:
+    problems = check_component(node, "sampler", positional=2)
+    yield from problems
+    if problems or not node["_component_"].startswith("rolltune.samplers.vllm."):
+        return
+    from rolltune import serving
+    from rolltune.samplers.vllm import sampling_problem
+
+    try:
+        serving.installed_version()
+    except ValueError as error:
+        yield f"sampler._component_: {node['_component_']}: {error}"
+    if problem := sampling_problem(sampling.temperature, sampling.top_p, sampling.top_k):
+        yield problem
+    transfer = node.get("transfer", "files")
+    if transfer not in serving.TRANSFERS:
+        yield f"sampler.transfer: {transfer}; one of {', '.join(serving.TRANSFERS)} is wanted"
 
 
 def _check_distribution(sampling: SamplingConfig | EvaluateSamplingConfig) -> Iterator[str]:

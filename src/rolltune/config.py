@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rolltune.components import ConfigError, describe_type, mismatch, nearest, show
 from rolltune.metrics import write_text_atomic
+from rolltune.samplers import EngineError, SyncError
 from rolltune.schema import Component
 
 T = TypeVar("T")
@@ -80,8 +81,8 @@ def main(schema: type[T], run: Callable[[T], None], check: Callable[[T], None] |
     """The command line of a recipe: load and check the config, print it, run.
 
     A user's mistake is printed in a few lines and ends the process with status 2. These are a :class:`ConfigError`,
-    and a ValueError that rolltune's own code raises. :class:`RunStopped` is printed and ends it with status 1. Any
-    other error is a bug and keeps its traceback.
+    and a ValueError that rolltune's own code raises. :class:`RunStopped` and the errors of samplers are printed and end
+    it with status 1. Any other error is a bug and keeps its traceback.
 
     Args:
         schema: the dataclass of the config's keys.
@@ -107,7 +108,7 @@ def main(schema: type[T], run: Callable[[T], None], check: Callable[[T], None] |
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except RunStopped as stopped:
+    except (RunStopped, SyncError, EngineError) as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).stem}: stopped: {stopped}", file=sys.stderr)
         sys.exit(STOPPED)

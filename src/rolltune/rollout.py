@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rolltune.data.dataset import ProblemStream
 from rolltune.distributed import World
-from rolltune.samplers import Sampler
+from rolltune.samplers import Sampler, SyncError
 from rolltune.seeding import derive_seed
 from rolltune.types import Completion, Group, Problem, Prompt, SampleRequest, SamplingParams, Score
 
@@ -118,6 +119,22 @@ def collect(
         if num_kept == num_groups:
             break
     return Rollout(sampled=sampled, kept=kept, num_kept=num_kept, cursor=cursor)
+
+
+def check_versions(rollout: Rollout, version: int, world: World) -> None:
+    """Raise on all ranks where a completion was not written by the weights after ``version`` optimizer steps.
+
+    Raises:
+        SyncError: training on it would be off-policy without anybody's knowing.
+    """
+    written = [completion for group in rollout.sampled for completion in group.completions]
+    others = Counter(world.gather([c.policy_version for c in written if c.policy_version != version]))
+    if others:
+        listed = ", ".join(f"{count} by version {other}" for other, count in sorted(others.items()))
+        raise SyncError(
+            f"{others.total()} completions were not written by the policy's weights, which are of version {version}: "
+            f"{listed} (-1: of another run, or of several versions)"
+        )
 
 
 def has_signal(group: Group) -> bool:

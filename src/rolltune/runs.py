@@ -246,10 +246,12 @@ def start_rewards(cfg: GRPOConfig, train: Sequence[Problem], heldout: Sequence[P
 def starting_sampler(cfg: GRPOConfig, tokenizer: PreTrainedTokenizerBase, world: World) -> Sampler:
     """Samples from the weights that the run starts from, held frozen beside the policy; also in a resumed run."""
     model = load_for_sampling(cfg.model.path, dtype=cfg.model.dtype, device=world.device)
-    return instantiate(cfg.sampler, model, tokenizer)
+    sampler = instantiate(cfg.sampler, model, tokenizer)
+    sampler.sync(0)
+    return sampler
 
 
-def why_stop(rollout: Rollout, reward: WeightedReward, *, max_unscored: float, world: World) -> str | None:
+def why_stop(rollout: Rollout, reward: WeightedReward, max_unscored: float, world: World) -> str | None:
     """Why no step should be taken on a rollout, the same on all ranks; None where all is well.
 
     Args:

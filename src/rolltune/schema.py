@@ -135,7 +135,7 @@ class GRPOConfig:
     rewards: dict[str, Component] = field(default_factory=dict)  # name -> component and its `weight`
     answer_format: str = "<think>{solution}</think>\n<answer>{answer}</answer>"  # a right turn, for the self-test
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    sampler: Component = MISSING  # called with (model, tokenizer)
+    sampler: Component = MISSING  # called with (model, tokenizer); a class or function of rolltune.samplers
     advantage: Component = MISSING  # called with the rewards of a group; gives one number a completion
     loss: Component = MISSING  # a class of rolltune.losses
     correction: Component | None = None  # a class of rolltune.corrections, for sampler/trainer mismatch; null: none
@@ -262,6 +262,9 @@ class ServeConfig:
     max_model_len: int = 4096  # tokens of a prompt and its reply
     max_num_seqs: int = 32  # requests that are worked on at once; others wait
     kv_cache_gib: float = 1.0  # memory for the keys and values of all of them
+    takes_weights: str | None = (
+        None  # files or nccl: a run gives it weights by that way (rolltune.samplers.vllm.served)
+    )
     options: list[str] = field(default_factory=list)  # further ones of vLLM's server: ["--tensor-parallel-size", "4"]
     start_seconds: float = 900.0  # the longest that loading may take
     command: list[str] = field(default_factory=list)  # serve while this program runs; empty: until Ctrl-C

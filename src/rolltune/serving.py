@@ -32,6 +32,7 @@ SUPPORTED = "0.32"  # vLLM's minor version, as in pyproject.toml; its options mo
 # A thread that spins while it waits takes the core from the front end. Compiling takes a minute at each start, for 10 %
 # of speed; vLLM would keep a core free for the front end, which of two is half of the speed.
 _CPU_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+TRANSFERS = {"files": "rolltune_buckets", "nccl": "nccl"}  # ways of weights, and what vLLM calls them
 _LOG_LINES, _LOG_CHARS = 20, 4000  # of the log, in an error
 _POLL_SECONDS = 0.25
 GRACE_SECONDS = 10.0  # for the server to end by itself; vLLM takes about two
@@ -80,6 +81,7 @@ def serve(
     max_model_len: int = 4096,
     max_num_seqs: int = 32,
     kv_cache_gib: float = 1.0,
+    takes_weights: str | None = None,
     options: Sequence[str] = (),
     start_seconds: float = 900.0,
     quiet: bool = False,
@@ -99,6 +101,8 @@ def serve(
         max_model_len: tokens of a prompt and its reply.
         max_num_seqs: requests that are worked on at once; others wait.
         kv_cache_gib: memory for the keys and values of all of them, on each GPU.
+        takes_weights: "files" or "nccl": the way by which a trainer gives it weights later on
+            (:mod:`rolltune.samplers.vllm_server`). It loads none itself, and whoever reaches it may change them.
         options: further ones of vLLM's server: ``["--tensor-parallel-size", "4"]``.
         start_seconds: the longest that it may take to start.
         quiet: nothing is printed.
@@ -120,6 +124,7 @@ def serve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         kv_cache_gib=kv_cache_gib,
+        takes_weights=takes_weights,
         options=options,
     )
     _check_port(port)
@@ -144,10 +149,11 @@ def command_line(
     max_model_len: int,
     max_num_seqs: int,
     kv_cache_gib: float,
+    takes_weights: str | None = None,
     options: Sequence[str] = (),
 ) -> list[str]:
     """What starts the server; the arguments are :func:`serve`'s, and so are the errors."""
-    version = _version()
+    version = installed_version()
     source = _resolve(model)
     return [
         *(sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"),  # -P: not what lies in this folder
@@ -159,11 +165,22 @@ def command_line(
         # A model's own generation config would add a top_p or a penalty to what clients ask for.
         *("--generation-config", "vllm", "--disable-uvicorn-access-log"),
         *(["--enforce-eager"] if version.endswith("+cpu") else []),
+        *(_taking_weights(takes_weights) if takes_weights else []),
         *options,
     ]
 
 
-def _version() -> str:
+def _taking_weights(transfer: str) -> tuple[str, ...]:
+    """What a sampler needs of a server: a way for weights, log-probs of what is sampled from, tokens in and out."""
+    return (
+        *("--load-format", "dummy", "--weight-transfer-config", json.dumps({"backend": TRANSFERS[transfer]})),
+        *("--worker-extension-cls", "rolltune.samplers.vllm_worker.WorkerExtension"),
+        *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--enable-prefix-caching"),
+        *("--enable-scale-out", "--enable-prompt-tokens-details"),
+    )
+
+
+def installed_version() -> str:
     """Of the vLLM that is installed; ends with "+cpu" where it is the build for CPUs.
 
     Raises:
@@ -225,6 +242,8 @@ def _start(command: Sequence[str], *, name: str, port: int, log: Path) -> Server
     environment = os.environ | {"VLLM_NO_USAGE_STATS": "1"}
     if "--enforce-eager" in command:
         environment = _CPU_ENVIRONMENT | environment
+    if "--worker-extension-cls" in command:
+        environment["VLLM_SERVER_DEV_MODE"] = "1"  # the routes that change weights
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", guard.__file__, str(GRACE_SECONDS), *command],

@@ -110,6 +110,7 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     policy_version: int
     text: str
+    support: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

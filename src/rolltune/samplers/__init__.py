@@ -8,6 +8,14 @@ from typing import Protocol
 from rolltune.types import Completion, SampleRequest, SamplingParams
 
 
+class SyncError(RuntimeError):
+    """A sampler does not have the policy's weights; the message says what is wrong. Nothing was trained on it."""
+
+
+class EngineError(RuntimeError):
+    """An engine behind a sampler did not do what it was asked; the message says which, and what it answered."""
+
+
 class Sampler(Protocol):
     """Prompts in, completions out.
 
@@ -15,7 +23,13 @@ class Sampler(Protocol):
     """
 
     def sync(self, version: int) -> None:
-        """Take on the policy's current weights, which are those after ``version`` optimizer steps."""
+        """Take on the policy's current weights, which are those after ``version`` optimizer steps.
+
+        All ranks call this. Nothing may be sampled before the first call.
+
+        Raises:
+            SyncError: the weights did not arrive as they are; all ranks raise it.
+        """
         ...
 
     def generate(
@@ -35,4 +49,8 @@ class Sampler(Protocol):
             on_completion: called once with each completion, (request's number, seed's number, completion), as early as
                 it is there, so that a judge can read it while others are still being written. Returns at once.
         """
+        ...
+
+    def close(self) -> None:
+        """Free what it holds and stop what it has started. Nothing is sampled afterwards."""
         ...

@@ -66,12 +66,15 @@ class NativeSampler:
         self._max_rows = max_rows
         self._prefill_tokens = prefill_tokens
         self._pack_weights = pack_weights
-        self._eos = _eos_token_ids(self._causal_lm, tokenizer)
+        self._eos = eos_token_ids(self._causal_lm, tokenizer)
         self._max_length = self._check_model()
 
     def sync(self, version: int) -> None:
         """Note the policy's version; the weights themselves are the policy's own."""
         self.policy_version = version
+
+    def close(self) -> None:
+        """Nothing is held but the policy's own weights."""
 
     def generate(
         self,
@@ -86,7 +89,7 @@ class NativeSampler:
         Raises:
             ValueError: params out of range, an empty prompt, or one too long for the model.
         """
-        _check_params(params)
+        check_params(params)
         self._check_lengths(requests, params.max_new_tokens)
         prompts = [PromptState(i, r.prompt.token_ids, len(r.seeds)) for i, r in enumerate(requests)]
         rows = [
@@ -254,7 +257,7 @@ class NativeSampler:
         return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _check_params(params: SamplingParams) -> None:
+def check_params(params: SamplingParams) -> None:
     for name, value, is_right, wanted in (
         ("temperature", params.temperature, params.temperature >= 0, ">= 0"),
         ("top_p", params.top_p, 0 < params.top_p <= 1, "in (0, 1]"),
@@ -288,7 +291,7 @@ def _packs(prompts: Sequence[PromptState], max_tokens: int) -> Iterator[list[Pro
         yield pack
 
 
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every token that ends a text: chat models often have more of them than the tokenizer names."""
     sources = (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id)
     return frozenset(int(i) for ids in sources if ids is not None for i in (ids if isinstance(ids, list) else [ids]))

@@ -1,0 +1,54 @@
+"""A fixed prompt that engine and trainer both score: whether they have one distribution, up to their precision."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rolltune.policy import packed_logprobs
+from rolltune.types import MicroBatch
+
+PROMPT_TOKENS, NEW_TOKENS = 160, 8  # longer than a block of vLLM's prefix cache, which is 128 tokens on CPUs
+# Mean |dlogp| of the new tokens. fp32 differs by the order of summation; half precision by the rounding of every
+# layer's activations (bf16: 0.03 to 0.04 on SmolLM2-135M, where an old head or cache gives 0.5 to 1).
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.15}
+
+
+def probe_prompt(tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> tuple[int, ...]:
+    """Token ids of a fixed text that leaves room for :data:`NEW_TOKENS`."""
+    text = " ".join(f"{n} and {n + 1} make {2 * n + 1}." for n in range(1, 200))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return tuple(ids[: min(PROMPT_TOKENS, max_model_len - NEW_TOKENS)])
+
+
+@torch.no_grad()
+def trainer_logprobs(model: PreTrainedModel | PeftModel, prompt: tuple[int, ...], written: tuple[int, ...]) -> Tensor:
+    """Log-probs of what was written after the prompt, at temperature 1, by the pass that is trained with.
+
+    Returns:
+        float32 [len(written)], on the CPU.
+    """
+    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(causal_lm, PreTrainedModel)
+    start, count, device = len(prompt), len(written), causal_lm.device
+    row = MicroBatch(
+        input_ids=torch.tensor([*prompt, *written], device=device),
+        position_ids=torch.arange(start + count, device=device),
+        segment_ids=torch.zeros(start + count, dtype=torch.int64, device=device),
+        completion_ids=torch.tensor([-1] * start + [0] * count, device=device),
+        predictors=torch.arange(start - 1, start + count - 1, device=device),
+        targets=torch.tensor(written, device=device),
+        sequence_ids=torch.zeros(count, dtype=torch.int64, device=device),
+        advantages=torch.zeros(count, device=device),
+        sampler_logprobs=torch.zeros(count, device=device),
+        num_sequences=1,
+    )
+    training = [module for module in model.modules() if module.training]
+    model.eval()  # dropout of an adapter is none of the engine's
+    try:
+        return packed_logprobs(causal_lm, row, temperature=1.0)[0].cpu()
+    finally:
+        for module in training:
+            module.training = True

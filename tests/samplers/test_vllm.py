@@ -1,0 +1,409 @@
+"""The vLLM sampler against the trainer, on the real engine in this process, and what its checks catch."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import rolltune.samplers.vllm as vllm_sampler
+from rolltune.models import load_model, load_tokenizer
+from rolltune.policy import packed_logprobs
+from rolltune.samplers import SyncError, vllm_local
+from rolltune.samplers.native import NativeSampler
+from rolltune.samplers.vllm import VLLMSampler, colocated
+from rolltune.types import Completion, MicroBatch, Prompt, SampleRequest, SamplingParams
+
+OPTIONS = {"kv_cache_gib": 0.05, "max_rows": 16, "max_model_len": 400}
+
+
+@pytest.fixture(scope="module")
+def folder(make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """vLLM's kernels for CPUs want heads of 32."""
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny") / "model", hidden_size=128)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path):
+    return load_model(str(folder), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path):
+    return load_tokenizer(str(folder))
+
+
+@pytest.fixture(scope="module")
+def sampler(model, tokenizer) -> Iterator[VLLMSampler]:
+    sampler = colocated(model, tokenizer, **OPTIONS)
+    yield sampler
+    sampler.close()
+
+
+versions = iter(range(1, 10**6))
+
+
+def shake(model, seed: int) -> None:
+    """Another policy, by as much as many steps would make of it."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.03 * parameter.std() * torch.randn_like(parameter))
+
+
+def requests(tokenizer, *texts: str, seeds: int = 3) -> list[SampleRequest]:
+    return [
+        SampleRequest(prompt=Prompt(token_ids=tuple(tokenizer.encode(text))), seeds=tuple(range(i, i + seeds)))
+        for i, text in enumerate(texts)
+    ]
+
+
+def trainer_logprobs(model, request: SampleRequest, completion: Completion, temperature: float) -> torch.Tensor:
+    """The full softmax's, of one completion."""
+    prompt, written = request.prompt.token_ids, completion.token_ids
+    n, t = len(prompt), len(written)
+    row = MicroBatch(
+        input_ids=torch.tensor([*prompt, *written]),
+        position_ids=torch.arange(n + t),
+        segment_ids=torch.zeros(n + t, dtype=torch.int64),
+        completion_ids=torch.tensor([-1] * n + [0] * t),
+        predictors=torch.arange(n - 1, n + t - 1),
+        targets=torch.tensor(written),
+        sequence_ids=torch.zeros(t, dtype=torch.int64),
+        advantages=torch.zeros(t),
+        sampler_logprobs=torch.zeros(t),
+        num_sequences=1,
+    )
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with torch.no_grad():
+        return packed_logprobs(causal_lm, row, temperature=temperature)[0]
+
+
+# --- completions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_the_trainers(sampler, model, tokenizer, temperature):
+    sampler.sync(next(versions))
+    wanted = requests(tokenizer, "one", "two and two make " * 12)  # the second is longer than a block of the cache
+    written = sampler.generate(wanted, SamplingParams(temperature=temperature, max_new_tokens=40))
+    for request, completions in zip(wanted, written, strict=True):
+        assert len({c.token_ids for c in completions}) == 3
+        for completion in completions:
+            expected = trainer_logprobs(model, request, completion, temperature)
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=2e-4)
+
+
+def test_kept_tokens_are_told_and_renormalised(sampler, model, tokenizer):
+    sampler.sync(next(versions))
+    (request,) = requests(tokenizer, "one", seeds=4)
+    params = SamplingParams(temperature=0.8, top_k=7, top_p=0.9, max_new_tokens=30)
+    (vllms,) = sampler.generate([request], params)
+    (natives,) = NativeSampler(model, tokenizer).generate([request], params)
+    for completion in vllms:
+        assert completion.support is not None and len(completion.support) == len(completion.token_ids)
+        for token, kept in zip(completion.token_ids, completion.support, strict=True):
+            assert token in kept and list(kept) == sorted(set(kept)) and len(kept) <= 7
+    # The first token's distribution is one for both: the same support, wherever both drew the same token.
+    first = {c.token_ids[0]: c.logprobs[0] for c in natives}
+    shared = [c for c in vllms if c.token_ids[0] in first]
+    for completion in shared:
+        assert completion.logprobs[0] == pytest.approx(first[completion.token_ids[0]], abs=1e-4)
+
+
+def test_a_support_that_vllm_does_not_tell_is_refused(sampler, tokenizer):
+    sampler.sync(next(versions))
+    with pytest.raises(ValueError, match=r"sampling\.top_p: 0\.9; vLLM does not tell"):
+        sampler.generate(requests(tokenizer, "one"), SamplingParams(top_p=0.9))
+    with pytest.raises(ValueError, match=r"sampling\.top_k: 2000; with vLLM"):
+        sampler.generate(requests(tokenizer, "one"), SamplingParams(top_k=2000))
+    with pytest.raises(ValueError, match=r"sampling\.temperature: 3\.0; with vLLM it is 2 at most"):
+        sampler.generate(requests(tokenizer, "one"), SamplingParams(temperature=3.0))
+
+
+def test_greedy_is_the_native_samplers(sampler, model, tokenizer):
+    sampler.sync(next(versions))
+    wanted = requests(tokenizer, "one", "two", seeds=1)
+    params = SamplingParams(temperature=0.0, top_p=0.5, max_new_tokens=30)
+    vllms, natives = sampler.generate(wanted, params), NativeSampler(model, tokenizer).generate(wanted, params)
+    assert [(c.token_ids, c.logprobs, c.text) for (c,) in vllms] == [
+        (c.token_ids, c.logprobs, c.text) for (c,) in natives
+    ]
+    assert set(vllms[0][0].logprobs) == {0.0}
+
+
+def test_noise_comes_from_the_seed_alone(sampler, tokenizer):
+    sampler.sync(next(versions))
+    params = SamplingParams(max_new_tokens=20)
+    a, b = requests(tokenizer, "one", "two", seeds=2)
+    together = sampler.generate([a, b], params)
+    assert sampler.generate([b], params)[0] == together[1]
+    assert sampler.generate([b, a], params)[1] == together[0]
+
+
+def test_ends_are_told_as_by_the_native_sampler(sampler, model, tokenizer):
+    sampler.sync(next(versions))
+    wanted = requests(tokenizer, "one", "two", "three", seeds=8)
+    params = SamplingParams(temperature=2.0, max_new_tokens=300)  # hot: the tiny model hardly ends a text otherwise
+    written = [c for group in sampler.generate(wanted, params) for c in group]
+    ended = [c for c in written if c.finish_reason == "stop"]
+    assert ended and all(c.token_ids[-1] == tokenizer.eos_token_id for c in ended)
+    assert all(tokenizer.eos_token_id not in c.token_ids[:-1] for c in written)
+    assert all(len(c.token_ids) == 300 for c in written if c.finish_reason == "length")
+    (group,) = sampler.generate(wanted[:1], SamplingParams(max_new_tokens=300, stop=("a", "ef")))
+    stopped = [c for c in group if c.token_ids[-1] != tokenizer.eos_token_id and c.finish_reason == "stop"]
+    assert stopped and all("a" in c.text or "ef" in c.text for c in stopped)
+    assert all("a" not in tokenizer.decode(list(c.token_ids[:-1])) for c in stopped)
+
+
+def test_completions_are_handed_over_as_they_end_with_the_prefill(sampler, tokenizer):
+    sampler.sync(version := next(versions))
+    prompt = Prompt(token_ids=tuple(tokenizer.encode("one <think>")), prefill="<think>")
+    seen, progress = [], []
+    (group,) = sampler.generate(
+        [SampleRequest(prompt=prompt, seeds=(5, 6, 7))],
+        SamplingParams(max_new_tokens=9),
+        on_progress=lambda done, total: progress.append((done, total)),
+        on_completion=lambda i, j, c: seen.append((i, j, c)),
+    )
+    assert sorted(seen, key=lambda s: s[1]) == [(0, j, c) for j, c in enumerate(group)]
+    assert progress == [(1, 3), (2, 3), (3, 3)]
+    assert all(c.text.startswith("<think>") and c.policy_version == version for c in group)
+
+
+def test_prompts_that_do_not_fit_are_refused(sampler, tokenizer):
+    sampler.sync(next(versions))
+    with pytest.raises(ValueError, match=r"request 0 has no tokens"):
+        sampler.generate([SampleRequest(prompt=Prompt(token_ids=()), seeds=(0,))], SamplingParams())
+    with pytest.raises(ValueError, match=r"with a prompt of 12 tokens that is more than sampler\.max_model_len, 400"):
+        sampler.generate(requests(tokenizer, "three " * 2), SamplingParams(max_new_tokens=389))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, r"sampler\.dtype: int8; one of float32"),
+        ({"max_rows": 0}, r"sampler\.max_rows: 0; must be >= 1"),
+        ({"kv_cache_gib": 0.0}, r"sampler\.kv_cache_gib: 0\.0; must be > 0"),
+        ({"max_model_len": 4096}, r"sampler\.max_model_len: 4096; must be in 17 \.\. 512"),
+    ],
+)
+def test_options_out_of_range_are_refused_before_anything_is_loaded(model, tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        colocated(model, tokenizer, **OPTIONS | options)
+
+
+def test_another_version_of_vllm_is_refused(model, tokenizer, monkeypatch):
+    monkeypatch.setattr("rolltune.serving._distribution", lambda: "0.31.2+cpu")
+    with pytest.raises(ValueError, match=r"vLLM 0\.31\.2\+cpu is installed; .* goes with 0\.32"):
+        colocated(model, tokenizer, **OPTIONS)
+
+
+# --- sync -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sync_brings_the_new_weights(sampler, model, tokenizer):
+    sampler.sync(next(versions))
+    (request,) = requests(tokenizer, "two and two make " * 12, seeds=1)  # its blocks are cached now
+    params = SamplingParams(max_new_tokens=20)
+    ((before,),) = sampler.generate([request], params)
+    shake(model, 1)
+    sampler.sync(version := next(versions))
+    assert sampler.last_sync.probe_gap < 1e-4
+    ((after,),) = sampler.generate([request], params)
+    assert after.policy_version == version == before.policy_version + 1
+    expected = trainer_logprobs(model, request, after, 1.0)
+    torch.testing.assert_close(torch.tensor(after.logprobs), expected, rtol=0, atol=2e-4)
+    assert before.logprobs != after.logprobs
+
+
+def test_weights_that_are_there_are_not_sent_again(sampler, monkeypatch):
+    sampler.sync(version := next(versions))
+    monkeypatch.setattr(sampler._engine, "load", None)
+    sampler.sync(version)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_lora_and_other_precisions(folder, tokenizer, dtype):
+    base = load_model(str(folder), dtype=dtype, device="cpu")
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(base, lora).train()
+    sampler = colocated(model, tokenizer, **OPTIONS, dtype="bfloat16" if dtype == "float32" else None)
+    try:
+        for version in range(2):
+            sampler.sync(version)
+            shake(model, version)
+        (request,) = requests(tokenizer, "one", seeds=4)
+        shake(model, 5)
+        sampler.sync(2)
+        assert model.training and all(layer.training for layer in model.modules() if "Dropout" in type(layer).__name__)
+        (group,) = sampler.generate([request], SamplingParams(max_new_tokens=40))
+        model.eval()
+        gaps = torch.cat([(trainer_logprobs(model, request, c, 1.0) - torch.tensor(c.logprobs)).abs() for c in group])
+        assert gaps.mean() < 0.1
+    finally:
+        sampler.close()
+
+
+# --- what the checks catch: each is a fault that was seen, or one that a change of code could make -----------------------
+
+
+def dropped(sampler, monkeypatch, model):
+    """A tensor is left out, which vLLM does not mind."""
+    load = sampler._engine.load
+    name = "model.layers.1.mlp.down_proj.weight"
+    monkeypatch.setattr(sampler._engine, "load", lambda w, v: load((x for x in w if x[0] != name), v))
+    return r"layers\.1\.mlp\.down_proj\.weight"
+
+
+def swapped(sampler, monkeypatch, model):
+    load = sampler._engine.load
+    names = ["model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight"]
+    other = dict(zip(names, reversed(names), strict=True))
+    monkeypatch.setattr(sampler._engine, "load", lambda w, v: load(((other.get(n, n), t) for n, t in w), v))
+    return r"k_proj\.weight.*: has the values of .*v_proj\.weight"
+
+
+def stale(sampler, monkeypatch, model):
+    """The weights of the last version under the name of this one."""
+    old = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    load = sampler._engine.load
+    monkeypatch.setattr(sampler._engine, "load", lambda w, v: load(((n, (t, old[n])[1]) for n, t in w), v))
+    shake(model, 2)
+    return r"it has other weights than the policy\n.*embed_tokens"
+
+
+def skipped(sampler, monkeypatch, model):
+    monkeypatch.setattr(sampler._engine, "load", lambda w, v: list(w) and None)
+    shake(model, 3)
+    return "it has other weights than the policy"
+
+
+def skipped_without_a_change(sampler, monkeypatch, model):
+    """The same weights, so that only the engine's own account of its version can tell."""
+    monkeypatch.setattr(sampler._engine, "load", lambda w, v: list(w) and None)
+    return r"it says that it writes with the weights \w+:\d+"
+
+
+def asleep(sampler, monkeypatch, model):
+    llm = sampler._engine._llm
+    llm.sleep(level=1)
+    monkeypatch.setattr(
+        vllm_local.LocalEngine, "close", lambda self: None
+    )  # keep the module's engine, whatever happens
+    return "the engine is asleep"
+
+
+def head_left_old(sampler, monkeypatch, model):
+    """vLLM 0.32 on CPUs: a reload does not pack a tied head again, and warns at most."""
+    rpc = sampler._engine._llm.collective_rpc
+    monkeypatch.setattr(
+        sampler._engine._llm, "collective_rpc", lambda m, *a, **k: None if m == "repack_tied_head" else rpc(m, *a, **k)
+    )
+    shake(model, 4)
+    return r"lm_head\.weight \(packed\): has other values than the policy"
+
+
+def cache_not_reset(sampler, monkeypatch, model):
+    """Keys and values of the old weights, were they not told apart by the version."""
+    monkeypatch.setattr(VLLMSampler, "_salt", lambda self, version: "one")
+    sampler.sync(next(versions))  # with that salt
+    monkeypatch.setattr(sampler._engine, "forget", lambda: True)
+    shake(model, 5)
+    return r"it knows keys and values of 128 of the probe's tokens, made by older weights"
+
+
+def cache_in_use(sampler, monkeypatch, model):
+    monkeypatch.setattr(sampler._engine, "forget", lambda: False)
+    return "cannot drop its keys and values"
+
+
+def of_another_run(sampler, monkeypatch, model):
+    load = sampler._engine.load
+    monkeypatch.setattr(sampler._engine, "load", lambda w, v: load(w, "f00:" + v.partition(":")[2]))
+    return r"writes with the weights f00:\d+; does another run"
+
+
+def merged_wrongly(sampler, monkeypatch, model):
+    """What is sent and what is compared are wrong alike: only the trainer's own pass can tell."""
+    weights = vllm_sampler.policy_weights
+    monkeypatch.setattr(
+        vllm_sampler,
+        "policy_weights",
+        lambda m, dtype: ((n, t * 1.05 if "o_proj" in n else t) for n, t in weights(m, dtype)),
+    )
+    return r"log-probs of the probe's 8 new tokens are .* from the trainer's"
+
+
+FAULTS = [
+    *(dropped, swapped, stale, skipped, skipped_without_a_change, asleep, head_left_old, cache_not_reset),
+    *(cache_in_use, of_another_run, merged_wrongly),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault.__name__ for fault in FAULTS])
+def test_faults_of_a_sync_are_caught(sampler, model, tokenizer, fault):
+    sampler.sync(next(versions))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        message = fault(sampler, monkeypatch, model)
+        if fault is not stale and fault is not skipped_without_a_change:
+            shake(model, 6)  # there has to be something new to lose
+        with pytest.raises(SyncError, match=message):
+            sampler.sync(next(versions))
+        with pytest.raises(AssertionError):  # nothing is sampled from weights that are in doubt
+            sampler.generate(requests(tokenizer, "one"), SamplingParams(max_new_tokens=2))
+    sampler._engine._llm.wake_up()
+    sampler.sync(next(versions))  # and a right one mends it
+    assert sampler.generate(requests(tokenizer, "one"), SamplingParams(max_new_tokens=2))
+
+
+# --- a good neighbour -------------------------------------------------------------------------------------------------
+
+
+def state() -> tuple:
+    return (
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        np.random.get_state()[1].tolist(),  # pyright: ignore[reportIndexIssue]
+        dict(os.environ),
+        torch.get_num_threads(),
+        torch.set_num_threads,
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def test_the_process_is_left_as_it_was(model, tokenizer, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "7")
+    before = state()
+    second = colocated(model, tokenizer, **OPTIONS)  # beside the first
+    assert state() == before
+    try:
+        second.sync(0)
+        assert state() == before
+        second.generate(requests(tokenizer, "one"), SamplingParams(max_new_tokens=20, top_k=3))
+        assert state() == before
+    finally:
+        second.close()
+    assert state() == before
+
+
+def test_a_completion_that_is_given_up_does_not_stay_in_the_engine(sampler, tokenizer):
+    sampler.sync(next(versions))
+
+    def give_up(i, j, completion):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sampler.generate(requests(tokenizer, "one"), SamplingParams(max_new_tokens=50), on_completion=give_up)
+    assert not sampler._engine._llm.llm_engine.has_unfinished_requests()
+    sampler.generate(requests(tokenizer, "one"), SamplingParams(max_new_tokens=5))
