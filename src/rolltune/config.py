@@ -109,7 +109,8 @@ def main(schema: type[T], run: Callable[[T], None], check: Callable[[T], None] |
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (RunStopped, SyncError, EngineError) as stopped:
-        if os.environ.get("RANK", "0") == "0":
+        # All ranks stop together, but where an engine fails one of them: the others are killed before they say a word.
+        if os.environ.get("RANK", "0") == "0" or isinstance(stopped, EngineError):
             print(f"{Path(sys.argv[0]).stem}: stopped: {stopped}", file=sys.stderr)
         sys.exit(STOPPED)
     except ValueError as error:

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -133,6 +134,13 @@ def load_model(path: str, *, dtype: str, device: torch.device | str) -> PreTrain
         raise ValueError(f"model.path: {path}: {type(model).__name__} cannot take packed attention")
     use_onednn(model)
     return model.to(device)  # pyright: ignore[reportArgumentType]  transformers wraps it in a type of its own
+
+
+def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The causal LM itself, its layers adapted where peft has wrapped it."""
+    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(causal_lm, PreTrainedModel)
+    return causal_lm
 
 
 def check_head(model: PreTrainedModel, path: str) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from rolltune.models import unwrapped
 
 
 @torch.no_grad()
@@ -22,8 +24,8 @@ def policy_weights(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> It
         model: the policy, wrapped by peft or not; its active adapter is merged.
         dtype: what the tensors are given in; those that have it already are the model's own, not copies.
     """
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    adapted = {name: module for name, module in causal_lm.named_modules() if isinstance(module, LoraLayer)}
+    causal_lm = unwrapped(model)
+    adapted = {name: module for name, module in causal_lm.named_modules() if isinstance(module, LoraLinear)}
     for name, parameter in causal_lm.named_parameters():
         if ".lora_" in name:
             continue
@@ -38,7 +40,7 @@ def policy_weights(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> It
 
 def weight_shapes(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> list[tuple[str, torch.dtype, torch.Size]]:
     """Name, type and shape of what :func:`policy_weights` gives, in its order; nothing is merged."""
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal_lm = unwrapped(model)
     return [
         (name.replace(".base_layer.", "."), dtype, parameter.shape)
         for name, parameter in causal_lm.named_parameters()
@@ -46,7 +48,7 @@ def weight_shapes(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> lis
     ]
 
 
-def _merged(layer: LoraLayer, weight: Tensor) -> Tensor:
+def _merged(layer: LoraLinear, weight: Tensor) -> Tensor:
     merged = weight.detach().float()
     for adapter in layer.active_adapters:
         if adapter in layer.lora_A:
@@ -56,7 +58,7 @@ def _merged(layer: LoraLayer, weight: Tensor) -> Tensor:
 
 def tied_names(model: PreTrainedModel | PeftModel) -> dict[str, str]:
     """Of a head that is tied: its name, and the name that its weight comes under."""
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal_lm = unwrapped(model)
     head, embeddings = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
     if head is None or head.weight is not embeddings.weight:
         return {}

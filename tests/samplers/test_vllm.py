@@ -253,7 +253,7 @@ def test_lora_and_other_precisions(folder, tokenizer, dtype):
         sampler.close()
 
 
-# --- what the checks catch: each is a fault that was seen, or one that a change of code could make -----------------------
+# --- what the checks catch: faults that were seen, or that a change of code could make --------------------------------
 
 
 def dropped(sampler, monkeypatch, model):

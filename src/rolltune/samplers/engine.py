@@ -43,7 +43,14 @@ class EngineOutput:
 
 
 class Engine(Protocol):
-    """All calls are one at a time, from one thread."""
+    """All calls are one at a time, from one thread.
+
+    Attributes:
+        replicas: engines behind this one, of which request i goes to number i modulo that.
+    """
+
+    @property
+    def replicas(self) -> int: ...
 
     def is_asleep(self) -> bool:
         """Whether weights are not where they can be loaded to, or nothing would be scheduled."""

@@ -21,6 +21,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rolltune.models import unwrapped
 from rolltune.samplers.distribution import sample
 from rolltune.samplers.kv_cache import ATTENTION
 from rolltune.samplers.onednn_linear import onednn_linears
@@ -61,7 +62,7 @@ class NativeSampler:
                 raise ValueError(f"sampler.{name}: {value}; must be >= 1")
         self.policy_version = 0
         self._model = model
-        self._causal_lm: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model  # pyright: ignore
+        self._causal_lm = unwrapped(model)
         self._tokenizer = tokenizer
         self._max_rows = max_rows
         self._prefill_tokens = prefill_tokens

@@ -7,6 +7,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rolltune.models import unwrapped
 from rolltune.policy import packed_logprobs
 from rolltune.types import MicroBatch
 
@@ -30,8 +31,7 @@ def trainer_logprobs(model: PreTrainedModel | PeftModel, prompt: tuple[int, ...]
     Returns:
         float32 [len(written)], on the CPU.
     """
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(causal_lm, PreTrainedModel)
+    causal_lm = unwrapped(model)
     start, count, device = len(prompt), len(written), causal_lm.device
     row = MicroBatch(
         input_ids=torch.tensor([*prompt, *written], device=device),

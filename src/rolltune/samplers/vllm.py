@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rolltune import serving
-from rolltune.models import DTYPES
+from rolltune.models import DTYPES, unwrapped
 from rolltune.samplers import EngineError, SyncError, probe
 from rolltune.samplers.engine import Engine, EngineOutput, EngineRequest
 from rolltune.samplers.fingerprints import differences, weight_fingerprint
@@ -93,9 +93,7 @@ class VLLMSampler:
         """
         self.last_sync: SyncReport | None = None
         self._model = model
-        causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-        assert isinstance(causal_lm, PreTrainedModel)
-        self._causal_lm = causal_lm
+        self._causal_lm = causal_lm = unwrapped(model)
         self._tokenizer = tokenizer
         self._engine = engine
         self._dtype = dtype
@@ -152,17 +150,23 @@ class VLLMSampler:
 
     def _check(self, expected: dict[str, str], version: int) -> float:
         """Compare weights and probe; returns the mean |dlogp| of the probe's new tokens."""
-        if self._sends:
-            found = self._engine.fingerprints(version)
-            # A tied head is one module with the embeddings in some of vLLM's models, a module of its own in others.
-            tied = {head: expected[name] for head, name in tied_names(self._model).items() if name in expected}
-            expected = expected | {head: value for head, value in tied.items() if head in found}
-            if lines := differences(expected, found):
-                more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
-                raise SyncError("\n  ".join(["it has other weights than the policy", *lines[:10], *more]))
-        output = self._probe(version)
-        if (found := self._version_of(output)) != version:
-            raise SyncError(f"it says that it writes with the weights {', '.join(output.versions)}{_ELSEWHERE}")
+        if not self._sends:
+            return 0.0  # the rank that does looks for all
+        found = self._engine.fingerprints(version)
+        # A tied head is one module with the embeddings in some of vLLM's models, a module of its own in others.
+        tied = {head: expected[name] for head, name in tied_names(self._model).items() if name in expected}
+        expected = expected | {head: value for head, value in tied.items() if head in found}
+        if lines := differences(expected, found):
+            more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
+            raise SyncError("\n  ".join(["it has other weights than the policy", *lines[:10], *more]))
+        return max(self._check_probe(output, version) for output in self._probe(version))
+
+    def _check_probe(self, output: EngineOutput, version: int) -> float:
+        if self._version_of(output) != version:
+            raise SyncError(
+                f"it says that it writes with the weights {', '.join(output.versions)}; does another run give its "
+                "weights to the same server?"
+            )
         if output.cached_tokens:
             raise SyncError(
                 f"it knows keys and values of {output.cached_tokens} of the probe's tokens, made by older weights: its "
@@ -179,14 +183,15 @@ class VLLMSampler:
             )
         return gap
 
-    def _probe(self, version: int) -> EngineOutput:
+    def _probe(self, version: int) -> list[EngineOutput]:
+        """What each replica writes after the probe."""
         params = SamplingParams(max_new_tokens=probe.NEW_TOKENS)
         request = EngineRequest(
             token_ids=self._prompt, params=self._params(params, seed=version), salt=self._salt(version)
         )
         outputs: list[EngineOutput] = []
-        self._engine.write([request], lambda _, output: outputs.append(output))
-        return outputs[0]
+        self._engine.write([request] * self._engine.replicas, lambda _, output: outputs.append(output))
+        return outputs
 
     def generate(
         self,
@@ -284,9 +289,6 @@ class VLLMSampler:
                 f"sampling.max_new_tokens: {max_new_tokens}; with a prompt of {max(lengths)} tokens that is more than "
                 f"sampler.max_model_len, {self._max_model_len}"
             )
-
-
-_ELSEWHERE = "; does another run give its weights to the same server?"
 
 
 def sampling_problem(temperature: float, top_p: float, top_k: int) -> str | None:
@@ -434,8 +436,7 @@ def served(
 
 def _dtype(model: PreTrainedModel | PeftModel) -> torch.dtype:
     """Of the weights that are not an adapter's."""
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(causal_lm, PreTrainedModel)
+    causal_lm = unwrapped(model)
     return causal_lm.get_input_embeddings().weight.dtype  # pyright: ignore[reportReturnType]
 
 
@@ -501,8 +502,7 @@ def _from_rank_0(value: T) -> T:
 
 def model_folder(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> Path:
     """A temporary folder with all of a model but its weights, which an engine is given by the first sync."""
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(causal_lm, PreTrainedModel)
+    causal_lm = unwrapped(model)
     folder = Path(tempfile.mkdtemp(prefix="rolltune-engine-"))
     config = type(causal_lm.config).from_dict(causal_lm.config.to_dict())
     config.architectures = [type(causal_lm).__name__]

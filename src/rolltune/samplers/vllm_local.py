@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -79,6 +80,10 @@ class LocalEngine:
                 }
                 | options,
             )
+
+    @property
+    def replicas(self) -> int:
+        return 1
 
     def is_asleep(self) -> bool:
         return self._llm.llm_engine.is_sleeping()
@@ -208,15 +213,12 @@ class _SharedGroups:
         from vllm.v1.engine import core
 
         self._engines -= 1
-        clean_up, destroy = core.cleanup_dist_env_and_memory, dist.destroy_process_group
-        if self._engines:
-            core.cleanup_dist_env_and_memory = gc.collect  # pyright: ignore[reportAttributeAccessIssue]
-        if self._are_of_the_training:
-            dist.destroy_process_group = lambda *args, **kwargs: None
-        try:
+        with ExitStack() as stack:
+            if self._engines:
+                stack.enter_context(patch.object(core, "cleanup_dist_env_and_memory", gc.collect))
+            if self._are_of_the_training:
+                stack.enter_context(patch.object(dist, "destroy_process_group"))
             yield
-        finally:
-            core.cleanup_dist_env_and_memory, dist.destroy_process_group = clean_up, destroy
 
 
 _shared_groups = _SharedGroups()

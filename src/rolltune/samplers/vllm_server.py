@@ -13,10 +13,11 @@ import asyncio
 import math
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,10 @@ class ServerEngine:
             self._all("init_weight_transfer_engine", {"init_info": {}})
         else:
             self._senders = [self._sender(url, shapes) for url in self._urls]
+
+    @property
+    def replicas(self) -> int:
+        return len(self._urls)
 
     def is_asleep(self) -> bool:
         return any(self._ask("GET", url, "is_sleeping")["is_sleeping"] for url in self._urls)
@@ -156,13 +161,15 @@ class ServerEngine:
                     raise self._failure(url, f"{type(error).__name__}: {error}") from error
             return number, _output(self._answer(url, response))
 
-        async with (
-            httpx.AsyncClient(timeout=_SECONDS, trust_env=False, headers=_headers(), limits=limits) as client,
-            asyncio.TaskGroup() as group,
-        ):
-            tasks = [group.create_task(one(number, request)) for number, request in enumerate(requests)]
-            for task in asyncio.as_completed(tasks):
-                on_done(*await task)
+        async with httpx.AsyncClient(timeout=_SECONDS, trust_env=False, headers=_headers(), limits=limits) as client:
+            tasks = [asyncio.create_task(one(number, request)) for number, request in enumerate(requests)]
+            try:
+                for task in asyncio.as_completed(tasks):
+                    on_done(*await task)
+            finally:  # the server ends a request when its client goes away
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     def sleep(self) -> None:
         """Servers have memory of their own."""
@@ -195,8 +202,10 @@ class ServerEngine:
         return response.json() if response.content else None
 
     def _failure(self, url: str, what: str) -> Exception:
-        if self._server is not None and self._server.process.poll() is not None:
-            return EngineError(f"{url}: the server has ended{serving.log_end(self._server.log)}")
+        with suppress(subprocess.TimeoutExpired):
+            if self._server is not None:
+                self._server.process.wait(timeout=2)  # its guard ends a moment after it
+                what = f"the server has ended{serving.log_end(self._server.log)}"
         return EngineError(f"{url}: {what}")
 
 
