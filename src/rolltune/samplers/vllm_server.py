@@ -67,8 +67,12 @@ class ServerEngine:
         self._server = server
         self._exits = exits or ExitStack()
         self._weights: Iterator[tuple[str, Tensor]] = iter(())  # those that are being sent
-        # Never by a proxy's way: that would lead a request to this machine elsewhere.
-        self._client = self._exits.enter_context(httpx.Client(timeout=_SECONDS, trust_env=False, headers=_headers()))
+        # Never by a proxy's way, which would lead a request to this machine elsewhere; and each on a connection of its
+        # own, as a server closes those that it has not heard of during a step of training.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._client = self._exits.enter_context(
+            httpx.Client(timeout=_SECONDS, trust_env=False, headers=_headers(), limits=limits)
+        )
         if not sends:
             return
         if transfer == "files":
@@ -90,7 +94,11 @@ class ServerEngine:
         self._all("pause?mode=wait")  # another client's requests
         try:
             if self._transfer == "files":
-                self._all("start_weight_update")
+                try:
+                    self._all("start_weight_update")
+                except EngineError:  # a run that was killed may have left one open
+                    self._all("finish_weight_update")
+                    self._all("start_weight_update")
                 for number, bucket in enumerate(buckets(weights, BUCKET_BYTES)):
                     path = self._folder / f"{number}.safetensors"
                     save_file({name: tensor.contiguous() for name, tensor in bucket}, path)

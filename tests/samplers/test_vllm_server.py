@@ -1,0 +1,154 @@
+"""The vLLM sampler with a real server that it has found by its URL."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_vllm import OPTIONS, requests, shake, trainer_logprobs
+
+from rolltune.models import load_model, load_tokenizer
+from rolltune.samplers import EngineError, SyncError, vllm_server
+from rolltune.samplers.engine import EngineOutput
+from rolltune.samplers.vllm import VLLMSampler, served
+from rolltune.serving import serve
+from rolltune.types import SamplingParams
+
+versions = iter(range(10**6))
+
+
+@pytest.fixture(scope="module")
+def folder(make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny") / "model", hidden_size=128)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path):
+    return load_model(str(folder), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path):
+    return load_tokenizer(str(folder))
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    options = {"dtype": "float32", "max_model_len": OPTIONS["max_model_len"], "kv_cache_gib": OPTIONS["kv_cache_gib"]}
+    with serve(str(folder), log=log, takes_weights="files", quiet=True, **options) as server:
+        yield server.base_url
+
+
+@pytest.fixture
+def sampler(model, tokenizer, url) -> Iterator[VLLMSampler]:
+    sampler = served(model, tokenizer, base_urls=[url], **OPTIONS)
+    yield sampler
+    sampler.close()
+
+
+def test_logprobs_are_the_trainers_after_each_sync(sampler, model, tokenizer):
+    wanted = requests(tokenizer, "one", "two and two make " * 12)
+    for seed in range(2):
+        shake(model, seed)
+        sampler.sync(version := next(versions))
+        written = sampler.generate(wanted, SamplingParams(temperature=0.6, max_new_tokens=30))
+        for request, completions in zip(wanted, written, strict=True):
+            for completion in completions:
+                assert completion.policy_version == version
+                expected = trainer_logprobs(model, request, completion, 0.6)
+                torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=2e-4)
+
+
+def test_kept_tokens_come_over_the_wire(sampler, tokenizer):
+    sampler.sync(next(versions))
+    params = SamplingParams(top_k=5, top_p=0.8, max_new_tokens=20)
+    (group,) = sampler.generate(requests(tokenizer, "one"), params)
+    for completion in group:
+        assert completion.support is not None
+        assert all(token in kept for token, kept in zip(completion.token_ids, completion.support, strict=True))
+        assert 1 <= min(map(len, completion.support)) <= max(map(len, completion.support)) <= 5
+
+
+def test_a_tensor_that_is_lost_on_the_way_is_named(sampler, model, monkeypatch):
+    sampler.sync(next(versions))
+    save = vllm_server.save_file
+
+    def lossy(tensors, path):
+        save({name: t for name, t in tensors.items() if name != "model.layers.0.mlp.up_proj.weight"}, path)
+
+    monkeypatch.setattr(vllm_server, "save_file", lossy)
+    shake(model, 2)
+    with pytest.raises(SyncError, match=r"layers\.0\.mlp\.up_proj\.weight"):
+        sampler.sync(next(versions))
+    monkeypatch.undo()
+    sampler.sync(next(versions))
+
+
+def test_completions_are_handed_over_as_they_end(sampler, tokenizer):
+    sampler.sync(next(versions))
+    seen = []
+    written = sampler.generate(
+        requests(tokenizer, "one", "two"), SamplingParams(max_new_tokens=9), on_completion=lambda *d: seen.append(d)
+    )
+    assert sorted(seen, key=lambda d: d[:2]) == [
+        (i, j, c) for i, group in enumerate(written) for j, c in enumerate(group)
+    ]
+
+
+def test_an_update_that_a_killed_run_left_open_is_closed(sampler, model, url):
+    sampler._engine._all("start_weight_update")
+    shake(model, 3)
+    sampler.sync(next(versions))
+
+
+def test_an_update_under_its_feet_shows_in_the_completions(sampler, model, tokenizer, url):
+    sampler.sync(version := next(versions))
+    thief = served(model, tokenizer, base_urls=[url], **OPTIONS)
+    thief.sync(version)
+    (group,) = sampler.generate(requests(tokenizer, "one"), SamplingParams(max_new_tokens=4))
+    assert {completion.policy_version for completion in group} == {-1}
+    thief.close()
+
+
+def test_no_files_are_left(sampler):
+    sampler.sync(next(versions))
+    assert list(sampler._engine._folder.iterdir()) == []
+    sampler.close()
+    assert not sampler._engine._folder.exists()
+
+
+def test_a_server_that_takes_no_weights_is_refused_with_advice(model, tokenizer):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(404)
+            self.end_headers()
+
+        def log_message(self, *args): ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(
+            EngineError, match=r"has no /init_weight_transfer_engine; `tune run serve` with takes_weights"
+        ):
+            served(model, tokenizer, base_urls=[url], **OPTIONS)
+        server.shutdown()
+    with pytest.raises(EngineError, match=rf"{url}: init_weight_transfer_engine: ConnectError"):
+        served(model, tokenizer, base_urls=[url], **OPTIONS)
+
+
+def test_minus_infinity_survives_json():
+    content = {"token_id": 3, "logprob": -0.5, "top_logprobs": [{"token_id": 4, "logprob": -9999.0}]}
+    choice = {"token_ids": [3], "finish_reason": "stop", "logprobs": {"content": [content]}, "weight_versions": None}
+    assert vllm_server._output({"choices": [choice]}) == EngineOutput(
+        token_ids=(3,),
+        candidates=({4: float("-inf"), 3: -0.5},),
+        finish_reason="stop",
+        versions=(),
+        cached_tokens=None,
+    )
