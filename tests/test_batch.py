@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,11 +60,28 @@ def test_train_group_pairs_completions_with_advantages():
     completion = Completion(token_ids=(7, 0), logprobs=(-1.0, -2.0), finish_reason="stop", policy_version=0, text="7")
     problem = Problem(id="p", messages=({"role": "user", "content": "?"},), answer="7")
     made = Group(problem=problem, prompt=Prompt(token_ids=(1,)), completions=(completion,), scores=(Score(total=1.0),))
-    assert train_group(made, [0.25]).sequences[0] == TrainSequence(
-        token_ids=(7, 0), logprobs=(-1.0, -2.0), advantage=0.25
-    )
+    expected = TrainSequence(token_ids=(7, 0), logprobs=(-1.0, -2.0), advantage=0.25)
+    assert train_group(made, [0.25]).sequences[0] == expected
+    truncated = replace(made, completions=(replace(completion, support=((7, 8), (0,))),))
+    assert train_group(truncated, [0.25]).sequences[0] == replace(expected, support=((7, 8), (0,)))
     with pytest.raises(ValueError, match="zip"):
         train_group(made, [0.25, 0.5])
+
+
+def test_supports_written_out_by_hand():
+    """In the order of the targets; a completion without one has the full vocabulary, which is no ids at all."""
+    first = replace(sequence([20, 21], 0.0), support=((3, 20), (21,)))
+    second = replace(sequence([30], 1.0), support=((0, 30, 70_000),))
+    (row,) = pack([group([10, 11], first, sequence([5, 6]), second)], max_tokens=100)
+    assert row.targets.tolist() == [20, 21, 5, 6, 30]
+    assert row.support is not None
+    assert row.support.token_ids.tolist() == [3, 20, 21, 0, 30, 70_000]
+    assert row.support.offsets.tolist() == [0, 2, 3, 3, 3, 6]
+    assert (row.support.token_ids.dtype, row.support.offsets.dtype) == (torch.int32, torch.int64)
+    (kept,) = pack(without_zero_advantages([group([10, 11], first, second)]), max_tokens=100)
+    assert kept.support is not None and kept.support.token_ids.tolist() == [0, 30, 70_000]
+    apart = pack([group([10, 11], first, sequence([5, 6]))], max_tokens=1)
+    assert [row.support is None for row in apart] == [False, True]
 
 
 @pytest.fixture(scope="module")

@@ -297,12 +297,9 @@ MISTAKES = [
     ("rewards.a/b={_component_: rolltune.rewards.answer.answer_reward}", "rewards.a/b: a reward's name"),
     ("sampling.group_size=1", "sampling.group_size: 1; a group of one has no baseline"),
     ("sampling.temperature=0", "sampling.temperature: 0.0; must be > 0"),
-    (
-        "sampling.top_p=0.9",
-        "sampling.top_p: 0.9; must be 1 for training: the trainer's log-probs are of the full softmax",
-    ),
     ("sampling.top_p=0", "sampling.top_p: 0.0; must be in (0, 1]"),
-    ("sampling.top_k=50", "sampling.top_k: 50; must be 0 for training"),
+    ("sampling.top_p=1.5", "sampling.top_p: 1.5; must be in (0, 1]"),
+    ("sampling.top_k=1", "sampling.top_k: 1; leaves nothing to choose, so nothing would be learnt"),
     ("sampling.top_k=-1", "sampling.top_k: -1; must be >= 0"),
     ("sampling.max_new_tokens=0", "sampling.max_new_tokens: 0; must be >= 1"),
     ("sampling.stop=['']", "sampling.stop: holds an empty string"),
@@ -424,6 +421,11 @@ def test_one_mistake_of_an_evaluation_is_one_message(tmp_path: Path, override: s
     path.write_text(EVALUATE)
     problems = problems_of(path, override, recipe=schema.EvaluateConfig)
     assert len(problems) == 1 and fragment in problems[0], problems
+
+
+@pytest.mark.parametrize("override", ["sampling.top_p=0.9", "sampling.top_k=2", "sampling={top_k: 20, top_p: 0.95}"])
+def test_training_may_truncate(valid: Path, override: str):
+    assert problems_of(valid, override) == []
 
 
 @pytest.mark.parametrize(

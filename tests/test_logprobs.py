@@ -5,6 +5,7 @@ import torch
 
 from rolltune import logprobs
 from rolltune.logprobs import selected_logprobs
+from rolltune.types import Support
 
 
 def plain(hidden, weight, targets, temperature):
@@ -92,3 +93,93 @@ def test_gradcheck_in_float32_by_finite_differences(inputs):
     up, down = (plain(hidden.detach() + s * step, weight, targets[:2], 0.8)[0].double().sum() for s in (1, -1))
     assert hidden.grad is not None
     torch.testing.assert_close(hidden.grad[1, 3].double(), (up - down) / 2e-2, atol=2e-3, rtol=2e-3)
+
+
+# --- restricted to a support ------------------------------------------------------------------------------------------
+
+
+def support_of(*sets: list[int]) -> Support:
+    ids = [token for kept in sets for token in kept]
+    ends = [sum(map(len, sets[:i])) for i in range(len(sets) + 1)]
+    return Support(token_ids=torch.tensor(ids, dtype=torch.int32), offsets=torch.tensor(ends))
+
+
+def plain_restricted(hidden, weight, targets, temperature, sets):
+    """In float64, with every token that was left out at -inf."""
+    z = hidden.double() @ weight.double().T / temperature
+    outside = torch.ones_like(z, dtype=torch.bool)
+    for i, kept in enumerate(sets):
+        outside[i, kept or slice(None)] = False
+    z = torch.log_softmax(z.masked_fill(outside, -torch.inf), -1)
+    entropy = -(z.exp() * z.masked_fill(outside, 0.0)).sum(-1)
+    return z.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
+@pytest.fixture
+def sets(inputs) -> list[list[int]]:
+    """Of 1 to 53 ids, in which the target is; and of two tokens the full vocabulary."""
+    targets, generator = inputs[2], torch.Generator().manual_seed(2)
+    sizes = torch.randint(0, 53, (37,), generator=generator).tolist()
+    others = [torch.randperm(53, generator=generator)[:size].tolist() for size in sizes]
+    kept = [sorted({*more, target}) for more, target in zip(others, targets.tolist(), strict=True)]
+    kept[3] = kept[20] = []
+    kept[0], kept[36] = [targets[0].item()], list(range(53))
+    return kept
+
+
+def test_restricted_hand_computed():
+    # Probabilities 1/8, 3/8, 4/8 in full; of the first two alone 1/4 and 3/4.
+    weight = torch.tensor([[0.0], [math.log(3)], [math.log(4)]])
+    support = support_of([0, 1], [0, 1], [0, 2], [])
+    logp, entropy = selected_logprobs(torch.ones(4, 1), weight, torch.tensor([0, 1, 2, 2]), 1.0, support)
+    assert logp.exp().tolist() == pytest.approx([1 / 4, 3 / 4, 4 / 5, 1 / 2])
+    two = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    five = -(0.2 * math.log(0.2) + 0.8 * math.log(0.8))
+    assert entropy[:3].tolist() == pytest.approx([two, two, five])
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+def test_restricted_values_and_gradients_equal_the_plain_computation(inputs, sets, chunks, temperature):
+    hidden, weight, targets = inputs
+    upstream = torch.randn(37, generator=torch.Generator().manual_seed(1))
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    theirs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    logp, entropy = selected_logprobs(*ours, targets, temperature, support_of(*sets))
+    expected, expected_entropy = plain_restricted(*theirs, targets, temperature, sets)
+    torch.testing.assert_close(logp.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy.double(), expected_entropy, atol=1e-5, rtol=1e-5)
+    (logp @ upstream).backward()
+    (expected @ upstream.double()).backward()
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, reference.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_restricted_to_every_id_is_the_full_softmax(inputs, chunks):
+    hidden, weight, targets = inputs
+    full = selected_logprobs(hidden, weight, targets, 0.8)
+    for sets in ([list(range(53))] * 37, [[]] * 37):
+        restricted = selected_logprobs(hidden, weight, targets, 0.8, support_of(*sets))
+        for ours, theirs in zip(restricted, full, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_token_that_had_no_alternative_is_certain_and_teaches_nothing(inputs, chunks):
+    hidden, weight, targets = inputs[0].clone().requires_grad_(), inputs[1].clone().requires_grad_(), inputs[2]
+    logp, entropy = selected_logprobs(hidden, weight, targets, 0.7, support_of(*targets[:, None].tolist()))
+    assert logp.tolist() == entropy.tolist() == [0.0] * 37
+    logp.sum().backward()
+    assert not hidden.grad.any() and not weight.grad.any()
+
+
+def test_what_is_in_no_support_gets_no_gradient(inputs, chunks):
+    hidden, weight, targets = inputs[0], inputs[1].clone().requires_grad_(), inputs[2] % 10
+    selected_logprobs(hidden, weight, targets, 1.0, support_of(*[list(range(10))] * 37))[0].sum().backward()
+    assert weight.grad[:10].all() and not weight.grad[10:].any()
+
+
+def test_a_target_outside_its_support_is_refused(inputs, chunks):
+    hidden, weight, targets = inputs
+    sets = [[target] for target in targets.tolist()]
+    sets[9] = [token for token in range(53) if token != targets[9]]
+    with pytest.raises(ValueError, match=f"support: token {targets[9]}, number 9 of 37, is not among the ids"):
+        selected_logprobs(hidden, weight, targets, 1.0, support_of(*sets))

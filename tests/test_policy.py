@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import PeftModel
@@ -5,8 +7,9 @@ from transformers import AutoModelForCausalLM
 
 from rolltune.batch import TrainGroup, TrainSequence, pack
 from rolltune.policy import Policy, build_policy
+from rolltune.samplers.native import NativeSampler
 from rolltune.schema import LoRAConfig, ModelConfig
-from rolltune.types import Prompt
+from rolltune.types import Prompt, SampleRequest, SamplingParams
 
 CPU = torch.device("cpu")
 LORA = LoRAConfig(rank=4, alpha=8.0)
@@ -149,3 +152,33 @@ def test_target_modules_by_name_spaces_or_not(tiny_llama):
         name.split(".lora_")[0].rsplit(".", 1)[-1] for name, p in policy.model.named_parameters() if p.requires_grad
     }
     assert adapted == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.6, top_p=0.9, max_new_tokens=24),
+        SamplingParams(top_k=20, max_new_tokens=24),
+        SamplingParams(top_k=20, top_p=0.9, max_new_tokens=24),
+    ],
+    ids=["top-p", "top-k", "top-k and top-p"],
+)
+def test_the_trainer_has_the_truncated_samplers_log_probs(tiny_llama, tokenizer, params):
+    """And so has the reference, so that the KL of a policy that has not moved is 0."""
+    policy = build(tiny_llama)
+    prompt = Prompt(token_ids=tuple(tokenizer("<|user|>What is 2 + 2?<|end|><|assistant|>")["input_ids"]))
+    (written,) = NativeSampler(policy.model, tokenizer).generate(
+        [SampleRequest(prompt=prompt, seeds=tuple(range(24)))], params
+    )
+    sequences = [
+        TrainSequence(token_ids=c.token_ids, logprobs=c.logprobs, advantage=1.0, support=c.support) for c in written
+    ]
+    (row,) = pack([TrainGroup(prompt=prompt, sequences=tuple(sequences))], max_tokens=10_000)
+    assert len(row.targets) > 200
+    ours, entropy = policy.logprobs(row, temperature=params.temperature)
+    torch.testing.assert_close(ours.detach(), row.sampler_logprobs, atol=1e-4, rtol=0)
+    assert torch.exp(ours - row.sampler_logprobs).mean().item() == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(policy.reference_logprobs(row, temperature=params.temperature), ours.detach())
+    full, full_entropy = policy.logprobs(replace(row, support=None), temperature=params.temperature)
+    assert torch.exp(full - row.sampler_logprobs).mean().item() < 0.95, "the mass that was kept"
+    assert (entropy < full_entropy).all()

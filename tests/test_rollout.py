@@ -1,5 +1,7 @@
 """Which groups a step trains on: the same for every number of processes and every order."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -73,7 +75,7 @@ def sample(names, *, group_size=3, seed=(0, 1), score=lambda problem, completion
         render=lambda problem: Prompt(token_ids=(len(problem.id),), prefill=problem.id),
         sampler=options.pop("sampler", EchoSampler()),
         begin_score=lambda problem, completion: lambda: score(problem, completion),
-        params=PARAMS,
+        params=options.pop("params", PARAMS),
         group_size=group_size,
         seed=seed,
         **options,
@@ -132,6 +134,33 @@ def test_prompts_are_rendered_once_and_scores_stay_with_their_completions():
         assert group.prompt is request.prompt
         assert [s.total for s in group.scores] == [float(c.text[-1]) for c in group.completions]
         assert all(set(s.parts) == {group.problem.id} for s in group.scores)
+
+
+class TruncatingSampler(EchoSampler):
+    """Says what it drew from as ``support``, whatever that is."""
+
+    def __init__(self, support):
+        super().__init__()
+        self.support = support
+
+    def generate(self, requests, params, **options):
+        written = super().generate(requests, params, **options)
+        return [tuple(replace(c, support=self.support) for c in each) for each in written]
+
+
+@pytest.mark.parametrize("support", [None, (), ((1, 2), (3,)), ((),)], ids=["none", "no token", "one more", "empty"])
+def test_a_sampler_that_does_not_say_what_it_drew_from_is_refused(support):
+    params = SamplingParams(max_new_tokens=4, top_p=0.9, top_k=7)
+    message = "sampling.top_p: 0.9, sampling.top_k: 7: TruncatingSampler does not say what they left to draw from"
+    with pytest.raises(ValueError, match=message):
+        sample(["a", "b"], sampler=TruncatingSampler(support), params=params)
+
+
+def test_supports_stay_with_their_completions():
+    params = SamplingParams(max_new_tokens=4, top_k=7)
+    groups = sample(["a", "b"], sampler=TruncatingSampler(((1, 2),)), params=params)
+    assert [c.support for group in groups for c in group.completions] == [((1, 2),)] * 6
+    assert len(sample(["a"], params=SamplingParams(max_new_tokens=4, temperature=0.0, top_k=7))) == 1, "greedy has none"
 
 
 # --- what teaches -----------------------------------------------------------------------------------------------------

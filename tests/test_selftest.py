@@ -102,9 +102,19 @@ def test_all_is_well(policy, group, tokenizer):
 
 def test_a_trainer_that_forgets_the_temperature(policy, group, tokenizer, monkeypatch):
     monkeypatch.setattr(
-        "rolltune.policy.selected_logprobs", lambda h, w, t, temperature: selected_logprobs(h, w, t, 1.0)
+        "rolltune.policy.selected_logprobs", lambda h, w, t, temperature, support: selected_logprobs(h, w, t, 1.0)
     )
     assert failed(run(policy, group, tokenizer=tokenizer)) == {RATIO, PACKED}
+
+
+def test_a_trainer_that_forgets_what_top_p_left_out(policy, group, tokenizer, monkeypatch):
+    params = SamplingParams(temperature=TEMPERATURE, top_p=0.9, max_new_tokens=40)
+    request = SampleRequest(prompt=group.prompt, seeds=(0, 1, 2, 3))
+    (written,) = NativeSampler(policy.model, tokenizer).generate([request], params)
+    truncated = dataclasses.replace(group, completions=written)
+    assert failed(run(policy, truncated, tokenizer=tokenizer)) == set()
+    monkeypatch.setattr("rolltune.policy.selected_logprobs", lambda *inputs: selected_logprobs(*inputs[:4]))
+    assert failed(run(policy, truncated, tokenizer=tokenizer)) == {RATIO, PACKED}
 
 
 def test_a_sampler_that_forgets_the_temperature_or_has_old_weights(policy, group, tokenizer):

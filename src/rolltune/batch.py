@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 
+import numpy as np
 import torch
 
-from rolltune.types import Group, LossTotals, MicroBatch, Prompt
+from rolltune.types import Group, LossTotals, MicroBatch, Prompt, Support
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSequence:
-    """One completion with all that is trained on: ids, the sampler's log-probs and the advantage."""
+    """One completion with all that is trained on: ids, the sampler's log-probs and supports, the advantage."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     advantage: float
+    support: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +35,12 @@ def train_group(group: Group, advantages: Sequence[float]) -> TrainGroup:
     return TrainGroup(
         prompt=group.prompt,
         sequences=tuple(
-            TrainSequence(token_ids=completion.token_ids, logprobs=completion.logprobs, advantage=advantage)
+            TrainSequence(
+                token_ids=completion.token_ids,
+                logprobs=completion.logprobs,
+                advantage=advantage,
+                support=completion.support,
+            )
             for completion, advantage in zip(group.completions, advantages, strict=True)
         ),
     )
@@ -65,6 +73,7 @@ class _Row:
     sequence_ids: list[int] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
     sampler_logprobs: list[float] = field(default_factory=list)
+    supports: list[tuple[int, ...]] = field(default_factory=list)
     num_segments: int = 0
     num_sequences: int = 0
 
@@ -89,27 +98,39 @@ class _Row:
         self.sequence_ids += [self.num_sequences] * length
         self.advantages += [sequence.advantage] * length
         self.sampler_logprobs += sequence.logprobs
+        self.supports += sequence.support or [()] * length
         self.num_sequences += 1
 
     def tensors(self, device: torch.device | str) -> MicroBatch:
         as_float = {"advantages", "sampler_logprobs"}
         return MicroBatch(
             num_sequences=self.num_sequences,
+            support=_support(self.supports, device) if any(self.supports) else None,
             **{
                 f.name: torch.tensor(
                     getattr(self, f.name), dtype=torch.float32 if f.name in as_float else torch.int64, device=device
                 )
                 for f in fields(MicroBatch)
-                if f.name != "num_sequences"
+                if f.name not in ("num_sequences", "support")
             },
         )
+
+
+def _support(supports: Sequence[tuple[int, ...]], device: torch.device | str) -> Support:
+    """An empty one stands for the full vocabulary."""
+    token_ids = np.fromiter(chain.from_iterable(supports), dtype=np.int32)
+    offsets = np.cumsum([0, *map(len, supports)])
+    return Support(
+        token_ids=torch.from_numpy(token_ids).to(device), offsets=torch.from_numpy(offsets).to(device, torch.int64)
+    )
 
 
 def pack(groups: Sequence[TrainGroup], *, max_tokens: int, device: torch.device | str = "cpu") -> list[MicroBatch]:
     """Fill rows of at most ``max_tokens`` tokens with groups, in order.
 
     A group that does not fit goes on in the next row behind its prompt, repeated. A completion is never cut:
-    one that is longer than ``max_tokens`` with its prompt gets a row of its own.
+    one that is longer than ``max_tokens`` with its prompt gets a row of its own. A row has a support where one of its
+    completions has; the tokens of the others have the full vocabulary there.
     """
     rows = [_Row()]
     for group in groups:

@@ -421,10 +421,8 @@ def _check_sampling(sampling: SamplingConfig) -> Iterator[str]:
         yield f"sampling.group_size: {sampling.group_size}; a group of one has no baseline: must be >= 2"
     yield from _above("sampling.temperature", sampling.temperature, 0)
     yield from _check_distribution(sampling)
-    if 0 < sampling.top_p < 1:
-        yield f"sampling.top_p: {sampling.top_p}; {_FULL_SUPPORT.format('1')}"
-    if sampling.top_k > 0:
-        yield f"sampling.top_k: {sampling.top_k}; {_FULL_SUPPORT.format('0')}"
+    if sampling.top_k == 1:
+        yield "sampling.top_k: 1; leaves nothing to choose, so nothing would be learnt; 0 (no limit) or >= 2 is wanted"
 
 
 def _check_sampler(node: Component, sampling: SamplingConfig | EvaluateSamplingConfig) -> Iterator[str]:
@@ -471,12 +469,6 @@ def _check_context(path: str, max_new_tokens: int, key: str = "model.path") -> I
             f"sampling.max_new_tokens: {max_new_tokens}; must leave room for a prompt in the context of {key}, "
             f"{context} tokens"
         )
-
-
-_FULL_SUPPORT = (
-    "must be {} for training: the trainer's log-probs are of the full softmax, with a truncated support the ratio "
-    "would be biased"
-)
 
 
 def _check_advantage(node: Component) -> Iterator[str]:

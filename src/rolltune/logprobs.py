@@ -3,6 +3,9 @@
 Forward and backward walk over chunks of tokens; the backward pass computes a chunk's logits again rather than keep
 them. (Liger's and mgmalek's way of computing the gradient in the forward pass does not fit here: the
 gradient that comes from a policy loss is not known before all log-probs are.)
+
+Where top-k or top-p left tokens out, the softmax is over what they kept, as the sampler's was: with the full one every
+ratio would be off by the mass that was cut ("Keep Sampling Mask", DeepSeek-V3.2, arXiv 2512.02556, section 3.1).
 """
 
 from __future__ import annotations
@@ -11,9 +14,11 @@ import torch
 from torch import Tensor
 
 from rolltune.onednn import product
+from rolltune.types import Support
 
 # fp32 logits held at a time: small enough to stay warm in a CPU's cache, large enough to fill an accelerator.
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+OUTSIDE = -1e30  # logit of a token that was left out: its probability is 0, and 0 times it is no NaN as with -inf
 
 
 def chunk_size(vocab_size: int, device_type: str = "cpu") -> int:
@@ -23,13 +28,14 @@ def chunk_size(vocab_size: int, device_type: str = "cpu") -> int:
 
 class _SelectedLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float):
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, support: Support | None):
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         entropy, logsumexp = torch.empty_like(logprobs), torch.empty_like(logprobs)
         size = chunk_size(len(weight), weight.device.type)
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             z = product(hidden[part], weight).float().div_(temperature)  # [chunk, V]
+            _restrict(z, support, start)
             top = z.amax(-1, keepdim=True)
             z.sub_(top)  # in place from here on: each copy of a chunk would be the largest tensor around
             chosen = z.gather(-1, targets[part, None]).squeeze(-1)
@@ -40,7 +46,7 @@ class _SelectedLogprobs(torch.autograd.Function):
             entropy[part] = log_total - p.mul_(z).sum(-1) / total
             logsumexp[part] = log_total + top.squeeze(-1)
         ctx.save_for_backward(hidden, weight, targets, logsumexp)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.support = temperature, support
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -55,6 +61,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             z = product(hidden[part], weight).float().div_(ctx.temperature)
+            _restrict(z, ctx.support, start)
             # d logp[y] / dz = (onehot(y) - softmax(z)) / T
             scale = upstream[part, None] / ctx.temperature
             dz = torch.exp_(z.sub_(logsumexp[part, None])).mul_(-scale)
@@ -63,10 +70,25 @@ class _SelectedLogprobs(torch.autograd.Function):
             d_hidden[part] = product(dz, weight.T)
             if d_weight is not None:
                 d_weight += product(dz.T, hidden[part].T)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
 
 
-def selected_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _restrict(z: Tensor, support: Support | None, start: int) -> None:
+    """Put OUTSIDE in the place of logits [chunk, V] that are not of their token's support; the first is ``start``."""
+    if support is None:
+        return
+    offsets = support.offsets[start : start + len(z) + 1]
+    ids = support.token_ids[offsets[0] : offsets[-1]]
+    sizes = offsets.diff()
+    rows = torch.repeat_interleave(sizes, output_size=len(ids))
+    kept = z[rows, ids]
+    z.masked_fill_(sizes[:, None] > 0, OUTSIDE)
+    z[rows, ids] = kept
+
+
+def selected_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, support: Support | None = None
+) -> tuple[Tensor, Tensor]:
     """Log-probs of ``targets`` under softmax(hidden @ weight.T / temperature), and that softmax's entropy.
 
     Args:
@@ -74,8 +96,19 @@ def selected_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperatu
         weight: [V, H], the LM head, same dtype.
         targets: int64 [N].
         temperature: > 0, the one that was sampled with.
+        support: what each target was drawn from; the softmax is over these alone. None: over the full vocabulary.
 
     Returns:
         ``(logprobs, entropy)``, both float32 [N] in nats; the entropy carries no gradient.
+
+    Raises:
+        ValueError: a target is not of its own support.
     """
-    return _SelectedLogprobs.apply(hidden, weight, targets, temperature)  # pyright: ignore[reportReturnType]
+    logprobs, entropy = _SelectedLogprobs.apply(hidden, weight, targets, temperature, support)
+    missing = (logprobs < OUTSIDE / 2).nonzero().flatten().tolist() if support is not None else []
+    if missing:
+        raise ValueError(
+            f"support: token {targets[missing[0]].item()}, number {missing[0]} of {len(targets)}, is not among the ids "
+            "that it was sampled from"
+        )
+    return logprobs, entropy

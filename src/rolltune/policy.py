@@ -53,12 +53,22 @@ class Policy:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def logprobs(self, microbatch: MicroBatch, *, temperature: float) -> tuple[Tensor, Tensor]:
-        """(log-probs, entropy) of the trained tokens, float32 [N]; the log-probs carry a gradient."""
+        """(log-probs, entropy) of the trained tokens, float32 [N]; the log-probs carry a gradient.
+
+        Of the distribution that was sampled from: where top-k or top-p left tokens out, of the softmax over the rest.
+        """
         return packed_logprobs(self.causal_lm, microbatch, temperature=temperature)
 
     @torch.no_grad()
     def reference_logprobs(self, microbatch: MicroBatch, *, temperature: float) -> Tensor:
-        """Log-probs of the trained tokens under the frozen reference, float32 [N]."""
+        """Log-probs of the trained tokens under the frozen reference, float32 [N].
+
+        Renormalised over what top-k and top-p left to the *policy*, S, like the policy's own. The tokens come from
+        pi_S, so k3 is unbiased for KL(pi_S || ref_S): at least 0, and 0 at the start. With the reference over the full
+        vocabulary (as in NeMo-RL) the mean of its ratio would be ref(S) < 1, and a policy that never moved would have a
+        KL. The price: what goes on outside of S is not seen, so a token that the policy's nucleus has lost is not
+        brought back by the reference.
+        """
         with self._as_reference() as reference:
             return packed_logprobs(reference, microbatch, temperature=temperature)[0]
 
@@ -96,7 +106,7 @@ def packed_logprobs(model: PreTrainedModel, microbatch: MicroBatch, *, temperatu
         temperature: the one that was sampled with; logits are divided by it.
 
     Returns:
-        float32 [N], float32 [N].
+        float32 [N], float32 [N]; of the softmax over the row's support where it has one.
     """
     decoder = getattr(model, model.base_model_prefix)
     hidden = decoder(
@@ -108,7 +118,9 @@ def packed_logprobs(model: PreTrainedModel, microbatch: MicroBatch, *, temperatu
     ).last_hidden_state[0]  # [T, H]
     head = model.get_output_embeddings()
     assert isinstance(head, torch.nn.Linear)
-    return selected_logprobs(hidden[microbatch.predictors], head.weight, microbatch.targets, temperature)
+    return selected_logprobs(
+        hidden[microbatch.predictors], head.weight, microbatch.targets, temperature, microbatch.support
+    )
 
 
 def build_policy(

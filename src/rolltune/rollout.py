@@ -38,6 +38,9 @@ def sample_groups(
         seed: with the problem's id and the sample's number it seeds each completion, so that what is sampled
             depends neither on the other problems in the batch nor on the number of processes.
         on_progress: called with (completions done, completions in all).
+
+    Raises:
+        ValueError: ``params`` truncate, and the sampler does not say what it drew from.
     """
     requests = [
         SampleRequest(
@@ -52,6 +55,12 @@ def sample_groups(
         finish[request, sample] = begin_score(problems[request], completion)
 
     sampled = sampler.generate(requests, params, on_progress=on_progress, on_completion=begin)
+    if params.truncates and not all(_has_support(completion) for each in sampled for completion in each):
+        raise ValueError(
+            f"sampling.top_p: {params.top_p}, sampling.top_k: {params.top_k}: {type(sampler).__name__} does not say "
+            "what they left to draw from, so the trainer's log-probs would be of another distribution; set 1 and 0, or "
+            "take another sampler"
+        )
     return [
         Group(
             problem=problem,
@@ -61,6 +70,11 @@ def sample_groups(
         )
         for i, problem in enumerate(problems)
     ]
+
+
+def _has_support(completion: Completion) -> bool:
+    support = completion.support
+    return support is not None and len(support) == len(completion.token_ids) and all(support)
 
 
 @dataclass(frozen=True, kw_only=True)

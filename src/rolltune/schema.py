@@ -71,6 +71,7 @@ class SamplingConfig:
 
     group_size: int = 8  # completions of each prompt
     temperature: float = 1.0
+    # What these two keep is held for each token until it is trained on: a top_k bounds what a flat distribution takes.
     top_p: float = 1.0
     top_k: int = 0  # 0: no limit
     max_new_tokens: int = 256

@@ -135,6 +135,10 @@ def _check_plain_forward(
     number = trained.sequences.index(sequence)
     ids = torch.tensor([trained.prompt.token_ids + sequence.token_ids], device=logprobs.device)
     logits = policy.causal_lm(ids, use_cache=False).logits[0, len(trained.prompt.token_ids) - 1 : -1].float()
+    for t, kept in enumerate(sequence.support or ()):
+        outside = torch.ones_like(logits[t], dtype=torch.bool)
+        outside[list(kept)] = False
+        logits[t].masked_fill_(outside, -torch.inf)
     targets = torch.tensor(sequence.token_ids, device=logprobs.device)
     plain = torch.log_softmax(logits / temperature, dim=-1).gather(-1, targets[:, None]).squeeze(-1)
     packed = logprobs[row.sequence_ids == number]

@@ -80,6 +80,11 @@ class SamplingParams:
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
 
+    @property
+    def truncates(self) -> bool:
+        """Whether top-k or top-p leaves tokens out of the distribution."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRequest:
@@ -103,6 +108,8 @@ class Completion:
         policy_version: number of optimizer steps behind the weights that wrote this.
         text: the whole assistant turn for the rewards: the prompt's prefill, then the decoded completion
             without special tokens.
+        support: of each sampled token, the ids that top-k and top-p left to draw from, in ascending order, itself
+            among them; None where nothing was truncated.
     """
 
     token_ids: tuple[int, ...]
@@ -172,6 +179,20 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Support:
+    """What each of N tokens was drawn from: a set of K_i ids, K in all, one set behind the other.
+
+    Attributes:
+        token_ids: int32 [K]; those of token i are ``token_ids[offsets[i]:offsets[i + 1]]``. A token without any was
+            drawn from the full vocabulary.
+        offsets: int64 [N + 1].
+    """
+
+    token_ids: Tensor
+    offsets: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """One packed row: prompts, each followed by its completions, and the N tokens that are trained on.
 
@@ -190,6 +211,7 @@ class MicroBatch:
         advantages: float32 [N]; one value a completion, repeated on its tokens.
         sampler_logprobs: float32 [N].
         num_sequences: completions in this row.
+        support: of the N trained tokens; None where all of them were drawn from the full vocabulary.
     """
 
     input_ids: Tensor
@@ -202,6 +224,7 @@ class MicroBatch:
     advantages: Tensor
     sampler_logprobs: Tensor
     num_sequences: int
+    support: Support | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,15 +16,16 @@ def samples(output_dir, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("minibatches", [1, 2])
-def test_two_processes_equal_one(tiny_llama, tmp_path, reward_module, minibatches):
+@pytest.mark.parametrize(("minibatches", "truncation"), [(1, {}), (2, {}), (2, {"top_k": 20, "top_p": 0.9})])
+def test_two_processes_equal_one(tiny_llama, tmp_path, reward_module, minibatches, truncation):
     for name, launcher in (
         ("one", [sys.executable]),
         ("two", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]),
     ):
         config = tmp_path / f"{name}.yaml"
         batch = {"prompts_per_step": 4, "microbatch_tokens": 128, "minibatches": minibatches}
-        config.write_text(yaml.safe_dump(tiny_grpo(tiny_llama, tmp_path / name, num_steps=5, batch=batch)))
+        settings = {"batch": batch, "sampling": {"group_size": 4, "max_new_tokens": 12} | truncation}
+        config.write_text(yaml.safe_dump(tiny_grpo(tiny_llama, tmp_path / name, num_steps=5, **settings)))
         done = subprocess.run(
             [*launcher, str(ROOT / "recipes/grpo.py"), "--config", str(config)],
             capture_output=True,

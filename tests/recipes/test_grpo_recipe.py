@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,6 +87,36 @@ def test_dynamic_sampling_keeps_groups_with_variance_only(run_grpo):
     assert len(read_rows(output_dir)) == 3
 
 
+def test_truncated_sampling_is_trained_on_as_it_was_sampled(run_grpo):
+    output_dir = run_grpo(
+        sampling={"group_size": 4, "max_new_tokens": 12, "top_p": 0.9},
+        batch={"prompts_per_step": 4, "num_iterations": 2, "minibatches": 2, "microbatch_tokens": 128},
+        optimizer={"_component_": "torch.optim.AdamW", "lr": 1e-2},
+        correction={"_component_": "rolltune.corrections.TokenTIS"},
+        mismatch={"_component_": "rolltune.mismatch.MismatchLimit"},
+        num_steps=3,
+    )
+    rows = read_rows(output_dir)[1:]
+    assert all(row["mismatch/mean_ratio"] == pytest.approx(1, abs=1e-4) for row in rows)
+    assert all(row["mismatch/max_abs"] < 1e-3 for row in rows)
+    assert rows[0]["ratio/max"] > 1.001 and rows[2]["kl"] > 0
+    samples = [json.loads(line) for line in (output_dir / "samples/step_000001.jsonl").read_text().splitlines()]
+    assert "text" in samples[0] and not any("support" in sample for sample in samples)
+
+
+def test_a_sampler_without_supports_stops_a_truncated_run(run_grpo, monkeypatch):
+    from rolltune.samplers.native import NativeSampler
+
+    right = NativeSampler.generate
+
+    def generate(self, *args, **options):
+        return [tuple(replace(c, support=None) for c in each) for each in right(self, *args, **options)]
+
+    monkeypatch.setattr(NativeSampler, "generate", generate)
+    with pytest.raises(ValueError, match=r"sampling.top_p: 0.9, sampling.top_k: 0: NativeSampler does not say"):
+        run_grpo(sampling={"group_size": 4, "max_new_tokens": 12, "top_p": 0.9})
+
+
 def test_lora_run_writes_an_adapter(run_grpo, tiny_llama):
     output_dir = run_grpo(lora={"rank": 4, "alpha": 8.0, "dropout": 0.1}, num_steps=2)
     assert (output_dir / "best" / "adapter_config.json").exists()
@@ -103,14 +134,16 @@ def test_lr_schedule_runs_over_all_updates(run_grpo):
     assert lrs[:3] == pytest.approx([0.0, 5e-4, 1e-3]) and lrs[3] == pytest.approx(5e-4)
 
 
-def test_resumed_in_process_equals_unbroken(run_grpo):
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 20, "top_p": 0.9}], ids=["full", "truncated"])
+def test_resumed_in_process_equals_unbroken(run_grpo, truncation):
     """Two steps, then two more from the checkpoint: the same numbers as four in one go, to the last bit."""
-    whole = read_rows(run_grpo("whole"))
+    sampling = {"group_size": 4, "max_new_tokens": 12} | truncation
+    whole = read_rows(run_grpo("whole", sampling=sampling))
     keep_all = {"every_n_steps": 1, "keep_last": 4}
-    output_dir = run_grpo("again", checkpoint=keep_all)
+    output_dir = run_grpo("again", checkpoint=keep_all, sampling=sampling)
     for step in (3, 4):
         shutil.rmtree(output_dir / f"checkpoints/step_{step:06d}")
-    run_grpo("again", checkpoint=keep_all, overrides=("resume=true",))
+    run_grpo("again", checkpoint=keep_all, sampling=sampling, overrides=("resume=true",))
     assert read_rows(output_dir) == whole
 
 
@@ -131,7 +164,7 @@ def test_a_trainer_that_forgets_the_temperature_is_caught(run_grpo, monkeypatch)
     from rolltune import policy
 
     right = policy.selected_logprobs
-    monkeypatch.setattr(policy, "selected_logprobs", lambda h, w, t, temperature: right(h, w, t, 1.0))
+    monkeypatch.setattr(policy, "selected_logprobs", lambda h, w, t, temperature, support: right(h, w, t, 1.0))
     with pytest.raises(ValueError, match="sampler and trainer give the same log-probs"):
         run_grpo(sampling={"group_size": 4, "max_new_tokens": 12, "temperature": 0.6})
 

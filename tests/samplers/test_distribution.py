@@ -115,6 +115,23 @@ def test_support_by_hand(top_k: int, top_p: float, kept: list[int]):
     assert q[kept].tolist() == pytest.approx([P[i] / mass for i in kept], rel=1e-6)
 
 
+@pytest.mark.parametrize(("top_k", "top_p", "kept"), [(2, 1.0, [1, 3]), (0, 0.81, [0, 1, 2, 3]), (3, 0.74, [1, 3])])
+def test_a_draw_tells_its_support(top_k: int, top_p: float, kept: list[int]):
+    params = SamplingParams(temperature=2.0, top_k=top_k, top_p=top_p)
+    logits = torch.tensor([P, [1.0, 0.0, 0.0, 0.0, 0.0]]).log().mul(2.0)
+    tokens, logprobs, support = sample(logits, f64(LARGEST, LARGEST), params)
+    assert support is not None
+    assert [row.nonzero().flatten().tolist() for row in support] == [kept, [0]]
+    assert tokens.tolist() == [3, 0]
+    assert logprobs.exp().tolist() == pytest.approx([0.3 / sum(P[i] for i in kept), 1.0])
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=0.0, top_k=2, top_p=0.5)])
+def test_what_is_not_truncated_has_no_support(params: SamplingParams):
+    assert not params.truncates
+    assert sample(torch.tensor([P]), f64(0.5), params)[2] is None
+
+
 def test_top_p_keeps_a_set_whose_mass_is_exactly_enough():
     q = truncate(torch.tensor([[0.5, 0.25, 0.125, 0.125]]), top_k=0, top_p=0.75)
     assert q[0].nonzero().flatten().tolist() == [0, 1]
@@ -142,24 +159,24 @@ def test_logprobs_are_those_of_the_tempered_softmax(temperature: float, dtype: t
     logits = (4 * torch.randn(64, 1000, generator=generator)).to(dtype)
     expected = torch.log_softmax(logits.double() / temperature, -1)
     u = torch.rand(64, dtype=torch.float64, generator=generator)
-    tokens, logprobs = sample(logits.clone(), u, SamplingParams(temperature=temperature))
+    tokens, logprobs, _ = sample(logits.clone(), u, SamplingParams(temperature=temperature))
     assert logprobs.dtype == torch.float32
     torch.testing.assert_close(logprobs.double(), expected[torch.arange(64), tokens], atol=2e-6, rtol=0)
 
 
 def test_greedy_takes_the_most_probable_token_with_certainty():
     logits = torch.tensor([[0.0, 3.0, 2.0], [5.0, 1.0, -1.0]])
-    tokens, logprobs = sample(logits, f64(0.99, 0.99), SamplingParams(temperature=0.0))
+    tokens, logprobs, _ = sample(logits, f64(0.99, 0.99), SamplingParams(temperature=0.0))
     assert tokens.tolist() == [1, 0]
     assert logprobs.tolist() == [0.0, 0.0]
 
 
 def test_a_low_temperature_neither_overflows_nor_leaves_the_best_token():
-    tokens, logprobs = sample(torch.tensor([[1e4, 0.0, -1e4]]), f64(LARGEST), SamplingParams(temperature=1e-3))
+    tokens, logprobs, _ = sample(torch.tensor([[1e4, 0.0, -1e4]]), f64(LARGEST), SamplingParams(temperature=1e-3))
     assert tokens.tolist() == [0]
     assert logprobs.tolist() == [0.0]
 
 
 def test_nan_logits_show_in_the_logprob():
-    _, logprobs = sample(torch.full((1, 300), math.nan), f64(0.5), SamplingParams())
+    _, logprobs, _ = sample(torch.full((1, 300), math.nan), f64(0.5), SamplingParams())
     assert math.isnan(logprobs.item())

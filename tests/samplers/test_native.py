@@ -44,6 +44,11 @@ def requests(seeds: int, prompts: Sequence[tuple[int, ...]] = PROMPTS, prefill: 
 
 def reference_logprobs(model: nn.Module, prompt: Sequence[int], completion: Completion, params: SamplingParams):
     """Log-probs of a completion from one plain forward pass, renormalised over the support in float64."""
+    return [logprob for logprob, _ in reference(model, prompt, completion, params)]
+
+
+def reference(model: nn.Module, prompt: Sequence[int], completion: Completion, params: SamplingParams):
+    """The same with the supports."""
     ids = torch.tensor([[*prompt, *completion.token_ids]])
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].double()
@@ -58,7 +63,7 @@ def reference_logprobs(model: nn.Module, prompt: Sequence[int], completion: Comp
         values, order = values[:keep], order[:keep]
         index = (order == token).nonzero()
         assert len(index) == 1, f"token {token} is not in the support"
-        result.append((values - values.logsumexp(0))[index.item()].item())
+        result.append(((values - values.logsumexp(0))[index.item()].item(), tuple(sorted(order.tolist()))))
     return result
 
 
@@ -85,7 +90,7 @@ def ids_of(groups: list[tuple[Completion, ...]]) -> list[list[tuple[int, ...]]]:
 def test_greedy_is_what_transformers_generates(request, tokenizer, maker: str, tied: bool):
     model = request.getfixturevalue(maker)(tie_word_embeddings=tied)
     sampler = NativeSampler(model, tokenizer)
-    groups = sampler.generate(requests(2), SamplingParams(temperature=0.0, max_new_tokens=40))
+    groups = sampler.generate(requests(2), SamplingParams(temperature=0.0, top_k=5, max_new_tokens=40))
     for ids, group in zip(PROMPTS, groups, strict=True):
         expected = model.generate(
             torch.tensor([ids]),
@@ -97,6 +102,7 @@ def test_greedy_is_what_transformers_generates(request, tokenizer, maker: str, t
         for completion in group:
             assert completion.token_ids == expected
             assert completion.logprobs == (0.0,) * len(expected)
+            assert completion.support is None
             assert completion.finish_reason == ("stop" if expected[-1] == EOS else "length")
 
 
@@ -119,8 +125,9 @@ def test_logprobs_are_those_of_a_plain_forward_pass(request, tokenizer, maker: s
     for ids, group in zip(PROMPTS, groups, strict=True):
         for completion in group:
             lengths.add(len(completion.token_ids))
-            expected = reference_logprobs(model, ids, completion, params)
+            expected, support = zip(*reference(model, ids, completion, params), strict=True)
             assert completion.logprobs == pytest.approx(expected, abs=1e-5)
+            assert completion.support == (support if params.truncates else None)
     assert len(lengths) > 3, "the rows should have left at different times"
 
 

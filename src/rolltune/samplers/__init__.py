@@ -42,6 +42,9 @@ class Sampler(Protocol):
     ) -> list[tuple[Completion, ...]]:
         """One tuple a request, in its order, with one completion a seed, in the order of the seeds.
 
+        Completions carry their support wherever ``params`` truncate: the trainer's softmax has to be over the same
+        tokens. A sampler that cannot tell it raises ValueError, or leaves it None, which training refuses.
+
         Args:
             requests: prompts of any lengths, with any number of seeds.
             params: the distribution that is sampled from, and when to stop.

@@ -14,8 +14,8 @@ BLOCK = 128
 NUCLEUS_CANDIDATES = 1024  # a nucleus is looked for among so many tokens first, as sorting a vocabulary is slow
 
 
-def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """One token a row, with its log-prob under exactly the distribution that it was drawn from.
+def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One token a row, with its log-prob under exactly the distribution that it was drawn from, and its support.
 
     Args:
         logits: [R, V], float32 or lower; overwritten where it is float32.
@@ -23,16 +23,17 @@ def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Te
         params: temperature (0 takes the most probable token, with log-prob 0), top_k and top_p.
 
     Returns:
-        int64 [R], float32 [R].
+        int64 [R], float32 [R], and bool [R, V]: what top_k and top_p left to draw from; None where they leave all.
     """
     if params.temperature == 0:
         tokens = logits.argmax(-1)
-        return tokens, torch.zeros(len(tokens), dtype=torch.float32, device=logits.device)
+        return tokens, torch.zeros(len(tokens), dtype=torch.float32, device=logits.device), None
     probabilities = torch.softmax(logits.float().div_(params.temperature), dim=-1)
-    if params.top_k or params.top_p < 1:
+    if params.truncates:
         probabilities = truncate(probabilities, top_k=params.top_k, top_p=params.top_p)
     tokens = draw(probabilities, uniforms)
-    return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1).log()
+    logprobs = probabilities.gather(-1, tokens[:, None]).squeeze(-1).log()
+    return tokens, logprobs, probabilities > 0 if params.truncates else None
 
 
 def truncate(probabilities: Tensor, *, top_k: int, top_p: float) -> Tensor:

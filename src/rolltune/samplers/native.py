@@ -144,14 +144,14 @@ class NativeSampler:
         """Write one more token of each row."""
         logits = self._decode(batch)
         uniforms = np.array([row.uniforms[len(row.token_ids)] for row in batch.rows])
-        tokens, logprobs = sample(logits, torch.from_numpy(uniforms).to(logits.device), params)
-        # In one transfer, as each waits for the device; token ids are exact in float64.
-        written = torch.stack((tokens.double(), logprobs.double()), dim=-1).tolist()
-        for row, (token, logprob) in zip(batch.rows, written, strict=True):
+        drawn = _fetch(*sample(logits, torch.from_numpy(uniforms).to(logits.device), params))
+        for row, (token, logprob, support) in zip(batch.rows, drawn, strict=True):
             if math.isnan(logprob):
                 raise FloatingPointError("the model's logits are not finite: its weights have diverged")
-            row.token_ids.append(int(token))
+            row.token_ids.append(token)
             row.logprobs.append(logprob)
+            if support is not None:
+                row.support.append(support)
             row.finish_reason = end.reason(row.token_ids)
 
     def _decode(self, batch: Batch) -> Tensor:
@@ -207,6 +207,7 @@ class NativeSampler:
             finish_reason=row.finish_reason,
             policy_version=self.policy_version,
             text=f"{prefill}{self._tokenizer.decode(row.token_ids, skip_special_tokens=True)}",
+            support=tuple(row.support) or None,
         )
 
     def _check_lengths(self, requests: Sequence[SampleRequest], max_new_tokens: int) -> None:
@@ -256,6 +257,22 @@ class NativeSampler:
             )
         limits = (batch.cache.window, getattr(config, "attention_chunk_size", None), _context_length(config))
         return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _fetch(
+    tokens: Tensor, logprobs: Tensor, support: Tensor | None
+) -> Iterator[tuple[int, float, tuple[int, ...] | None]]:
+    """Token, log-prob and support of each row; in one transfer, as each waits for the device."""
+    rows = len(tokens)
+    columns = [tokens, logprobs]
+    if support is not None:
+        columns += [support.sum(-1).cumsum(-1), support.nonzero()[:, 1]]  # where each row's ids end; ids row by row
+    flat = torch.cat([column.double() for column in columns]).cpu().numpy()  # ids are exact in float64
+    ends = [0, *flat[2 * rows : 3 * rows].astype(np.int64)]
+    ids = flat[3 * rows :].astype(np.int64)
+    for i in range(rows):
+        kept = None if support is None else tuple(ids[ends[i] : ends[i + 1]].tolist())
+        yield int(flat[i]), float(flat[rows + i]), kept
 
 
 def check_params(params: SamplingParams) -> None:

@@ -40,12 +40,14 @@ class RowState:
 
     Attributes:
         uniforms: float64 [max_new_tokens]; the numbers in [0, 1) that pick its tokens.
+        support: of each token where top-k or top-p truncate; else empty.
     """
 
     prompt: PromptState
     uniforms: np.ndarray
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    support: list[tuple[int, ...]] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
 
     @property
