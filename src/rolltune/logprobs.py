@@ -18,7 +18,6 @@ from rolltune.types import Support
 
 # fp32 logits held at a time: small enough to stay warm in a CPU's cache, large enough to fill an accelerator.
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
-OUTSIDE = -1e30  # logit of a token that was left out: its probability is 0, and 0 times it is no NaN as with -inf
 
 
 def chunk_size(vocab_size: int, device_type: str = "cpu") -> int:
@@ -43,6 +42,7 @@ class _SelectedLogprobs(torch.autograd.Function):
             total = p.sum(-1)
             log_total = total.log()
             logprobs[part] = chosen - log_total
+            z.clamp_(min=torch.finfo(z.dtype).min)  # what was left out has p = 0, and 0 x -inf would be NaN
             entropy[part] = log_total - p.mul_(z).sum(-1) / total
             logsumexp[part] = log_total + top.squeeze(-1)
         ctx.save_for_backward(hidden, weight, targets, logsumexp)
@@ -74,7 +74,7 @@ class _SelectedLogprobs(torch.autograd.Function):
 
 
 def _restrict(z: Tensor, support: Support | None, start: int) -> None:
-    """Put OUTSIDE in the place of logits [chunk, V] that are not of their token's support; the first is ``start``."""
+    """Put -inf in the place of logits [chunk, V] outside their token's support; the first token is number ``start``."""
     if support is None:
         return
     offsets = support.offsets[start : start + len(z) + 1]
@@ -82,7 +82,7 @@ def _restrict(z: Tensor, support: Support | None, start: int) -> None:
     sizes = offsets.diff()
     rows = torch.repeat_interleave(sizes, output_size=len(ids))
     kept = z[rows, ids]
-    z.masked_fill_(sizes[:, None] > 0, OUTSIDE)
+    z.masked_fill_(sizes[:, None] > 0, -torch.inf)  # a token without ids has the full vocabulary
     z[rows, ids] = kept
 
 
@@ -105,7 +105,7 @@ def selected_logprobs(
         ValueError: a target is not of its own support.
     """
     logprobs, entropy = _SelectedLogprobs.apply(hidden, weight, targets, temperature, support)
-    missing = (logprobs < OUTSIDE / 2).nonzero().flatten().tolist() if support is not None else []
+    missing = logprobs.isneginf().nonzero().flatten().tolist() if support is not None else []
     if missing:
         raise ValueError(
             f"support: token {targets[missing[0]].item()}, number {missing[0]} of {len(targets)}, is not among the ids "
