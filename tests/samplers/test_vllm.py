@@ -160,7 +160,8 @@ def test_ends_are_told_as_by_the_native_sampler(sampler, model, tokenizer):
     (group,) = sampler.generate(wanted[:1], SamplingParams(max_new_tokens=300, stop=("a", "ef")))
     stopped = [c for c in group if c.token_ids[-1] != tokenizer.eos_token_id and c.finish_reason == "stop"]
     assert stopped and all("a" in c.text or "ef" in c.text for c in stopped)
-    assert all("a" not in tokenizer.decode(list(c.token_ids[:-1])) for c in stopped)
+    # vLLM decodes as it goes, and waits up to three bytes for the rest of a character; random ones seldom make one.
+    assert all("a" not in tokenizer.decode(list(c.token_ids[:-4])) for c in stopped)
 
 
 def test_completions_are_handed_over_as_they_end_with_the_prefill(sampler, tokenizer):

@@ -251,7 +251,6 @@ class VLLMSampler:
         return int(version) if run == self._run else -1
 
     def _params(self, params: SamplingParams, seed: int) -> dict:
-        truncates = bool(params.top_k) and params.temperature > 0
         vocabulary = self._causal_lm.config.get_text_config().vocab_size
         return {
             "temperature": params.temperature,
@@ -259,7 +258,7 @@ class VLLMSampler:
             "top_k": params.top_k,
             "max_tokens": params.max_new_tokens,
             "seed": seed,
-            "logprobs": min(params.top_k + _TIES, vocabulary) if truncates else 0,  # besides the sampled token's
+            "logprobs": min(params.top_k + _TIES, vocabulary) if params.truncates else 0,  # besides the sampled token's
             "stop": list(params.stop),
             "stop_token_ids": self._eos,
             "ignore_eos": True,  # the model's EOS tokens are among those above
@@ -277,7 +276,7 @@ class VLLMSampler:
             finish_reason=output.finish_reason,
             policy_version=self._version_of(output),
             text=f"{prefill}{text}",
-            support=tuple(map(_kept, output.candidates)) if params.top_k and not greedy else None,
+            support=tuple(map(_kept, output.candidates)) if params.truncates else None,
         )
 
     def _check_lengths(self, requests: Sequence[SampleRequest], max_new_tokens: int) -> None:
