@@ -89,6 +89,7 @@ def run(cfg: EvaluateConfig) -> None:
         dry_run(cfg)
         return
     world = init_world(cfg.device)
+    runs.warn_of_slow_dtype(cfg.dtype, world)
     problems = load_problems(cfg)
     classifier = instantiate(cfg.classifier) if cfg.classifier else None
     # All models are looked at before the first is sampled from: a mistake in the last one shows now.

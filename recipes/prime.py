@@ -204,7 +204,8 @@ def train(cfg: PrimeConfig, parts: Parts, step: int, cursor: int) -> dict[str, f
             world,
             temperature=1.0,
         )
-    kept = {name: metrics[name] for name in ("loss", "entropy", "grad_norm", "lr")}  # the rest compares with a sampler
+    names = ("loss", "entropy", "grad_norm", "lr", "loss_scale", "skipped_step")  # the rest compares with a sampler
+    kept = {name: metrics[name] for name in names if name in metrics}
     (row_tokens,) = world.sum([sum(len(m.input_ids) for m in microbatches)])
     return kept | phases.metrics(train=row_tokens) | {"memory/peak_gib": peak_memory_gib()}
 

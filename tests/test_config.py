@@ -65,6 +65,7 @@ sampler: {_component_: rolltune.samplers.native.NativeSampler}
 
 GOLD = "_component_: rolltune.rewards.rubric.gold.GoldCheck"
 ANSWER = "{_component_: rolltune.rewards.answer.answer_reward}"
+LOSS_SCALE = "{_component_: rolltune.loss_scale.LossScale}"
 JUDGE = "{_component_: rolltune.rewards.rubric.policy_judge.PolicyJudge}"
 PAIRWISE = f"{{_component_: rolltune.rewards.rubric.pairwise.PairwiseReward, judges: [{JUDGE}]}}"
 
@@ -311,7 +312,10 @@ MISTAKES = [
         "batch.microbatch_tokens=64",
         "batch.microbatch_tokens: 64; a prompt and a completion of sampling.max_new_tokens (64)",
     ),
-    ("model.dtype=float16", "model.dtype: 'float16' is a string; one of float32, bfloat16 is wanted"),
+    ("model.dtype=float8", "model.dtype: 'float8' is a string; one of float32, bfloat16, float16 is wanted"),
+    ("model.dtype=float16", "model.master_weights: false; must be true with model.dtype float16"),
+    ("model.fp32_head=true", "model.fp32_head: true; does nothing with model.dtype float32"),
+    (f"loss_scale={LOSS_SCALE}", "loss_scale: does nothing with model.dtype float32"),
     ("model.master_weights=true", "model.master_weights: true; does nothing with model.dtype float32"),
     ("model.path=gpt2", "model.path: gpt2: no such folder; give a model folder, a Hub id"),
     ("model.path=./nowhere/model", "model.path: ./nowhere/model: no such folder"),
@@ -381,7 +385,7 @@ EVALUATE_MISTAKES = [
     ("models.1.path=./nowhere", "models[1].path: ./nowhere: no such folder"),
     ("models=[{name: x}]", "models[0].path: missing; a string is wanted"),
     ("models.1.pth=x", "models[1].pth: no such key; did you mean models[1].path?"),
-    ("dtype=float16", "dtype: 'float16' is a string; one of float32, bfloat16 is wanted"),
+    ("dtype=half", "dtype: 'half' is a string; one of float32, bfloat16, float16 is wanted"),
     ("device=gpu", "device: 'gpu' is a string; one of auto, cpu, cuda is wanted"),
     ("max_problems=0", "max_problems: 0; must be >= 1"),
     ("sampling.samples=0", "sampling.samples: 0; must be >= 1"),
@@ -477,6 +481,22 @@ def test_several_settings_that_contradict(valid: Path):
     assert "Bypass does nothing with ReinforceLoss, which has no ratio" in problems_of(valid, loss, bypass)[0]
     assert problems_of(valid, "logging.wandb=true", "logging.wandb_project=mine") == []
     assert problems_of(valid, "lr_scheduler.num_warmup_steps=11", "batch.minibatches=2") == [], "20 updates"
+
+
+def test_float16_has_a_loss_scale_and_master_weights_or_adapters(valid: Path):
+    half = ("model.dtype=float16", "model.master_weights=true", "model.fp32_head=true")
+    assert problems_of(valid, *half) == problems_of(valid, *half, f"loss_scale={LOSS_SCALE}") == []
+    assert problems_of(valid, "model.dtype=float16", "lora.rank=4", f"loss_scale={LOSS_SCALE}") == []
+    for wrong, message in (
+        ("{_component_: rolltune.losses.grpo.GRPOLoss}", "rolltune.loss_scale.LossScale is wanted"),
+        ("{_component_: rolltune.loss_scale.LossScale, initial: 1000}", "initial: 1000; must be a power of two, >= 1"),
+        ("{_component_: rolltune.loss_scale.LossScale, initial: 0.5}", "initial: 0.5; must be a power of two, >= 1"),
+        ("{_component_: rolltune.loss_scale.LossScale, initial: .inf}", "initial: inf; must be a power of two, >= 1"),
+        ("{_component_: rolltune.loss_scale.LossScale, growth_interval: 0}", "growth_interval: 0; must be >= 1"),
+        ("{_component_: rolltune.loss_scale.LossScale, growth: 2}", "loss_scale.growth: LossScale takes no such"),
+    ):
+        (found,) = problems_of(valid, *half, f"loss_scale={wrong}")
+        assert found.startswith("loss_scale.") and message in found
 
 
 def test_number_of_processes(valid: Path, monkeypatch: pytest.MonkeyPatch):
@@ -686,6 +706,7 @@ SHARED = {
     "model.path",
     "model.dtype",
     "model.master_weights",
+    "model.fp32_head",
     "model.gradient_checkpointing",
     "lora",
     "lora.rank",
@@ -707,6 +728,7 @@ SHARED = {
     "lr_scheduler",
     "num_steps",
     "max_grad_norm",
+    "loss_scale",
     "batch",
     "batch.microbatch_tokens",
     "eval",

@@ -329,7 +329,14 @@ def _check_weights(model: ModelConfig, lora: LoRAConfig | None) -> Iterator[str]
     yield from _check_dtype("model.dtype", model.dtype)
     if model.master_weights and model.dtype == "float32":
         yield "model.master_weights: true; does nothing with model.dtype float32, whose weights are fp32 already"
+    if model.fp32_head and model.dtype == "float32":
+        yield "model.fp32_head: true; does nothing with model.dtype float32, whose logits are fp32 products already"
     if lora is None:
+        if model.dtype == "float16" and not model.master_weights:
+            yield (
+                "model.master_weights: false; must be true with model.dtype float16: an update below 1/2048 of a "
+                "weight would be rounded away"
+            )
         return
     if model.master_weights:
         yield "model.master_weights: true; does nothing with lora, whose trained weights are fp32 already"
@@ -537,6 +544,8 @@ def _check_mismatch(node: Component) -> Iterator[str]:
 def _check_optimization(cfg: GRPOConfig | PrimeConfig, num_updates: int) -> Iterator[str]:
     yield from _at_least("num_steps", cfg.num_steps, 1)
     yield from _above("max_grad_norm", cfg.max_grad_norm, 0)
+    if cfg.loss_scale is not None:
+        yield from _check_loss_scale(cfg.loss_scale, cfg.model.dtype)
     yield from check_component(cfg.optimizer, "optimizer", positional=1)
     lr = cfg.optimizer.get("lr")
     if isinstance(lr, int | float):
@@ -552,6 +561,18 @@ def _check_optimization(cfg: GRPOConfig | PrimeConfig, num_updates: int) -> Iter
                 f"lr_scheduler.num_warmup_steps: {warmup}; the run has {num_updates} optimizer steps in all (num_steps"
                 f"{' x batch.num_iterations x batch.minibatches' if isinstance(cfg, GRPOConfig) else ''})"
             )
+
+
+def _check_loss_scale(node: Component, dtype: str) -> Iterator[str]:
+    from rolltune.loss_scale import LossScale
+
+    if dtype != "float16":
+        yield f"loss_scale: does nothing with model.dtype {dtype}, whose range is that of fp32; leave it out"
+        return
+    problems = check_component(node, "loss_scale") or _call_problems(node, "loss_scale")
+    yield from problems
+    if not problems and not isinstance(instantiate(node), LossScale):
+        yield f"loss_scale._component_: {node['_component_']}: rolltune.loss_scale.LossScale is wanted"
 
 
 def _check_batch(cfg: GRPOConfig, world_size: int) -> Iterator[str]:

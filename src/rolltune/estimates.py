@@ -103,6 +103,7 @@ def estimate_memory(
         "fp32 master weights": trained * 4 if model.master_weights else 0,
         "frozen reference": parameters * size if with_reference and not lora else 0,
         "activations of a micro-batch": per_token * microbatch_tokens * size,
+        "LM head in fp32": text.vocab_size * text.hidden_size * 4 if model.fp32_head else 0,
         "logits of a chunk": 3 * CHUNK_BYTES["cuda" if torch.cuda.is_available() else "cpu"],
         "keys and values while sampling": 2 * kv_width * layers * kv_tokens * size,
         "rearranged weights while sampling": parameters * size if rearranged_copy else 0,

@@ -30,10 +30,11 @@ class _SelectedLogprobs(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, support: Support | None):
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         entropy, logsumexp = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        head = weight.to(hidden.dtype)
         size = chunk_size(len(weight), weight.device.type)
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
-            z = product(hidden[part], weight).float().div_(temperature)  # [chunk, V]
+            z = product(hidden[part], head).float().div_(temperature)  # [chunk, V]
             _restrict(z, support, start)
             top = z.amax(-1, keepdim=True)
             z.sub_(top)  # in place from here on: each copy of a chunk would be the largest tensor around
@@ -57,17 +58,18 @@ class _SelectedLogprobs(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         # Chunks of a bf16 head would lose their tail if they were summed in bf16.
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        head = weight.to(hidden.dtype)
         size = chunk_size(len(weight), weight.device.type)
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
-            z = product(hidden[part], weight).float().div_(ctx.temperature)
+            z = product(hidden[part], head).float().div_(ctx.temperature)
             _restrict(z, ctx.support, start)
             # d logp[y] / dz = (onehot(y) - softmax(z)) / T
             scale = upstream[part, None] / ctx.temperature
             dz = torch.exp_(z.sub_(logsumexp[part, None])).mul_(-scale)
             dz.scatter_add_(-1, targets[part, None], scale)
-            dz = dz.to(weight.dtype)
-            d_hidden[part] = product(dz, weight.T)
+            dz = dz.to(hidden.dtype)
+            d_hidden[part] = product(dz, head.T)
             if d_weight is not None:
                 d_weight += product(dz.T, hidden[part].T)
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
@@ -92,8 +94,8 @@ def selected_logprobs(
     """Log-probs of ``targets`` under softmax(hidden @ weight.T / temperature), and that softmax's entropy.
 
     Args:
-        hidden: [N, H], float32 or bfloat16.
-        weight: [V, H], the LM head, same dtype.
+        hidden: [N, H]; matrix products are in its dtype.
+        weight: [V, H], the LM head. Of another dtype, it is converted for as long as a pass takes.
         targets: int64 [N].
         temperature: > 0, the one that was sampled with.
         support: what each target was drawn from; the softmax is over these alone. None: over the full vocabulary.

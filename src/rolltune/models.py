@@ -20,11 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from rolltune.attention import PACKED_ATTENTION
+from rolltune.fp32_head import use_fp32_head
 from rolltune.onednn import use_onednn
 
 PACKAGED = "smollm2-135m-instruct"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 if not sys.stderr.isatty():
     disable_progress_bar()  # transformers' weight-loading bars fill logs with control characters
@@ -121,8 +122,15 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
     return tokenizer
 
 
-def load_model(path: str, *, dtype: str, device: torch.device | str) -> PreTrainedModel:
-    """The causal LM at ``path`` in ``dtype``; refuses heads that :mod:`rolltune.logprobs` would not reproduce."""
+def load_model(path: str, *, dtype: str, device: torch.device | str, fp32_head: bool = False) -> PreTrainedModel:
+    """The causal LM at ``path`` in ``dtype``; refuses heads that :mod:`rolltune.logprobs` would not reproduce.
+
+    Args:
+        path: as ``model.path``; no adapter.
+        dtype: one of ``DTYPES``.
+        device: where it goes.
+        fp32_head: whether its logits are fp32 products.
+    """
     model = _from_hub(
         AutoModelForCausalLM.from_pretrained,
         resolve_model(path),
@@ -132,6 +140,8 @@ def load_model(path: str, *, dtype: str, device: torch.device | str) -> PreTrain
     check_head(model, path)
     if not model._supports_attention_backend:
         raise ValueError(f"model.path: {path}: {type(model).__name__} cannot take packed attention")
+    if fp32_head:
+        use_fp32_head(model)
     use_onednn(model)
     return model.to(device)  # pyright: ignore[reportArgumentType]  transformers wraps it in a type of its own
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rolltune.attention import packed_layout
+from rolltune.fp32_head import FP32Head
 from rolltune.logprobs import selected_logprobs
 from rolltune.models import adapter_base, load_model, resolve_model
 from rolltune.schema import LoRAConfig, ModelConfig
@@ -118,9 +120,10 @@ def packed_logprobs(model: PreTrainedModel, microbatch: MicroBatch, *, temperatu
     ).last_hidden_state[0]  # [T, H]
     head = model.get_output_embeddings()
     assert isinstance(head, torch.nn.Linear)
-    return selected_logprobs(
-        hidden[microbatch.predictors], head.weight, microbatch.targets, temperature, microbatch.support
-    )
+    hidden = hidden[microbatch.predictors]
+    if isinstance(head, FP32Head):
+        hidden = hidden.float()
+    return selected_logprobs(hidden, head.weight, microbatch.targets, temperature, microbatch.support)
 
 
 def build_policy(
@@ -150,14 +153,15 @@ def build_policy(
             f"lora: {config.path} is a LoRA adapter; give a `lora:` section with its rank to go on training it"
         )
     trained = str(resume_from) if resume_from else start
+    load = partial(load_model, dtype=config.dtype, device=device, fp32_head=config.fp32_head)
     if lora is None:
-        model = load_model(trained, dtype=config.dtype, device=device)
-        reference = load_model(start, dtype=config.dtype, device=device) if with_reference else None
+        model = load(trained)
+        reference = load(start) if with_reference else None
         if reference is not None:
             reference.requires_grad_(False).eval()
     else:
         reference = None
-        model = load_model(base or start, dtype=config.dtype, device=device)
+        model = load(base or start)
         if base is not None or resume_from is not None:
             model = PeftModel.from_pretrained(model, trained, is_trainable=True)
             _check_rank(model, lora, config.path)

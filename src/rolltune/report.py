@@ -78,17 +78,19 @@ def _centred(values: Sequence[float]) -> list[float]:
 
 
 def update_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """One step's optimizer steps as one row: extremes of extremes, the last learning rate, means of the rest."""
-    taken = [update for update in updates if update]
-    metrics: dict[str, float] = {"updates": float(len(taken))}
-    for name in sorted({name for update in taken for name in update}):
-        seen = [update[name] for update in taken if name in update]
+    """One step's updates as one row: extremes of extremes, the last rate and loss scale, means of the rest.
+
+    "updates" are those that stepped the weights.
+    """
+    metrics = {"updates": sum(1.0 - update.get("skipped_step", 0.0) for update in updates if update)}
+    for name in sorted({name for update in updates for name in update}):
+        seen = [update[name] for update in updates if name in update]
         if name.endswith(("/max", "/max_abs")):
             metrics[name] = max(seen)
         elif name.endswith("/min"):
             metrics[name] = min(seen)
         else:
-            metrics[name] = seen[-1] if name == "lr" else statistics.fmean(seen)
+            metrics[name] = seen[-1] if name in ("lr", "loss_scale") else statistics.fmean(seen)
     return metrics
 
 

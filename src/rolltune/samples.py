@@ -262,11 +262,13 @@ def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def load_for_sampling(path: str, *, dtype: str, device: torch.device) -> PreTrainedModel | PeftModel:
+def load_for_sampling(
+    path: str, *, dtype: str, device: torch.device, fp32_head: bool = False
+) -> PreTrainedModel | PeftModel:
     """A full model, or an adapter on its base, in eval mode and without gradients."""
     source = resolve_model(path)
     base = adapter_base(source)
-    model = load_model(base or source, dtype=dtype, device=device)
+    model = load_model(base or source, dtype=dtype, device=device, fp32_head=fp32_head)
     if base is not None:
         model = PeftModel.from_pretrained(model, source)
     return model.requires_grad_(False).eval()

@@ -26,8 +26,9 @@ class ModelConfig:
     """The policy's weights: where they come from, and the precision they are held in."""
 
     path: str = MISSING  # a Hub id, a local folder, or "smollm2-135m-instruct" (packaged, needs no network)
-    dtype: str = "float32"  # float32 or bfloat16: weights and matrix products; log-softmax and losses are always fp32
-    master_weights: bool = False  # with bfloat16: the optimizer steps an fp32 copy, so that small updates are not lost
+    dtype: str = "float32"  # float32, bfloat16 or float16: weights, products; log-softmax and losses are always fp32
+    master_weights: bool = False  # the optimizer steps an fp32 copy, so that small updates stay; float16 needs it
+    fp32_head: bool = False  # with bfloat16 or float16: fp32 logits, in the trainer and the sampler
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, about 1/3 more time
 
 
@@ -145,6 +146,7 @@ class GRPOConfig:
     lr_scheduler: Component | None = None  # called with (optimizer, num_training_steps=...); null: a constant rate
     num_steps: int = MISSING
     max_grad_norm: float = 1.0
+    loss_scale: Component | None = None  # with float16: rolltune.loss_scale.LossScale; null: that, with its defaults
     batch: BatchConfig = field(default_factory=BatchConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -175,6 +177,7 @@ class PrimeConfig:
     lr_scheduler: Component | None = None  # called with (optimizer, num_training_steps=...); null: a constant rate
     num_steps: int = MISSING
     max_grad_norm: float = 1.0
+    loss_scale: Component | None = None  # with float16: rolltune.loss_scale.LossScale; null: that, with its defaults
     batch: PrimeBatchConfig = field(default_factory=PrimeBatchConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -259,7 +262,7 @@ class ServeConfig:
     model: str = MISSING  # a Hub id, a local folder with a full model, or "smollm2-135m-instruct"
     name: str = "judge"  # what clients call the model
     port: int = 8123  # on 127.0.0.1, for programs of this machine alone
-    dtype: str = "bfloat16"  # float32 or bfloat16
+    dtype: str = "bfloat16"  # float32, bfloat16 or float16
     max_model_len: int = 4096  # tokens of a prompt and its reply
     max_num_seqs: int = 32  # requests that are worked on at once; others wait
     kv_cache_gib: float = 1.0  # memory for the keys and values of all of them
@@ -300,7 +303,7 @@ class EvaluateConfig:
     device: str = "auto"
     dry_run: bool = False
     models: list[EvaluatedModel] = field(default_factory=list)  # [{name: ..., path: ...}]; the first is the baseline
-    dtype: str = "float32"  # float32 or bfloat16
+    dtype: str = "float32"  # float32, bfloat16 or float16
     data: Component = MISSING
     max_problems: int | None = None  # null: all of them
     prompt: PromptConfig = field(default_factory=PromptConfig)

@@ -11,16 +11,17 @@ from torch import Tensor
 
 from rolltune.corrections import Bypass, Correction
 from rolltune.distributed import World
+from rolltune.loss_scale import LossScale
 from rolltune.mismatch import MismatchLimit, MismatchMeter
 from rolltune.policy import Policy
 from rolltune.types import Loss, LossInputs, LossTotals, MicroBatch
 
 
 class MasterWeights:
-    """fp32 copies that the optimizer steps, for parameters held in bf16.
+    """fp32 copies that the optimizer steps, for parameters held in bf16 or fp16.
 
-    bf16 has 8 bits of mantissa: an update below 1/256 of a weight is rounded away. The copies keep it.
-    Without bf16 parameters this is a pass-through of the parameters themselves.
+    bf16 has 8 bits of mantissa: an update below 1/256 of a weight is rounded away (1/2048 in fp16). The copies keep it.
+    Where it is not enabled this is a pass-through of the parameters themselves.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], *, enabled: bool):
@@ -54,36 +55,61 @@ class MasterWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
-    """What a step steps with: the optimizer over the master weights, its schedule, and the clip norm."""
+    """What a step steps with: the optimizer over the master weights, its schedule, the clip norm, the loss's scale."""
 
     weights: MasterWeights
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler | None
     max_grad_norm: float
+    loss_scale: LossScale | None = None
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of the scaled loss to those that are there."""
+        (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
 
     def step(self, world: World) -> dict[str, float]:
-        """Sum gradients over ranks, clip, step. A gradient that is not finite raises: nothing was written yet."""
-        world.sum_gradients(self.weights.parameters)
+        """Sum gradients over ranks, unscale, clip, step.
+
+        Where a gradient is not finite nothing is written. A loss scale above 1 is halved then, and the step skipped:
+        optimizer and schedule stay as they were. Sums are the same on all ranks, and so is the verdict.
+
+        Returns:
+            "lr"; "grad_norm", before clipping, if the step was taken; with a loss scale "loss_scale", by which the
+            gradients were scaled, and "skipped_step", 1 or 0.
+
+        Raises:
+            FloatingPointError: a gradient is not finite, and no scale is to blame.
+        """
         self.weights.take_gradients()
+        world.sum_gradients(self.weights.masters)  # in fp32, where the weights are held in less
+        metrics = {"lr": self.optimizer.param_groups[0]["lr"]}
+        if self.loss_scale is not None:
+            metrics |= {"loss_scale": self.loss_scale.value, "skipped_step": 0.0}
+            self.loss_scale.unscale(self.weights.masters)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.weights.masters, self.max_grad_norm).item()
         if not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"the gradient norm is {grad_norm}: the weights were left as they were; "
-                "lower optimizer.lr or look at the ratio curves"
-            )
-        lr = self.optimizer.param_groups[0]["lr"]
+            if self.loss_scale is None or not self.loss_scale.shrink():
+                raise FloatingPointError(
+                    f"the gradient norm is {grad_norm}: the weights were left as they were; "
+                    "lower optimizer.lr or look at the ratio curves"
+                )
+            self.optimizer.zero_grad(set_to_none=True)
+            return metrics | {"skipped_step": 1.0}
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
             self.scheduler.step()
         self.weights.write_back()
-        return {"grad_norm": grad_norm, "lr": lr}
+        if self.loss_scale is not None:
+            self.loss_scale.grow()
+        return metrics | {"grad_norm": grad_norm}
 
     def state_dict(self) -> dict:
         return {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "masters": self.weights.state_dict(),
+            "loss_scale": self.loss_scale.state_dict() if self.loss_scale else None,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -91,6 +117,8 @@ class Optimization:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.weights.load_state_dict(state["masters"])
+        if self.loss_scale is not None:
+            self.loss_scale.load_state_dict(state["loss_scale"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,11 +167,11 @@ def update_policy(
     """One optimizer step on ``rows``.
 
     Args:
-        policy: its ``version`` goes up by one.
+        policy: its ``version`` goes up by one, unless the step is skipped.
         rows: this rank's; may be empty where other ranks have some.
         loss_fn: called once a row.
         totals: global denominators, the same on every rank.
-        optimization: optimizer, schedule and clip norm.
+        optimization: optimizer, schedule, clip norm and loss scale.
         world: gradients and metrics are summed over it.
         temperature: the one that was sampled with.
         correction: of sampler/trainer mismatch; None: the weights are 1.
@@ -166,7 +194,7 @@ def update_policy(
         meter.add(logprobs if row.old_logprobs is None else row.old_logprobs, row.microbatch)
         inputs = loss_inputs(logprobs, row, correction)
         loss, metrics = loss_fn(inputs, totals)
-        loss.backward()
+        optimization.backward(loss)
         ratio = torch.exp(logprobs.detach() - inputs.old_logprobs)
         if inputs.importance_weights is not None:
             metrics["correction/weight"] = inputs.importance_weights.sum()
@@ -195,7 +223,8 @@ def update_policy(
     if limit is not None:
         limit.check(mismatch)
     step_metrics = optimization.step(world)
-    policy.version += 1
+    if not step_metrics.get("skipped_step"):
+        policy.version += 1
     # The loss is divided by the step's totals already. The rest are means over the tokens in the rows, which are fewer
     # than the totals where completions without an advantage were left out.
     means = {name: value / tokens for name, value in reduced.items() if name != "loss"}

@@ -28,6 +28,9 @@ from rolltune.samplers.onednn_linear import onednn_linears
 from rolltune.samplers.rows import Batch, EndOfText, PromptState, RowState
 from rolltune.types import Completion, SampleRequest, SamplingParams
 
+# Relative error of a few logits against the model's own: far above rounding, far below attention that went wrong.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1 / 8, torch.bfloat16: 0.1}
+
 
 class NativeSampler:
     """Samples from a transformers causal LM, be it under training or wrapped by peft.
@@ -248,7 +251,7 @@ class NativeSampler:
                 expected = self._forward([ids], [list(range(len(ids)))], use_cache=False).float()
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"sampler: {name} cannot be sampled from with a shared prompt cache: {error}") from error
-        tolerance = 1e-3 if self._causal_lm.dtype == torch.float32 else 0.1
+        tolerance = TOLERANCE[self._causal_lm.dtype]
         error = ((logits - expected).norm() / expected.norm()).item()
         if not error <= tolerance:
             raise ValueError(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rolltune import onednn
+from rolltune.fp32_head import FP32Head
 
 
 @contextmanager
@@ -33,6 +34,8 @@ def onednn_linears(model: nn.Module, *, pack: bool) -> Iterator[None]:
     try:
         for linear in linears:
             weight = linear.weight.detach()
+            if isinstance(linear, FP32Head):
+                weight = weight.float()  # once, not in every step
             if pack:
                 weight = torch.ops.mkldnn._reorder_linear_weight(weight)
             # Not an assignment, which pyright forbids.
@@ -49,16 +52,17 @@ def _is_plain(linear: nn.Linear) -> bool:
     # A subclass, or an instance with a forward of its own (a hook of accelerate), may do more than a product.
     forward = linear.__dict__.get("forward")
     return (
-        type(linear) is nn.Linear
+        type(linear) in (nn.Linear, FP32Head)
         and (forward is None or getattr(forward, "func", None) is onednn.linear)
         and linear.weight.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
         and (
-            linear.weight.dtype == torch.float32
+            isinstance(linear, FP32Head)
+            or linear.weight.dtype == torch.float32
             or (linear.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
         )
     )
 
 
 def _forward(x: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, "none", [], "")
