@@ -104,6 +104,12 @@ def test_bfloat16_and_its_master_weights(memory):
     )
 
 
+def test_float16_is_as_large_as_bfloat16_and_an_fp32_head_comes_on_top(memory):
+    half = memory(dtype="bfloat16", master_weights=True)
+    assert memory(dtype="float16", master_weights=True) == half
+    assert memory(dtype="float16", master_weights=True, fp32_head=True) == half | {"LM head in fp32": 4 * 260 * 32}
+
+
 def test_lora_trains_fp32_adapters_and_has_its_reference_for_nothing(memory):
     lora = LoRAConfig(rank=4)
     assert memory(lora, dtype="bfloat16", with_reference=True) == pytest.approx(

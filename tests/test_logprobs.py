@@ -78,6 +78,22 @@ def test_bfloat16_gradient_of_the_head_is_summed_in_fp32(inputs, monkeypatch):
     assert relative < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fp32_hidden_states_make_the_products_fp32(inputs, chunks, dtype):
+    """Forward and backward are to the last bit those of an fp32 weight; its gradient alone is rounded, at the end."""
+    hidden, weight, targets = inputs
+    low, exact = (weight.to(dtype).to(kind).requires_grad_() for kind in (dtype, torch.float32))
+    seen = []
+    for head in (low, exact):
+        h = hidden.clone().requires_grad_()
+        logp, entropy = selected_logprobs(h, head, targets, 0.8)
+        logp.sum().backward()
+        seen.append((logp.detach(), entropy, h.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    assert low.grad is not None and exact.grad is not None
+    assert low.grad.dtype == dtype and torch.equal(low.grad, exact.grad.to(dtype))
+
+
 def test_logits_never_exist_whole():
     """The largest tensor on the way is a chunk: the size of the vocabulary does not change it."""
     for vocab in (1_000, 49_152, 128_256, 256_000):

@@ -257,7 +257,7 @@ def test_a_tokenizer_without_template_or_eos(tiny_llama, tokenizer, tmp_path):
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_loads_in_the_precision_that_is_asked_for(tiny_llama, dtype):
     model = load_model(str(tiny_llama), dtype=dtype, device="cpu")
     assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}

@@ -148,6 +148,23 @@ def test_several_updates_as_one_row():
     assert update_metrics([{}, {}]) == update_metrics([]) == {"updates": 0.0}
 
 
+def test_a_skipped_update_has_no_gradient_norm_and_is_not_counted():
+    updates = [
+        {"loss": 1.0, "loss_scale": 4.0, "skipped_step": 1.0, "lr": 0.1},
+        {},
+        {"loss": 2.0, "loss_scale": 2.0, "skipped_step": 0.0, "lr": 0.1, "grad_norm": 3.0},
+    ]
+    assert update_metrics(updates) == {
+        "updates": 1.0,
+        "loss": 1.5,
+        "loss_scale": 2.0,
+        "skipped_step": 0.5,
+        "lr": 0.1,
+        "grad_norm": 3.0,
+    }
+    assert update_metrics(updates[:1])["updates"] == 0.0
+
+
 def test_live_line():
     metrics = {"reward/mean": 0.5, "kl": 0.0, "heldout/score": 0.25, "reward/std": 1.0, "lr": 1.0}
     assert live_line(metrics) == {"reward": 0.5, "kl": 0.0, "held-out": 0.25}

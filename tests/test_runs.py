@@ -16,6 +16,7 @@ from rolltune.components import ConfigError
 from rolltune.config import RunStopped
 from rolltune.data.dataset import Dataset, ProblemStream
 from rolltune.distributed import World
+from rolltune.fp32_head import FP32Head
 from rolltune.policy import build_policy
 from rolltune.rollout import Rollout
 from rolltune.schema import (
@@ -282,6 +283,37 @@ def test_the_optimizer_steps_the_parameters_or_their_fp32_copies(policy, tmp_pat
     cfg.model.master_weights = True
     copies = runs.build_optimization(cfg, policy("bfloat16"), num_updates=3).optimizer.param_groups[0]["params"]
     assert {p.dtype for p in copies} == {torch.float32}
+
+
+def test_float16_has_a_loss_scale_and_nothing_else_has(policy, tmp_path):
+    cfg = make_config(tmp_path)
+    for dtype in ("float32", "bfloat16"):
+        cfg.model.dtype = dtype
+        assert runs.build_optimization(cfg, policy(dtype), num_updates=3).loss_scale is None
+    cfg.model = ModelConfig(path="org/name", dtype="float16", master_weights=True)
+    scale = runs.build_optimization(cfg, policy("float16"), num_updates=3).loss_scale
+    assert scale is not None and (scale.value, scale.growth_interval) == (2.0**16, 400)
+    cfg.loss_scale = {"_component_": "rolltune.loss_scale.LossScale", "initial": 8, "growth_interval": 5}
+    scale = runs.build_optimization(cfg, policy("float16"), num_updates=3).loss_scale
+    assert scale is not None and (scale.value, scale.growth_interval) == (8.0, 5)
+
+
+def test_float16_on_a_cpu_is_warned_of_once(tmp_path, capsys):
+    start(make_config(tmp_path / "a", model=ModelConfig(path="org/name", dtype="float16", master_weights=True)))
+    assert capsys.readouterr().out.startswith("float16 is slow on a CPU without a unit for it")
+    start(make_config(tmp_path / "b", model=ModelConfig(path="org/name", dtype="bfloat16")))
+    cuda = dataclasses.replace(ALONE, device=torch.device("cuda"))
+    runs.warn_of_slow_dtype("float16", cuda)
+    runs.warn_of_slow_dtype("float16", dataclasses.replace(ALONE, rank=1))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_starting_sampler_has_the_head_of_the_policy(tiny_llama, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "instantiate", lambda node, model, tokenizer: model)
+    for fp32_head, kind in ((False, torch.nn.Linear), (True, FP32Head)):
+        model = ModelConfig(path=str(tiny_llama), dtype="bfloat16", fp32_head=fp32_head)
+        sampled = runs.starting_sampler(make_config(tmp_path, model=model), tokenizer, ALONE)
+        assert type(sampled.get_output_embeddings()) is kind  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_the_schedule_knows_the_number_of_updates(policy, tmp_path):

@@ -139,7 +139,7 @@ def test_log_probs_that_are_not_numbers(policy, group, tokenizer):
     assert failed(run(policy, nan, tokenizer=tokenizer)) == {RATIO}
 
 
-def test_bfloat16_is_given_room_for_its_rounding_and_no_more(policy, group, tokenizer):
+def test_half_precision_is_given_room_for_its_rounding_and_no_more(policy, group, tokenizer):
     def off_by(gap):
         return with_completions(
             group, lambda c: dataclasses.replace(c, logprobs=tuple(logprob + gap for logprob in c.logprobs))
@@ -148,6 +148,8 @@ def test_bfloat16_is_given_room_for_its_rounding_and_no_more(policy, group, toke
     assert failed(run(policy, off_by(0.04), tokenizer=tokenizer)) == {RATIO}
     assert failed(run(policy, off_by(0.04), tokenizer=tokenizer, dtype="bfloat16")) == set()
     assert failed(run(policy, off_by(0.06), tokenizer=tokenizer, dtype="bfloat16")) == {RATIO}
+    assert failed(run(policy, off_by(0.006), tokenizer=tokenizer, dtype="float16")) == set()
+    assert failed(run(policy, off_by(0.007), tokenizer=tokenizer, dtype="float16")) == {RATIO}
 
 
 def test_eos_dropped_where_completions_become_training_sequences(policy, group, tokenizer, monkeypatch):

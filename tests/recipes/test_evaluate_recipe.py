@@ -188,6 +188,11 @@ def test_the_samples_are_those_of_the_sampler(evaluate, tmp_path: Path, models: 
     assert len({turn["text"] for turn in row["samples"]}) > 1
 
 
+def test_float16(evaluate, tmp_path: Path):
+    evaluate(dtype="float16")
+    assert len(sampled(tmp_path / "out", "rl")) == 7
+
+
 def test_a_model_beside_itself_differs_in_nothing(evaluate, models: list[Path]):
     found = evaluate(models=[{"name": name, "path": str(models[0])} for name in ("one", "two")])
     one, two = found["models"].values()

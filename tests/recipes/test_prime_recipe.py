@@ -110,6 +110,30 @@ def test_the_loss_falls_and_the_best_loads_anywhere(run_prime):
     assert json.loads((output_dir / "best/../state.json").read_text())["best_score"] == -best
 
 
+def test_float16(run_prime, tiny_llama):
+    """The loss's scale is halved until gradients fit, and until then the weights stay; then the loss falls."""
+    rows = read_rows(
+        run_prime(
+            model={"path": str(tiny_llama), "dtype": "float16", "master_weights": True},
+            loss_scale={"_component_": "rolltune.loss_scale.LossScale", "initial": 2.0**19},
+            eval={"every_n_steps": 1, "max_problems": 4},
+        )
+    )
+    assert [(row["loss_scale"], row["skipped_step"]) for row in rows[1:]] == [
+        (2.0**19, 1.0),
+        (2.0**18, 1.0),
+        (2.0**17, 0.0),
+        (2.0**17, 0.0),
+    ]
+    assert ["grad_norm" in row for row in rows[1:]] == [False, False, True, True]
+    heldout = [row["heldout/loss"] for row in rows]
+    exact = plain_loss(
+        AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama), sums(**HELDOUT)
+    )
+    assert heldout[0] == pytest.approx(exact, rel=1e-4)
+    assert heldout[0] == heldout[1] == heldout[2] > 1.2 * heldout[3] > 1.3 * heldout[4]
+
+
 def test_best_is_the_lowest_held_out_loss_not_the_last(run_prime):
     """A rate at which training blows up."""
     output_dir = run_prime(

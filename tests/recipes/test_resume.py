@@ -25,9 +25,16 @@ def start(config: Path, *overrides: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8.0, "dropout": 0.1}], ids=["full", "lora"])
-def test_sigkill_at_random_moments(tiny_llama, tmp_path, reward_module, lora):
-    options = {"num_steps": 40, "lora": lora, "eval": {"every_n_steps": 10, "max_problems": 4}}
+@pytest.mark.parametrize("kind", ["full", "lora", "fp16"])
+def test_sigkill_at_random_moments(tiny_llama, tmp_path, reward_module, kind):
+    options = {"num_steps": 40, "eval": {"every_n_steps": 10, "max_problems": 4}} | {
+        "full": {},
+        "lora": {"lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1}},
+        "fp16": {
+            "model": {"path": str(tiny_llama), "dtype": "float16", "master_weights": True},
+            "loss_scale": {"_component_": "rolltune.loss_scale.LossScale", "initial": 2.0**20, "growth_interval": 5},
+        },
+    }[kind]
     configs = {}
     for name in ("whole", "killed"):
         configs[name] = tmp_path / f"{name}.yaml"

@@ -152,7 +152,7 @@ def test_nucleus_equals_the_one_found_by_sorting(monkeypatch, top_p: float, spre
         torch.testing.assert_close(got.double(), expected, atol=1e-7, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
 def test_logprobs_are_those_of_the_tempered_softmax(temperature: float, dtype: torch.dtype):
     generator = torch.Generator().manual_seed(0)
