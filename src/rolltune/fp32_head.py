@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 class FP32Head(nn.Linear):
     """``x.float() @ weight.float().T``, without a bias; the weight stays what it is, tied or not."""
 
-    def __init__(self, weight: nn.Parameter):
+    def __init__(self, weight: Tensor):
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
         self.weight = weight
 

@@ -38,7 +38,7 @@ def test_sigkill_at_random_moments(tiny_llama, tmp_path, reward_module, kind):
     configs = {}
     for name in ("whole", "killed"):
         configs[name] = tmp_path / f"{name}.yaml"
-        configs[name].write_text(yaml.safe_dump(tiny_grpo(tiny_llama, tmp_path / name, **options)))
+        configs[name].write_text(yaml.safe_dump(tiny_grpo(tiny_llama, tmp_path / name) | options))
     assert start(configs["whole"]).wait() == 0
 
     # A step takes a few hundredths of a second: wait for the run to move, then kill it at a moment of no meaning.
