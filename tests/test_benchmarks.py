@@ -123,3 +123,15 @@ def test_table_row(bench: ModuleType) -> None:
     row = bench.table_row(3, run_of(bench, "TRL, 8 a pass, checkpointing off", 4.0, 8.0, 100.0, peak=1.5))
     assert row.split()[-6:] == ["64", "64", "8.00", "2.00", "6.00", "1.50"]
     assert len(row) == len(bench.HEADER)
+
+
+def test_the_mismatch_by_precision_is_a_table(tiny_llama: Path) -> None:
+    script = SCRIPT.with_name("mismatch_by_precision.py")
+    sizes = ("--prompts", "1", "--completions", "2", "--tokens", "4")
+    done = subprocess.run(
+        [sys.executable, str(script), "--model", str(tiny_llama), *sizes], capture_output=True, text=True, check=True
+    )
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
+    table = dict(((row[0], row[1]), float(row[3])) for row in cells if row[0] in ("float32", "bfloat16", "float16"))
+    assert len(table) == 5 and table["float32", "float32"] < 1e-5
+    assert table["float16", "float16"] < table["bfloat16", "bfloat16"]
