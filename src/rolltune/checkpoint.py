@@ -1,7 +1,7 @@
 """Atomic checkpoints and exact resume.
 
     <output_dir>/checkpoints/step_000010/policy/     Hugging Face format, loads in plain transformers or peft
-    <output_dir>/checkpoints/step_000010/trainer.pt  optimizer, schedule, master weights
+    <output_dir>/checkpoints/step_000010/trainer.pt  optimizer, schedule, master weights, loss scale
     <output_dir>/checkpoints/step_000010/state.json  step, data cursor, best accuracy
     <output_dir>/best -> checkpoints/step_000010/policy
 
