@@ -162,15 +162,17 @@ def dry_run(cfg: GRPOConfig) -> None:
         f"256); {rows} completions a step, {rows * cfg.sampling.max_new_tokens} sampled tokens a step at most, "
         f"{cfg.num_steps * rows * cfg.sampling.max_new_tokens} in all"
     )
+    engine = estimates.engine_memory(cfg.model, cfg.sampler)
+    kv_tokens = min(rows, cfg.sampler.get("max_rows", 64)) * (cfg.sampling.max_new_tokens + longest // 2)
     parts = estimates.estimate_memory(
         cfg.model,
         cfg.lora,
         microbatch_tokens=cfg.batch.microbatch_tokens,
-        kv_tokens=min(rows, cfg.sampler.get("max_rows", 64)) * (cfg.sampling.max_new_tokens + longest // 2),
+        kv_tokens=kv_tokens if engine is None else 0,
         with_reference=instantiate(cfg.loss).kl_coef > 0,
-        rearranged_copy=cfg.sampler.get("pack_weights", True) and not torch.cuda.is_available(),
+        rearranged_copy=engine is None and cfg.sampler.get("pack_weights", True) and not torch.cuda.is_available(),
     )
-    estimates.print_memory(parts, console)
+    estimates.print_memory(parts | (engine or {}), console)
     console.print("dry run: everything resolves; nothing was loaded, nothing was written")
 
 

@@ -9,8 +9,17 @@ from transformers import AutoConfig, GPTNeoXConfig, LlamaForCausalLM
 
 from rolltune import estimates
 from rolltune.components import ConfigError
-from rolltune.estimates import GIB, check_context, check_examples, count_parameters, estimate_memory, print_memory
+from rolltune.estimates import (
+    GIB,
+    check_context,
+    check_examples,
+    count_parameters,
+    engine_memory,
+    estimate_memory,
+    print_memory,
+)
 from rolltune.logprobs import chunk_size
+from rolltune.models import load_config
 from rolltune.policy import build_policy
 from rolltune.schema import LoRAConfig, ModelConfig
 
@@ -182,3 +191,16 @@ def test_context(tiny_llama, monkeypatch):
 
     monkeypatch.setattr(estimates, "load_config", lambda path: Endless())
     check_context(model, prompt_tokens=10**9, max_new_tokens=1)
+
+
+def test_vllm_in_the_process_has_weights_of_its_own(tiny_llama):
+    model = ModelConfig(path=str(tiny_llama), dtype="float32")
+    node = {"_component_": "rolltune.samplers.vllm.colocated", "kv_cache_gib": 2.0}
+    parameters, _ = count_parameters(load_config(str(tiny_llama)))
+    for dtype, size in ((None, 4), ("bfloat16", 2)):
+        assert engine_memory(model, node | {"dtype": dtype}) == {
+            "vLLM's weights while sampling": parameters * size / GIB,
+            "vLLM's keys and values while sampling": 2.0,
+        }
+    assert engine_memory(model, {"_component_": "rolltune.samplers.vllm.served"}) == {}
+    assert engine_memory(model, {"_component_": "rolltune.samplers.native.NativeSampler"}) is None

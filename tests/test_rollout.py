@@ -10,7 +10,8 @@ from thread_world import on_ranks
 
 from rolltune.data.dataset import Dataset, ProblemStream
 from rolltune.distributed import World
-from rolltune.rollout import collect, has_signal, is_trainable, sample_groups
+from rolltune.rollout import Rollout, check_versions, collect, has_signal, is_trainable, sample_groups
+from rolltune.samplers import SyncError
 from rolltune.types import Completion, Group, Problem, Prompt, SamplingParams, Score
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -27,6 +28,29 @@ def make_group(name: str, totals: list[float | None]) -> Group:
         ),
         scores=tuple(Score(total=total) for total in totals),
     )
+
+
+# --- versions ---------------------------------------------------------------------------------------------------------
+
+
+def test_completions_of_other_weights_are_refused_on_all_ranks():
+    group = make_group("a", [0.0, 1.0, 2.0])
+
+    def check(world: World, versions: tuple[int, ...]) -> str | None:
+        mine = versions if world.rank == 1 else (4, 4, 4)
+        completions = tuple(replace(c, policy_version=v) for c, v in zip(group.completions, mine, strict=True))
+        written = replace(group, completions=completions)
+        try:
+            check_versions(Rollout(sampled=[written], kept={}, num_kept=0, cursor=1), 4, world)
+        except SyncError as error:
+            return str(error)
+
+    assert on_ranks(2, lambda world: check(world, (4, 4, 4))) == [None, None]
+    said = (
+        "3 completions were not written by the policy's weights, which are of version 4: 2 by version -1, 1 by version 3 "
+        "(-1: of another run, or of several versions)"
+    )
+    assert on_ranks(2, lambda world: check(world, (-1, 3, -1))) == [said] * 2
 
 
 # --- sample_groups ----------------------------------------------------------------------------------------------------

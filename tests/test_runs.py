@@ -309,11 +309,18 @@ def test_float16_on_a_cpu_is_warned_of_once(tmp_path, capsys):
 
 
 def test_a_starting_sampler_has_the_head_of_the_policy(tiny_llama, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "instantiate", lambda node, model, tokenizer: model)
+    class Sampler:
+        def __init__(self, model):
+            self.model, self.version = model, None
+
+        def sync(self, version):
+            self.version = version
+
+    monkeypatch.setattr(runs, "instantiate", lambda node, model, tokenizer: Sampler(model))
     for fp32_head, kind in ((False, torch.nn.Linear), (True, FP32Head)):
         model = ModelConfig(path=str(tiny_llama), dtype="bfloat16", fp32_head=fp32_head)
         sampled = runs.starting_sampler(make_config(tmp_path, model=model), tokenizer, ALONE)
-        assert type(sampled.get_output_embeddings()) is kind  # pyright: ignore[reportAttributeAccessIssue]
+        assert type(sampled.model.get_output_embeddings()) is kind and sampled.version == 0  # pyright: ignore
 
 
 def test_the_schedule_knows_the_number_of_updates(policy, tmp_path):

@@ -308,6 +308,15 @@ def test_vllm_is_missing_or_another_version(tiny_llama, tmp_path, monkeypatch):
         assert command[-2:] == ["--seed", "3"] and str(2**29) in command
 
 
+def test_a_server_that_takes_weights_loads_none_and_opens_its_routes(tiny_llama):
+    settings = {"name": "j", "port": 1, "dtype": "float32", "max_model_len": 8, "max_num_seqs": 1, "kv_cache_gib": 0.5}
+    plain = serving.command_line(str(tiny_llama), **settings)
+    for transfer, backend in serving.TRANSFERS.items():
+        extra = serving.command_line(str(tiny_llama), takes_weights=transfer, **settings)[len(plain) :]
+        assert extra[:4] == ["--load-format", "dummy", "--weight-transfer-config", f'{{"backend": "{backend}"}}']
+        assert "processed_logprobs" in extra
+
+
 def test_the_supported_version_is_the_projects():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     major, minor = map(int, serving.SUPPORTED.split("."))
@@ -430,13 +439,14 @@ def test_checks(tiny_llama, tmp_path):
         max_model_len=0,
         max_num_seqs=0,
         kv_cache_gib=0.0,
+        takes_weights="yes",
         start_seconds=0.0,
         command=["no-such-program"],
     )
     keys = [problem.split(":")[0] for problem in check_config(wrong)]
     assert keys == [
-        *("model", "dtype", "name", "port", "max_model_len", "max_num_seqs", "kv_cache_gib", "start_seconds"),
-        "command[0]",
+        *("model", "dtype", "name", "port", "max_model_len", "max_num_seqs", "kv_cache_gib", "takes_weights"),
+        *("start_seconds", "command[0]"),
     ]
     (tmp_path / "wrong.yaml").write_text(f"output_dir: {tmp_path}\nmodel: {tiny_llama}\noptions: --seed\n")
     with pytest.raises(ConfigError, match="options: '--seed' is a string; a list of strings is wanted"):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from rolltune.components import ConfigError
 from rolltune.logprobs import CHUNK_BYTES
 from rolltune.models import DTYPES, load_config
-from rolltune.schema import LoRAConfig, ModelConfig
+from rolltune.schema import Component, LoRAConfig, ModelConfig
 
 GIB = 2**30
 
@@ -109,6 +109,26 @@ def estimate_memory(
         "rearranged weights while sampling": parameters * size if rearranged_copy else 0,
     }
     return {name: value / GIB for name, value in parts.items() if value}
+
+
+def engine_memory(model: ModelConfig, sampler: Component) -> dict[str, float] | None:
+    """GiB that vLLM takes in the training process; empty where it is in others, None where the sampler is another.
+
+    Args:
+        model: the policy.
+        sampler: of the config.
+    """
+    path = "rolltune.samplers.vllm."
+    if not sampler["_component_"].startswith(path):
+        return None
+    if sampler["_component_"] != f"{path}colocated":
+        return {}
+    parameters, _ = count_parameters(load_config(model.path))
+    size = torch.finfo(DTYPES[sampler.get("dtype") or model.dtype]).bits // 8
+    return {
+        "vLLM's weights while sampling": parameters * size / GIB,
+        "vLLM's keys and values while sampling": float(sampler.get("kv_cache_gib", 4.0)),
+    }
 
 
 def print_memory(parts: dict[str, float], console: Console) -> None:
