@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -125,13 +127,21 @@ def test_table_row(bench: ModuleType) -> None:
     assert len(row) == len(bench.HEADER)
 
 
-def test_the_mismatch_by_precision_is_a_table(tiny_llama: Path) -> None:
-    script = SCRIPT.with_name("mismatch_by_precision.py")
-    sizes = ("--prompts", "1", "--completions", "2", "--tokens", "4")
+@pytest.mark.slow
+def test_the_mismatch_grid_is_a_table_and_a_picture(make_tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    """Of the real engine and the native sampler, in every precision."""
+    model, picture = make_tiny_llama(tmp_path / "model", hidden_size=128), tmp_path / "grid.png"
+    arguments = ("--prompts", "2", "--completions", "2", "--tokens", "16", "--picture", str(picture))
     done = subprocess.run(
-        [sys.executable, str(script), "--model", str(tiny_llama), *sizes], capture_output=True, text=True, check=True
+        [sys.executable, str(SCRIPT.with_name("mismatch_grid.py")), "--model", str(model), *arguments],
+        capture_output=True,
+        text=True,
     )
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
-    table = dict(((row[0], row[1]), float(row[3])) for row in cells if row[0] in ("float32", "bfloat16", "float16"))
-    assert len(table) == 5 and table["float32", "float32"] < 1e-5
-    assert table["float16", "float16"] < table["bfloat16", "bfloat16"]
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {(cell["trainer"], cell["sampler"]): cell["mismatch"] for cell in json.loads(done.stdout.splitlines()[-1])}
+    assert len(found) == 5 + 9 and picture.read_bytes().startswith(b"\x89PNG")
+    for sampler in ("native", "vllm float32"):
+        assert found["float32", sampler]["mean_abs"] < 1e-5
+    for trainer, sampler in found:
+        assert found[trainer, sampler]["mean_ratio"] == pytest.approx(1, abs=0.02)
+    assert found["float16", "vllm float16"]["mean_abs"] < found["bfloat16", "vllm bfloat16"]["mean_abs"]

@@ -47,8 +47,8 @@ def test_completions_of_other_weights_are_refused_on_all_ranks():
 
     assert on_ranks(2, lambda world: check(world, (4, 4, 4))) == [None, None]
     said = (
-        "3 completions were not written by the policy's weights, which are of version 4: 2 by version -1, 1 by version 3 "
-        "(-1: of another run, or of several versions)"
+        "3 completions were not written by the policy's weights, which are of version 4: 2 by version -1, 1 by "
+        "version 3 (-1: of another run, or of several versions)"
     )
     assert on_ranks(2, lambda world: check(world, (-1, 3, -1))) == [said] * 2
 

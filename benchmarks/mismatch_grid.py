@@ -1,0 +1,188 @@
+"""How far sampler and trainer are apart, for each precision of either and each sampler; and what each sampler costs.
+
+Rows are the trainer's precision, columns the sampler: the native one, which has the trainer's weights themselves (and
+with ``fp32 head`` the LM head in fp32 on both sides), and vLLM in each precision. The same prompts and seeds in each;
+completions differ as soon as one rounding decides a draw, so that numbers are of about the same text, never of the same
+tokens. The weights do not change: a mean ratio off 1 is another distribution.
+
+    python benchmarks/mismatch_grid.py --model smollm2-135m-instruct --dtypes float32 bfloat16 --picture grid.png
+    python benchmarks/mismatch_grid.py --model smollm2-135m-instruct --dtypes float32 --temperature 0.6
+    python benchmarks/mismatch_grid.py --model smollm2-135m-instruct --dtypes float32 --top-p 0.9 --top-k 64
+
+"load" is the time until the sampler is there, "sync" that of the second sync, of which the check of weights and probe
+takes "check"; "tokens/s" is of sampling alone. The last line is a JSON list of all rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rolltune.batch import TrainGroup, TrainSequence, pack
+from rolltune.data.sums import sums
+from rolltune.distributed import World, init_world
+from rolltune.mismatch import Mismatch, MismatchMeter
+from rolltune.models import DTYPES, load_model, load_tokenizer
+from rolltune.policy import packed_logprobs
+from rolltune.prompts import render_prompt
+from rolltune.samplers import Sampler
+from rolltune.samplers.native import NativeSampler
+from rolltune.samplers.vllm import VLLMSampler, colocated
+from rolltune.types import SampleRequest, SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One trainer and one sampler."""
+
+    trainer: str
+    sampler: str
+    mismatch: Mismatch
+    load_seconds: float
+    sync_seconds: float
+    check_seconds: float
+    tokens_per_second: float
+
+
+def cells(arguments: argparse.Namespace, world: World) -> Iterator[Cell]:
+    tokenizer = load_tokenizer(arguments.model)
+    for dtype in arguments.dtypes:
+        if "native" in arguments.samplers:
+            for fp32_head in (False, True) if dtype != "float32" else (False,):
+                model = load_model(arguments.model, dtype=dtype, device=world.device, fp32_head=fp32_head).eval()
+                started = time.perf_counter()
+                sampler = NativeSampler(model, tokenizer, max_rows=arguments.rows)
+                name = f"native{', fp32 head' if fp32_head else ''}"
+                yield measure(arguments, dtype, name, model, tokenizer, sampler, started, world)
+        if "vllm" in arguments.samplers:
+            model = load_model(arguments.model, dtype=dtype, device=world.device).eval()
+            for engine in arguments.engine_dtypes or arguments.dtypes:
+                started = time.perf_counter()
+                sampler = colocated(
+                    model, tokenizer, dtype=engine, max_rows=arguments.rows, max_model_len=512, kv_cache_gib=1.0
+                )
+                yield measure(arguments, dtype, f"vllm {engine}", model, tokenizer, sampler, started, world)
+
+
+def measure(
+    arguments: argparse.Namespace,
+    dtype: str,
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sampler: Sampler,
+    started: float,
+    world: World,
+) -> Cell:
+    with closing(sampler):
+        load_seconds = time.perf_counter() - started
+        prompts = [render_prompt(problem, tokenizer=tokenizer) for problem in sums(count=arguments.prompts)]
+        requests = [SampleRequest(prompt=p, seeds=tuple(range(arguments.completions))) for p in prompts]
+        params = SamplingParams(
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            top_k=arguments.top_k,
+            max_new_tokens=arguments.tokens,
+        )
+        sampler.sync(0)
+        sampler.generate(requests[:1], params)  # warms up
+        started = time.perf_counter()
+        sampler.sync(1)
+        sync_seconds = time.perf_counter() - started
+        report = sampler.last_sync if isinstance(sampler, VLLMSampler) else None
+        started = time.perf_counter()
+        groups = sampler.generate(requests, params)
+        seconds = time.perf_counter() - started
+    meter = MismatchMeter()
+    with torch.no_grad():
+        for prompt, group in zip(prompts, groups, strict=True):
+            sequences = tuple(
+                TrainSequence(token_ids=c.token_ids, logprobs=c.logprobs, advantage=1.0, support=c.support)
+                for c in group
+            )
+            (row,) = pack([TrainGroup(prompt=prompt, sequences=sequences)], max_tokens=10**9, device=world.device)
+            meter.add(packed_logprobs(model, row, temperature=arguments.temperature)[0], row)
+    mismatch = meter.read(world)
+    assert mismatch is not None
+    return Cell(
+        trainer=dtype,
+        sampler=name,
+        mismatch=mismatch,
+        load_seconds=load_seconds,
+        sync_seconds=sync_seconds,
+        check_seconds=report.check_seconds if report else 0.0,
+        tokens_per_second=mismatch.tokens / seconds,
+    )
+
+
+def draw(found: list[Cell], path: Path, title: str) -> None:
+    """k3 of each cell, on a logarithmic scale."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LogNorm
+
+    rows = list(dict.fromkeys(cell.trainer for cell in found))
+    columns = list(dict.fromkeys(cell.sampler for cell in found))
+    values = torch.full((len(rows), len(columns)), float("nan"))
+    figure, axes = plt.subplots(figsize=(2 + 1.6 * len(columns), 1.2 + 0.8 * len(rows)), layout="constrained")
+    for cell in found:
+        i, j = rows.index(cell.trainer), columns.index(cell.sampler)
+        values[i, j] = max(cell.mismatch.k3, 1e-12)
+        text = f"{cell.mismatch.k3:.1e}\n{cell.mismatch.outside:.1%} outside"
+        axes.text(j, i, text, ha="center", va="center", fontsize=8, color="black")
+    image = axes.imshow(values.numpy(), norm=LogNorm(vmin=1e-11, vmax=1e-2), cmap="YlOrRd", aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_xlabel("sampler")
+    axes.set_ylabel("trainer")
+    axes.set_title(title, fontsize=9)
+    figure.colorbar(image, label="k3 of sampler and trainer, nats a token")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="as model.path of a config")
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="of the trainer")
+    parser.add_argument("--engine-dtypes", nargs="+", choices=list(DTYPES), help="of vLLM; as --dtypes if not given")
+    parser.add_argument("--samplers", nargs="+", choices=["native", "vllm"], default=["native", "vllm"])
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--completions", type=int, default=8, help="of each prompt")
+    parser.add_argument("--tokens", type=int, default=32, help="of each completion, at most")
+    parser.add_argument("--rows", type=int, default=64, help="completions written at the same time")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--picture", type=Path, help="a PNG of the grid")
+    arguments = parser.parse_args()
+    world = init_world()
+    columns = ("trainer", "sampler", "tokens", "mean abs", "max abs", "k3", "mean ratio", "outside", "tokens/s")
+    print(f"| {' | '.join((*columns, 'load', 'sync', 'check'))} |")
+    print("|---" * (len(columns) + 3) + "|")
+    found = []
+    for cell in cells(arguments, world):
+        m = cell.mismatch
+        print(
+            f"| {cell.trainer} | {cell.sampler} | {m.tokens} | {m.mean_abs:.2e} | {m.max_abs:.2e} | {m.k3:.2e} "
+            f"| {m.mean_ratio:.5f} | {m.outside:.1%} | {cell.tokens_per_second:.0f} | {cell.load_seconds:.1f} s "
+            f"| {cell.sync_seconds:.2f} s | {cell.check_seconds:.2f} s |",
+            flush=True,
+        )
+        found.append(cell)
+    if arguments.picture:
+        draw(found, arguments.picture, f"{arguments.model}: temperature {arguments.temperature:g}")
+    print(json.dumps([asdict(cell) for cell in found]))
+
+
+if __name__ == "__main__":
+    main()
