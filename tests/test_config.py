@@ -317,6 +317,10 @@ MISTAKES = [
     ("model.fp32_head=true", "model.fp32_head: true; does nothing with model.dtype float32"),
     (f"loss_scale={LOSS_SCALE}", "loss_scale: does nothing with model.dtype float32"),
     ("model.master_weights=true", "model.master_weights: true; does nothing with model.dtype float32"),
+    (
+        "model={path: smollm2-135m-instruct, batch_invariant: true, dtype: bfloat16}",
+        "needs model.dtype float32, not bfloat16",
+    ),
     ("model.path=gpt2", "model.path: gpt2: no such folder; give a model folder, a Hub id"),
     ("model.path=./nowhere/model", "model.path: ./nowhere/model: no such folder"),
     ("lora.rank=0", "lora.rank: 0; must be >= 1"),
@@ -455,6 +459,22 @@ def test_prime_measures_no_accuracy(tmp_path: Path):
     assert found.startswith("eval.correct: does nothing here: the held-out measure of this recipe is the loss")
     (found,) = problems_of(path, f"eval.lenient={judge}", recipe=schema.PrimeConfig)
     assert found.startswith("eval.lenient: does nothing here")
+
+
+def test_batch_invariance_is_for_the_native_sampler_on_a_cpu(tmp_path: Path, valid: Path):
+    on = "model.batch_invariant=true"
+    assert problems_of(valid, on, "device=cpu") == []
+    (found,) = problems_of(valid, on, "device=cuda")
+    assert found.startswith("model.batch_invariant: true; works on a CPU alone")
+    (found,) = problems_of(valid, on, "lora.dropout=0.1")
+    assert found.endswith("the sampler has no dropout, so lora.dropout must be 0")
+    mine = "rolltune.samplers.rows.EndOfText"  # another class
+    found = problems_of(valid, on, f"sampler={{_component_: {mine}, stop: [], max_new_tokens: 1}}")
+    assert found == ["model.batch_invariant: true; the sampler must be rolltune.samplers.native.NativeSampler"]
+    path = tmp_path / "prime.yaml"
+    path.write_text(PRIME)
+    (found,) = problems_of(path, on, recipe=schema.PrimeConfig)
+    assert found == "model.batch_invariant: true; does nothing in prime, which samples nothing; leave it out"
 
 
 def test_a_gold_check_is_for_what_samples(tmp_path: Path, valid: Path):
@@ -712,6 +732,7 @@ SHARED = {
     "model.dtype",
     "model.master_weights",
     "model.fp32_head",
+    "model.batch_invariant",
     "model.gradient_checkpointing",
     "lora",
     "lora.rank",

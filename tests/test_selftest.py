@@ -102,7 +102,7 @@ def test_all_is_well(policy, group, tokenizer):
 
 def test_a_trainer_that_forgets_the_temperature(policy, group, tokenizer, monkeypatch):
     monkeypatch.setattr(
-        "rolltune.policy.selected_logprobs", lambda h, w, t, temperature, support: selected_logprobs(h, w, t, 1.0)
+        "rolltune.policy.selected_logprobs", lambda h, w, t, temperature, *_, **__: selected_logprobs(h, w, t, 1.0)
     )
     assert failed(run(policy, group, tokenizer=tokenizer)) == {RATIO, PACKED}
 

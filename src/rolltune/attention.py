@@ -109,7 +109,7 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    _refuse_unknown(layout, kwargs)
+    refuse_unsupported(layout, kwargs)
     repeats = query.shape[1] // key.shape[1]
     q, k, v = query[0], key[0].repeat_interleave(repeats, 0), value[0].repeat_interleave(repeats, 0)  # [H, T, d]
 
@@ -137,7 +137,8 @@ def packed_attention(
     return slots.index_select(0, layout.restore)[None], None  # indexing's own backward pass is ten times slower
 
 
-def _refuse_unknown(layout: PackedLayout, kwargs: dict) -> None:
+def refuse_unsupported(layout: PackedLayout, kwargs: dict) -> None:
+    """Raise ValueError where a layer asks for more than packed attention does."""
     window = kwargs.get("sliding_window")
     if window is not None and window < layout.length:
         raise ValueError(f"model.path: sliding window of {window} tokens, shorter than a sequence of {layout.length}")

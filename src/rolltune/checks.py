@@ -85,6 +85,8 @@ def _check_grpo(cfg: GRPOConfig, world_size: int) -> Iterator[str]:
     yield from _check_sampling(cfg.sampling)
     yield from _check_context(cfg.model.path, cfg.sampling.max_new_tokens)
     yield from _check_sampler(cfg.sampler, cfg.sampling)
+    if cfg.model.batch_invariant:
+        yield from _check_batch_invariant(cfg)
     yield from _check_advantage(cfg.advantage)
     yield from _check_loss(cfg)
     if cfg.correction is not None:
@@ -111,6 +113,8 @@ def _check_prime(cfg: PrimeConfig, world_size: int) -> Iterator[str]:
     yield from _at_least("seed", cfg.seed, 0)
     yield from _check_device(cfg.device)
     yield from _check_weights(cfg.model, cfg.lora)
+    if cfg.model.batch_invariant:
+        yield "model.batch_invariant: true; does nothing in prime, which samples nothing; leave it out"
     yield from _check_data(cfg.data)
     yield from _check_prompt(cfg.prompt)
     yield from _check_answer_format(cfg.answer_format, cfg.prompt.prefill, wants=("solution", "answer"))
@@ -458,6 +462,22 @@ def _check_distribution(sampling: SamplingConfig | EvaluateSamplingConfig) -> It
     yield from _at_least("sampling.top_k", sampling.top_k, 0)
     if "" in sampling.stop:
         yield "sampling.stop: holds an empty string, which would stop every completion at once"
+
+
+def _check_batch_invariant(cfg: GRPOConfig) -> Iterator[str]:
+    from rolltune.samplers.native import NativeSampler
+
+    if cfg.model.dtype != "float32":
+        yield f"model.batch_invariant: true; needs model.dtype float32, not {cfg.model.dtype}"
+    if cfg.device == "cuda":
+        yield (
+            "model.batch_invariant: true; works on a CPU alone: on CUDA, products and attention choose their order of "
+            "summation by the size of the batch; leave it out, or give device: cpu"
+        )
+    if cfg.lora is not None and cfg.lora.dropout > 0:
+        yield "model.batch_invariant: true; the sampler has no dropout, so lora.dropout must be 0"
+    if not _is_class(cfg.sampler) or not issubclass(locate(cfg.sampler["_component_"]), NativeSampler):
+        yield "model.batch_invariant: true; the sampler must be rolltune.samplers.native.NativeSampler"
 
 
 def _check_context(path: str, max_new_tokens: int, key: str = "model.path") -> Iterator[str]:

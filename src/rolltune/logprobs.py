@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rolltune import batch_invariant as invariant
 from rolltune.onednn import product
 from rolltune.types import Support
 
@@ -27,22 +28,32 @@ def chunk_size(vocab_size: int, device_type: str = "cpu") -> int:
 
 class _SelectedLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, support: Support | None):
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        support: Support | None,
+        batch_invariant: bool,
+    ):
+        multiply = invariant.product if batch_invariant else product
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         entropy, logsumexp = torch.empty_like(logprobs), torch.empty_like(logprobs)
         head = weight.to(hidden.dtype)
         size = chunk_size(len(weight), weight.device.type)
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
-            z = product(hidden[part], head).float().div_(temperature)  # [chunk, V]
+            z = multiply(hidden[part], head).float().div_(temperature)  # [chunk, V]
             _restrict(z, support, start)
+            exact = invariant.chosen_logprobs(z, targets[part]) if batch_invariant else None
             top = z.amax(-1, keepdim=True)
             z.sub_(top)  # in place from here on: each copy of a chunk would be the largest tensor around
             chosen = z.gather(-1, targets[part, None]).squeeze(-1)
             p = torch.exp(z)
             total = p.sum(-1)
             log_total = total.log()
-            logprobs[part] = chosen - log_total
+            logprobs[part] = chosen - log_total if exact is None else exact
             z.clamp_(min=torch.finfo(z.dtype).min)  # what was left out has p = 0, and 0 x -inf would be NaN
             entropy[part] = log_total - p.mul_(z).sum(-1) / total
             logsumexp[part] = log_total + top.squeeze(-1)
@@ -72,7 +83,7 @@ class _SelectedLogprobs(torch.autograd.Function):
             d_hidden[part] = product(dz, head.T)
             if d_weight is not None:
                 d_weight += product(dz.T, hidden[part].T)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
 
 
 def _restrict(z: Tensor, support: Support | None, start: int) -> None:
@@ -89,7 +100,13 @@ def _restrict(z: Tensor, support: Support | None, start: int) -> None:
 
 
 def selected_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, support: Support | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    support: Support | None = None,
+    *,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of ``targets`` under softmax(hidden @ weight.T / temperature), and that softmax's entropy.
 
@@ -99,6 +116,8 @@ def selected_logprobs(
         targets: int64 [N].
         temperature: > 0, the one that was sampled with.
         support: what each target was drawn from; the softmax is over these alone. None: over the full vocabulary.
+        batch_invariant: a log-prob is the same to the last bit whatever the other tokens are
+            (:mod:`rolltune.batch_invariant`); float32 on a CPU alone.
 
     Returns:
         ``(logprobs, entropy)``, both float32 [N] in nats; the entropy carries no gradient.
@@ -106,7 +125,7 @@ def selected_logprobs(
     Raises:
         ValueError: a target is not of its own support.
     """
-    logprobs, entropy = _SelectedLogprobs.apply(hidden, weight, targets, temperature, support)
+    logprobs, entropy = _SelectedLogprobs.apply(hidden, weight, targets, temperature, support, batch_invariant)
     missing = logprobs.isneginf().nonzero().flatten().tolist() if support is not None else []
     if missing:
         raise ValueError(

@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from rolltune import batch_invariant as invariant
 from rolltune.attention import PACKED_ATTENTION
 from rolltune.fp32_head import use_fp32_head
 from rolltune.onednn import use_onednn
@@ -122,7 +123,14 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
     return tokenizer
 
 
-def load_model(path: str, *, dtype: str, device: torch.device | str, fp32_head: bool = False) -> PreTrainedModel:
+def load_model(
+    path: str,
+    *,
+    dtype: str,
+    device: torch.device | str,
+    fp32_head: bool = False,
+    batch_invariant: bool = False,
+) -> PreTrainedModel:
     """The causal LM at ``path`` in ``dtype``; refuses heads that :mod:`rolltune.logprobs` would not reproduce.
 
     Args:
@@ -130,19 +138,26 @@ def load_model(path: str, *, dtype: str, device: torch.device | str, fp32_head: 
         dtype: one of ``DTYPES``.
         device: where it goes.
         fp32_head: whether its logits are fp32 products.
+        batch_invariant: whether the log-probs of a token, sampled or trained, do not depend on the batch (see
+            :mod:`rolltune.batch_invariant`); float32 on a CPU alone.
     """
+    if batch_invariant:
+        invariant.check_usable(dtype, device)
     model = _from_hub(
         AutoModelForCausalLM.from_pretrained,
         resolve_model(path),
         dtype=DTYPES[dtype],
-        attn_implementation=PACKED_ATTENTION,
+        attn_implementation=invariant.PACKED_ATTENTION if batch_invariant else PACKED_ATTENTION,
     )
     check_head(model, path)
     if not model._supports_attention_backend:
         raise ValueError(f"model.path: {path}: {type(model).__name__} cannot take packed attention")
     if fp32_head:
         use_fp32_head(model)
-    use_onednn(model)
+    if batch_invariant:
+        invariant.make_batch_invariant(model)
+    else:
+        use_onednn(model)
     return model.to(device)  # pyright: ignore[reportArgumentType]  transformers wraps it in a type of its own
 
 

@@ -7,6 +7,7 @@ to oneDNN anyway, and other devices are not touched.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -27,9 +28,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x, weight)
+        return multiply(x, weight)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
@@ -37,14 +38,14 @@ class _Linear(torch.autograd.Function):
         (d_y,) = grads
         d_x = product(d_y, weight.T) if ctx.needs_input_grad[0] else None
         d_weight = product(d_y.T, x.T) if ctx.needs_input_grad[1] else None
-        return d_x, d_weight
+        return d_x, d_weight, None
 
 
-def linear(module: nn.Linear, x: Tensor) -> Tensor:
-    """``module(x)``, [..., K] -> [..., N]."""
+def linear(module: nn.Linear, x: Tensor, *, multiply: Callable[[Tensor, Tensor], Tensor] = product) -> Tensor:
+    """``module(x)``, [..., K] -> [..., N]; ``multiply``: of the forward pass."""
     if not (is_usable(x) and is_usable(module.weight)) or x.numel() == 0:
         return F.linear(x, module.weight, module.bias)
-    y = _Linear.apply(x.flatten(0, -2), module.weight).unflatten(0, x.shape[:-1])  # pyright: ignore[reportAttributeAccessIssue]
+    y = _Linear.apply(x.flatten(0, -2), module.weight, multiply).unflatten(0, x.shape[:-1])  # pyright: ignore
     return y if module.bias is None else y + module.bias
 
 

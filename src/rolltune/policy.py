@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rolltune.attention import packed_layout
+from rolltune.batch_invariant import is_batch_invariant, make_batch_invariant
 from rolltune.fp32_head import FP32Head
 from rolltune.logprobs import selected_logprobs
 from rolltune.models import adapter_base, load_model, resolve_model
@@ -123,7 +124,14 @@ def packed_logprobs(model: PreTrainedModel, microbatch: MicroBatch, *, temperatu
     hidden = hidden[microbatch.predictors]
     if isinstance(head, FP32Head):
         hidden = hidden.float()
-    return selected_logprobs(hidden, head.weight, microbatch.targets, temperature, microbatch.support)
+    return selected_logprobs(
+        hidden,
+        head.weight,
+        microbatch.targets,
+        temperature,
+        microbatch.support,
+        batch_invariant=is_batch_invariant(model),
+    )
 
 
 def build_policy(
@@ -153,7 +161,13 @@ def build_policy(
             f"lora: {config.path} is a LoRA adapter; give a `lora:` section with its rank to go on training it"
         )
     trained = str(resume_from) if resume_from else start
-    load = partial(load_model, dtype=config.dtype, device=device, fp32_head=config.fp32_head)
+    load = partial(
+        load_model,
+        dtype=config.dtype,
+        device=device,
+        fp32_head=config.fp32_head,
+        batch_invariant=config.batch_invariant,
+    )
     if lora is None:
         model = load(trained)
         reference = load(start) if with_reference else None
@@ -173,6 +187,8 @@ def build_policy(
             model.load_adapter(start, REFERENCE_ADAPTER)
             model.set_adapter("default")
             _freeze_reference_adapter(model)
+        if config.batch_invariant:
+            make_batch_invariant(model)  # the adapters' layers
     if config.gradient_checkpointing:
         causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
         assert isinstance(causal_lm, PreTrainedModel)

@@ -29,6 +29,7 @@ class ModelConfig:
     dtype: str = "float32"  # float32, bfloat16 or float16: weights, products; log-softmax and losses are always fp32
     master_weights: bool = False  # the optimizer steps an fp32 copy, so that small updates stay; float16 needs it
     fp32_head: bool = False  # with bfloat16 or float16: fp32 logits, in the trainer and the sampler
+    batch_invariant: bool = False  # grpo, float32 on a CPU: sampler and trainer agree to the last bit, at some speed
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, about 1/3 more time
 
 

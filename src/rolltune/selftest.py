@@ -18,13 +18,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rolltune.batch import TrainGroup, pack, train_group
+from rolltune.batch_invariant import is_batch_invariant
 from rolltune.policy import Policy
 from rolltune.prompts import worked_turn
 from rolltune.types import Group, MicroBatch, Reward
 
 # |trainer - sampler| log-prob: (mean, max) over tokens. fp32 differs by the order of summation alone; bf16 keeps 8 bits
 # of each logit, so single unlikely tokens may be far off while the mean stays small; fp16 keeps 11.
-TOLERANCE = {"float32": (1e-4, 1e-2), "bfloat16": (0.05, 1.0), "float16": (0.05 / 8, 1.0 / 8)}
+# Of batch-invariant models nothing differs.
+TOLERANCE = {"exact": (0.0, 0.0), "float32": (1e-4, 1e-2), "bfloat16": (0.05, 1.0), "float16": (0.05 / 8, 1.0 / 8)}
 KL_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-3 / 8}
 
 
@@ -73,7 +75,7 @@ def run_selftest(
     try:
         logprobs, _ = policy.logprobs(row, temperature=temperature)
         checks = [
-            _check_ratio(logprobs, row, dtype),
+            _check_ratio(logprobs, row, "exact" if is_batch_invariant(policy.causal_lm) else dtype),
             _check_plain_forward(policy, trained, row, logprobs, temperature, dtype),
             _check_tokens(group, row),
             _check_eos(group, row, tokenizer),

@@ -164,7 +164,7 @@ def test_a_trainer_that_forgets_the_temperature_is_caught(run_grpo, monkeypatch)
     from rolltune import policy
 
     right = policy.selected_logprobs
-    monkeypatch.setattr(policy, "selected_logprobs", lambda h, w, t, temperature, support: right(h, w, t, 1.0))
+    monkeypatch.setattr(policy, "selected_logprobs", lambda h, w, t, temperature, *_, **__: right(h, w, t, 1.0))
     with pytest.raises(ValueError, match="sampler and trainer give the same log-probs"):
         run_grpo(sampling={"group_size": 4, "max_new_tokens": 12, "temperature": 0.6})
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rolltune.batch_invariant import chosen_logprobs
 from rolltune.types import SamplingParams
 
 # A draw sums blocks of so many tokens first, so that only one block has to be summed token by token. It divides the
@@ -14,13 +15,16 @@ BLOCK = 128
 NUCLEUS_CANDIDATES = 1024  # a nucleus is looked for among so many tokens first, as sorting a vocabulary is slow
 
 
-def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor | None]:
+def sample(
+    logits: Tensor, uniforms: Tensor, params: SamplingParams, *, batch_invariant: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """One token a row, with its log-prob under exactly the distribution that it was drawn from, and its support.
 
     Args:
         logits: [R, V], float32 or lower; overwritten where it is float32.
         uniforms: float64 [R], in [0, 1).
         params: temperature (0 takes the most probable token, with log-prob 0), top_k and top_p.
+        batch_invariant: compute log-probs as the trainer of a batch-invariant model does.
 
     Returns:
         int64 [R], float32 [R], and bool [R, V]: what top_k and top_p left to draw from; None where they leave all.
@@ -28,12 +32,16 @@ def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Te
     if params.temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, torch.zeros(len(tokens), dtype=torch.float32, device=logits.device), None
-    probabilities = torch.softmax(logits.float().div_(params.temperature), dim=-1)
+    logits = logits.float().div_(params.temperature)
+    probabilities = torch.softmax(logits, dim=-1)
     if params.truncates:
         probabilities = truncate(probabilities, top_k=params.top_k, top_p=params.top_p)
     tokens = draw(probabilities, uniforms)
-    logprobs = probabilities.gather(-1, tokens[:, None]).squeeze(-1).log()
-    return tokens, logprobs, probabilities > 0 if params.truncates else None
+    support = probabilities > 0 if params.truncates else None
+    if batch_invariant:
+        kept = logits if support is None else logits.masked_fill_(~support, -torch.inf)
+        return tokens, chosen_logprobs(kept, tokens), support
+    return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1).log(), support
 
 
 def truncate(probabilities: Tensor, *, top_k: int, top_p: float) -> Tensor:

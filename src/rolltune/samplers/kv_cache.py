@@ -154,6 +154,17 @@ class BoundLayer(NamedTuple):
     keys: Tensor
     values: Tensor
 
+    def write_prompt(self, segment: Segment) -> None:
+        slot, start, end = segment
+        slots = self.layer.prompt
+        slots.keys[slot, :, :, : end - start] = self.keys[0, :, start:end].mT
+        slots.values[slot, :, : end - start] = self.values[0, :, start:end]
+
+    def write_rows(self, plan: DecodePlan) -> None:
+        own = self.layer.own
+        own.keys[plan.rows, :, :, plan.lengths] = self.keys[:, :, 0].to(own.keys.dtype)
+        own.values[plan.rows, :, plan.lengths] = self.values[:, :, 0].to(own.values.dtype)
+
 
 def shared_prompt_attention(
     module: nn.Module,
@@ -161,22 +172,32 @@ def shared_prompt_attention(
     key: BoundLayer,
     value: BoundLayer,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' ``AttentionInterface``: query [B, H, T, D] to [B, T, H, D]."""
+    scale = scaling_of(query, key, attention_mask, **kwargs)
+    if isinstance(key.cache.plan, PrefillPlan):
+        return _prefill(query, key, key.cache.plan, scale), None
+    assert isinstance(key.cache.plan, DecodePlan)
+    return _decode(query, key, key.cache.plan, scale), None
+
+
+def scaling_of(
+    query: Tensor,
+    key: BoundLayer,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs,
+) -> float:
+    """What a layer's scores are multiplied by; notes its window and raises ValueError where it asks for more."""
     for name, meaning in REFUSED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"it has {meaning}")
     assert attention_mask is None and isinstance(key, BoundLayer)
     if sliding_window is not None:
         key.cache.window = min(sliding_window, key.cache.window or sliding_window)
-    scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if isinstance(key.cache.plan, PrefillPlan):
-        return _prefill(query, key, key.cache.plan, scale), None
-    assert isinstance(key.cache.plan, DecodePlan)
-    return _decode(query, key, key.cache.plan, scale), None
+    return float(query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
 AttentionInterface.register(ATTENTION, shared_prompt_attention)
@@ -187,11 +208,10 @@ def _prefill(query: Tensor, new: BoundLayer, plan: PrefillPlan, scaling: float) 
     slots = new.layer.prompt
     slots.reserve(plan.prompts, plan.longest)
     outputs = []
-    for slot, start, end in plan.segments:
-        keys, values = new.keys[:, :, start:end], new.values[:, :, start:end]
-        slots.keys[slot, :, :, : end - start] = keys[0].mT
-        slots.values[slot, :, : end - start] = values[0]
-        queries = query[:, :, start:end]
+    for segment in plan.segments:
+        new.write_prompt(segment)
+        tokens = slice(segment.start, segment.end)
+        queries, keys, values = query[:, :, tokens], new.keys[:, :, tokens], new.values[:, :, tokens]
         outputs.append(
             F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling, enable_gqa=True)
         )
@@ -206,8 +226,7 @@ def _decode(query: Tensor, new: BoundLayer, plan: DecodePlan, scaling: float) ->
     prompt, own = new.layer.prompt, new.layer.own
     prompt.reserve(plan.prompts, plan.prompt_length)
     own.reserve(rows, plan.own_length)
-    own.keys[plan.rows, :, :, plan.lengths] = new.keys[:, :, 0].to(dtype)
-    own.values[plan.rows, :, plan.lengths] = new.values[:, :, 0].to(dtype)
+    new.write_rows(plan)
 
     query = query.reshape(rows, kv_heads, group, dim).to(dtype)
     own_out, own_lse = own.attend(query, rows, plan.own_length, plan.own_bias, scaling)

@@ -5,7 +5,8 @@ completions of all prompts are written side by side, one token of each a step. A
 batch at once and waiting ones take the free places (continuous batching).
 
 All noise of a completion comes from its seed: with the same weights it is the same whatever else is in the batch,
-up to the rounding of matrix products of different sizes.
+up to the rounding of matrix products of different sizes, and to the last bit if the model is batch-invariant
+(:mod:`rolltune.batch_invariant`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rolltune.batch_invariant import SHARED_PROMPT_ATTENTION, is_batch_invariant
 from rolltune.models import unwrapped
 from rolltune.samplers.distribution import sample
 from rolltune.samplers.kv_cache import ATTENTION
@@ -70,6 +72,7 @@ class NativeSampler:
         self._max_rows = max_rows
         self._prefill_tokens = prefill_tokens
         self._pack_weights = pack_weights
+        self._batch_invariant = is_batch_invariant(self._causal_lm)
         self._eos = eos_token_ids(self._causal_lm, tokenizer)
         self._max_length = self._check_model()
 
@@ -147,7 +150,8 @@ class NativeSampler:
         """Write one more token of each row."""
         logits = self._decode(batch)
         uniforms = np.array([row.uniforms[len(row.token_ids)] for row in batch.rows])
-        drawn = _fetch(*sample(logits, torch.from_numpy(uniforms).to(logits.device), params))
+        uniforms = torch.from_numpy(uniforms).to(logits.device)
+        drawn = _fetch(*sample(logits, uniforms, params, batch_invariant=self._batch_invariant))
         for row, (token, logprob, support) in zip(batch.rows, drawn, strict=True):
             if math.isnan(logprob):
                 raise FloatingPointError("the model's logits are not finite: its weights have diverged")
@@ -179,11 +183,13 @@ class NativeSampler:
         return output.logits[:, -1]
 
     @contextmanager
-    def _sampling(self, attention: str = ATTENTION) -> Iterator[None]:
-        """The model in eval mode, with ``attention``, without gradients; and all as it was afterwards.
+    def _sampling(self, attention: str | None = None) -> Iterator[None]:
+        """The model in eval mode, with ``attention`` (None: that of the shared prompt cache), without gradients; and all
+        as it was afterwards.
 
         Not ``torch.inference_mode``: it saves nothing here, and what a model caches under it could not be trained with.
         """
+        attention = attention or (SHARED_PROMPT_ATTENTION if self._batch_invariant else ATTENTION)
         training = [module for module in self._model.modules() if module.training]
         # Parts of a composite model have configs of their own; setting the one of the whole would set them all.
         configs = {id(m.config): m.config for m in self._causal_lm.modules() if isinstance(m, PreTrainedModel)}.values()
@@ -194,7 +200,9 @@ class NativeSampler:
                 self._model.eval()
                 for config in configs:
                     config._attn_implementation = attention
-                stack.enter_context(onednn_linears(self._model, pack=self._pack_weights))
+                stack.enter_context(
+                    onednn_linears(self._model, pack=self._pack_weights, batch_invariant=self._batch_invariant)
+                )
                 yield
             finally:
                 for config, implementation in zip(configs, implementations, strict=True):

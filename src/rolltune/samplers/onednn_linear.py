@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from rolltune import onednn
+from rolltune.batch_invariant import sampling_linear
 from rolltune.fp32_head import FP32Head
 
 
 @contextmanager
-def onednn_linears(model: nn.Module, *, pack: bool) -> Iterator[None]:
+def onednn_linears(model: nn.Module, *, pack: bool, batch_invariant: bool = False) -> Iterator[None]:
     """Let the linear layers of ``model`` multiply by oneDNN. Gradients do not pass.
 
     Does nothing on other devices than the CPU, or where torch was built without oneDNN.
@@ -28,9 +29,11 @@ def onednn_linears(model: nn.Module, *, pack: bool) -> Iterator[None]:
     Args:
         model: its weights must not change meanwhile if they are packed.
         pack: multiply by rearranged copies of the weights, which take as much memory again.
+        batch_invariant: as the linear layers of :mod:`rolltune.batch_invariant` do, with and without ``pack`` alike.
     """
     linears = [module for module in model.modules() if isinstance(module, nn.Linear) and _is_plain(module)]
     trained = [linear.__dict__.get("forward") for linear in linears]  # what use_onednn gave them to train with
+    multiply = sampling_linear if batch_invariant else _forward
     try:
         for linear in linears:
             weight = linear.weight.detach()
@@ -39,7 +42,7 @@ def onednn_linears(model: nn.Module, *, pack: bool) -> Iterator[None]:
             if pack:
                 weight = torch.ops.mkldnn._reorder_linear_weight(weight)
             # Not an assignment, which pyright forbids.
-            setattr(linear, "forward", partial(_forward, weight=weight, bias=linear.bias))  # noqa: B010
+            setattr(linear, "forward", partial(multiply, weight=weight, bias=linear.bias))  # noqa: B010
         yield
     finally:
         for linear, forward in zip(linears, trained, strict=True):
