@@ -5,6 +5,7 @@ Equal means equal to the last bit here, wherever nothing else is said.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -262,51 +263,62 @@ def policy(policies) -> Policy:
 
 
 def written(
-    policy: Policy, tokenizer, *, tokens: int = 70, temperature: float = 1.0, requests=REQUESTS, **options
+    policy: Policy, tokenizer, params: SamplingParams, *, requests: list[SampleRequest] = REQUESTS, **options
 ) -> list[tuple[Completion, ...]]:
-    params = SamplingParams(temperature=temperature, max_new_tokens=tokens, stop=STOP)
-    return NativeSampler(policy.model, tokenizer, **options).generate(requests, params)
+    return NativeSampler(policy.model, tokenizer, **options).generate(requests, replace(params, stop=STOP))
 
 
 def train_groups(groups: list[tuple[Completion, ...]]) -> list[TrainGroup]:
     return [
         TrainGroup(
             prompt=request.prompt,
-            sequences=tuple(TrainSequence(token_ids=c.token_ids, logprobs=c.logprobs, advantage=1.0) for c in group),
+            sequences=tuple(
+                TrainSequence(token_ids=c.token_ids, logprobs=c.logprobs, advantage=1.0, support=c.support)
+                for c in group
+            ),
         )
         for request, group in zip(REQUESTS, groups, strict=True)
     ]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_the_trainers_logprobs_are_the_samplers(policy, tokenizer, temperature):
-    groups = written(policy, tokenizer, temperature=temperature)
-    assert len({len(c.token_ids) for group in groups for c in group}) > 2
+TWENTY = SamplingParams(max_new_tokens=20)
+TRUNCATED = replace(TWENTY, temperature=0.9, top_k=40, top_p=0.8)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [SamplingParams(max_new_tokens=70), SamplingParams(temperature=0.6, max_new_tokens=70), TRUNCATED],
+    ids=["T1", "T0.6", "truncated"],
+)
+def test_the_trainers_logprobs_are_the_samplers(policy, tokenizer, params):
+    groups = written(policy, tokenizer, params)
+    assert len({len(c.token_ids) for group in groups for c in group}) > 1 or params == TRUNCATED
     for max_tokens, count in ((10**6, 1), (200, 3), (1, 2)):
         torch.set_num_threads(count)
         for row in pack(train_groups(groups), max_tokens=max_tokens):
-            logprobs, _ = policy.logprobs(row, temperature=temperature)
+            logprobs, _ = policy.logprobs(row, temperature=params.temperature)
             assert torch.equal(logprobs, row.sampler_logprobs)
             with torch.no_grad():
-                assert torch.equal(policy.logprobs(row, temperature=temperature)[0], row.sampler_logprobs)
+                assert torch.equal(policy.logprobs(row, temperature=params.temperature)[0], row.sampler_logprobs)
 
 
-def test_completions_do_not_depend_on_the_batch(policy, tokenizer):
+@pytest.mark.parametrize("params", [TWENTY, TRUNCATED], ids=["T1", "truncated"])
+def test_completions_do_not_depend_on_the_batch(policy, tokenizer, params):
     torch.set_num_threads(2)
-    whole = written(policy, tokenizer, tokens=20)
+    whole = written(policy, tokenizer, params)
     for count, options in (
         (1, {"max_rows": 1, "prefill_tokens": 1}),
         (2, {"max_rows": 3, "prefill_tokens": 90}),
         (3, {"pack_weights": False}),
     ):
         torch.set_num_threads(count)
-        assert written(policy, tokenizer, tokens=20, **options) == whole
-    halves = [written(policy, tokenizer, tokens=20, requests=REQUESTS[i::2]) for i in range(2)]
+        assert written(policy, tokenizer, params, **options) == whole
+    halves = [written(policy, tokenizer, params, requests=REQUESTS[i::2]) for i in range(2)]
     assert [halves[i % 2][i // 2] for i in range(len(REQUESTS))] == whole  # as two processes share them
 
 
 def test_logprobs_and_gradients_are_those_of_the_usual_kernels(policies, policy, tokenizer):
-    row, *_ = pack(train_groups(written(policy, tokenizer, tokens=20)), max_tokens=300)
+    row, *_ = pack(train_groups(written(policy, tokenizer, TWENTY)), max_tokens=300)
     results = []
     for each in policies:
         logprobs, _ = each.logprobs(row, temperature=1.0)
@@ -317,7 +329,7 @@ def test_logprobs_and_gradients_are_those_of_the_usual_kernels(policies, policy,
 
 def test_the_reference_is_the_policy_to_the_last_bit_at_the_start(tiny_llama, tokenizer):
     policy = build(tiny_llama)
-    row, *_ = pack(train_groups(written(policy, tokenizer, tokens=20)), max_tokens=10**6)
+    row, *_ = pack(train_groups(written(policy, tokenizer, TWENTY)), max_tokens=10**6)
     assert torch.equal(policy.reference_logprobs(row, temperature=1.0), row.sampler_logprobs)
 
 

@@ -113,7 +113,7 @@ def test_a_trainer_that_forgets_what_top_p_left_out(policy, group, tokenizer, mo
     (written,) = NativeSampler(policy.model, tokenizer).generate([request], params)
     truncated = dataclasses.replace(group, completions=written)
     assert failed(run(policy, truncated, tokenizer=tokenizer)) == set()
-    monkeypatch.setattr("rolltune.policy.selected_logprobs", lambda *inputs: selected_logprobs(*inputs[:4]))
+    monkeypatch.setattr("rolltune.policy.selected_logprobs", lambda *inputs, **_: selected_logprobs(*inputs[:4]))
     assert failed(run(policy, truncated, tokenizer=tokenizer)) == {RATIO, PACKED}
 
 

@@ -189,10 +189,10 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        q, k, v = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
         with torch.enable_grad():
-            out, _ = packed_attention(nn.Module(), *inputs, None, scaling=ctx.scaling, layout=ctx.layout)
-        return *torch.autograd.grad(out, inputs, grads), None, None
+            out, _ = packed_attention(nn.Module(), q, k, v, None, scaling=ctx.scaling, layout=ctx.layout)
+        return *torch.autograd.grad(out, (q, k, v), grads), None, None
 
 
 def _packed(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float) -> Tensor:

@@ -36,11 +36,12 @@ def sample(
     probabilities = torch.softmax(logits, dim=-1)
     if params.truncates:
         probabilities = truncate(probabilities, top_k=params.top_k, top_p=params.top_p)
-    tokens = draw(probabilities, uniforms)
     support = probabilities > 0 if params.truncates else None
+    if batch_invariant and support is not None:  # truncate's own sum would depend on the number of rows
+        probabilities = torch.softmax(logits.masked_fill_(~support, -torch.inf), dim=-1)
+    tokens = draw(probabilities, uniforms)
     if batch_invariant:
-        kept = logits if support is None else logits.masked_fill_(~support, -torch.inf)
-        return tokens, chosen_logprobs(kept, tokens), support
+        return tokens, chosen_logprobs(logits, tokens), support
     return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1).log(), support
 
 

@@ -184,8 +184,8 @@ class NativeSampler:
 
     @contextmanager
     def _sampling(self, attention: str | None = None) -> Iterator[None]:
-        """The model in eval mode, with ``attention`` (None: the shared prompt cache's), without gradients; and all as it
-        was afterwards.
+        """The model in eval mode, with ``attention`` (None: the shared prompt cache's), without gradients; and all as
+        it was afterwards.
 
         Not ``torch.inference_mode``: it saves nothing here, and what a model caches under it could not be trained with.
         """
