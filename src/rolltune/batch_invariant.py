@@ -157,7 +157,7 @@ def _attend(queries: Tensor, parts: Sequence[tuple[Tensor, Tensor]], visible: Te
     Args:
         queries: [B, heads, M, D], one row for each query and each of the query heads that share a key head.
         parts: keys [B, heads, D, S] and values [B, heads, S, D] of each, S in whole blocks.
-        visible: bool [B, M, S of all parts]; every row sees something.
+        visible: bool [B, M, S of all parts]; what comes out for a row that sees nothing does not matter.
         scaling: of the scores.
 
     Returns:
