@@ -35,7 +35,8 @@ from rolltune.policy import packed_logprobs
 from rolltune.prompts import render_prompt
 from rolltune.samplers import Sampler
 from rolltune.samplers.native import NativeSampler
-from rolltune.samplers.vllm import VLLMSampler, colocated
+from rolltune.samplers.vllm import colocated
+from rolltune.samplers.vllm_sampler import VLLMSampler
 from rolltune.types import SampleRequest, SamplingParams
 
 

@@ -442,7 +442,7 @@ def _check_sampler(node: Component, sampling: SamplingConfig | EvaluateSamplingC
     if problems or not node["_component_"].startswith("rolltune.samplers.vllm."):
         return
     from rolltune import serving
-    from rolltune.samplers.vllm import sampling_problem
+    from rolltune.samplers.vllm_sampler import sampling_problem
 
     try:
         serving.installed_version()

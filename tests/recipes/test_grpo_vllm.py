@@ -19,7 +19,7 @@ from tiny_run import ROOT, read_rows, tiny_grpo
 from rolltune.checkpoint import load_state
 from rolltune.config import RunStopped
 from rolltune.samplers import vllm_local
-from rolltune.samplers.vllm import VLLMSampler
+from rolltune.samplers.vllm_sampler import VLLMSampler
 
 COLOCATED = {
     "_component_": "rolltune.samplers.vllm.colocated",

@@ -12,12 +12,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-import rolltune.samplers.vllm as vllm_sampler
 from rolltune.models import load_model, load_tokenizer
 from rolltune.policy import packed_logprobs
-from rolltune.samplers import SyncError, vllm_local
+from rolltune.samplers import SyncError, vllm_local, vllm_sampler
 from rolltune.samplers.native import NativeSampler
-from rolltune.samplers.vllm import VLLMSampler, colocated
+from rolltune.samplers.vllm import colocated
+from rolltune.samplers.vllm_sampler import VLLMSampler
 from rolltune.types import Completion, MicroBatch, Prompt, SampleRequest, SamplingParams
 
 OPTIONS = {"kv_cache_gib": 0.05, "max_rows": 16, "max_model_len": 400}

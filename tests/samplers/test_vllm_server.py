@@ -14,7 +14,8 @@ from test_vllm import OPTIONS, requests, shake, trainer_logprobs
 from rolltune.models import load_model, load_tokenizer
 from rolltune.samplers import EngineError, SyncError, vllm_server
 from rolltune.samplers.engine import EngineOutput
-from rolltune.samplers.vllm import VLLMSampler, served
+from rolltune.samplers.vllm import served
+from rolltune.samplers.vllm_sampler import VLLMSampler
 from rolltune.serving import serve
 from rolltune.types import SamplingParams
 
