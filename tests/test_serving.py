@@ -314,7 +314,7 @@ def test_a_server_that_takes_weights_loads_none_and_opens_its_routes(tiny_llama)
     for transfer, backend in serving.TRANSFERS.items():
         extra = serving.command_line(str(tiny_llama), takes_weights=transfer, **settings)[len(plain) :]
         assert extra[:4] == ["--load-format", "dummy", "--weight-transfer-config", f'{{"backend": "{backend}"}}']
-        assert "processed_logprobs" in extra
+        assert "processed_logprobs" in extra and "--no-enable-chunked-prefill" in extra
 
 
 def test_the_supported_version_is_the_projects():

@@ -92,7 +92,7 @@ def trainer_logprobs(model, request: SampleRequest, completion: Completion, temp
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_are_the_trainers(sampler, model, tokenizer, temperature):
     sampler.sync(next(versions))
-    wanted = requests(tokenizer, "one", "two and two make " * 12)  # the second is longer than a block of the cache
+    wanted = requests(tokenizer, "one", "two and two make " * 12)  # the second is longer than blocks of the cache
     written = sampler.generate(wanted, SamplingParams(temperature=temperature, max_new_tokens=40))
     for request, completions in zip(wanted, written, strict=True):
         assert len({c.token_ids for c in completions}) == 3
@@ -181,6 +181,21 @@ def test_completions_are_handed_over_as_they_end_with_the_prefill(sampler, token
     assert all(c.text.startswith("<think>") and c.policy_version == version for c in group)
 
 
+def test_more_prompts_than_vllm_reads_at_once(model, tokenizer):
+    """Which crashes vLLM 0.32 on a CPU where one of them is read in parts."""
+    sampler = colocated(model, tokenizer, **OPTIONS, options={"max_num_batched_tokens": 400})
+    try:
+        sampler.sync(0)
+        wanted = requests(tokenizer, *(f"{i} and two and two make " * 7 for i in range(9)), seeds=2)
+        assert sum(len(r.prompt.token_ids) for r in wanted) > 3 * 400
+        written = sampler.generate(wanted, SamplingParams(max_new_tokens=8))
+        for request, (completion, _) in zip(wanted, written, strict=True):
+            expected = trainer_logprobs(model, request, completion, 1.0)
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=2e-4)
+    finally:
+        sampler.close()
+
+
 def test_prompts_that_do_not_fit_are_refused(sampler, tokenizer):
     sampler.sync(next(versions))
     with pytest.raises(ValueError, match=r"request 0 has no tokens"):
@@ -195,7 +210,7 @@ def test_prompts_that_do_not_fit_are_refused(sampler, tokenizer):
         ({"dtype": "int8"}, r"sampler\.dtype: int8; one of float32"),
         ({"max_rows": 0}, r"sampler\.max_rows: 0; must be >= 1"),
         ({"kv_cache_gib": 0.0}, r"sampler\.kv_cache_gib: 0\.0; must be > 0"),
-        ({"max_model_len": 4096}, r"sampler\.max_model_len: 4096; must be in 17 \.\. 512"),
+        ({"max_model_len": 4096}, r"sampler\.max_model_len: 4096; must be in 9 \.\. 512"),
     ],
 )
 def test_options_out_of_range_are_refused_before_anything_is_loaded(model, tokenizer, options, message):
@@ -321,7 +336,7 @@ def cache_not_reset(sampler, monkeypatch, model):
     sampler.sync(next(versions))  # with that salt
     monkeypatch.setattr(sampler._engine, "forget", lambda: True)
     shake(model, 5)
-    return r"it knows keys and values of 128 of the probe's tokens, made by older weights"
+    return r"it knows keys and values of 32 of the probe's tokens, made by older weights"
 
 
 def cache_in_use(sampler, monkeypatch, model):
@@ -343,7 +358,7 @@ def merged_wrongly(sampler, monkeypatch, model):
         "policy_weights",
         lambda m, dtype: ((n, t * 1.05 if "o_proj" in n else t) for n, t in weights(m, dtype)),
     )
-    return r"log-probs of the probe's 8 new tokens are .* from the trainer's"
+    return r"log-probs of the probe's 4 new tokens are .* from the trainer's"
 
 
 FAULTS = [

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rolltune import serving
 from rolltune.samplers.engine import EngineOutput, EngineRequest, buckets
 
 WORKER = "rolltune.samplers.vllm_worker"
@@ -27,6 +28,9 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
+# Compiling takes a minute at each start, for 10 % of speed. A prompt that is read in parts winds its generator back,
+# which those of a CPU cannot do: vLLM 0.32 ends with "CPU Generator does not use offset".
+_CPU = {"enforce_eager": True, "enable_chunked_prefill": False, "block_size": serving.CPU_BLOCK}
 
 
 class LocalEngine:
@@ -56,30 +60,27 @@ class LocalEngine:
         self._folder = folder
         self._sleeps = sleeps
         self._requests = 0
-        is_cpu = not torch.cuda.is_available()
+        arguments: dict[str, Any] = {
+            "dtype": dtype,
+            "load_format": "dummy",
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_rows,
+            "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
+            "enable_prefix_caching": True,
+            "logprobs_mode": "processed_logprobs",
+            "max_logprobs": -1,
+            "generation_config": "vllm",  # a model's own would add a top_p or a penalty
+            "weight_transfer_config": {"backend": serving.TRANSFERS["files"]},
+            "worker_extension_cls": f"{WORKER}.WorkerExtension",
+            "enable_sleep_mode": sleeps,
+            "disable_log_stats": True,
+        }
+        if not torch.cuda.is_available():
+            arguments |= _CPU | {"max_num_batched_tokens": max(8192, max_model_len)}
         with fence(), _shared_groups.joined():
             from vllm import LLM
 
-            self._llm = LLM(
-                str(folder),
-                **{
-                    "dtype": dtype,
-                    "load_format": "dummy",
-                    "max_model_len": max_model_len,
-                    "max_num_seqs": max_rows,
-                    "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
-                    "enable_prefix_caching": True,
-                    "logprobs_mode": "processed_logprobs",
-                    "max_logprobs": -1,
-                    "generation_config": "vllm",  # a model's own would add a top_p or a penalty
-                    "weight_transfer_config": {"backend": "rolltune_buckets"},
-                    "worker_extension_cls": f"{WORKER}.WorkerExtension",
-                    "enable_sleep_mode": sleeps,
-                    "enforce_eager": is_cpu,  # compiling takes a minute at each start, for 10 % of speed
-                    "disable_log_stats": True,
-                }
-                | options,
-            )
+            self._llm = LLM(str(folder), **arguments | options)
 
     @property
     def replicas(self) -> int:
