@@ -133,7 +133,7 @@ def draw(found: list[Cell], path: Path, title: str) -> None:
     from matplotlib.colors import LogNorm
 
     rows = list(dict.fromkeys(cell.trainer for cell in found))
-    columns = list(dict.fromkeys(cell.sampler for cell in found))
+    columns = sorted(dict.fromkeys(cell.sampler for cell in found), key=lambda name: name.startswith("vllm"))
     values = torch.full((len(rows), len(columns)), float("nan"))
     figure, axes = plt.subplots(figsize=(2 + 1.6 * len(columns), 1.2 + 0.8 * len(rows)), layout="constrained")
     for cell in found:
@@ -141,13 +141,13 @@ def draw(found: list[Cell], path: Path, title: str) -> None:
         values[i, j] = max(cell.mismatch.k3, 1e-12)
         text = f"{cell.mismatch.k3:.1e}\n{cell.mismatch.outside:.1%} outside"
         axes.text(j, i, text, ha="center", va="center", fontsize=8, color="black")
-    image = axes.imshow(values.numpy(), norm=LogNorm(vmin=1e-11, vmax=1e-2), cmap="YlOrRd", aspect="auto")
+    image = axes.imshow(values.numpy(), norm=LogNorm(vmin=1e-12, vmax=10.0), cmap="YlOrRd", aspect="auto")
     axes.set_xticks(range(len(columns)), columns, fontsize=8)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     axes.set_xlabel("sampler")
     axes.set_ylabel("trainer")
     axes.set_title(title, fontsize=9)
-    figure.colorbar(image, label="k3 of sampler and trainer, nats a token")
+    figure.colorbar(image, label="k3, nats a token")
     figure.savefig(path, dpi=120)
 
 

@@ -13,8 +13,9 @@ from rolltune.types import MicroBatch
 
 PROMPT_TOKENS, NEW_TOKENS = 40, 4  # longer than a block of the prefix cache, of 16 tokens on GPUs and 32 on CPUs
 # Mean |dlogp| of the new tokens. fp32 differs by the order of summation; half precision by the rounding of every
-# layer's activations (bf16: 0.03 to 0.04 on SmolLM2-135M, where an old head or cache gives 0.5 to 1).
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.15}
+# layer's activations: a mean of 0.04 and single tokens up to 0.6 in bf16 on SmolLM2-135M, where an old head gives 1. So
+# the probe is for what is grossly wrong there, the fingerprints for the rest.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.4}
 
 
 def probe_prompt(tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> tuple[int, ...]:
