@@ -3,7 +3,7 @@
 # make quickstart  SFT warm-up, then GRPO, on 2 CPU cores and without a network
 # make pipeline    does priming pay? Three arms of traces, prime and GRPO on Countdown, compared; make -j2 runs two at once
 # make test        all tests
-# make check       format, lint and types
+# make check       format, lint and types, vLLM's among them
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -75,7 +75,7 @@ pipeline: warmup primed incorrect
 test: install-vllm
 	$(BIN)/python -m pytest
 
-check: install
+check: install-vllm
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
