@@ -47,7 +47,7 @@ from rolltune.models import load_tokenizer
 from rolltune.policy import Policy, build_policy
 from rolltune.progress import Progress
 from rolltune.rollout import Rollout, check_versions, collect, is_trainable, sample_groups
-from rolltune.samplers import Sampler, SyncError
+from rolltune.samplers import EngineError, Sampler, SyncError
 from rolltune.schema import GRPOConfig
 from rolltune.seeding import derive_seed
 from rolltune.selftest import report as report_selftest
@@ -101,28 +101,28 @@ def run(cfg: GRPOConfig) -> None:
         if state.step == 0:
             log.log(0, evaluate(cfg, parts, progress))
         first_step = state.step + 1
+        stop = partial(runs.stop_early, cfg, parts.policy, parts.tokenizer, parts.optimization, checkpoints, world)
         for step in range(first_step, cfg.num_steps + 1):
             started = time.perf_counter()
             phases = Phases()
-            stop = partial(
-                runs.stop_early, cfg, parts.policy, parts.tokenizer, parts.optimization, checkpoints, state, world
-            )
+            is_last = step == cfg.num_steps
             try:
                 rollout = sample(cfg, parts, step, state.cursor, phases, progress)
                 if why := runs.why_stop(rollout, parts.rewards.training, cfg.batch.max_unscored, world):
-                    stop(why)
+                    stop(state, why)
                 if step == first_step:
                     selftest(cfg, parts, rollout, console, starts_as_reference=state.policy_version == 0)
                 metrics, advantages = train(cfg, parts, step, rollout, phases, progress)
-            except (SyncError, MismatchError) as error:  # no weight was stepped yet
-                stop(str(error))
-            seconds = state.seconds + time.perf_counter() - started
-            state = replace(
-                state, step=step, cursor=rollout.cursor, policy_version=parts.policy.version, seconds=seconds
-            )
-            is_last = step == cfg.num_steps
-            if step % cfg.eval.every_n_steps == 0 or is_last:
-                metrics |= evaluate(cfg, parts, progress)
+                seconds = state.seconds + time.perf_counter() - started
+                state = replace(
+                    state, step=step, cursor=rollout.cursor, policy_version=parts.policy.version, seconds=seconds
+                )
+                if step % cfg.eval.every_n_steps == 0 or is_last:
+                    metrics |= evaluate(cfg, parts, progress)
+            except (SyncError, EngineError, MismatchError) as error:  # no weight was stepped since ``state``
+                if isinstance(error, EngineError) and world.size > 1:
+                    raise  # this rank's alone: the others would not save with it
+                stop(state, str(error))
             log.log(step, metrics | runs.judge_metrics(parts.rewards, world))
             classify(rollout, step)
             if step % cfg.logging.samples_every_n_steps == 0:

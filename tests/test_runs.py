@@ -466,8 +466,8 @@ def test_stopping_keeps_the_last_step_on_all_ranks_or_none(tmp_path, is_kept):
                 None,  # pyright: ignore[reportArgumentType]
                 nothing,  # pyright: ignore[reportArgumentType]
                 checkpoints,
-                TrainState(step=3),
                 world,
+                TrainState(step=3),
                 "why",
             )
         return str(stopped.value)

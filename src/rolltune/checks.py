@@ -450,6 +450,9 @@ def _check_sampler(node: Component, sampling: SamplingConfig | EvaluateSamplingC
         yield f"sampler._component_: {node['_component_']}: {error}"
     if problem := sampling_problem(sampling.temperature, sampling.top_p, sampling.top_k):
         yield problem
+    length = node.get("max_model_len")
+    if length is not None and length <= sampling.max_new_tokens:
+        yield f"sampler.max_model_len: {length}; must leave room for a prompt and {sampling.max_new_tokens} new tokens"
     transfer = node.get("transfer", "files")
     if transfer not in serving.TRANSFERS:
         yield f"sampler.transfer: {transfer}; one of {', '.join(serving.TRANSFERS)} is wanted"

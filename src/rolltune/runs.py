@@ -27,7 +27,7 @@ from rolltune.records import FREE_WRITER_ARGUMENTS
 from rolltune.rewards.combine import WeightedReward
 from rolltune.rewards.rubric.gold import GoldWatch
 from rolltune.rollout import Rollout
-from rolltune.samplers import Sampler
+from rolltune.samplers import Sampler, SyncError
 from rolltune.samples import load_for_sampling
 from rolltune.schema import (
     Component,
@@ -295,8 +295,8 @@ def stop_early(
     tokenizer: PreTrainedTokenizerBase,
     optimization: Optimization,
     checkpoints: Checkpoints,
-    state: TrainState,
     world: World,
+    state: TrainState,
     why: str,
 ) -> NoReturn:
     """End the run on a rollout that should not be trained on, with a checkpoint of the last step that was taken."""
@@ -318,7 +318,7 @@ def leave_together(world: World) -> Iterator[None]:
     """
     try:
         yield
-    except config.RunStopped:  # which all ranks raise
+    except (config.RunStopped, SyncError):  # which all ranks raise
         world.barrier()
         raise
 

@@ -267,9 +267,7 @@ class ServeConfig:
     max_model_len: int = 4096  # tokens of a prompt and its reply
     max_num_seqs: int = 32  # requests that are worked on at once; others wait
     kv_cache_gib: float = 1.0  # memory for the keys and values of all of them
-    takes_weights: str | None = (
-        None  # files or nccl: a run gives it weights by that way (rolltune.samplers.vllm.served)
-    )
+    takes_weights: str | None = None  # files or nccl: how runs give it weights (rolltune.samplers.vllm.served)
     options: list[str] = field(default_factory=list)  # further ones of vLLM's server: ["--tensor-parallel-size", "4"]
     start_seconds: float = 900.0  # the longest that loading may take
     command: list[str] = field(default_factory=list)  # serve while this program runs; empty: until Ctrl-C

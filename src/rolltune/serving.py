@@ -179,6 +179,10 @@ def _taking_weights(transfer: str) -> tuple[str, ...]:
         *("--worker-extension-cls", "rolltune.samplers.vllm_worker.WorkerExtension"),
         *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--enable-prefix-caching"),
         *("--enable-scale-out", "--enable-prompt-tokens-details"),
+        *(
+            "--gpu-memory-utilization",
+            "0.01",
+        ),  # the cache's size is given; what is left of this is a check
     )
 
 

@@ -40,12 +40,18 @@ def test_a_kernels_product_with_a_unit_row_is_a_column():
 
 
 def test_differences_name_the_weight_and_whose_values_it_has():
-    expected = {"a": "1", "b": "2", "c": "3", "d": "4"}
+    expected = {"a": "x:1", "b": "x:2", "c": "x:3", "d": "x:4"}
     assert differences(expected, dict(expected)) == []
-    found = {"a": "1", "a (packed)": "0", "b": "3", "c": "3", "e": "5"}
+    found = {"a": "x:1", "a (packed)": "x:0", "b": "x:3", "c": "x:3", "e": "x:5"}
     assert differences(expected, found) == [
         "a (packed): has other values than the policy",
         "b: has the values of c",
         "d: is not in the engine",
         "e: is in the engine, not in the policy",
     ]
+
+
+def test_another_precision_is_one_line():
+    ours, theirs = fingerprint(torch.ones(2)), fingerprint(torch.ones(2, dtype=torch.bfloat16))
+    (line,) = differences({"a": ours, "b": ours}, {"a": theirs, "b": theirs})
+    assert line.startswith("they are bfloat16 there and float32 here; start the server with that dtype")

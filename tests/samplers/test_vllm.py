@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rolltune.models import load_model, load_tokenizer
 from rolltune.policy import packed_logprobs
@@ -124,7 +125,7 @@ def test_a_support_that_vllm_does_not_tell_is_refused(sampler, tokenizer):
         sampler.generate(requests(tokenizer, "one"), SamplingParams(top_p=0.9))
     with pytest.raises(ValueError, match=r"sampling\.top_k: 2000; with vLLM"):
         sampler.generate(requests(tokenizer, "one"), SamplingParams(top_k=2000))
-    with pytest.raises(ValueError, match=r"sampling\.temperature: 3\.0; with vLLM it is 2 at most"):
+    with pytest.raises(ValueError, match=r"sampling\.temperature: 3\.0; with vLLM it is 0, or 0\.01 to 2"):
         sampler.generate(requests(tokenizer, "one"), SamplingParams(temperature=3.0))
 
 
@@ -274,11 +275,15 @@ def test_lora_and_other_precisions(folder, tokenizer, dtype):
 # --- what the checks catch: faults that were seen, or that a change of code could make --------------------------------
 
 
+def without(sampler, name: str):
+    """The engine's ``load``, but for one tensor."""
+    load = sampler._engine.load
+    return lambda weights, version: load((item for item in weights if item[0] != name), version)
+
+
 def dropped(sampler, monkeypatch, model):
     """A tensor is left out, which vLLM does not mind."""
-    load = sampler._engine.load
-    name = "model.layers.1.mlp.down_proj.weight"
-    monkeypatch.setattr(sampler._engine, "load", lambda w, v: load((x for x in w if x[0] != name), v))
+    monkeypatch.setattr(sampler._engine, "load", without(sampler, "model.layers.1.mlp.down_proj.weight"))
     return r"layers\.1\.mlp\.down_proj\.weight"
 
 
@@ -331,9 +336,7 @@ def head_left_old(sampler, monkeypatch, model):
 
 
 def cache_not_reset(sampler, monkeypatch, model):
-    """Keys and values of the old weights, were they not told apart by the version."""
-    monkeypatch.setattr(VLLMSampler, "_salt", lambda self, version: "one")
-    sampler.sync(next(versions))  # with that salt
+    """Keys and values of the old weights stay."""
     monkeypatch.setattr(sampler._engine, "forget", lambda: True)
     shake(model, 5)
     return r"it knows keys and values of 32 of the probe's tokens, made by older weights"
@@ -425,3 +428,49 @@ def test_a_completion_that_is_given_up_does_not_stay_in_the_engine(sampler, toke
         sampler.generate(requests(tokenizer, "one"), SamplingParams(max_new_tokens=50), on_completion=give_up)
     assert not sampler._engine._llm.llm_engine.has_unfinished_requests()
     sampler.generate(requests(tokenizer, "one"), SamplingParams(max_new_tokens=5))
+
+
+def test_biases_and_an_untied_head(tokenizer, tmp_path):
+    """Qwen2's attention has biases, which vLLM fuses like the weights."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    for dtype in ("float32", "bfloat16"):
+        model = load_model(str(tmp_path), dtype=dtype, device="cpu")
+        shake(model, 0)  # biases start at 0
+        sampler = colocated(model, tokenizer, **OPTIONS)
+        try:
+            sampler.sync(0)
+            shake(model, 1)
+            sampler.sync(1)
+            with torch.no_grad():
+                model.model.layers[1].self_attn.k_proj.bias += 1.0
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                monkeypatch.setattr(sampler._engine, "load", without(sampler, "model.layers.1.self_attn.k_proj.bias"))
+                with pytest.raises(SyncError, match=r"layers\.1\.self_attn\.k_proj\.bias"):
+                    sampler.sync(2)
+            sampler.sync(2)
+        finally:
+            sampler.close()
+
+
+def test_an_fp32_head_is_the_engines_too(folder, tokenizer):
+    gaps = {}
+    for fp32_head in (False, True):
+        model = load_model(str(folder), dtype="bfloat16", device="cpu", fp32_head=fp32_head)
+        sampler = colocated(model, tokenizer, **OPTIONS)
+        try:
+            sampler.sync(0)
+            assert (sampler._engine._llm.model_config.head_dtype == torch.float32) == fp32_head
+            (request,) = requests(tokenizer, "one", seeds=8)
+            (group,) = sampler.generate([request], SamplingParams(max_new_tokens=60))
+        finally:
+            sampler.close()
+        theirs = torch.cat([torch.tensor(c.logprobs) for c in group])
+        ours = torch.cat([trainer_logprobs(model, request, c, 1.0) for c in group])
+        gaps[fp32_head] = (ours - theirs).abs().mean()
+    assert gaps[True] < 0.1 and gaps[False] < 0.1

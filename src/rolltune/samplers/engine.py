@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+BUCKET_BYTES = 256 * 2**20  # of weights that are on their way at a time
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRequest:
@@ -64,8 +66,11 @@ class Engine(Protocol):
         """Drop all keys and values of earlier requests; False if some are still in use."""
         ...
 
-    def fingerprints(self, version: int) -> dict[str, str]:
-        """See :meth:`rolltune.samplers.vllm_worker.WorkerExtension.weight_fingerprints`."""
+    def fingerprints(self, version: int) -> dict[str, str] | None:
+        """See :meth:`rolltune.samplers.vllm_worker.WorkerExtension.weight_fingerprints`.
+
+        None where several workers hold parts of the weights, which cannot be compared with whole ones.
+        """
         ...
 
     def write(self, requests: Sequence[EngineRequest], on_done: Callable[[int, EngineOutput], None]) -> None:
@@ -81,7 +86,7 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def buckets(weights: Iterator[tuple[str, Tensor]], max_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+def buckets(weights: Iterator[tuple[str, Tensor]], max_bytes: int = BUCKET_BYTES) -> Iterator[list[tuple[str, Tensor]]]:
     """Weights in lists of at most ``max_bytes``; a larger one has a list of its own."""
     bucket: list[tuple[str, Tensor]] = []
     size = 0

@@ -23,10 +23,11 @@ def chosen(width: int, version: int) -> list[int]:
 
 
 def fingerprint(values: Tensor) -> str:
-    """Of a tensor's bits, in its own precision, wherever it is; -0 counts as 0."""
+    """Of a tensor's bits, in its own precision, wherever it is; -0 counts as 0. It starts with the type's name."""
+    dtype = str(values.dtype).removeprefix("torch.")
     values = values.detach().to("cpu", copy=True).contiguous().add_(0.0)
     data = values.flatten().view(torch.uint8).numpy().tobytes()
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
+    return f"{dtype}:{hashlib.blake2b(data, digest_size=8).hexdigest()}"
 
 
 def weight_fingerprint(weight: Tensor, version: int) -> str:
@@ -46,6 +47,12 @@ def differences(expected: Mapping[str, str], loaded: Mapping[str, str]) -> list[
     found: dict[str, list[tuple[str, str]]] = {}
     for key, value in loaded.items():
         found.setdefault(key.removesuffix(" (packed)"), []).append((key, value))
+    theirs, ours = ({value.partition(":")[0] for value in prints.values()} for prints in (loaded, expected))
+    if theirs.isdisjoint(ours):
+        return [
+            f"they are {_listed(theirs)} there and {_listed(ours)} here; start the server with that dtype, or give its "
+            "own as sampler.dtype"
+        ]
     lines = []
     for name, value in expected.items():
         if name not in found:
@@ -56,3 +63,7 @@ def differences(expected: Mapping[str, str], loaded: Mapping[str, str]) -> list[
                 twin = next((other for other in others if expected[other] == theirs), None)
                 lines.append(f"{key}: has {f'the values of {twin}' if twin else 'other values than the policy'}")
     return lines + [f"{name}: is in the engine, not in the policy" for name in found if name not in expected]
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "none"

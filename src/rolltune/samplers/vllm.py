@@ -1,7 +1,7 @@
 """Samplers that write with vLLM: in the training process, or in servers apart from it.
 
     sampler: {_component_: rolltune.samplers.vllm.colocated, kv_cache_gib: 8.0}
-    sampler: {_component_: rolltune.samplers.vllm.served, base_urls: ["http://10.0.0.5:8123"]}
+    sampler: {_component_: rolltune.samplers.vllm.served, base_urls: ["http://127.0.0.1:8123"]}
 
 What both do, and what is checked of them, is in :mod:`rolltune.samplers.vllm_sampler`.
 """
@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rolltune import serving
+from rolltune.fp32_head import FP32Head
 from rolltune.models import DTYPES, unwrapped
 from rolltune.samplers import EngineError, probe
 from rolltune.samplers.ranks import from_rank_0, this_rank
@@ -50,7 +51,7 @@ def colocated(
         max_model_len: tokens of a prompt and its completion; None: the model's context.
         kv_cache_gib: memory for keys and values.
         sleep: on a GPU, leave weights and cache to the CPU's memory while the policy is trained.
-        options: further arguments of vLLM's ``LLM``, such as ``{gpu_memory_utilization: 0.5}``.
+        options: further arguments of vLLM's ``LLM``, such as ``{enforce_eager: true}``.
 
     Raises:
         ValueError: vLLM is not installed, or in another version than the supported one; an option is out of range.
@@ -59,7 +60,12 @@ def colocated(
 
     serving.installed_version()
     length = _check_options(model, dtype, max_rows, max_model_len, kv_cache_gib)
-    engine_dtype = DTYPES[dtype] if dtype else _dtype(model)
+    engine_dtype = DTYPES[dtype] if dtype else unwrapped(model).dtype
+    if (parts := (options or {}).get("tensor_parallel_size", 1)) != 1:
+        raise ValueError(
+            f"sampler.options.tensor_parallel_size: {parts}; in the process each rank has an engine of its own: take "
+            "rolltune.samplers.vllm.served"
+        )
     engine = LocalEngine(
         _model_folder(model, tokenizer),
         dtype=str(engine_dtype).removeprefix("torch."),
@@ -89,20 +95,22 @@ def served(
     """Servers apart from the training; all ranks share them.
 
     Example:
-        >>> sampler = served(model, tokenizer, base_urls=["http://10.0.0.5:8123"])  # doctest: +SKIP
+        >>> sampler = served(model, tokenizer, base_urls=["http://127.0.0.1:8123"])  # doctest: +SKIP
 
     Args:
         model: the policy.
         tokenizer: its tokenizer.
         base_urls: of servers that ``tune run serve ... takes_weights=files`` has started with the policy's model; None:
-            one is started on this machine, and ends with the run.
+            one is started on this machine, and ends with the run. A server listens for its own machine, unless
+            ``options=[--host, 0.0.0.0]`` lets others reach it, who may change its weights then.
         transfer: the way of the weights, see :mod:`rolltune.samplers.vllm_server`.
         folder: for "files", one that trainer and servers see; None: this machine's memory.
         dtype: of the servers' weights; None: as the policy's. Servers that were found must have it.
         max_rows: completions written at the same time by each.
         max_model_len: tokens of a prompt and its completion; None: the model's context.
         kv_cache_gib: memory for keys and values; of the server that is started, like ``options`` and ``log``.
-        options: further ones of vLLM's server: ``["--tensor-parallel-size", "2"]``.
+        options: further ones of vLLM's server: ``["--tensor-parallel-size", "2"]``. Where workers hold parts of the
+            weights, a sync is checked by its probe and version alone.
         log: the file that takes what it writes.
 
     Raises:
@@ -112,9 +120,11 @@ def served(
     from rolltune.samplers.vllm_server import ServerEngine
 
     length = _check_options(model, dtype, max_rows, max_model_len, kv_cache_gib)
+    if base_urls is not None and not base_urls:
+        raise ValueError("sampler.base_urls: none; give one at least, or null for a server of the run's own")
     if transfer not in serving.TRANSFERS:
         raise ValueError(f"sampler.transfer: {transfer}; one of {', '.join(serving.TRANSFERS)} is wanted")
-    engine_dtype = DTYPES[dtype] if dtype else _dtype(model)
+    engine_dtype = DTYPES[dtype] if dtype else unwrapped(model).dtype
     exits = ExitStack()
     is_main = this_rank() == 0
     server = None
@@ -155,12 +165,6 @@ def served(
     return VLLMSampler(model, tokenizer, engine, dtype=engine_dtype, max_model_len=length, sends=is_main)
 
 
-def _dtype(model: PreTrainedModel | PeftModel) -> torch.dtype:
-    """Of the weights that are not an adapter's."""
-    causal_lm = unwrapped(model)
-    return causal_lm.get_input_embeddings().weight.dtype  # pyright: ignore[reportReturnType]
-
-
 def _check_options(
     model: PreTrainedModel | PeftModel,
     dtype: str | None,
@@ -192,6 +196,8 @@ def _model_folder(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToken
     folder = Path(tempfile.mkdtemp(prefix="rolltune-engine-"))
     config = type(causal_lm.config).from_dict(causal_lm.config.to_dict())
     config.architectures = [type(causal_lm).__name__]
+    if isinstance(causal_lm.get_output_embeddings(), FP32Head):
+        config.head_dtype = "float32"  # vLLM's name for it
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rolltune import serving
+from rolltune.samplers import EngineError
 from rolltune.samplers.engine import EngineOutput, EngineRequest, buckets
 
 WORKER = "rolltune.samplers.vllm_worker"
-BUCKET_BYTES = 256 * 2**20
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: five times as fast to load, half as fast again to write
     "VLLM_NO_USAGE_STATS": "1",
@@ -66,6 +66,7 @@ class LocalEngine:
             "max_model_len": max_model_len,
             "max_num_seqs": max_rows,
             "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
+            "gpu_memory_utilization": 0.01,  # the cache's size is given; what is left of this is a check
             "enable_prefix_caching": True,
             "logprobs_mode": "processed_logprobs",
             "max_logprobs": -1,
@@ -75,7 +76,9 @@ class LocalEngine:
             "enable_sleep_mode": sleeps,
             "disable_log_stats": True,
         }
-        if not torch.cuda.is_available():
+        if torch.cuda.is_available():
+            arguments["device_ids"] = [torch.cuda.current_device()]  # it would take the first one, in every rank
+        if serving.installed_version().endswith("+cpu"):
             arguments |= _CPU | {"max_num_batched_tokens": max(8192, max_model_len)}
         with fence(), _shared_groups.joined():
             from vllm import LLM
@@ -90,9 +93,9 @@ class LocalEngine:
         return self._llm.llm_engine.is_sleeping()
 
     def load(self, weights: Iterator[tuple[str, Tensor]], version: str) -> None:
-        with fence():
+        with fence(), _failures_told():
             self._llm.start_weight_update()
-            for bucket in buckets(weights, BUCKET_BYTES):
+            for bucket in buckets(weights):
                 self._llm.update_weights({"update_info": {"items": bucket}})
             self._llm.finish_weight_update(version)
             self._llm.collective_rpc("repack_tied_head")
@@ -101,7 +104,7 @@ class LocalEngine:
         return self._llm.reset_prefix_cache()
 
     def fingerprints(self, version: int) -> dict[str, str]:
-        with fence():
+        with fence(), _failures_told():
             (prints,) = self._llm.collective_rpc("weight_fingerprints", args=(str(version),))
         return prints
 
@@ -169,6 +172,7 @@ def fence() -> Iterator[None]:
     """
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
     environment, set_num_threads, threads = dict(os.environ), torch.set_num_threads, torch.get_num_threads()
     os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
     with ExitStack() as stack:
@@ -179,17 +183,29 @@ def fence() -> Iterator[None]:
         try:
             yield
         finally:
-            os.environ.clear()
-            os.environ.update(environment)
+            for key in os.environ.keys() - environment.keys():
+                del os.environ[key]
+            # Value by value: other threads look for theirs meanwhile.
+            os.environ.update({key: value for key, value in environment.items() if os.environ.get(key) != value})
             torch.set_num_threads = set_num_threads
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
             torch.set_rng_state(states[0])
             random.setstate(states[1])
             np.random.set_state(states[2])
-            if cuda_states:
+            if device is not None:
                 torch.cuda.set_rng_state_all(cuda_states)
+                torch.cuda.set_device(device)
             gc.unfreeze()
+
+
+@contextmanager
+def _failures_told() -> Iterator[None]:
+    """vLLM's own errors (out of memory, a weight that it does not know) as the sampler's."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise EngineError(f"vLLM: {type(error).__name__}: {error}") from error
 
 
 class _SharedGroups:

@@ -5,7 +5,7 @@ sync, and before the next optimizer step:
 
   - columns of every weight that the engine has loaded are compared with the policy's, bit for bit
     (:mod:`rolltune.samplers.fingerprints`): a tensor that was dropped, swapped, old or left out by a reload is named;
-  - the engine must not know the keys and values of the probe, a fixed prompt that it has read at the last sync;
+  - the engine must not know keys and values of the probe, a fixed prompt that it has read at the last sync too;
   - the probe's continuation is scored by the trainer: log-probs of one distribution, within the precision of both;
   - and every completion, the probe's too, carries the version of the weights that wrote it as the engine reports it.
 
@@ -16,6 +16,7 @@ its softmax over the same ones. vLLM does not tell them for top-p alone, which i
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +40,7 @@ from rolltune.weights import policy_weights, tied_names
 T = TypeVar("T")
 MAX_TEMPERATURE = 2.0
 MAX_TOP_K = 1024  # candidates of a token that vLLM is asked for
-_TIES = 16  # further ones: of equally probable tokens at the border of a top-k, vLLM keeps all
+MIN_TEMPERATURE = 0.01  # which vLLM takes for anything between it and 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +97,7 @@ class VLLMSampler:
         self._eos = sorted(eos_token_ids(causal_lm, tokenizer))
         self._prompt = probe.probe_prompt(tokenizer, max_model_len)
         self._version = -1  # that the engine has for certain
+        self._calls = itertools.count()
         # Part of the weights' name in the engine: another run that gives its weights to the same server has another.
         self._run = from_rank_0(uuid.uuid4().hex[:8])
 
@@ -146,20 +148,23 @@ class VLLMSampler:
         """Compare weights and probe; returns the mean |dlogp| of the probe's new tokens."""
         if not self._sends:
             return 0.0  # the rank that does looks for all
-        found = self._engine.fingerprints(version)
+        if (found := self._engine.fingerprints(version)) is not None:
+            self._check_weights(expected, found)
+        return max(self._check_probe(output, version) for output in self._probe(version))
+
+    def _check_weights(self, expected: dict[str, str], found: dict[str, str]) -> None:
         # A tied head is one module with the embeddings in some of vLLM's models, a module of its own in others.
         tied = {head: expected[name] for head, name in tied_names(self._model).items() if name in expected}
         expected = expected | {head: value for head, value in tied.items() if head in found}
         if lines := differences(expected, found):
             more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
             raise SyncError("\n  ".join(["it has other weights than the policy", *lines[:10], *more]))
-        return max(self._check_probe(output, version) for output in self._probe(version))
 
     def _check_probe(self, output: EngineOutput, version: int) -> float:
         if self._version_of(output) != version:
             raise SyncError(
-                f"it says that it writes with the weights {', '.join(output.versions)}; does another run give its "
-                "weights to the same server?"
+                f"it says that it writes with the weights {', '.join(output.versions) or '(none)'}; does another run "
+                "give its weights to the same server?"
             )
         if output.cached_tokens:
             raise SyncError(
@@ -180,9 +185,9 @@ class VLLMSampler:
     def _probe(self, version: int) -> list[EngineOutput]:
         """What each replica writes after the probe."""
         params = SamplingParams(max_new_tokens=probe.NEW_TOKENS)
-        request = EngineRequest(
-            token_ids=self._prompt, params=self._params(params, seed=version), salt=self._salt(version)
-        )
+        # The same salt at every sync: what the cache was not rid of is found.
+        salt = f"{self._run}:probe"
+        request = EngineRequest(token_ids=self._prompt, params=self._params(params, seed=version), salt=salt)
         outputs: list[EngineOutput] = []
         self._engine.write([request] * self._engine.replicas, lambda _, output: outputs.append(output))
         return outputs
@@ -218,7 +223,9 @@ class VLLMSampler:
             if on_progress is not None:
                 on_progress(len(written), len(places))
 
-        salt = self._salt(self._version)
+        # Keys and values of other weights would not be met even if the cache was not reset; nor are those of an earlier
+        # call, which a resumed run has not made.
+        salt = f"{self._name(self._version)}:{next(self._calls)}"
         wanted = [
             EngineRequest(
                 token_ids=requests[i].prompt.token_ids, params=self._params(params, requests[i].seeds[j]), salt=salt
@@ -235,10 +242,6 @@ class VLLMSampler:
     def _name(self, version: int) -> str:
         return f"{self._run}:{version}"
 
-    def _salt(self, version: int) -> str:
-        """So that a request never meets keys and values of other weights, were the prefix cache not reset."""
-        return self._name(version)
-
     def _version_of(self, output: EngineOutput) -> int:
         """Of the weights that wrote a completion, as the engine has it; -1 for those of another run, or for several."""
         run, _, version = output.versions[0].partition(":") if len(set(output.versions)) == 1 else ("", "", "")
@@ -252,7 +255,8 @@ class VLLMSampler:
             "top_k": params.top_k,
             "max_tokens": params.max_new_tokens,
             "seed": seed,
-            "logprobs": min(params.top_k + _TIES, vocabulary) if params.truncates else 0,  # besides the sampled token's
+            # Besides the sampled token's. Of equally probable tokens at the border of a top-k vLLM keeps all.
+            "logprobs": min(params.top_k + max(16, params.top_k // 4), vocabulary) if params.truncates else 0,
             "stop": list(params.stop),
             "stop_token_ids": self._eos,
             "ignore_eos": True,  # the model's EOS tokens are among those above
@@ -277,17 +281,18 @@ class VLLMSampler:
         lengths = [len(request.prompt.token_ids) for request in requests]
         if 0 in lengths:
             raise ValueError(f"prompt: request {lengths.index(0)} has no tokens; a prompt needs one at least")
-        if max(lengths, default=0) + max_new_tokens > self._max_model_len:
+        longest = max(lengths, default=0)
+        if longest + max_new_tokens > self._max_model_len:
             raise ValueError(
-                f"sampling.max_new_tokens: {max_new_tokens}; with a prompt of {max(lengths)} tokens that is more than "
+                f"sampling.max_new_tokens: {max_new_tokens}; with a prompt of {longest} tokens that is more than "
                 f"sampler.max_model_len, {self._max_model_len}"
             )
 
 
 def sampling_problem(temperature: float, top_p: float, top_k: int) -> str | None:
     """Why completions cannot be sampled so; None where they can."""
-    if temperature > MAX_TEMPERATURE:
-        return f"sampling.temperature: {temperature}; with vLLM it is {MAX_TEMPERATURE:g} at most"
+    if temperature > MAX_TEMPERATURE or 0 < temperature < MIN_TEMPERATURE:
+        return f"sampling.temperature: {temperature}; with vLLM it is 0, or {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g}"
     if temperature > 0 and top_p < 1 and not top_k:
         return (
             f"sampling.top_p: {top_p}; vLLM does not tell which tokens it kept but under top-k: give sampling.top_k "
@@ -302,6 +307,9 @@ def _kept(candidates: dict[int, float]) -> tuple[int, ...]:
     """The tokens that top-k and top-p have kept; their probabilities have to add up to 1, or some were not told."""
     kept = sorted(token for token, logprob in candidates.items() if logprob > float("-inf"))
     mass = torch.tensor([candidates[token] for token in kept], dtype=torch.float64).exp().sum().item()
-    if abs(mass - 1) > 1e-3:
-        raise RuntimeError(f"the {len(kept)} tokens that vLLM says it kept have a probability of {mass:.4f} together")
+    if abs(mass - 1) > 1e-4:
+        raise EngineError(
+            f"the {len(kept)} tokens that vLLM says it kept have a probability of {mass:.5f} together: too many are "
+            "equally probable at the border of the top-k; take a smaller sampling.top_k"
+        )
     return tuple(kept)

@@ -29,7 +29,7 @@ from torch import Tensor
 from rolltune import serving
 from rolltune.samplers import EngineError
 from rolltune.samplers.engine import EngineOutput, EngineRequest, buckets
-from rolltune.samplers.vllm_local import BUCKET_BYTES, fence
+from rolltune.samplers.vllm_local import fence
 
 _MINUS_INFINITY = -9999.0  # as vLLM writes it in JSON
 _SECONDS = 1800.0  # the longest that a request may take, in a queue with all others of a step
@@ -99,7 +99,7 @@ class ServerEngine:
                 except EngineError:  # a run that was killed may have left one open
                     self._all("finish_weight_update")
                     self._all("start_weight_update")
-                for number, bucket in enumerate(buckets(weights, BUCKET_BYTES)):
+                for number, bucket in enumerate(buckets(weights)):
                     path = self._folder / f"{number}.safetensors"
                     save_file({name: tensor.contiguous() for name, tensor in bucket}, path)
                     self._all("update_weights", {"update_info": {"path": str(path)}})
@@ -111,8 +111,11 @@ class ServerEngine:
                     sender.send_weights()
                 self._all("update_weight_version", {"new_version": version})
             self._all("collective_rpc", {"method": "repack_tied_head"})
-        finally:
-            self._all("resume")
+        except BaseException:
+            with suppress(EngineError):  # which would take the place of what went wrong
+                self._all("resume")
+            raise
+        self._all("resume")
 
     def _sender(self, url: str, shapes: Callable[[], list[tuple[str, torch.dtype, torch.Size]]]) -> Any:
         """vLLM's trainer side of a transfer by NCCL, which packs weights into buckets of its own."""
@@ -142,8 +145,10 @@ class ServerEngine:
     def forget(self) -> bool:
         return all(self._ask("POST", url, "reset_prefix_cache")["success"] for url in self._urls)
 
-    def fingerprints(self, version: int) -> dict[str, str]:
-        """Of the first worker of the first server that has others than the rest, or of any."""
+    def fingerprints(self, version: int) -> dict[str, str] | None:
+        """Of the first server that has others than the rest, or of any."""
+        if any(self._ask("GET", url, "get_world_size?include_dp=false")["world_size"] > 1 for url in self._urls):
+            return None
         body = {"method": "weight_fingerprints", "args": [str(version)]}
         found = [prints for url in self._urls for prints in self._ask("POST", url, "collective_rpc", body)["results"]]
         return next((prints for prints in found if prints != found[0]), found[0])
@@ -166,7 +171,7 @@ class ServerEngine:
                 try:
                     response = await client.post(f"{url}/inference/v1/generate", json=body)
                 except httpx.HTTPError as error:
-                    raise self._failure(url, f"{type(error).__name__}: {error}") from error
+                    raise self._unreachable(url, f"{type(error).__name__}: {error}") from error
             return number, _output(self._answer(url, response))
 
         async with httpx.AsyncClient(timeout=_SECONDS, trust_env=False, headers=_headers(), limits=limits) as client:
@@ -197,19 +202,20 @@ class ServerEngine:
         try:
             response = self._client.request(method, f"{url}/{path}", json=body)
         except httpx.HTTPError as error:
-            raise self._failure(url, f"{path}: {type(error).__name__}: {error}") from error
+            raise self._unreachable(url, f"{path}: {type(error).__name__}: {error}") from error
         return self._answer(url, response)
 
     def _answer(self, url: str, response: httpx.Response) -> Any:
         if response.status_code == 404:
-            raise self._failure(
-                url, f"has no {response.url.path}; `tune run serve` with takes_weights=files starts one that has"
+            raise EngineError(
+                f"{url}: has no {response.url.path}; `tune run serve` with takes_weights={self._transfer} starts a "
+                "server that has"
             )
         if response.is_error:
-            raise self._failure(url, f"{response.url.path}: {response.status_code}: {response.text[:500]}")
+            raise EngineError(f"{url}: {response.url.path}: {response.status_code}: {response.text[:500]}")
         return response.json() if response.content else None
 
-    def _failure(self, url: str, what: str) -> Exception:
+    def _unreachable(self, url: str, what: str) -> EngineError:
         with suppress(subprocess.TimeoutExpired):
             if self._server is not None:
                 self._server.process.wait(timeout=2)  # its guard ends a moment after it

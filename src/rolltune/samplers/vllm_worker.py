@@ -107,6 +107,8 @@ class WorkerExtension:
 def _readings(module: nn.Module, name: str, parameter: Tensor, version: int) -> Iterator[tuple[str, Tensor]]:
     """What can be seen of a parameter: columns [N, C] of a matrix, all of a vector; and the packed copy's columns."""
     packed = hasattr(module, "cpu_linear") and name == "weight"
+    if hasattr(module, "cpu_linear") and name == "bias":
+        parameter = parameter.to(module.params_dtype)  # pyright: ignore  some kernels for CPUs have made it fp32
     if parameter.numel():
         matrix = parameter.ndim == 2
         yield "", parameter[:, chosen(parameter.shape[1], version)] if matrix else parameter
