@@ -216,6 +216,7 @@ def sample(
             world=world,
             on_progress=progress.model(number, candidate.name),
         )
+        world.barrier()  # rank 0 may close a server that the others still sample from
     del sampler, model
     gc.collect()
     if world.device.type == "cuda":

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -323,26 +324,38 @@ def test_samples_of_other_weights_are_refused(evaluate, make_tiny_llama, tmp_pat
         evaluate(**of)
 
 
-def test_several_processes_write_the_same(evaluate, make_config, tmp_path: Path):
+def test_several_processes_write_the_same(evaluate, make_config, tmp_path: Path, monkeypatch):
+    """And none closes its sampler, behind which may be everybody's server, before the slowest has sampled."""
     one = evaluate("one")
     recipe, local, lock = load_recipe("evaluate"), threading.local(), threading.Lock()
-    prepare, sample, progress = recipe.prepare, recipe.sample, recipe.SamplingProgress
+    prepare, load, progress = recipe.prepare, recipe.load_for_sampling, recipe.SamplingProgress
 
     def one_by_one(function):
-        def call(*args):
+        def call(*args, **options):
             with lock:  # transformers loads a model under switches that are the whole process's
-                return function(*args)
+                return function(*args, **options)
 
         return call
 
-    recipe.prepare, recipe.sample = one_by_one(prepare), one_by_one(sample)
+    recipe.prepare, recipe.load_for_sampling = one_by_one(prepare), one_by_one(load)
     recipe.init_world, cfg = lambda device: local.world, make_config("three")
+    generate, happened = NativeSampler.generate, []
+
+    def generate_slowly(self, *args, **options):
+        written = generate(self, *args, **options)
+        time.sleep(0.1 * local.world.rank)
+        happened.append("sampled")
+        return written
+
+    monkeypatch.setattr(NativeSampler, "generate", generate_slowly)
+    monkeypatch.setattr(NativeSampler, "close", lambda self: happened.append("closed"))
 
     def run(world):
         local.world = world
         recipe.run(cfg)
 
     on_ranks(3, run)
+    assert happened == 2 * (["sampled"] * 8 + ["closed"] * 3)
     assert json.loads((tmp_path / "three/results.json").read_text()) == one
     for name in ("base", "rl"):
         files = [tmp_path / folder / f"samples/{name}.jsonl" for folder in ("one", "three")]
