@@ -19,6 +19,7 @@ from rolltune.distributed import World
 from rolltune.fp32_head import FP32Head
 from rolltune.policy import build_policy
 from rolltune.rollout import Rollout
+from rolltune.samplers.native import NativeSampler
 from rolltune.schema import (
     DataConfig,
     EvaluateSamplingConfig,
@@ -321,6 +322,16 @@ def test_a_starting_sampler_has_the_head_of_the_policy(tiny_llama, tokenizer, tm
         model = ModelConfig(path=str(tiny_llama), dtype="bfloat16", fp32_head=fp32_head)
         sampled = runs.starting_sampler(make_config(tmp_path, model=model), tokenizer, ALONE)
         assert type(sampled.model.get_output_embeddings()) is kind and sampled.version == 0  # pyright: ignore
+
+
+@pytest.mark.parametrize("name", ["colocated", "served"])
+def test_the_starting_weights_are_in_no_second_engine(tiny_llama, tokenizer, tmp_path, name):
+    cfg = make_config(
+        tmp_path,
+        model=ModelConfig(path=str(tiny_llama)),
+        sampler={"_component_": f"rolltune.samplers.vllm.{name}", "kv_cache_gib": 1.0},
+    )
+    assert type(runs.starting_sampler(cfg, tokenizer, ALONE)) is NativeSampler
 
 
 def test_the_schedule_knows_the_number_of_updates(policy, tmp_path):

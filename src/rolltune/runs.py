@@ -28,6 +28,7 @@ from rolltune.rewards.combine import WeightedReward
 from rolltune.rewards.rubric.gold import GoldWatch
 from rolltune.rollout import Rollout
 from rolltune.samplers import Sampler, SyncError
+from rolltune.samplers.native import NativeSampler
 from rolltune.samples import load_for_sampling
 from rolltune.schema import (
     Component,
@@ -256,10 +257,17 @@ def start_rewards(cfg: GRPOConfig, train: Sequence[Problem], heldout: Sequence[P
 
 
 def starting_sampler(cfg: GRPOConfig, tokenizer: PreTrainedTokenizerBase, world: World) -> Sampler:
-    """Samples from the weights that the run starts from, held frozen beside the policy; also in a resumed run."""
+    """Samples from the weights that the run starts from, held frozen beside the policy; also in a resumed run.
+
+    Beside a policy in vLLM it is the native sampler: a second engine would want a GPU of its own, and a server takes one
+    model's weights at a time.
+    """
     weights = cfg.model
     model = load_for_sampling(weights.path, dtype=weights.dtype, device=world.device, fp32_head=weights.fp32_head)
-    sampler = instantiate(cfg.sampler, model, tokenizer)
+    if cfg.sampler["_component_"].startswith("rolltune.samplers.vllm."):
+        sampler = NativeSampler(model, tokenizer)
+    else:
+        sampler = instantiate(cfg.sampler, model, tokenizer)
     sampler.sync(0)
     return sampler
 
