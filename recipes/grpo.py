@@ -198,12 +198,9 @@ def build(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Parts:
     )
     if resume_from:
         optimization.load_state_dict(load_optimization(resume_from, world.device))
-    sampler = instantiate(cfg.sampler, policy.model, tokenizer)
-    rewards.bind(sampler, tokenizer, lambda: runs.starting_sampler(cfg, tokenizer, world))
     return Parts(
         world=world,
         policy=policy,
-        sampler=sampler,
         tokenizer=tokenizer,
         stream=stream,
         heldout=heldout,
@@ -214,6 +211,7 @@ def build(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Parts:
         correction=component_or_object(cfg.correction) if cfg.correction else None,
         mismatch=instantiate(cfg.mismatch) if cfg.mismatch else None,
         optimization=optimization,
+        sampler=runs.start_sampler(cfg, policy, tokenizer, rewards, world),  # last: it may have a server to end
     )
 
 

@@ -334,6 +334,52 @@ def test_the_starting_weights_are_in_no_second_engine(tiny_llama, tokenizer, tmp
     assert type(runs.starting_sampler(cfg, tokenizer, ALONE)) is NativeSampler
 
 
+class Closing:
+    """A sampler that notes when it is closed."""
+
+    def __init__(self, model, tokenizer, *, closed: list):
+        self.model, self.closed = model, closed
+
+    def sync(self, version): ...
+
+    def close(self):
+        self.closed.append(self.model)
+
+
+def self_judged() -> runs.Rewards:
+    judge = {"_component_": "rolltune.rewards.rubric.policy_judge.PolicyJudge", "frozen": True}
+    reward = {"_component_": "rolltune.rewards.rubric.reward.RubricReward", "judges": [judge]}
+    return runs.Rewards(
+        training=runs.build_reward({"rubric": reward}), heldout=runs.build_reward({"correct": reward}), gold=None
+    )
+
+
+def test_the_starting_weights_are_sampled_from_until_the_judges_close(tokenizer):
+    closed, made = [], []
+    rewards = self_judged()
+    rewards.bind(
+        Closing("policy", tokenizer, closed=closed),
+        tokenizer,
+        lambda: made.append("start") or Closing("start", tokenizer, closed=closed),
+    )
+    assert made == ["start"] and closed == []
+    rewards.close()
+    assert closed == ["start"], "the policy's own is the run's"
+
+
+def test_a_policy_that_cannot_judge_leaves_no_sampler_open(policy, tokenizer, tmp_path, monkeypatch):
+    def fail(*args):
+        raise ValueError("no memory for the starting weights")
+
+    monkeypatch.setattr(runs, "starting_sampler", fail)
+    monkeypatch.setattr(runs, "instantiate", lambda node, *args: Closing(*args, closed=closed))
+    rewards, closed, of = self_judged(), [], policy()
+    with pytest.raises(ValueError, match="no memory for the starting weights"):
+        runs.start_sampler(make_config(tmp_path), of, tokenizer, rewards, ALONE)
+    assert closed == [of.model]
+    rewards.close()
+
+
 def test_the_schedule_knows_the_number_of_updates(policy, tmp_path):
     cfg = make_config(
         tmp_path,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -201,24 +201,28 @@ class Rewards:
         training: what is trained on.
         heldout: ``correct`` and, where the config has it, ``lenient``, for :func:`rolltune.evaluation.judge_greedy`.
         gold: the alarm for a hacked judge; None where the config has none.
+        exits: what is closed behind the judges.
     """
 
     training: WeightedReward
     heldout: WeightedReward
     gold: GoldWatch | None
+    exits: ExitStack = field(default_factory=ExitStack, repr=False, compare=False)
 
     def bind(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, frozen: Callable[[], Sampler]) -> None:
         """Hand the policy to judges that are the policy; see :class:`rolltune.rewards.combine.JudgedReward`.
 
-        ``frozen`` is called once at most, however many judges want the weights as they were.
+        ``frozen`` is called once at most, however many judges want the weights as they were. What it makes is closed
+        with the judges; the policy's sampler is not.
         """
-        frozen = cache(frozen)
+        owned = cache(lambda: self.exits.enter_context(closing(frozen())))
         for part in self._parts():
-            part.bind(sampler, tokenizer, frozen)
+            part.bind(sampler, tokenizer, owned)
 
     def close(self) -> None:
-        for part in self._parts():
-            part.close()
+        with self.exits:
+            for part in self._parts():
+                part.close()
 
     def _parts(self) -> list[WeightedReward | GoldWatch]:
         return [self.training, self.heldout, *([self.gold] if self.gold else [])]
@@ -256,11 +260,24 @@ def start_rewards(cfg: GRPOConfig, train: Sequence[Problem], heldout: Sequence[P
     return rewards
 
 
+def start_sampler(
+    cfg: GRPOConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, rewards: Rewards, world: World
+) -> Sampler:
+    """The policy's sampler, handed to the judges that are the policy as well."""
+    sampler = instantiate(cfg.sampler, policy.model, tokenizer)
+    try:
+        rewards.bind(sampler, tokenizer, lambda: starting_sampler(cfg, tokenizer, world))
+    except BaseException:
+        sampler.close()
+        raise
+    return sampler
+
+
 def starting_sampler(cfg: GRPOConfig, tokenizer: PreTrainedTokenizerBase, world: World) -> Sampler:
     """Samples from the weights that the run starts from, held frozen beside the policy; also in a resumed run.
 
-    Beside a policy in vLLM it is the native sampler: a second engine would want a GPU of its own, and a server takes one
-    model's weights at a time.
+    Beside a policy in vLLM it is the native sampler: a second engine would want a GPU of its own, and a server has the
+    weights of one model at a time.
     """
     weights = cfg.model
     model = load_for_sampling(weights.path, dtype=weights.dtype, device=world.device, fp32_head=weights.fp32_head)
