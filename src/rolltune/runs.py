@@ -93,11 +93,11 @@ def start(cfg: GRPOConfig | PrimeConfig, checkpoints: Checkpoints, world: World)
 
 
 def warn_of_slow_dtype(dtype: str, world: World) -> None:
-    """Rank 0 says where ``dtype`` makes a run slow: EPYC cores (Zen 4) multiply fp16 matrices 2 to 20 times slower."""
+    """Rank 0 says where ``dtype`` makes a run slow: fp16 products take EPYC cores (Zen 4) 2 to 20 times as long."""
     if dtype == "float16" and world.device.type == "cpu" and world.is_main:
         print(
-            "float16 is slow on a CPU without a unit for it (AVX512-FP16, AMX-FP16): matrix products take ten times as "
-            "long as in bfloat16, and more",
+            "float16 is slow on a CPU without a unit for it (AVX512-FP16, AMX-FP16): matrix products take 2 to 20 "
+            "times as long as in bfloat16",
             flush=True,
         )
 
