@@ -25,6 +25,7 @@ from rolltune.schema import (
     EvaluateSamplingConfig,
     ExampleTurn,
     GRPOConfig,
+    LoRAConfig,
     ModelConfig,
     PrimeConfig,
     PromptConfig,
@@ -116,6 +117,25 @@ def test_resuming_names_every_change(tmp_path):
     )
     assert [problem.split(":")[0] for problem in error.value.problems] == ["seed", "optimizer", "num_steps"]
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 0
+
+
+def test_a_run_older_than_a_key_goes_on_with_its_default_alone(tmp_path):
+    start(make_config(tmp_path, lora=LoRAConfig(rank=4)))
+    save_step(tmp_path, 1)
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    for key in ("fp32_head", "batch_invariant"):
+        del saved["model"][key]
+    del saved["loss_scale"], saved["prompt"], saved["lora"]["dropout"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    for changes in (
+        {"model": ModelConfig(path="org/name", fp32_head=True)},
+        {"lora": LoRAConfig(rank=4, dropout=0.1)},
+        {"prompt": PromptConfig(prefill="<think>")},
+    ):
+        with pytest.raises(ConfigError, match=f"^{next(iter(changes))}: "):
+            start(make_config(tmp_path, resume=True, **({"lora": LoRAConfig(rank=4)} | changes)))
+    assert start(make_config(tmp_path, resume=True, lora=LoRAConfig(rank=4))) is not None
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]["fp32_head"] is False
 
 
 def judged(**changes) -> dict:

@@ -375,6 +375,18 @@ def _interpolation_problem(error: OmegaConfBaseException) -> str:
     return f"{text[:1].lower()}{text[1:]}" if not text.startswith("Missing mandatory value") else f"needs {text[25:]}"
 
 
+def with_defaults(schema: Any, tree: Any) -> Any:
+    """A saved config with the defaults of all keys that it has not, at any depth: those that are newer than it."""
+    hint = _without_none(schema)
+    if get_origin(hint) is list and isinstance(tree, list):
+        return [with_defaults(get_args(hint)[0], item) for item in tree]
+    if not dataclasses.is_dataclass(hint) or not isinstance(tree, Mapping):
+        return tree
+    hints = get_type_hints(hint)
+    defaults = {field.name: _default(field) for field in dataclasses.fields(hint) if field.default != MISSING}
+    return {name: with_defaults(hints.get(name), value) for name, value in (defaults | dict(tree)).items()}
+
+
 # --- types and keys ---------------------------------------------------------------------------------------------------
 
 _WRONG = object()

@@ -72,7 +72,8 @@ def start(cfg: GRPOConfig | PrimeConfig, checkpoints: Checkpoints, world: World)
         )
     before = config.read_saved(checkpoints.output_dir) if latest is not None else None
     if before is not None:
-        now = asdict(cfg)
+        # A run may be older than a key, whose default is what was done before there was one.
+        before, now = config.with_defaults(type(cfg), before), asdict(cfg)
         changed = [k for k in now if k not in FREE_ON_RESUME and _fixed(before.get(k)) != _fixed(now[k])]
         if changed:
             raise ConfigError(
