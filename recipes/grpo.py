@@ -242,7 +242,7 @@ def sample(cfg: GRPOConfig, parts: Parts, step: int, cursor: int, phases: Phases
             num_groups=cfg.batch.prompts_per_step,
             dynamic_rounds=cfg.batch.dynamic_sampling_rounds,
         )
-    check_versions(rollout, parts.policy.version, parts.world)
+    check_versions((c for group in rollout.sampled for c in group.completions), parts.policy.version, parts.world)
     return rollout
 
 
@@ -337,6 +337,7 @@ def evaluate(cfg: GRPOConfig, parts: Parts, progress: Progress) -> dict[str, flo
         world=parts.world,
         on_progress=progress.phase("evaluating"),
     )
+    check_versions((completion for _, completion in turns), parts.policy.version, parts.world)
     metrics = judge_greedy(turns, reward=parts.rewards.heldout, world=parts.world)
     return metrics | runs.check_gold(parts.rewards.gold, turns, Path(cfg.output_dir), parts.world)
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from rolltune import samples as module
 from rolltune.components import ConfigError
 from rolltune.distributed import World
+from rolltune.samplers import SyncError
 from rolltune.samples import (
     BLOCK_COMPLETIONS,
     ProblemSamples,
@@ -241,10 +242,10 @@ PARAMS = SamplingParams(temperature=0.7, top_k=5, max_new_tokens=9, stop=("x",))
 
 
 class Scribe:
-    """Writes what it was asked for; ends the process at some call."""
+    """Writes what it was asked for; ends the process at some call, or has other weights there."""
 
-    def __init__(self, dies_at: int | None = None):
-        self.calls, self.dies_at = [], dies_at
+    def __init__(self, dies_at: int | None = None, strays_at: int | None = None):
+        self.calls, self.dies_at, self.strays_at = [], dies_at, strays_at
 
     def sync(self, version): ...
 
@@ -258,7 +259,8 @@ class Scribe:
         return [
             tuple(
                 Completion(
-                    token_ids=(1, 2), logprobs=(0.0, 0.0), finish_reason="stop", policy_version=0,
+                    token_ids=(1, 2), logprobs=(0.0, 0.0), finish_reason="stop",
+                    policy_version=-1 if len(self.calls) == self.strays_at else 0,
                     text=f"{request.prompt.token_ids[0]} {params.temperature} {seed}",
                 )
                 for seed in request.seeds
@@ -361,3 +363,16 @@ def test_ranks_write_what_one_process_writes(cache: SampleCache, tmp_path: Path)
     cache.merge([problem.id for problem in PROBLEMS])
     assert cache.path.read_bytes() == one.path.read_bytes()
     assert on_ranks(3, lambda world: write(cache, sampler := Scribe(), world) or len(sampler.calls)) == [0, 0, 0]
+
+
+def test_what_other_weights_wrote_is_kept_by_none_and_stops_all_ranks(cache: SampleCache):
+    """Four blocks of two calls each over three ranks; the second one's greedy completions are another run's."""
+    said = "3 completions were not written by the policy's weights, which are of version 0: 3 by version -1"
+
+    def run(world: World) -> bool:
+        with pytest.raises(SyncError, match=said):
+            write(cache, Scribe(strays_at=2 if world.rank == 1 else None), world)
+        return True
+
+    assert on_ranks(3, run) == [True] * 3
+    assert set(cache.read()) == {problem.id for i, problem in enumerate(PROBLEMS) if i // 3 != 1}

@@ -10,7 +10,7 @@ from thread_world import on_ranks
 
 from rolltune.data.dataset import Dataset, ProblemStream
 from rolltune.distributed import World
-from rolltune.rollout import Rollout, check_versions, collect, has_signal, is_trainable, sample_groups
+from rolltune.rollout import check_versions, collect, has_signal, is_trainable, sample_groups
 from rolltune.samplers import SyncError
 from rolltune.types import Completion, Group, Problem, Prompt, SamplingParams, Score
 
@@ -34,14 +34,13 @@ def make_group(name: str, totals: list[float | None]) -> Group:
 
 
 def test_completions_of_other_weights_are_refused_on_all_ranks():
-    group = make_group("a", [0.0, 1.0, 2.0])
+    completions = make_group("a", [0.0, 1.0, 2.0]).completions
 
     def check(world: World, versions: tuple[int, ...]) -> str | None:
         mine = versions if world.rank == 1 else (4, 4, 4)
-        completions = tuple(replace(c, policy_version=v) for c, v in zip(group.completions, mine, strict=True))
-        written = replace(group, completions=completions)
+        written = [replace(c, policy_version=v) for c, v in zip(completions, mine, strict=True)]
         try:
-            check_versions(Rollout(sampled=[written], kept={}, num_kept=0, cursor=1), 4, world)
+            check_versions(written, 4, world)
         except SyncError as error:
             return str(error)
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from rolltune.rewards.rubric.fence import neutral
 from rolltune.types import Message
 
-Failure = Literal["judge_down", "judge_refused", "judge_unparseable", "judge_cut", "judge_budget"]
+Failure = Literal["judge_down", "judge_refused", "judge_unparseable", "judge_cut", "judge_budget", "judge_stale"]
 MAX_REPLY_CHARS = 64_000  # the end of a reply, where its verdict stands
 _MOST_REPAIRED = 8_000  # characters of a malformed reply that its judge is shown again
 _MOST_WORK, _EACH_TRY, _UNKNOWN_WORK = 4_000_000, 400, 10_000  # characters read in looking for objects
@@ -53,7 +53,7 @@ class Answer:
         value: an instance of the question's ``answer``; None where there is none, which is unscored and never a 0.
         failure: None where there is a value. Else "judge_down": all attempts failed; "judge_refused": the server does
             not take this question; "judge_unparseable": no reply fits the schema; "judge_cut": the reply was cut at
-            ``max_tokens``; "judge_budget": a cap is reached.
+            ``max_tokens``; "judge_budget": a cap is reached; "judge_stale": others than the policy's weights wrote it.
         text: what the judge wrote last; empty where it wrote nothing.
         judge: who was asked, such as "gpt-4o-mini@api.example.com", or "policy@12" for the policy after 12 steps.
         cached: no call was made for it.

@@ -38,7 +38,8 @@ class PolicyJudge:
 
     Questions wait until :meth:`answer_waiting` is called, by the thread that samples. Each answer says which weights
     gave it: ``policy@12`` is the policy after 12 optimizer steps, ``start@0`` the frozen copy. A question that is too
-    long for the model is unscored (``judge_refused``).
+    long for the model is unscored (``judge_refused``), and so is one that other weights than the policy's had a part in
+    answering (``judge_stale``): an error on one rank would leave the others waiting, ``batch.max_unscored`` stops all.
 
     Args:
         frozen: judge by the weights that the run starts from. They are held in memory beside the policy.
@@ -67,7 +68,7 @@ class PolicyJudge:
         self._lock = threading.Lock()
         self._waiting: list[_Waiting] = []
         totals = ("questions", "repairs", "completion_tokens", "latency_seconds")
-        failures = ("judge_refused", "judge_unparseable", "judge_cut")
+        failures = ("judge_refused", "judge_unparseable", "judge_cut", "judge_stale")
         self._totals: dict[str, float] = dict.fromkeys((*totals, *failures), 0.0)
         self._has_refused = False
 
@@ -100,6 +101,9 @@ class PolicyJudge:
                 self._totals["judge_refused"] += 1
                 return Answer(value=None, failure="judge_refused", text="", judge=self.name, cached=False)
             judge = f"{self.name}@{reply.policy_version}"
+            if reply.policy_version < 0:
+                self._totals["judge_stale"] += 1
+                return Answer(value=None, failure="judge_stale", text=reply.text, judge=judge, cached=False)
             if reply.finish_reason == "length":
                 self._totals["judge_cut"] += 1
                 return Answer(value=None, failure="judge_cut", text=reply.text, judge=judge, cached=False)

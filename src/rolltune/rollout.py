@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from rolltune.data.dataset import ProblemStream
@@ -135,13 +135,12 @@ def collect(
     return Rollout(sampled=sampled, kept=kept, num_kept=num_kept, cursor=cursor)
 
 
-def check_versions(rollout: Rollout, version: int, world: World) -> None:
+def check_versions(written: Iterable[Completion], version: int, world: World) -> None:
     """Raise on all ranks where a completion was not written by the weights after ``version`` optimizer steps.
 
     Raises:
-        SyncError: training on it would be off-policy without anybody's knowing.
+        SyncError: training on it would be off-policy, and its accuracy another model's, without anybody's knowing.
     """
-    written = [completion for group in rollout.sampled for completion in group.completions]
     others = Counter(world.gather([c.policy_version for c in written if c.policy_version != version]))
     if others:
         listed = ", ".join(f"{count} by version {other}" for other, count in sorted(others.items()))

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rolltune.components import ConfigError
 from rolltune.distributed import World
 from rolltune.models import adapter_base, load_config, load_model, resolve_model
+from rolltune.rollout import check_versions
 from rolltune.samplers import Sampler
 from rolltune.schema import EvaluateConfig
 from rolltune.seeding import derive_seed
@@ -300,12 +301,15 @@ def sample_missing(
         prompts: by problem id.
         done: what the cache has, as all ranks have read it.
         cache: where to.
-        sampler: of the model.
+        sampler: of the model, synced as version 0.
         params: of the samples; the greedy completion has the same limits.
         samples: of each problem, besides the greedy one.
         seed: with the problem's id and the sample's number it seeds each completion.
         world: all ranks call this.
         on_progress: called with (this rank's completions done, in all).
+
+    Raises:
+        SyncError: on all ranks, where one was given a completion of other weights. The block that it is of is not kept.
     """
     todo = world.shard([block for block in blocks(problems, samples) if any(p.id not in done for p in block)])
     total = sum(map(len, todo)) * (samples + 1)
@@ -321,11 +325,15 @@ def sample_missing(
         on_progress(finished, total)
         return written
 
+    written: list[Completion] = []  # of this rank's last block
     for block in todo:
         sampled = generate(
             block, params, lambda problem: tuple(derive_seed(seed, "sample", problem.id, i) for i in range(samples))
         )
         greedy = generate(block, greedy_params, lambda problem: (0,))
+        written = [completion for each in (*sampled, *greedy) for completion in each]
+        if any(completion.policy_version != 0 for completion in written):
+            break  # the other ranks hear of it when they have done their share
         rows = [
             ProblemSamples(
                 problem=problem.id,
@@ -336,6 +344,7 @@ def sample_missing(
             for problem, of_samples, of_greedy in zip(block, sampled, greedy, strict=True)
         ]
         cache.append(rows, rank=world.rank)
+    check_versions(written, 0, world)
 
 
 def _from_completion(completion: Completion) -> Turn:

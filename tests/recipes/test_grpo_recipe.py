@@ -7,6 +7,8 @@ import torch
 from tiny_run import read_rows
 from transformers import AutoModelForCausalLM
 
+from rolltune.samplers import SyncError
+
 ALGORITHMS = {
     "grpo": ("rolltune.advantages.group_zscore", "rolltune.losses.grpo.GRPOLoss", {"kl_coef": 0.04}),
     "dr_grpo": (
@@ -115,6 +117,15 @@ def test_a_sampler_without_supports_stops_a_truncated_run(run_grpo, monkeypatch)
     monkeypatch.setattr(NativeSampler, "generate", generate)
     with pytest.raises(ValueError, match=r"sampling.top_p: 0.9, sampling.top_k: 0: NativeSampler does not say"):
         run_grpo(sampling={"group_size": 4, "max_new_tokens": 12, "top_p": 0.9})
+
+
+def test_held_out_turns_of_other_weights_stop_a_run(run_grpo, tmp_path, monkeypatch):
+    from rolltune.samplers.native import NativeSampler
+
+    monkeypatch.setattr(NativeSampler, "sync", lambda self, version: setattr(self, "policy_version", -1))
+    with pytest.raises(SyncError, match="4 completions were not written by the policy's weights.*: 4 by version -1"):
+        run_grpo()
+    assert not (tmp_path / "run/metrics.jsonl").read_text()
 
 
 def test_lora_run_writes_an_adapter(run_grpo, tiny_llama):

@@ -85,7 +85,7 @@ def test_an_answer():
     assert metrics == {
         "questions": 1, "cache_hits": 0, "calls": 1, "retries": 0, "failures": 0, "repairs": 0, "replies": 1,
         "prompt_tokens": 100, "completion_tokens": 20, "dollars": pytest.approx(200e-6), "judge_down": 0,
-        "judge_refused": 0, "judge_unparseable": 0, "judge_cut": 0, "judge_budget": 0,
+        "judge_refused": 0, "judge_unparseable": 0, "judge_cut": 0, "judge_budget": 0, "judge_stale": 0,
     }  # fmt: skip
 
 

@@ -88,6 +88,12 @@ def test_a_malformed_reply_is_asked_again_in_one_more_batch(make_reward, tokeniz
     assert score.total is None and score.failure == "judge_unparseable"
 
 
+def test_a_reply_of_other_weights_is_unscored(make_reward, tokenizer):
+    reward = make_reward(Scripted(tokenizer, lambda asked: verdict(1), version=-1))
+    score = reward(PROBLEMS[0], "It is four.")
+    assert score.total is None and score.failure == "judge_stale" and reward.metrics()["judge_stale"] == 1
+
+
 def test_the_frozen_start_judges(make_reward, tokenizer):
     policy = Scripted(tokenizer, lambda asked: verdict(0), version=9)
     start = Scripted(tokenizer, lambda asked: verdict(1))
