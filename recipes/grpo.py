@@ -256,6 +256,7 @@ def selftest(cfg: GRPOConfig, parts: Parts, rollout: Rollout, console: Console, 
         answer_format=cfg.answer_format,
         temperature=cfg.sampling.temperature,
         dtype=cfg.model.dtype,
+        sampler_dtype=cfg.sampler.get("dtype"),
         with_reference=parts.loss.kl_coef > 0,
         starts_as_reference=starts_as_reference,
     )

@@ -62,6 +62,7 @@ def run(policy, *groups, tokenizer, **changes):
         "answer_format": FORMAT,
         "temperature": TEMPERATURE,
         "dtype": "float32",
+        "sampler_dtype": None,
         "with_reference": True,
         "starts_as_reference": True,
     }
@@ -148,8 +149,39 @@ def test_half_precision_is_given_room_for_its_rounding_and_no_more(policy, group
     assert failed(run(policy, off_by(0.04), tokenizer=tokenizer)) == {RATIO}
     assert failed(run(policy, off_by(0.04), tokenizer=tokenizer, dtype="bfloat16")) == set()
     assert failed(run(policy, off_by(0.06), tokenizer=tokenizer, dtype="bfloat16")) == {RATIO}
-    assert failed(run(policy, off_by(0.006), tokenizer=tokenizer, dtype="float16")) == set()
-    assert failed(run(policy, off_by(0.007), tokenizer=tokenizer, dtype="float16")) == {RATIO}
+    assert failed(run(policy, off_by(0.019), tokenizer=tokenizer, dtype="float16")) == set()
+    assert failed(run(policy, off_by(0.021), tokenizer=tokenizer, dtype="float16")) == {RATIO}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sampler_dtype", "room"),
+    [
+        ("float32", "bfloat16", 0.05),
+        ("float32", "float16", 0.02),
+        ("bfloat16", "float32", 0.05),
+        ("float16", "bfloat16", 0.05),
+        ("float32", None, 1e-4),
+        ("float32", "a word of its own", 1e-4),
+    ],
+)
+def test_a_sampler_in_another_precision_is_held_to_the_coarser(policy, group, tokenizer, dtype, sampler_dtype, room):
+    def off_by(gap):
+        return with_completions(
+            group, lambda c: dataclasses.replace(c, logprobs=tuple(logprob + gap for logprob in c.logprobs))
+        )
+
+    options = {"tokenizer": tokenizer, "dtype": dtype, "sampler_dtype": sampler_dtype}
+    assert failed(run(policy, off_by(0.9 * room), **options)) == set()
+    assert failed(run(policy, off_by(1.1 * room), **options)) == {RATIO}
+
+
+def test_the_packed_rows_of_a_coarsely_sampled_policy_are_held_to_its_own(policy, group, tokenizer, monkeypatch):
+    def blurred(*inputs, **options):
+        logprobs, entropy = selected_logprobs(*inputs, **options)
+        return logprobs + 0.01, entropy
+
+    monkeypatch.setattr("rolltune.policy.selected_logprobs", blurred)
+    assert failed(run(policy, group, tokenizer=tokenizer, sampler_dtype="bfloat16")) == {PACKED}
 
 
 def test_eos_dropped_where_completions_become_training_sequences(policy, group, tokenizer, monkeypatch):

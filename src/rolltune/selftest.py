@@ -24,9 +24,9 @@ from rolltune.prompts import worked_turn
 from rolltune.types import Group, MicroBatch, Reward
 
 # |trainer - sampler| log-prob: (mean, max) over tokens. fp32 differs by the order of summation alone; bf16 keeps 8 bits
-# of each logit, so single unlikely tokens may be far off while the mean stays small; fp16 keeps 11.
-# Of batch-invariant models nothing differs.
-TOLERANCE = {"exact": (0.0, 0.0), "float32": (1e-4, 1e-2), "bfloat16": (0.05, 1.0), "float16": (0.05 / 8, 1.0 / 8)}
+# of each logit, so single unlikely tokens may be far off while the mean stays small; fp16 keeps 11, and vLLM's was seen
+# 1.4e-2 off in the mean. Of batch-invariant models nothing differs.
+TOLERANCE = {"exact": (0.0, 0.0), "float32": (1e-4, 1e-2), "float16": (0.02, 0.3), "bfloat16": (0.05, 1.0)}
 KL_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-3 / 8}
 
 
@@ -51,6 +51,7 @@ def run_selftest(
     answer_format: str,
     temperature: float,
     dtype: str,
+    sampler_dtype: str | None,
     with_reference: bool,
     starts_as_reference: bool,
 ) -> list[Check]:
@@ -64,6 +65,7 @@ def run_selftest(
         answer_format: how a right turn is written, with ``{solution}`` and ``{answer}``.
         temperature: the one that was sampled with.
         dtype: of the policy; sets the tolerances.
+        sampler_dtype: the sampler's option, None where it has none: its log-probs are held to the coarser of the two.
         with_reference: whether the loss has a KL term.
         starts_as_reference: whether the policy has not been trained since the reference was frozen.
     """
@@ -72,10 +74,11 @@ def run_selftest(
     (row,) = pack([trained], max_tokens=10**9, device=next(policy.model.parameters()).device)
     was_training = policy.model.training
     policy.model.eval()  # adapters may have dropout; the sampler has it off as well
+    sampled_in = max((name for name in (dtype, sampler_dtype) if name in TOLERANCE), key=TOLERANCE.__getitem__)
     try:
         logprobs, _ = policy.logprobs(row, temperature=temperature)
         checks = [
-            _check_ratio(logprobs, row, "exact" if is_batch_invariant(policy.causal_lm) else dtype),
+            _check_ratio(logprobs, row, "exact" if is_batch_invariant(policy.causal_lm) else sampled_in),
             _check_plain_forward(policy, trained, row, logprobs, temperature, dtype),
             _check_tokens(group, row),
             _check_eos(group, row, tokenizer),
