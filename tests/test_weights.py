@@ -1,11 +1,12 @@
 """The policy's weights under the names of a checkpoint, with LoRA merged."""
 
+import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rolltune.weights import policy_weights, tied_names, weight_shapes
+from rolltune.weights import check_mergeable, policy_weights, tied_names, weight_shapes
 
 
 def load(folder):
@@ -50,6 +51,30 @@ def test_a_low_precision_base_is_merged_in_fp32_and_rounded_once(tiny_llama):
     found = dict(policy_weights(model, torch.bfloat16))["model.layers.0.self_attn.q_proj.weight"]
     assert layer.lora_A["default"].weight.dtype == torch.float32
     assert torch.equal(found, expected.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "why"),
+    [
+        (LoraConfig(target_modules=["q_proj"], use_dora=True), r"layers\.0\.self_attn\.q_proj: a variant .*\(Dora\)"),
+        (LoraConfig(target_modules=["up_proj"], lora_bias=True), r"layers\.0\.mlp\.up_proj: LoRA's bias"),
+        (LoraConfig(target_modules=["embed_tokens"]), r"embed_tokens: peft\.tuners\.lora\.layer\.Embedding"),
+        (LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]), r"norm: .* \(ModulesToSaveWrapper\)"),
+        (
+            LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1]),
+            r"embed_tokens: .*\(TrainableTokensWrapper",
+        ),
+        (IA3Config(target_modules=["k_proj"], feedforward_modules=[]), r"k_proj: peft\.tuners\.ia3"),
+    ],
+    ids=["dora", "bias", "embedding", "saved", "tokens", "ia3"],
+)
+def test_what_is_more_than_plain_lora_is_refused(make_tiny_llama, tmp_path, adapter, why):
+    base = load(make_tiny_llama(tmp_path / "biased", mlp_bias=True))
+    check_mergeable(base)
+    model = get_peft_model(base, adapter)
+    message = rf"^lora: model\..*{why}.* cannot be merged for vLLM; take rolltune\.samplers\.native\.NativeSampler$"
+    with pytest.raises(ValueError, match=message):
+        next(policy_weights(model, torch.float32))
 
 
 def test_shapes_agree_with_the_weights(tiny_llama):

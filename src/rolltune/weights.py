@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,7 +25,11 @@ def policy_weights(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> It
     Args:
         model: the policy, wrapped by peft or not; its active adapter is merged.
         dtype: what the tensors are given in; those that have it already are the model's own, not copies.
+
+    Raises:
+        ValueError: an adapter is of a kind that :func:`check_mergeable` names.
     """
+    check_mergeable(model)
     causal_lm = unwrapped(model)
     adapted = {name: module for name, module in causal_lm.named_modules() if isinstance(module, LoraLinear)}
     for name, parameter in causal_lm.named_parameters():
@@ -36,6 +42,30 @@ def policy_weights(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> It
             yield f"{owner}.weight", _merged(adapted[owner], parameter).to(dtype)
         else:
             yield f"{owner}.{last}", parameter.detach().to(dtype)
+
+
+def check_mergeable(model: PreTrainedModel | PeftModel) -> None:
+    """Raise ValueError where adapters are more than plain LoRA of linear layers, which is all that is merged here."""
+    for name, module in unwrapped(model).named_modules():
+        if why := _not_mergeable(module):
+            raise ValueError(
+                f"lora: {name}: {why} cannot be merged for vLLM; take rolltune.samplers.native.NativeSampler"
+            )
+
+
+def _not_mergeable(module: torch.nn.Module) -> str | None:
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return f"what peft trains beside LoRA ({type(module).__name__})"
+    if not isinstance(module, BaseTunerLayer):
+        return None
+    if type(module) is not LoraLinear:
+        return f"{type(module).__module__}.{type(module).__name__}"
+    for adapter in module.active_adapters:
+        if variant := module.lora_variant.get(adapter):
+            return f"a variant of LoRA ({type(variant).__name__.removesuffix('LinearVariant')})"
+        if module.lora_bias.get(adapter):
+            return "LoRA's bias"
+    return None
 
 
 def weight_shapes(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> list[tuple[str, torch.dtype, torch.Size]]:
