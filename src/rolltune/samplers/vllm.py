@@ -24,7 +24,7 @@ from rolltune.models import DTYPES, unwrapped
 from rolltune.samplers import EngineError, probe
 from rolltune.samplers.ranks import from_rank_0, this_rank
 from rolltune.samplers.vllm_sampler import VLLMSampler
-from rolltune.weights import weight_shapes
+from rolltune.weights import check_mergeable, weight_shapes
 
 
 def colocated(
@@ -173,6 +173,7 @@ def _check_options(
     kv_cache_gib: float,
 ) -> int:
     """Raise ValueError for a value out of range; returns the tokens of a prompt and its completion."""
+    check_mergeable(model)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"sampler.dtype: {dtype}; one of {', '.join(DTYPES)} is wanted")
     for name, value, is_right, wanted in (
