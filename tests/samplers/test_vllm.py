@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from rolltune.samplers.native import NativeSampler
 from rolltune.samplers.vllm import colocated
 from rolltune.samplers.vllm_sampler import VLLMSampler
 from rolltune.types import Completion, MicroBatch, Prompt, SampleRequest, SamplingParams
+from rolltune.weights import policy_weights
 
 OPTIONS = {"kv_cache_gib": 0.05, "max_rows": 16, "max_model_len": 400}
 
@@ -384,6 +386,20 @@ def test_faults_of_a_sync_are_caught(sampler, model, tokenizer, fault):
     sampler._engine._llm.wake_up()
     sampler.sync(next(versions))  # and a right one mends it
     assert sampler.generate(requests(tokenizer, "one"), SamplingParams(max_new_tokens=2))
+
+
+def test_a_load_that_breaks_off_does_not_stay_open(sampler, model, monkeypatch):
+    def broken(model, dtype):
+        yield from itertools.islice(policy_weights(model, dtype), 5)
+        raise RuntimeError("no more")
+
+    sampler.sync(next(versions))
+    shake(model, 7)
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_sampler, "policy_weights", broken)
+        with pytest.raises(SyncError, match=r"did not reach the sampler: vLLM: RuntimeError: no more"):
+            sampler.sync(next(versions))
+    sampler.sync(next(versions))
 
 
 # --- a good neighbour -------------------------------------------------------------------------------------------------

@@ -95,8 +95,12 @@ class LocalEngine:
     def load(self, weights: Iterator[tuple[str, Tensor]], version: str) -> None:
         with fence(), _failures_told():
             self._llm.start_weight_update()
-            for bucket in buckets(weights):
-                self._llm.update_weights({"update_info": {"items": bucket}})
+            try:
+                for bucket in buckets(weights):
+                    self._llm.update_weights({"update_info": {"items": bucket}})
+            except BaseException:
+                self._llm.finish_weight_update()  # or the next could not be started
+                raise
             self._llm.finish_weight_update(version)
             self._llm.collective_rpc("repack_tied_head")
 
