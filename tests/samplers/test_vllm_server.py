@@ -153,3 +153,16 @@ def test_minus_infinity_survives_json():
         versions=(),
         cached_tokens=None,
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base_urls": []}, r"sampler\.base_urls: none; give one at least"),
+        ({"transfer": "pigeon", "base_urls": ["http://a"]}, r"sampler\.transfer: pigeon; one of files, nccl"),
+        ({"transfer": "nccl", "base_urls": ["http://a", "http://b"]}, r"sampler\.base_urls: 2 servers; .* one alone"),
+    ],
+)
+def test_servers_that_cannot_be_used_are_refused(model, tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        served(model, tokenizer, **OPTIONS | options)

@@ -124,6 +124,10 @@ def served(
         raise ValueError("sampler.base_urls: none; give one at least, or null for a server of the run's own")
     if transfer not in serving.TRANSFERS:
         raise ValueError(f"sampler.transfer: {transfer}; one of {', '.join(serving.TRANSFERS)} is wanted")
+    if transfer == "nccl" and base_urls is not None and len(base_urls) > 1:
+        raise ValueError(
+            f"sampler.base_urls: {len(base_urls)} servers; weights go by nccl to one alone: give one, or transfer: files"
+        )
     engine_dtype = DTYPES[dtype] if dtype else unwrapped(model).dtype
     exits = ExitStack()
     is_main = this_rank() == 0
