@@ -126,7 +126,7 @@ def served(
         raise ValueError(f"sampler.transfer: {transfer}; one of {', '.join(serving.TRANSFERS)} is wanted")
     if transfer == "nccl" and base_urls is not None and len(base_urls) > 1:
         raise ValueError(
-            f"sampler.base_urls: {len(base_urls)} servers; weights go by nccl to one alone: give one, or transfer: files"
+            f"sampler.base_urls: {len(base_urls)} servers; weights go by nccl to one alone: give one, or take files"
         )
     engine_dtype = DTYPES[dtype] if dtype else unwrapped(model).dtype
     exits = ExitStack()
