@@ -106,6 +106,12 @@ def test_greedy_is_what_transformers_generates(request, tokenizer, maker: str, t
             assert completion.finish_reason == ("stop" if expected[-1] == EOS else "length")
 
 
+def rounding(params: SamplingParams) -> float:
+    """Room between log-probs of two float32 forward passes that sum in another order: a hundred ulps of logits
+    of order 1, which a temperature below 1 stretches."""
+    return 100 * torch.finfo(torch.float32).eps / min(1.0, params.temperature or 1.0)
+
+
 @pytest.mark.parametrize(
     "params",
     [
@@ -126,7 +132,7 @@ def test_logprobs_are_those_of_a_plain_forward_pass(request, tokenizer, maker: s
         for completion in group:
             lengths.add(len(completion.token_ids))
             expected, support = zip(*reference(model, ids, completion, params), strict=True)
-            assert completion.logprobs == pytest.approx(expected, abs=1e-5)
+            assert completion.logprobs == pytest.approx(expected, abs=rounding(params))
             assert completion.support == (support if params.truncates else None)
     assert len(lengths) > 3, "the rows should have left at different times"
 
@@ -166,7 +172,7 @@ def test_adapters_of_a_peft_model_take_part_and_dropout_does_not(make_llama, tok
     for ids, group in zip(PROMPTS, adapted, strict=True):
         for completion in group:
             expected = reference_logprobs(policy, ids, completion, SamplingParams())
-            assert completion.logprobs == pytest.approx(expected, abs=1e-5)
+            assert completion.logprobs == pytest.approx(expected, abs=rounding(SamplingParams()))
 
 
 @pytest.mark.parametrize("pack_weights", [False, True])
@@ -184,7 +190,8 @@ def test_weights_are_always_current(llama, tokenizer, pack_weights: bool):
     assert {c.policy_version for group in after for c in group} == {3}
     for ids, group in zip(PROMPTS, after, strict=True):
         for completion in group:
-            assert completion.logprobs == pytest.approx(reference_logprobs(llama, ids, completion, params), abs=1e-5)
+            expected = reference_logprobs(llama, ids, completion, params)
+            assert completion.logprobs == pytest.approx(expected, abs=rounding(params))
 
 
 def test_sampled_frequencies_follow_the_exact_distribution(llama, tokenizer):
