@@ -60,7 +60,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rolltune.schema import PromptConfig
+    from rolltune.config.schema import PromptConfig
     from rolltune.types import Completion, Problem, Prompt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -249,9 +249,9 @@ def load_gsm8k(path: str, num_problems: int, few_shot: int) -> tuple[Sequence[Pr
     Raises:
         ValueError: the data cannot be found, or has too few rows.
     """
+    from rolltune.config.schema import ExampleTurn, PromptConfig
     from rolltune.data.gsm8k import gsm8k
     from rolltune.prompts import worked_turn
-    from rolltune.schema import ExampleTurn, PromptConfig
 
     rows = gsm8k(split="test", path=path)
     if num_problems + few_shot > len(rows):
@@ -272,8 +272,8 @@ def load_sums(num_problems: int) -> tuple[Sequence[Problem], PromptConfig]:
     accuracy is the one that the quickstart's summary reports."""
     import yaml
 
-    from rolltune.components import instantiate
-    from rolltune.schema import PromptConfig
+    from rolltune.config.components import instantiate
+    from rolltune.config.schema import PromptConfig
 
     config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
     return instantiate(config["data"]["heldout"] | {"count": num_problems}), PromptConfig(**config["prompt"])
@@ -295,7 +295,7 @@ def load_checkpoint(path: str) -> Any:
     """The model in fp32, an adapter on top of its base."""
     from peft import PeftModel
 
-    from rolltune.models import adapter_base, load_model, resolve_model
+    from rolltune.model.load import adapter_base, load_model, resolve_model
 
     source = resolve_model(path)
     base = adapter_base(source)
@@ -309,9 +309,9 @@ def sample_greedily(args: argparse.Namespace) -> Sampled:
     Raises:
         ValueError: the model or the data cannot be used, or a completion could be too long for the model.
     """
-    from rolltune.models import load_tokenizer
+    from rolltune.model.load import load_tokenizer
     from rolltune.rewards.answer import gold_answer
-    from rolltune.runs import prompt_renderer
+    from rolltune.run.build import prompt_renderer
     from rolltune.samplers.native import NativeSampler
     from rolltune.types import SampleRequest, SamplingParams
 
@@ -393,7 +393,7 @@ def write_task(task: Task, items: Sequence[Item], model: str, folder: Path) -> s
     """
     import yaml
 
-    from rolltune.models import adapter_base, resolve_model
+    from rolltune.model.load import adapter_base, resolve_model
 
     rows = "".join(json.dumps(asdict(item)) + "\n" for item in items)
     (folder / "data.jsonl").write_text(rows, encoding="utf-8")

@@ -170,11 +170,11 @@ def load_recipe() -> ModuleType:
 
 def run_rolltune(conditions: Conditions, model: Path) -> list[Step]:
     """The recipe's loop, without what surrounds a step. Returns all steps, the warm-up first."""
+    from rolltune.config.schema import BatchConfig, DataConfig, GRPOConfig, ModelConfig, PromptConfig, SamplingConfig
     from rolltune.distributed import init_world
-    from rolltune.progress import Progress
+    from rolltune.metrics.progress import Progress
+    from rolltune.metrics.timing import Phases
     from rolltune.rollout import is_trainable
-    from rolltune.schema import BatchConfig, DataConfig, GRPOConfig, ModelConfig, PromptConfig, SamplingConfig
-    from rolltune.timing import Phases
 
     cfg = GRPOConfig(
         output_dir="",  # nothing is written
@@ -326,7 +326,7 @@ def prepare(conditions: Conditions, model: Path) -> None:
         ValueError: the data or the model cannot be found.
     """
     from rolltune.data.gsm8k import gsm8k
-    from rolltune.models import resolve_model
+    from rolltune.model.load import resolve_model
 
     gsm8k(split="train", path=conditions.data, count=conditions.prompts * conditions.all_steps)
     token, token_id = NEVER_WRITTEN

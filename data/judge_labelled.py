@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, StrictBool, StringConstraints
 
 from rolltune.data.dataset import take_slice
 from rolltune.data.jsonl import read_jsonl
-from rolltune.rewards.rubric.labels import Label, LabelledResponse
+from rolltune.rewards.checks.labels import Label, LabelledResponse
 from rolltune.rewards.rubric.load import collect, parse
 from rolltune.rewards.rubric.schema import Criterion
 from rolltune.types import Problem

@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 import yaml
 
-from rolltune.components import ConfigError, check_component, instantiate
+from rolltune.config.components import check_component, instantiate
 from rolltune.data.dataset import Dataset, take_slice
 from rolltune.data.jsonl import read_jsonl
+from rolltune.errors import ConfigError
 from rolltune.rewards.rubric.load import Unsure, Weights, collect, criteria_of, problem_row, rar_problem, rubric_row
 from rolltune.rewards.rubric.schema import Rubric
 from rolltune.types import Problem

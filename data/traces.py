@@ -98,7 +98,7 @@ def _thinking(thinking: str, tokenizer: str | None) -> Callable[[str], str]:
     """What takes the place of a trace's thinking."""
     if tokenizer is None:
         return (lambda text: " ") if thinking == "empty" else (lambda text: text)
-    from rolltune.models import load_tokenizer  # imports torch, which the other controls do without
+    from rolltune.model.load import load_tokenizer  # imports torch, which the other controls do without
 
     encode = load_tokenizer(tokenizer)
 

@@ -25,8 +25,8 @@ from conftest import save_tiny_llama  # pyright: ignore[reportAttributeAccessIss
 from safetensors import safe_open
 from tiny_run import REWARD, load_recipe, tiny_grpo
 
-from rolltune import config
-from rolltune.schema import GRPOConfig, PrimeConfig
+from rolltune.config.schema import GRPOConfig, PrimeConfig
+from rolltune.run import checks
 
 SEVERAL_UPDATES = {"prompts_per_step": 4, "microbatch_tokens": 128, "num_iterations": 2, "minibatches": 2}
 
@@ -66,7 +66,7 @@ def sft(model: Path, output_dir: Path) -> dict[str, Any]:
 
 
 def digest(output_dir: Path) -> str:
-    """Of names, shapes, types and values of all tensors in the newest checkpoint's policy, whatever the files' layout."""
+    """Hash names, shapes, types and values of all tensors of the newest checkpoint's policy."""
     newest = max((output_dir / "checkpoints").iterdir())
     total = hashlib.sha256()
     (file,) = (newest / "policy").glob("*.safetensors")
@@ -94,7 +94,7 @@ def main() -> None:
             file = folder / "config.yaml"
             file.write_text(yaml.safe_dump(tree))
             with contextlib.redirect_stdout(sys.stderr):
-                load_recipe(recipe).run(config.validate(schema, str(file)))
+                load_recipe(recipe).run(checks.validate(schema, str(file)))
             print(f"{digest(folder / label)}  {label}", flush=True)
 
 

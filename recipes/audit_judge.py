@@ -30,16 +30,18 @@ from rich.console import Console
 from rich.table import Table
 
 from rolltune import config
-from rolltune.components import ConfigError, instantiate
-from rolltune.metrics import write_json_atomic, write_text_atomic
-from rolltune.progress import Progress
-from rolltune.rewards.rubric.audit_judge import JudgeAudit, Measured, measure
-from rolltune.rewards.rubric.judge import Judge, Question
-from rolltune.rewards.rubric.labels import Given, LabelledResponse
+from rolltune.config.components import instantiate
+from rolltune.config.schema import AuditJudgeConfig
+from rolltune.errors import ConfigError
+from rolltune.files import write_json_atomic, write_text_atomic
+from rolltune.metrics.progress import Progress
+from rolltune.rewards.checks.judge_audit import JudgeAudit, Measured, measure
+from rolltune.rewards.checks.labels import Given, LabelledResponse
+from rolltune.rewards.judges.judge import Judge, Question
 from rolltune.rewards.rubric.questions import explicit_questions, read_grades
 from rolltune.rewards.rubric.templates import JudgePrompt, own_prompt
-from rolltune.schema import AuditJudgeConfig
-from rolltune.writing import shown_messages
+from rolltune.run import checks
+from rolltune.writers.writing import shown_messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,7 @@ def build(cfg: AuditJudgeConfig) -> Job:
     """Responses, the judge of each repeat and the template."""
     responses = instantiate(cfg.data)
     if not responses or not all(isinstance(response, LabelledResponse) for response in responses):
-        wanted = "a list of rolltune.rewards.rubric.labels.LabelledResponse"
+        wanted = "a list of rolltune.rewards.checks.labels.LabelledResponse"
         raise ConfigError(
             [f"data._component_: {cfg.data['_component_']}: gives no labelled responses; {wanted} is wanted"]
         )
@@ -317,4 +319,4 @@ def shortcomings(job: Job, audit: JudgeAudit) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    config.main(AuditJudgeConfig, run)
+    config.main(AuditJudgeConfig, run, check=checks.check_audit_judge)

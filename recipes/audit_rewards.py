@@ -19,12 +19,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rolltune import config, runs
-from rolltune.components import ConfigError, instantiate
-from rolltune.metrics import write_json_atomic
-from rolltune.rewards.audit import AuditReport, audit, render, render_turn
-from rolltune.schema import AuditRewardsConfig
-from rolltune.selftest import full_marks
+from rolltune import config
+from rolltune.config.components import instantiate
+from rolltune.config.schema import AuditRewardsConfig
+from rolltune.errors import ConfigError
+from rolltune.files import write_json_atomic
+from rolltune.rewards.checks.reward_audit import AuditReport, audit, render, render_turn
+from rolltune.run import build, checks
+from rolltune.run.selftest import full_marks
 from rolltune.types import Problem, Reward
 
 
@@ -33,7 +35,7 @@ def run(cfg: AuditRewardsConfig) -> None:
     console = Console()
     problems = instantiate(cfg.data)
     problems = [problems[i] for i in range(min(cfg.max_problems or len(problems), len(problems)))]
-    rewards = {n: r for n, r in runs.build_reward(cfg.rewards).text_rewards.items() if full_marks(r) == 1.0}
+    rewards = {n: r for n, r in build.build_reward(cfg.rewards).text_rewards.items() if full_marks(r) == 1.0}
     if not rewards:
         raise ConfigError([f"rewards: none of {', '.join(cfg.rewards)} gives a right turn 1 by its text alone"])
     console.print(f"{len(problems)} problems, rewards: {', '.join(rewards)}")
@@ -65,4 +67,4 @@ def audit_one(problems: Sequence[Problem], reward: Reward, cfg: AuditRewardsConf
 
 
 if __name__ == "__main__":
-    config.main(AuditRewardsConfig, run)
+    config.main(AuditRewardsConfig, run, check=checks.check_audit_rewards)

@@ -33,19 +33,17 @@ import torch
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from rolltune import comparison, config, runs
+from rolltune import config
 from rolltune.behaviours.classifier import Classifier
-from rolltune.comparison import Evaluation
-from rolltune.components import ConfigError, component, instantiate
+from rolltune.config.components import component, instantiate
+from rolltune.config.schema import EvaluateConfig, EvaluatedModel, ModelConfig
 from rolltune.distributed import World, close_world, init_world
-from rolltune.estimates import check_context
-from rolltune.evaluation_plots import plot_evaluation
-from rolltune.evaluation_report import SamplingProgress, make_console, print_report, results_json
-from rolltune.judging import JudgedModel, judge
-from rolltune.locks import take_lock
-from rolltune.metrics import write_json_atomic
-from rolltune.models import load_tokenizer
-from rolltune.samples import (
+from rolltune.errors import ConfigError
+from rolltune.eval import comparison
+from rolltune.eval.comparison import Evaluation
+from rolltune.eval.plots import plot_evaluation
+from rolltune.eval.report import SamplingProgress, make_console, print_report, results_json
+from rolltune.eval.samples import (
     ProblemSamples,
     SampleCache,
     check_prompts,
@@ -55,7 +53,11 @@ from rolltune.samples import (
     sample_missing,
     sampling_settings,
 )
-from rolltune.schema import EvaluateConfig, EvaluatedModel, ModelConfig
+from rolltune.eval.verdicts import JudgedModel, judge
+from rolltune.files import take_lock, write_json_atomic
+from rolltune.model.load import load_tokenizer
+from rolltune.run import build, checks, lifecycle
+from rolltune.run.estimates import check_context
 from rolltune.types import Problem, Prompt
 
 
@@ -89,7 +91,7 @@ def run(cfg: EvaluateConfig) -> None:
         dry_run(cfg)
         return
     world = init_world(cfg.device)
-    runs.warn_of_slow_dtype(cfg.dtype, world)
+    lifecycle.warn_of_slow_dtype(cfg.dtype, world)
     problems = load_problems(cfg)
     classifier = instantiate(cfg.classifier) if cfg.classifier else None
     # All models are looked at before the first is sampled from: a mistake in the last one shows now.
@@ -176,7 +178,7 @@ def render(
     """The model's tokenizer, and all prompts by problem id, which have to fit its vocabulary and context."""
     tokenizer = load_tokenizer(model.path, cfg.prompt.chat_template)
     check_vocabulary(model.path, tokenizer)
-    render_one = runs.prompt_renderer(cfg.prompt, tokenizer)
+    render_one = build.prompt_renderer(cfg.prompt, tokenizer)
     prompts = {problem.id: render_one(problem) for problem in problems}
     check_context(
         ModelConfig(path=model.path),
@@ -210,7 +212,7 @@ def sample(
             candidate.done,
             cache=candidate.cache,
             sampler=sampler,
-            params=runs.sampling_params(cfg.sampling),
+            params=build.sampling_params(cfg.sampling),
             samples=cfg.sampling.samples,
             seed=cfg.seed,
             world=world,
@@ -301,4 +303,4 @@ def dry_run(cfg: EvaluateConfig) -> None:
 
 
 if __name__ == "__main__":
-    config.main(EvaluateConfig, run)
+    config.main(EvaluateConfig, run, check=checks.check_evaluate)

@@ -33,26 +33,30 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from rolltune import config, estimates, report, runs
+from rolltune import config
 from rolltune.batch import count_totals, pack, train_group, without_zero_advantages
-from rolltune.checkpoint import Checkpoints, TrainState, load_optimization, load_state
-from rolltune.components import component, component_or_object, instantiate
+from rolltune.config.components import component, component_or_object, instantiate
+from rolltune.config.schema import GRPOConfig
 from rolltune.corrections import Bypass, Correction
-from rolltune.curves import plot_curves
 from rolltune.data.dataset import ProblemStream
 from rolltune.distributed import World, close_world, init_world
-from rolltune.evaluation import judge_greedy, sample_greedy
+from rolltune.errors import EngineError, SyncError
+from rolltune.eval.heldout import judge_greedy, sample_greedy
+from rolltune.metrics import step_metrics as report
+from rolltune.metrics.curves import plot_curves
+from rolltune.metrics.progress import Progress
+from rolltune.metrics.summary import live_line, write_summary
+from rolltune.metrics.timing import Phases, peak_memory_gib
 from rolltune.mismatch import MismatchError, MismatchLimit
-from rolltune.models import load_tokenizer
-from rolltune.policy import Policy, build_policy
-from rolltune.progress import Progress
+from rolltune.model.load import load_tokenizer
+from rolltune.model.policy import Policy, build_policy
 from rolltune.rollout import Rollout, check_versions, collect, is_trainable, sample_groups
-from rolltune.samplers import EngineError, Sampler, SyncError
-from rolltune.schema import GRPOConfig
+from rolltune.run import build, checks, estimates, lifecycle
+from rolltune.run.checkpoint import Checkpoints, TrainState, load_optimization, load_state
+from rolltune.run.selftest import report as report_selftest
+from rolltune.run.selftest import run_selftest
+from rolltune.samplers import Sampler
 from rolltune.seeding import derive_seed
-from rolltune.selftest import report as report_selftest
-from rolltune.selftest import run_selftest
-from rolltune.timing import Phases, peak_memory_gib
 from rolltune.types import Group, Loss, LossTotals, Problem, Prompt, SamplingParams
 from rolltune.update import Optimization, prepare_rows, update_policy
 
@@ -68,7 +72,7 @@ class Parts:
     stream: ProblemStream
     heldout: Sequence[Problem]
     render: Callable[[Problem], Prompt]
-    rewards: runs.Rewards
+    rewards: build.Rewards
     advantage: Callable[[Sequence[float]], list[float]]
     loss: Loss
     correction: Correction | None
@@ -84,31 +88,31 @@ def run(cfg: GRPOConfig) -> None:
     output_dir = Path(cfg.output_dir)
     world = init_world(cfg.device)
     checkpoints = Checkpoints(output_dir, keep_last=cfg.checkpoint.keep_last)
-    resume_from = runs.start(cfg, checkpoints, world)
+    resume_from = lifecycle.start(cfg, checkpoints, world)
     state = load_state(resume_from) if resume_from else TrainState()
-    parts = build(cfg, world, resume_from)
+    parts = build_parts(cfg, world, resume_from)
     parts.policy.version = state.policy_version
-    log = runs.open_log(cfg, world, resume_step=state.step if resume_from else None)
+    log = lifecycle.open_log(cfg, world, resume_step=state.step if resume_from else None)
     console = Console(quiet=not world.is_main)
     with (
-        runs.leave_together(world),
+        lifecycle.leave_together(world),
         closing(log),
         closing(parts.rewards),
         closing(parts.sampler),
         Progress(cfg.num_steps, state.step, enabled=world.is_main) as progress,
-        runs.background_classifier(cfg.logging, log, world) as classify,
+        lifecycle.background_classifier(cfg.logging, log, world) as classify,
     ):
         if state.step == 0:
             log.log(0, evaluate(cfg, parts, progress))
         first_step = state.step + 1
-        stop = partial(runs.stop_early, cfg, parts.policy, parts.tokenizer, parts.optimization, checkpoints, world)
+        stop = partial(lifecycle.stop_early, cfg, parts.policy, parts.tokenizer, parts.optimization, checkpoints, world)
         for step in range(first_step, cfg.num_steps + 1):
             started = time.perf_counter()
             phases = Phases()
             is_last = step == cfg.num_steps
             try:
                 rollout = sample(cfg, parts, step, state.cursor, phases, progress)
-                if why := runs.why_stop(rollout, parts.rewards.training, cfg.batch.max_unscored, world):
+                if why := lifecycle.why_stop(rollout, parts.rewards.training, cfg.batch.max_unscored, world):
                     stop(state, why)
                 if step == first_step:
                     selftest(cfg, parts, rollout, console, starts_as_reference=state.policy_version == 0)
@@ -123,24 +127,24 @@ def run(cfg: GRPOConfig) -> None:
                 if isinstance(error, EngineError) and world.size > 1:
                     raise  # this rank's alone: the others would not save with it
                 stop(state, str(error))
-            log.log(step, metrics | runs.judge_metrics(parts.rewards, world))
+            log.log(step, metrics | lifecycle.judge_metrics(parts.rewards, world))
             classify(rollout, step)
             if step % cfg.logging.samples_every_n_steps == 0:
                 log.log_samples(step, rollout.sampled, advantages)
-            progress.step(step, report.live_line(metrics))
-            state = runs.save(
+            progress.step(step, live_line(metrics))
+            state = lifecycle.save(
                 parts.policy,
                 parts.tokenizer,
                 parts.optimization,
                 checkpoints,
                 state,
                 world,
-                score=runs.heldout_score(metrics, max_unscored=cfg.batch.max_unscored, world=world),
+                score=lifecycle.heldout_score(metrics, max_unscored=cfg.batch.max_unscored, world=world),
                 is_due=is_last or step % cfg.checkpoint.every_n_steps == 0,
             )
     if world.is_main:
         plot_curves(output_dir)
-        report.write_summary(output_dir, console)
+        write_summary(output_dir, console)
     close_world()
 
 
@@ -148,13 +152,13 @@ def dry_run(cfg: GRPOConfig) -> None:
     """Everything short of the weights: data, prompts and rewards are built; tokens and memory are estimated."""
     console = Console()
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
-    train, heldout = runs.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
-    runs.start_rewards(cfg, train, heldout, try_out=False)
+    train, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
+    build.start_rewards(cfg, train, heldout, try_out=False)
     stream = ProblemStream(train, seed=cfg.seed)
-    render = runs.prompt_renderer(cfg.prompt, tokenizer)
+    render = build.prompt_renderer(cfg.prompt, tokenizer)
     first = render(stream.take(0, 1)[0])
     console.print("first prompt:", Text(str(tokenizer.decode(list(first.token_ids))), style="dim"), sep="\n")
-    longest = runs.longest_prompt(stream, render)
+    longest = build.longest_prompt(stream, render)
     estimates.check_context(cfg.model, prompt_tokens=longest, max_new_tokens=cfg.sampling.max_new_tokens)
     rows = cfg.batch.prompts_per_step * cfg.sampling.group_size
     console.print(
@@ -176,15 +180,15 @@ def dry_run(cfg: GRPOConfig) -> None:
     console.print("dry run: everything resolves; nothing was loaded, nothing was written")
 
 
-def build(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Parts:
+def build_parts(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Parts:
     """Everything the loop uses, cheap things first, so that a mistake shows before weights are loaded."""
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
-    train, heldout = runs.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
-    stream, render = ProblemStream(train, seed=cfg.seed), runs.prompt_renderer(cfg.prompt, tokenizer)
-    longest = runs.longest_prompt(stream, render)
+    train, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
+    stream, render = ProblemStream(train, seed=cfg.seed), build.prompt_renderer(cfg.prompt, tokenizer)
+    longest = build.longest_prompt(stream, render)
     estimates.check_context(cfg.model, prompt_tokens=longest, max_new_tokens=cfg.sampling.max_new_tokens)
     loss = instantiate(cfg.loss)
-    rewards = runs.start_rewards(cfg, train, heldout, try_out=True)
+    rewards = build.start_rewards(cfg, train, heldout, try_out=True)
     policy = build_policy(
         cfg.model,
         cfg.lora,
@@ -193,7 +197,7 @@ def build(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Parts:
         with_reference=loss.kl_coef > 0,
         resume_from=resume_from / "policy" if resume_from else None,
     )
-    optimization = runs.build_optimization(
+    optimization = build.build_optimization(
         cfg, policy, num_updates=cfg.num_steps * cfg.batch.num_iterations * cfg.batch.minibatches
     )
     if resume_from:
@@ -211,7 +215,7 @@ def build(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Parts:
         correction=component_or_object(cfg.correction) if cfg.correction else None,
         mismatch=instantiate(cfg.mismatch) if cfg.mismatch else None,
         optimization=optimization,
-        sampler=runs.start_sampler(cfg, policy, tokenizer, rewards, world),  # last: it may have a server to end
+        sampler=build.start_sampler(cfg, policy, tokenizer, rewards, world),  # last: it may have a server to end
     )
 
 
@@ -219,7 +223,7 @@ def sample(cfg: GRPOConfig, parts: Parts, step: int, cursor: int, phases: Phases
     """This rank's groups of one step, written by the current weights."""
     with phases("sync"):
         parts.sampler.sync(parts.policy.version)
-    params = runs.sampling_params(cfg.sampling)
+    params = build.sampling_params(cfg.sampling)
 
     def sample_some(problems) -> list[Group]:
         return sample_groups(
@@ -340,8 +344,8 @@ def evaluate(cfg: GRPOConfig, parts: Parts, progress: Progress) -> dict[str, flo
     )
     check_versions((completion for _, completion in turns), parts.policy.version, parts.world)
     metrics = judge_greedy(turns, reward=parts.rewards.heldout, world=parts.world)
-    return metrics | runs.check_gold(parts.rewards.gold, turns, Path(cfg.output_dir), parts.world)
+    return metrics | lifecycle.check_gold(parts.rewards.gold, turns, Path(cfg.output_dir), parts.world)
 
 
 if __name__ == "__main__":
-    config.main(GRPOConfig, run)
+    config.main(GRPOConfig, run, check=checks.check_grpo)

@@ -23,10 +23,11 @@ from rich.table import Table
 from rich.text import Text
 
 from rolltune import config
-from rolltune.components import instantiate
-from rolltune.metrics import write_json_atomic
-from rolltune.rewards.rubric.lint import Finding, lint
-from rolltune.schema import LintRubricsConfig
+from rolltune.config.components import instantiate
+from rolltune.config.schema import LintRubricsConfig
+from rolltune.files import write_json_atomic
+from rolltune.rewards.checks.rubric_lint import Finding, lint
+from rolltune.run import checks
 from rolltune.types import Problem
 
 SHOWN = 50  # findings in the table
@@ -103,4 +104,4 @@ def printable(text: str) -> str:
 
 
 if __name__ == "__main__":
-    config.main(LintRubricsConfig, run)
+    config.main(LintRubricsConfig, run, check=checks.check_lint_rubrics)

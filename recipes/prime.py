@@ -24,19 +24,20 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from rolltune import config, estimates, runs
+from rolltune import config
 from rolltune.batch import TrainGroup, TrainSequence, count_totals, pack
-from rolltune.checkpoint import Checkpoints, TrainState, load_optimization, load_state
+from rolltune.config.schema import PrimeConfig
 from rolltune.data.dataset import ProblemStream
 from rolltune.distributed import World, close_world, init_world
 from rolltune.losses.nll import NLLLoss
-from rolltune.models import load_tokenizer
-from rolltune.policy import Policy, build_policy
-from rolltune.progress import Progress
+from rolltune.metrics.progress import Progress
+from rolltune.metrics.timing import Phases, peak_memory_gib
+from rolltune.model.load import load_tokenizer
+from rolltune.model.policy import Policy, build_policy
 from rolltune.prompts import completion_ids, worked_turn
-from rolltune.schema import PrimeConfig
+from rolltune.run import build, checks, estimates, lifecycle
+from rolltune.run.checkpoint import Checkpoints, TrainState, load_optimization, load_state
 from rolltune.seeding import derive_seed
-from rolltune.timing import Phases, peak_memory_gib
 from rolltune.types import LossTotals, Problem, Prompt
 from rolltune.update import Optimization, prepare_rows, update_policy
 
@@ -62,11 +63,11 @@ def run(cfg: PrimeConfig) -> None:
     output_dir = Path(cfg.output_dir)
     world = init_world(cfg.device)
     checkpoints = Checkpoints(output_dir, keep_last=cfg.checkpoint.keep_last)
-    resume_from = runs.start(cfg, checkpoints, world)
+    resume_from = lifecycle.start(cfg, checkpoints, world)
     state = load_state(resume_from) if resume_from else TrainState()
-    parts = build(cfg, world, resume_from)
+    parts = build_parts(cfg, world, resume_from)
     parts.policy.version = state.policy_version
-    log = runs.open_log(cfg, world, resume_step=state.step if resume_from else None)
+    log = lifecycle.open_log(cfg, world, resume_step=state.step if resume_from else None)
     with Progress(cfg.num_steps, state.step, enabled=world.is_main) as progress:
         if state.step == 0:
             log.log(0, {"heldout/loss": heldout_loss(cfg, parts)})
@@ -86,7 +87,7 @@ def run(cfg: PrimeConfig) -> None:
                 seconds=state.seconds + time.perf_counter() - started,
             )
             score = -metrics["heldout/loss"] if "heldout/loss" in metrics else None
-            state = runs.save(
+            state = lifecycle.save(
                 parts.policy,
                 parts.tokenizer,
                 parts.optimization,
@@ -106,8 +107,8 @@ def dry_run(cfg: PrimeConfig) -> None:
     """Everything short of the weights: data and turns are built; tokens and memory are estimated."""
     console = Console()
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
-    train_set, heldout = runs.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
-    render = runs.prompt_renderer(cfg.prompt, tokenizer)
+    train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
+    render = build.prompt_renderer(cfg.prompt, tokenizer)
     examples = [
         example(cfg, problem, render, tokenizer)
         for problem in ProblemStream(train_set, seed=cfg.seed).take(0, min(256, len(train_set)))
@@ -130,10 +131,10 @@ def dry_run(cfg: PrimeConfig) -> None:
     console.print("dry run: everything resolves; nothing was loaded, nothing was written")
 
 
-def build(cfg: PrimeConfig, world: World, resume_from: Path | None) -> Parts:
+def build_parts(cfg: PrimeConfig, world: World, resume_from: Path | None) -> Parts:
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
-    train_set, heldout = runs.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
-    render = runs.prompt_renderer(cfg.prompt, tokenizer)
+    train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
+    render = build.prompt_renderer(cfg.prompt, tokenizer)
     check_lengths(cfg, train_set, heldout, render, tokenizer)
     policy = build_policy(
         cfg.model,
@@ -143,7 +144,7 @@ def build(cfg: PrimeConfig, world: World, resume_from: Path | None) -> Parts:
         with_reference=False,
         resume_from=resume_from / "policy" if resume_from else None,
     )
-    optimization = runs.build_optimization(cfg, policy, num_updates=cfg.num_steps)
+    optimization = build.build_optimization(cfg, policy, num_updates=cfg.num_steps)
     if resume_from:
         optimization.load_state_dict(load_optimization(resume_from, world.device))
     return Parts(
@@ -225,4 +226,4 @@ def heldout_loss(cfg: PrimeConfig, parts: Parts) -> float:
 
 
 if __name__ == "__main__":
-    config.main(PrimeConfig, run)
+    config.main(PrimeConfig, run, check=checks.check_prime)

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from rolltune import config
-from rolltune.schema import ServeConfig
-from rolltune.serving import HOST, Server, ServerFailed, command_line, serve
+from rolltune.config.schema import ServeConfig
+from rolltune.endpoints.serving import HOST, Server, ServerFailed, command_line, serve
+from rolltune.run import checks
 
 FAILED = 1
 POLL_SECONDS = 0.2
@@ -96,4 +97,4 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    config.main(ServeConfig, run)
+    config.main(ServeConfig, run, check=checks.check_serve)

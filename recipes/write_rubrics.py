@@ -22,17 +22,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rolltune import config
-from rolltune.components import ConfigError, instantiate
+from rolltune.config.components import instantiate
+from rolltune.config.schema import WriteRubricsConfig
 from rolltune.data.dataset import Dataset
-from rolltune.endpoint import Endpoint
-from rolltune.records import save_config
-from rolltune.rewards.rubric.record import RubricRecord, rubric_file
+from rolltune.endpoints.client import Endpoint
+from rolltune.errors import ConfigError
 from rolltune.rewards.rubric.schema import CATEGORIES
-from rolltune.rewards.rubric.writer import RubricWriter, lint_for
-from rolltune.schema import WriteRubricsConfig
+from rolltune.run import checks
 from rolltune.seeding import derive_seed
 from rolltune.types import Problem
-from rolltune.writing import Work, show_dry_run, show_summary, write_missing
+from rolltune.writers.records import save_config
+from rolltune.writers.rubric_records import RubricRecord, rubric_file
+from rolltune.writers.rubrics import RubricWriter, lint_for
+from rolltune.writers.writing import Work, show_dry_run, show_summary, write_missing
 
 
 @dataclass(kw_only=True)
@@ -116,4 +118,4 @@ def report(work: Work[RubricRecord]) -> None:
 
 
 if __name__ == "__main__":
-    config.main(WriteRubricsConfig, run)
+    config.main(WriteRubricsConfig, run, check=checks.check_write_rubrics)

@@ -23,16 +23,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rolltune import config
-from rolltune.components import ConfigError, component, instantiate
+from rolltune.config.components import component, instantiate
+from rolltune.config.schema import WriteTracesConfig
 from rolltune.data.dataset import Dataset
-from rolltune.endpoint import Endpoint
-from rolltune.records import save_config
-from rolltune.schema import WriteTracesConfig
+from rolltune.endpoints.client import Endpoint
+from rolltune.errors import ConfigError
+from rolltune.run import checks
 from rolltune.seeding import derive_seed
 from rolltune.traces import Trace, TraceWriter
 from rolltune.traces.record import trace_file
 from rolltune.types import Problem, Score
-from rolltune.writing import Work, show_dry_run, show_summary, write_missing
+from rolltune.writers.records import save_config
+from rolltune.writers.writing import Work, show_dry_run, show_summary, write_missing
 
 PREVIEWS = 3
 PROBE = "<think>No idea.</think>\n<answer>0</answer>"  # what the verifier is tried on
@@ -132,4 +134,4 @@ def report(work: Work[Trace]) -> None:
 
 
 if __name__ == "__main__":
-    config.main(WriteTracesConfig, run)
+    config.main(WriteTracesConfig, run, check=checks.check_write_traces)

@@ -9,6 +9,8 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from repo import ROOT
+
 # Two test processes or ranks on two cores would otherwise spin against each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -87,7 +89,7 @@ def long_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def earlier_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_llama: Path) -> None:
     """Configs that start from another's output find one, and nothing is written into the repository."""
     monkeypatch.chdir(tmp_path)
-    texts = [path.read_text() for path in (Path(__file__).parents[1] / "configs").glob("*.yaml")]
+    texts = [path.read_text() for path in (ROOT / "configs").glob("*.yaml")]
     for stage in {stage for text in texts for stage in re.findall(r"path: outputs/(\w+)/best", text)}:
         (tmp_path / "outputs" / stage).mkdir(parents=True)
         (tmp_path / "outputs" / stage / "best").symlink_to(long_llama)

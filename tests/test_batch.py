@@ -4,10 +4,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rolltune.attention import packed_layout
 from rolltune.batch import TrainGroup, TrainSequence, count_totals, pack, train_group, without_zero_advantages
-from rolltune.models import load_model
-from rolltune.policy import packed_logprobs
+from rolltune.model.load import load_model
+from rolltune.model.packed_attention import packed_layout
+from rolltune.model.policy import packed_logprobs
 from rolltune.types import Completion, Group, LossTotals, Problem, Prompt, Score
 
 

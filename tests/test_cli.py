@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from repo import ROOT
 
 from rolltune import cli
-from rolltune.components import locate
 from rolltune.config import validate
+from rolltune.config.components import locate
 
-REPO = Path(__file__).resolve().parents[1]
 TUNE = Path(sys.executable).with_name("tune")
 
 RECIPE = '''\
@@ -98,7 +98,7 @@ def test_ls_and_help_import_no_torch(tmp_path: Path):
 
 def test_every_bundled_recipe_and_config_is_listed(tmp_path: Path):
     listed = tune("ls", cwd=tmp_path).stdout.split()
-    for path in [*(REPO / "recipes").glob("*.py"), *(REPO / "configs").glob("*.yaml")]:
+    for path in [*(ROOT / "recipes").glob("*.py"), *(ROOT / "configs").glob("*.yaml")]:
         assert path.stem in listed, path
 
 
@@ -112,7 +112,7 @@ def test_every_bundled_config_opens_with_its_command():
         assert first.startswith("# tune run ") and first.endswith(f"{config.recipe} --config {config.path.name}\n")
 
 
-@pytest.mark.parametrize("path", sorted((REPO / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.usefixtures("earlier_stages")
 def test_every_bundled_config_is_valid(path: Path):
     """Keys, types, values, and components that are rolltune's, torchtune's or torch's."""
@@ -147,7 +147,7 @@ def test_a_mistake_is_no_traceback(tmp_path: Path):
 @pytest.mark.slow
 def test_copied_recipe_runs(tmp_path: Path):
     assert tune("cp", "grpo", ".", cwd=tmp_path).returncode == 0
-    assert (tmp_path / "grpo.py").read_text() == (REPO / "recipes" / "grpo.py").read_text()
+    assert (tmp_path / "grpo.py").read_text() == (ROOT / "recipes" / "grpo.py").read_text()
     (tmp_path / "my.yaml").write_text("num_stps: 1\n")
     done = tune("run", "./grpo.py", "--config", "my.yaml", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
@@ -270,7 +270,7 @@ def test_exit_code_of_a_recipe_passes_through(bundle: Path, status: int):
         (["cp", "small", "no/where.yaml"], "tune cp: no folder no (--make-parents creates it)"),
         (["validate", "plain.yaml"], "plain.yaml does not say which recipe it is for"),
         (["validate", "none.yaml"], "no config none.yaml, nor a file of that name"),
-        (["validate", "plain.yaml", "--recipe", "tiny"], "its config is of none of rolltune.schema's classes"),
+        (["validate", "plain.yaml", "--recipe", "tiny"], "its config is of none of rolltune.config.schema's classes"),
         (["vlidate", "plain.yaml"], "invalid choice: 'vlidate'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

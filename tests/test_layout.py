@@ -2,11 +2,10 @@
 
 import ast
 import os
-from pathlib import Path
 
 import pytest
+from repo import ROOT
 
-ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 SOURCES = [*RECIPES, *(path for folder in ("src", "rewards", "data") for path in sorted((ROOT / folder).rglob("*.py")))]
 

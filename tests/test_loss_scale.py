@@ -8,11 +8,11 @@ import torch
 from thread_world import on_ranks
 
 from rolltune.batch import TrainGroup, TrainSequence, count_totals, pack
+from rolltune.config.schema import LoRAConfig, ModelConfig
 from rolltune.distributed import World
 from rolltune.loss_scale import LossScale
 from rolltune.losses.dapo import DAPOLoss
-from rolltune.policy import build_policy
-from rolltune.schema import LoRAConfig, ModelConfig
+from rolltune.model.policy import build_policy
 from rolltune.types import Prompt
 from rolltune.update import MasterWeights, Optimization, prepare_rows, update_policy
 

@@ -11,10 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from repo import ROOT
 
 pytestmark = pytest.mark.slow
 
-REPO = Path(__file__).resolve().parents[1]
 NOT_SOURCE = (
     ".git",
     ".venv",
@@ -39,7 +39,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("build")
-    shutil.copytree(REPO, work / "tree", symlinks=True, ignore=shutil.ignore_patterns(*NOT_SOURCE))
+    shutil.copytree(ROOT, work / "tree", symlinks=True, ignore=shutil.ignore_patterns(*NOT_SOURCE))
     # Without a choice, build makes the wheel from the sdist and not from the tree.
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", work / "dist", work / "tree", cwd=work)
     (path,) = (work / "dist").glob("*.whl")
@@ -64,8 +64,8 @@ def site_packages(environment: Path) -> Path:
 def test_the_checkout_has_its_links():
     """A checkout without symlinks builds a wheel without these folders, and no error."""
     for name in FOLDERS:
-        link = REPO / "src" / "rolltune" / name
-        assert link.is_symlink() and not link.readlink().is_absolute() and link.resolve() == REPO / name
+        link = ROOT / "src" / "rolltune" / name
+        assert link.is_symlink() and not link.readlink().is_absolute() and link.resolve() == ROOT / name
 
 
 def test_wheel_holds_every_file_and_nothing_at_the_top(wheel: Path):
@@ -73,11 +73,11 @@ def test_wheel_holds_every_file_and_nothing_at_the_top(wheel: Path):
     assert {name.split("/")[0] for name in names} == {"rolltune", "rolltune-0.1.0.dist-info"}
     for folder in (*FOLDERS, "src/rolltune"):
         for suffix in ("py", "yaml", "jsonl", "jinja", "md", "typed"):
-            for path in (REPO / folder).rglob(f"*.{suffix}"):
+            for path in (ROOT / folder).rglob(f"*.{suffix}"):
                 inside = (
-                    path.relative_to(REPO / "src")
+                    path.relative_to(ROOT / "src")
                     if folder.startswith("src")
-                    else Path("rolltune") / path.relative_to(REPO)
+                    else Path("rolltune") / path.relative_to(ROOT)
                 )
                 assert inside.as_posix() in names
 
@@ -94,11 +94,11 @@ def test_installed_package_imports(environment: Path, tmp_path: Path):
 def test_installed_tune_finds_recipes_and_configs(environment: Path, tmp_path: Path):
     for name in ("tune", "rolltune"):
         listed = run(environment / "bin" / name, "ls", cwd=tmp_path).split()
-        for path in [*(REPO / "recipes").glob("*.py"), *(REPO / "configs").glob("*.yaml")]:
+        for path in [*(ROOT / "recipes").glob("*.py"), *(ROOT / "configs").glob("*.yaml")]:
             assert path.stem in listed
     assert run(environment / "bin" / "tune", "cat", "quickstart", cwd=tmp_path).startswith("# tune run grpo")
     run(environment / "bin" / "tune", "cp", "grpo", ".", cwd=tmp_path)
-    assert (tmp_path / "grpo.py").read_bytes() == (REPO / "recipes" / "grpo.py").read_bytes()
+    assert (tmp_path / "grpo.py").read_bytes() == (ROOT / "recipes" / "grpo.py").read_bytes()
     valid = run(environment / "bin" / "tune", "validate", "quickstart_prime", cwd=tmp_path)
     assert valid == "quickstart_prime: a valid config of prime\n"
 

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import AddedToken, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
+from rolltune.config.schema import ExampleTurn
 from rolltune.prompts import completion_ids, render_prompt, worked_turn
-from rolltune.schema import ExampleTurn
 from rolltune.types import Problem, Prompt
 
 END, SYSTEM, USER, ASSISTANT = range(4)  # the special tokens of the byte tokenizer

@@ -1,13 +1,11 @@
 """The README is a promise: its commands exist, its example works."""
 
 import re
-from pathlib import Path
 
 import pytest
+from repo import ROOT
 
-from rolltune import config
-from rolltune.rewards.combine import WeightedReward
-from rolltune.schema import (
+from rolltune.config.schema import (
     AuditJudgeConfig,
     AuditRewardsConfig,
     EvaluateConfig,
@@ -18,9 +16,10 @@ from rolltune.schema import (
     WriteRubricsConfig,
     WriteTracesConfig,
 )
+from rolltune.rewards.combine import WeightedReward
+from rolltune.run import checks
 from rolltune.types import Completion, Problem
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SCHEMAS = {
     "grpo": GRPOConfig,
@@ -41,7 +40,7 @@ COMMANDS = sorted({(recipe, name, rest.strip()) for recipe, name, rest in RUN.fi
 @pytest.mark.usefixtures("earlier_stages")
 def test_run_commands_resolve(recipe, name, rest):
     overrides = ["dry_run=true" if word == "--dry-run" else word for word in rest.split()]
-    config.validate(SCHEMAS[recipe], str(ROOT / "configs" / name), overrides)
+    checks.validate(SCHEMAS[recipe], str(ROOT / "configs" / name), overrides)
 
 
 def test_there_are_commands():

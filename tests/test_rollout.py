@@ -10,8 +10,8 @@ from thread_world import on_ranks
 
 from rolltune.data.dataset import Dataset, ProblemStream
 from rolltune.distributed import World
+from rolltune.errors import SyncError
 from rolltune.rollout import check_versions, collect, has_signal, is_trainable, sample_groups
-from rolltune.samplers import SyncError
 from rolltune.types import Completion, Group, Problem, Prompt, SamplingParams, Score
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))

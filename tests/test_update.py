@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from rolltune.batch import TrainGroup, TrainSequence, count_totals, pack
+from rolltune.config.schema import ModelConfig
 from rolltune.corrections import Bypass, TokenMask, TokenTIS
 from rolltune.distributed import World
 from rolltune.losses.dapo import DAPOLoss
 from rolltune.losses.grpo import GRPOLoss
 from rolltune.mismatch import MismatchError, MismatchLimit
-from rolltune.policy import build_policy
-from rolltune.schema import ModelConfig
+from rolltune.model.policy import build_policy
 from rolltune.types import Prompt
 from rolltune.update import MasterWeights, Optimization, prepare_rows, update_policy
 

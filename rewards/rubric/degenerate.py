@@ -10,7 +10,7 @@ import re
 import unicodedata
 import zlib
 
-from rolltune.rewards.rubric.fence import neutral
+from rolltune.rewards.judges.delimit import neutral
 
 DEGENERATE = "degenerate"  # the failure of a turn that says nothing, which is worth 0 and not unscored
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from rolltune.rewards.rubric.bench import Bench
+from rolltune.config.schema import Component
+from rolltune.rewards.judges.delimit import MAX_CHARS
+from rolltune.rewards.judges.judge import Answer, Question
+from rolltune.rewards.judges.panel import Combine
+from rolltune.rewards.judges.pool import Bench
 from rolltune.rewards.rubric.degenerate import DEGENERATE, is_degenerate
-from rolltune.rewards.rubric.fence import MAX_CHARS
-from rolltune.rewards.rubric.judge import Answer, Question
-from rolltune.rewards.rubric.panel import Combine
 from rolltune.rewards.rubric.questions import Preference, pairwise_question
 from rolltune.rewards.rubric.schema import check_category_weights
 from rolltune.rewards.rubric.templates import own_prompt
 from rolltune.samplers import Sampler
-from rolltune.schema import Component
 from rolltune.types import Problem, Score
 
 
@@ -55,7 +55,7 @@ class PairwiseReward:
     other without anybody being asked.
 
     K2 compares with its own policy as the critic: give it a
-    :class:`~rolltune.rewards.rubric.policy_judge.PolicyJudge`. The reward is relative: it says nothing of whether the
+    :class:`~rolltune.rewards.judges.policy.PolicyJudge`. The reward is relative: it says nothing of whether the
     policy gets better, so hold out a measure that does (``eval``).
 
     A group of G turns costs G (G - 1) questions for each judge.

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from rolltune.rewards.rubric.fence import MAX_CHARS, fenced
-from rolltune.rewards.rubric.judge import Answer, Question
+from rolltune.rewards.judges.delimit import MAX_CHARS, fenced
+from rolltune.rewards.judges.judge import Answer, Question
 from rolltune.rewards.rubric.schema import CATEGORY_WEIGHTS, Category, Criterion
 from rolltune.rewards.rubric.templates import JudgePrompt, Kind, packaged_prompt
 from rolltune.seeding import derive_seed

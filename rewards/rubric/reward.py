@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from rolltune.components import component_or_object
+from rolltune.config.components import component_or_object
+from rolltune.config.schema import Component
 from rolltune.rewards.combine import JudgedReward
-from rolltune.rewards.rubric.bench import Bench
+from rolltune.rewards.judges.delimit import MAX_CHARS
+from rolltune.rewards.judges.judge import Answer, Question
+from rolltune.rewards.judges.panel import Combine
+from rolltune.rewards.judges.pool import Bench
 from rolltune.rewards.rubric.degenerate import DEGENERATE, is_degenerate
-from rolltune.rewards.rubric.fence import MAX_CHARS
-from rolltune.rewards.rubric.judge import Answer, Question
-from rolltune.rewards.rubric.panel import Combine
 from rolltune.rewards.rubric.questions import (
     Rating,
     check_levels,
@@ -30,7 +31,6 @@ from rolltune.rewards.rubric.scoring import explicit_score, gate, rating_score
 from rolltune.rewards.rubric.templates import Kind, own_prompt
 from rolltune.rewards.tags import parse_tags
 from rolltune.samplers import Sampler
-from rolltune.schema import Component
 from rolltune.types import Problem, Score
 
 Aggregation = Literal["explicit", "implicit", "likert", "reference_likert"]
@@ -56,7 +56,7 @@ class RubricReward:
           rubric:
             _component_: rolltune.rewards.rubric.reward.RubricReward
             judges:
-              - {_component_: rolltune.rewards.rubric.endpoint_judge.EndpointJudge, model: gpt-4o-mini,
+              - {_component_: rolltune.rewards.judges.endpoint.EndpointJudge, model: gpt-4o-mini,
                  base_url: https://api.openai.com/v1, cache: outputs/judge.sqlite}
 
     What a score holds:
@@ -68,8 +68,8 @@ class RubricReward:
     - ``notes``: each criterion's grade with the judges' reasons.
 
     Args:
-        judges: nodes of judges, one or more: a :class:`~rolltune.rewards.rubric.endpoint_judge.EndpointJudge`, or a
-            :class:`~rolltune.rewards.rubric.policy_judge.PolicyJudge`.
+        judges: nodes of judges, one or more: a :class:`~rolltune.rewards.judges.endpoint.EndpointJudge`, or a
+            :class:`~rolltune.rewards.judges.policy.PolicyJudge`.
         aggregation: as above.
         one_call: explicit: all criteria in one question, or one for each.
         levels: explicit: 2 for pass and fail; n for grades 0 .. n - 1.

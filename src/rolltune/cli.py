@@ -124,8 +124,9 @@ def summary_of(path: Path) -> str:
 
 
 def schema_of(recipe: Path) -> type | None:
-    """The config dataclass that a recipe file gives to ``config.main``, if it is one of :mod:`rolltune.schema`."""
-    from rolltune import schema
+    """The config dataclass that a recipe file gives to ``config.main``, if it is one of
+    :mod:`rolltune.config.schema`."""
+    from rolltune.config import schema
 
     for node in ast.walk(ast.parse(recipe.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Name):
@@ -175,7 +176,7 @@ def _names(entries: Iterable[Recipe | Config]) -> list[str]:
 
 
 def _did_you_mean(name: str, names: Iterable[str]) -> str:
-    from rolltune.components import did_you_mean
+    from rolltune.config.components import did_you_mean
 
     return did_you_mean(name, names)
 
@@ -259,7 +260,9 @@ def validate(args: argparse.Namespace) -> int:
     recipe = recipe or find_recipe(config.recipe or "")
     schema = schema_of(recipe.path)
     if schema is None:
-        raise UsageError(f"{recipe.path}: its config is of none of rolltune.schema's classes; check it with --dry-run")
+        raise UsageError(
+            f"{recipe.path}: its config is of none of rolltune.config.schema's classes; check it with --dry-run"
+        )
     _check_belongs(recipe, config)
     if not _is_valid(schema, ["--config", str(config.path), *args.overrides], title=args.config):
         return USER_MISTAKE
@@ -269,10 +272,11 @@ def validate(args: argparse.Namespace) -> int:
 
 def _is_valid(schema: type, arguments: Sequence[str], *, title: str, world_size: int | None = None) -> bool:
     from rolltune import config
+    from rolltune.run import checks
 
     try:
         parsed = config.parse_args(arguments)
-        config.validate(schema, parsed.config or "", parsed.overrides, world_size=world_size)
+        checks.validate(schema, parsed.config or "", parsed.overrides, world_size=world_size)
     except config.ConfigError as error:
         print(config.report(error, title), file=sys.stderr)
         return False
@@ -391,7 +395,7 @@ def _run_torchrun(launch: argparse.Namespace, recipe: Recipe, arguments: Sequenc
 
 def _torchtune(argv: Sequence[str]) -> None:
     """Hand a command to torchtune's own CLI."""
-    from rolltune import components as _silences_torchao  # noqa: F401  torchao warns while torchtune imports it
+    from rolltune.config import components as _silences_torchao  # noqa: F401  torchao warns while torchtune imports it
 
     sys.argv = ["tune", *argv]
     from torchtune._cli.tune import main as torchtune_main

@@ -38,9 +38,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rolltune.components import component_or_object
+from rolltune.config.components import component_or_object
+from rolltune.config.schema import Component
 from rolltune.losses.terms import sequence_means, sequence_sums
-from rolltune.schema import Component
 
 MAX_LOG_RATIO = 20.0
 

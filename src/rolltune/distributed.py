@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rolltune.allocator import keep_freed_memory
+from rolltune.model.cpu.allocator import keep_freed_memory
 
 T = TypeVar("T")
 BUCKET_BYTES = 64 * 2**20

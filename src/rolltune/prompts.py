@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from rolltune.schema import ExampleTurn
+from rolltune.config.schema import ExampleTurn
 from rolltune.types import Message, Problem, Prompt
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from rolltune.data.dataset import ProblemStream
 from rolltune.distributed import World
-from rolltune.samplers import Sampler, SyncError
+from rolltune.errors import SyncError
+from rolltune.samplers import Sampler
 from rolltune.seeding import derive_seed
 from rolltune.types import Completion, Group, Problem, Prompt, SampleRequest, SamplingParams, Score
 

@@ -13,7 +13,7 @@ from rolltune.corrections import Bypass, Correction
 from rolltune.distributed import World
 from rolltune.loss_scale import LossScale
 from rolltune.mismatch import MismatchLimit, MismatchMeter
-from rolltune.policy import Policy
+from rolltune.model.policy import Policy
 from rolltune.types import Loss, LossInputs, LossTotals, MicroBatch
 
 

@@ -10,10 +10,10 @@ import threading
 import pytest
 from fault_server import FaultServer, error, ok
 
-from rolltune import endpoint as endpoint_module
 from rolltune.behaviours import BEHAVIOURS, BackgroundClassifier, BehaviourClassifier, BehaviourCounts
 from rolltune.behaviours.classifier import MAX_TRACE_CHARS, _parse_count
-from rolltune.endpoint import BudgetSpent, EndpointDown, Reply, Spent
+from rolltune.endpoints import client as endpoint_module
+from rolltune.endpoints.client import BudgetSpent, EndpointDown, Reply, Spent
 
 KEY = "sk-secret/0123456789"
 TITLES = dict(zip(BEHAVIOURS, ("verifies a result", "backtracks", "sets a subgoal", "reasons backward"), strict=True))

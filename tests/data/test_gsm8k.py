@@ -2,14 +2,13 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
+from repo import GSM8K
 
 from rolltune.data.gsm8k import gsm8k
 
-SHARED = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
-needs_gsm8k = pytest.mark.skipif(not SHARED.is_dir(), reason="the optional GSM8K file ../shared/data/gsm8k is absent")
+needs_gsm8k = pytest.mark.skipif(not GSM8K.is_dir(), reason="no GSM8K; ROLLTUNE_GSM8K names its folder")
 
 ROWS = [
     {"question": " Two and two? ", "answer": "2 + 2 = <<2+2=4>>4 apples.\nSo 4.\n#### 4"},
@@ -139,8 +138,8 @@ def test_hub_rows(monkeypatch):
 @needs_gsm8k
 def test_the_real_train_split():
     """Counts of the official file (design/algorithms.md 7.1)."""
-    raw = [json.loads(line) for line in (SHARED / "train.jsonl").read_text("utf-8").split("\n") if line]
-    data = gsm8k(split="train", path=str(SHARED))
+    raw = [json.loads(line) for line in (GSM8K / "train.jsonl").read_text("utf-8").split("\n") if line]
+    data = gsm8k(split="train", path=str(GSM8K))
     assert len(data) == 7473
     finals = [row["answer"].split("#### ")[-1] for row in raw]
     assert sum("," in final for final in finals) == 79
@@ -155,5 +154,5 @@ def test_the_real_train_split():
 
 @needs_gsm8k
 def test_the_real_test_split():
-    data = gsm8k(split="test", path=str(SHARED))
+    data = gsm8k(split="test", path=str(GSM8K))
     assert len(data) == 1000 and data[0].answer == "18"

@@ -7,7 +7,7 @@ import pytest
 
 from rolltune.data.dataset import overlap
 from rolltune.data.rubrics import rar, rubric_jsonl, rubric_tasks, with_rubric
-from rolltune.rewards.rubric.lint import lint
+from rolltune.rewards.checks.rubric_lint import lint
 from rolltune.rewards.rubric.schema import CATEGORIES, Criterion, Rubric
 
 UNIT = {"title": "Unit", "description": "Names the unit.", "category": "essential"}

@@ -28,14 +28,14 @@ def reward_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def run_grpo(tiny_llama: Path, tmp_path: Path, reward_module: Path) -> Callable[..., Path]:
     """Run recipes/grpo.py in this process; returns the output folder."""
-    from rolltune import config
-    from rolltune.schema import GRPOConfig
+    from rolltune.config.schema import GRPOConfig
+    from rolltune.run import checks
 
     def run(name: str = "run", *, model: Path = tiny_llama, overrides: tuple[str, ...] = (), **changes: Any) -> Path:
         output_dir = tmp_path / name
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump(tiny_grpo(model, output_dir, **changes)))
-        load_recipe("grpo").run(config.validate(GRPOConfig, str(file), overrides))
+        load_recipe("grpo").run(checks.validate(GRPOConfig, str(file), overrides))
         return output_dir
 
     return run

@@ -12,10 +12,10 @@ import yaml
 from fault_server import FaultServer, error, ok
 from tiny_run import ROOT, load_recipe
 
-from rolltune import config
+from rolltune.config.schema import AuditJudgeConfig
 from rolltune.data.judge_labelled import judge_labelled
-from rolltune.rewards.rubric.fence import fenced, neutral
-from rolltune.schema import AuditJudgeConfig
+from rolltune.rewards.judges.delimit import fenced, neutral
+from rolltune.run import checks
 
 KEY = "sk-secret/0123456789"
 RESPONSES = judge_labelled()
@@ -30,7 +30,7 @@ class SeedlessJudge:
     stop_reason = None
 
     async def ask(self, question):
-        from rolltune.rewards.rubric.judge import Answer
+        from rolltune.rewards.judges.judge import Answer
         value = question.answer.model_validate({"verdicts": [{"number": 1, "reason": "", "grade": 1}]})
         return Answer(value=value, failure=None, text="", judge=self.name, cached=False)
 
@@ -92,7 +92,7 @@ def surroundings(tmp_path, monkeypatch):
 def make_file(tmp_path):
     def make(server: FaultServer | None, name="out", **changes) -> Path:
         node = {
-            "_component_": "rolltune.rewards.rubric.endpoint_judge.EndpointJudge",
+            "_component_": "rolltune.rewards.judges.endpoint.EndpointJudge",
             "base_url": server.base_url if server else "http://127.0.0.1:9/v1",
             "model": "tiny",
             "max_attempts": 1,
@@ -118,7 +118,7 @@ def audit(make_file, tmp_path):
         with FaultServer(script) as server:
             file = make_file(server, name, **changes)
             try:
-                load_recipe("audit_judge").run(config.validate(AuditJudgeConfig, str(file)))
+                load_recipe("audit_judge").run(checks.validate(AuditJudgeConfig, str(file)))
                 status = 0
             except SystemExit as stop:
                 status = stop.code
@@ -286,7 +286,7 @@ def test_a_second_run_over_the_cache_asks_nothing(audit, tmp_path):
 def again(file: Path, port: int) -> dict:
     """The same config once more, with nobody at its address."""
     assert str(port) in file.read_text()
-    cfg = config.validate(AuditJudgeConfig, str(file))
+    cfg = checks.validate(AuditJudgeConfig, str(file))
     load_recipe("audit_judge").run(cfg)
     return json.loads((Path(cfg.output_dir) / "audit.json").read_text())
 
@@ -354,7 +354,7 @@ def test_a_wrong_key_ends_it(audit, tmp_path):
 def test_dry_run_asks_nothing(make_file, tmp_path, capsys):
     with FaultServer(judge(perfect)) as server:
         file = make_file(server, dry_run=True, reversed=True, repeats=2)
-        load_recipe("audit_judge").run(config.validate(AuditJudgeConfig, str(file)))
+        load_recipe("audit_judge").run(checks.validate(AuditJudgeConfig, str(file)))
     shown = capsys.readouterr().out
     assert not server.calls and not (tmp_path / "out").exists()
     assert RESPONSES[0].text in shown and "You check a response against a list of criteria" in shown
@@ -368,7 +368,7 @@ def test_dry_run_asks_nothing(make_file, tmp_path, capsys):
 
 def problems(file: Path, *overrides: str) -> list[str]:
     with pytest.raises(ValueError) as wrong:
-        config.validate(AuditJudgeConfig, str(file), overrides)
+        checks.validate(AuditJudgeConfig, str(file), overrides)
     return str(wrong.value).splitlines()
 
 
@@ -399,19 +399,19 @@ def test_mistakes_are_named(make_file, override, says):
 
 def test_other_data_and_bad_lines_are_named(make_file, tmp_path):
     recipe = load_recipe("audit_judge")
-    cfg = config.validate(AuditJudgeConfig, str(make_file(None, data={"_component_": "planted_judges.numbers"})))
+    cfg = checks.validate(AuditJudgeConfig, str(make_file(None, data={"_component_": "planted_judges.numbers"})))
     with pytest.raises(ValueError, match=r"data._component_: planted_judges.numbers: gives no labelled responses"):
         recipe.run(cfg)
     (tmp_path / "own.jsonl").write_text('{"id": "a", "problem": "?", "response": "!", "satisfied": true}\n')
     data = {"_component_": "rolltune.data.judge_labelled.judge_labelled", "path": str(tmp_path / "own.jsonl")}
     with pytest.raises(ValueError, match=r"own.jsonl:1: criterion: Field required"):
-        recipe.run(config.validate(AuditJudgeConfig, str(make_file(None, data=data))))
+        recipe.run(checks.validate(AuditJudgeConfig, str(make_file(None, data=data))))
 
 
 def test_a_judge_of_ones_own(make_file, tmp_path):
     """Without an endpoint, a seed or the totals of one; a list of which it grades the first criterion alone."""
     file = make_file(None, data=TEN)
-    cfg = config.validate(AuditJudgeConfig, str(file), ["judge={_component_: planted_judges.SeedlessJudge}"])
+    cfg = checks.validate(AuditJudgeConfig, str(file), ["judge={_component_: planted_judges.SeedlessJudge}"])
     load_recipe("audit_judge").run(cfg)
     found = json.loads((tmp_path / "out/audit.json").read_text())
     assert found["accuracy"]["of"] == 10 and found["failures"] == {"judge_unparseable": len(OF_TEN) - 10}

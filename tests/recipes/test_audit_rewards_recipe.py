@@ -6,8 +6,8 @@ import pytest
 import yaml
 from tiny_run import load_recipe
 
-from rolltune import config
-from rolltune.schema import AuditRewardsConfig
+from rolltune.config.schema import AuditRewardsConfig
+from rolltune.run import checks
 
 PLANTED = '''
 from rolltune.types import Score
@@ -60,7 +60,7 @@ def audit(tmp_path, monkeypatch):
             "rewards": rewards,
         }
         (tmp_path / "audit.yaml").write_text(yaml.safe_dump(tree | changes))
-        cfg = config.validate(AuditRewardsConfig, str(tmp_path / "audit.yaml"))
+        cfg = checks.validate(AuditRewardsConfig, str(tmp_path / "audit.yaml"))
         status = 0
         try:
             load_recipe("audit_rewards").run(cfg)

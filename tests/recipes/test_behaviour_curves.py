@@ -8,9 +8,9 @@ import pytest
 import yaml
 from tiny_run import load_recipe, read_rows
 
-from rolltune import config
 from rolltune.behaviours import BEHAVIOURS
-from rolltune.schema import AuditRewardsConfig
+from rolltune.config.schema import AuditRewardsConfig
+from rolltune.run import checks
 
 LOGGED = {"_component_": "rolltune.rewards.behaviours.behaviour_counts", "weight": 0}
 ANSWER = {"_component_": "rolltune.rewards.answer.answer_reward", "weight": 1.0}
@@ -40,6 +40,6 @@ def test_the_audit_leaves_them_out(tmp_path, capsys):
     data = {"_component_": "rolltune.data.sums.sums", "count": 3}
     wanted = {"output_dir": str(tmp_path / "out"), "data": data, "rewards": {"answer": ANSWER, "behaviours": LOGGED}}
     file.write_text(yaml.safe_dump(wanted))
-    load_recipe("audit_rewards").run(config.validate(AuditRewardsConfig, str(file), ()))
+    load_recipe("audit_rewards").run(checks.validate(AuditRewardsConfig, str(file), ()))
     assert set(json.loads((tmp_path / "out" / "audit.json").read_text())) == {"answer"}
     assert "behaviours" in capsys.readouterr().out

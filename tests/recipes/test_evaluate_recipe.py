@@ -19,16 +19,17 @@ from thread_world import on_ranks
 from tiny_run import load_recipe
 from transformers import AutoModelForCausalLM
 
-from rolltune import config, samples
-from rolltune.components import ConfigError
+from rolltune.config.schema import EvaluateConfig
 from rolltune.data.sums import sums
-from rolltune.locks import take_lock
-from rolltune.metrics import accuracy_interval
-from rolltune.models import load_model, load_tokenizer
+from rolltune.errors import ConfigError
+from rolltune.eval import samples
+from rolltune.files import take_lock
+from rolltune.model.load import load_model, load_tokenizer
 from rolltune.prompts import render_prompt
+from rolltune.run import checks
 from rolltune.samplers.native import NativeSampler
-from rolltune.schema import EvaluateConfig
 from rolltune.seeding import derive_seed
+from rolltune.stats import accuracy_interval
 from rolltune.types import SampleRequest, SamplingParams
 
 DATA = {"count": 7, "low": 1, "high": 9}
@@ -90,7 +91,7 @@ def make_config(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
         }
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump(tree | changes))
-        return config.validate(EvaluateConfig, str(file))
+        return checks.validate(EvaluateConfig, str(file))
 
     return make
 
@@ -257,8 +258,8 @@ def without_weights(monkeypatch: pytest.MonkeyPatch):
         def refuse(*args, **kwargs):
             raise AssertionError("weights are loaded")
 
-        monkeypatch.setattr("rolltune.samples.load_model", refuse)
-        monkeypatch.setattr("rolltune.models.load_model", refuse)
+        monkeypatch.setattr("rolltune.eval.samples.load_model", refuse)
+        monkeypatch.setattr("rolltune.model.load.load_model", refuse)
         monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
         monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
 

@@ -45,11 +45,11 @@ def test_a_judge_that_is_down_ends_no_run_and_changes_no_number(run_grpo):
 
 
 def test_prime_has_nothing_to_classify(tmp_path):
-    from rolltune import config
-    from rolltune.components import ConfigError
-    from rolltune.schema import PrimeConfig
+    from rolltune.config.schema import PrimeConfig
+    from rolltune.errors import ConfigError
+    from rolltune.run import checks
 
     path = tmp_path / "prime.yaml"
     path.write_text("output_dir: out\nlogging: {classifier: {_component_: rolltune.behaviours.BehaviourClassifier}}\n")
     with pytest.raises(ConfigError, match=r"logging.classifier: does nothing in prime"):
-        config.validate(PrimeConfig, path)
+        checks.validate(PrimeConfig, path)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from tiny_run import read_rows
 
-from rolltune.config import RunStopped
+from rolltune.errors import RunStopped
 from rolltune.samplers.native import NativeSampler
 
 ONE = {"prompts_per_step": 4, "microbatch_tokens": 128}

@@ -8,7 +8,7 @@ import torch
 from tiny_run import read_rows
 from transformers import AutoModelForCausalLM
 
-from rolltune.checkpoint import load_state
+from rolltune.run.checkpoint import load_state
 
 # At 2^19 and above gradients of the tiny Llama overflow, at 2^18 they fit; two steps without an overflow double it.
 LOSS_SCALE = {"_component_": "rolltune.loss_scale.LossScale", "initial": 2.0**20, "growth_interval": 2}

@@ -10,7 +10,11 @@ ANSWER = {"_component_": "rolltune.rewards.answer.answer_reward"}
 
 
 def eval_with(reward: str, gold: dict, **options) -> dict:
-    check = {"_component_": "rolltune.rewards.rubric.gold.GoldCheck", "reward": reward, "gold": gold} | options
+    check = {
+        "_component_": "rolltune.rewards.checks.overoptimization.GoldCheck",
+        "reward": reward,
+        "gold": gold,
+    } | options
     return {"every_n_steps": 2, "max_problems": 4, "gold": check | {"min_problems": 4}}
 
 

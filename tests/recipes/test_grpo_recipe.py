@@ -7,7 +7,7 @@ import torch
 from tiny_run import read_rows
 from transformers import AutoModelForCausalLM
 
-from rolltune.samplers import SyncError
+from rolltune.errors import SyncError
 
 ALGORITHMS = {
     "grpo": ("rolltune.advantages.group_zscore", "rolltune.losses.grpo.GRPOLoss", {"kl_coef": 0.04}),
@@ -172,7 +172,7 @@ def test_gold_answer_that_the_reward_does_not_take_stops_the_run(run_grpo):
 
 
 def test_a_trainer_that_forgets_the_temperature_is_caught(run_grpo, monkeypatch):
-    from rolltune import policy
+    from rolltune.model import policy
 
     right = policy.selected_logprobs
     monkeypatch.setattr(policy, "selected_logprobs", lambda h, w, t, temperature, *_, **__: right(h, w, t, 1.0))
@@ -181,7 +181,7 @@ def test_a_trainer_that_forgets_the_temperature_is_caught(run_grpo, monkeypatch)
 
 
 def test_a_reference_that_is_not_the_start_is_caught(run_grpo, monkeypatch):
-    from rolltune import policy
+    from rolltune.model import policy
 
     right = policy.load_model
     seen = []

@@ -15,7 +15,7 @@ from fault_server import FaultServer, Response, error, ok
 from judge_server import read_prompt
 from tiny_run import read_rows
 
-from rolltune.config import RunStopped
+from rolltune.errors import RunStopped
 
 Script = Callable[[int, dict[str, Any]], Response]
 
@@ -33,7 +33,7 @@ def grade(call: int, request: dict[str, Any]) -> Response:
 def options(server: FaultServer, cache: Path | None, *, judge: dict[str, Any] | None = None, **rubric: Any) -> dict:
     """Changes to the tiny run: 2 problems of 4 completions a step, judged by ``server``."""
     node = {
-        "_component_": "rolltune.rewards.rubric.endpoint_judge.EndpointJudge",
+        "_component_": "rolltune.rewards.judges.endpoint.EndpointJudge",
         "base_url": server.base_url,
         "model": "m",
         "max_attempts": 1,
@@ -195,7 +195,7 @@ def test_what_judging_held_out_turns_costs_is_logged(run_grpo):
 def test_a_judge_that_is_not_there_shows_at_once(run_grpo, monkeypatch):
     with FaultServer(grade) as server:
         changes = options(server, None)
-    monkeypatch.setattr("rolltune.policy.load_model", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("rolltune.model.policy.load_model", lambda *args, **kwargs: pytest.fail("weights were loaded"))
     with pytest.raises(ValueError, match="judge m@127.*judge down when it was tried out.*is its server running"):
         run_grpo(**changes)
 
@@ -218,7 +218,7 @@ def test_the_key_is_nowhere(run_grpo, tmp_path, monkeypatch, capsys, caplog):
 
 def test_the_policy_judges_itself(run_grpo, long_llama):
     """A random model says nothing that can be read: all is unscored, and the run says so."""
-    judge = {"_component_": "rolltune.rewards.rubric.policy_judge.PolicyJudge", "max_new_tokens": 8}
+    judge = {"_component_": "rolltune.rewards.judges.policy.PolicyJudge", "max_new_tokens": 8}
     with FaultServer(grade) as server:
         changes = options(server, None)
     changes["rewards"]["rubric"] |= {"judges": [judge], "max_chars": 100}

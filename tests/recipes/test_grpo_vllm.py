@@ -17,8 +17,8 @@ import pytest
 import yaml
 from tiny_run import ROOT, read_rows, tiny_grpo
 
-from rolltune.checkpoint import load_state
-from rolltune.config import RunStopped
+from rolltune.errors import RunStopped
+from rolltune.run.checkpoint import load_state
 from rolltune.samplers import vllm_local
 from rolltune.samplers.vllm_sampler import VLLMSampler
 

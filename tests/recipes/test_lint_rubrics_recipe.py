@@ -6,8 +6,8 @@ import pytest
 import yaml
 from tiny_run import load_recipe
 
-from rolltune import config
-from rolltune.schema import LintRubricsConfig
+from rolltune.config.schema import LintRubricsConfig
+from rolltune.run import checks
 
 GOOD = [
     {"title": "Cause", "description": "Says that air scatters blue light most.", "category": "essential"},
@@ -29,7 +29,7 @@ def lint(tmp_path, monkeypatch, capsys):
         node = {"_component_": "rolltune.data.rubrics.rubric_jsonl", "path": str(tmp_path / "rubrics.jsonl")}
         tree = {"output_dir": str(tmp_path / "out"), "data": data or node, "fewest_criteria": 3}
         (tmp_path / "lint.yaml").write_text(yaml.safe_dump(tree | changes))
-        cfg = config.validate(LintRubricsConfig, str(tmp_path / "lint.yaml"))
+        cfg = checks.validate(LintRubricsConfig, str(tmp_path / "lint.yaml"))
         capsys.readouterr()
         status = 0
         try:

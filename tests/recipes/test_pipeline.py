@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from repo import ROOT
 
-ROOT = Path(__file__).parents[2]
 SHORT = {
     "write_traces": "data.count=12",
     "prime": "num_steps=1 batch.examples_per_step=2 data.train.count=10 data.heldout.start=10 data.heldout.count=2",

@@ -12,11 +12,11 @@ from thread_world import on_ranks
 from tiny_run import load_recipe, read_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rolltune import config
 from rolltune.batch import pack
+from rolltune.config.schema import PrimeConfig
 from rolltune.data.dataset import ProblemStream
 from rolltune.data.sums import sums
-from rolltune.schema import PrimeConfig
+from rolltune.run import checks
 
 TRAIN = {"count": 20, "low": 1, "high": 9}
 HELDOUT = {"count": 4, "high": 9, "split": "heldout"}
@@ -42,7 +42,7 @@ def make_config(tiny_llama, tmp_path):
             "checkpoint": {"every_n_steps": 1, "keep_last": 2},
         }
         file.write_text(yaml.safe_dump(tree | changes))
-        return config.validate(PrimeConfig, str(file), overrides)
+        return checks.validate(PrimeConfig, str(file), overrides)
 
     return make
 

@@ -7,13 +7,11 @@ import shlex
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from repo import ROOT
 from tiny_run import read_rows
-
-ROOT = Path(__file__).parents[2]
 
 
 def free_port() -> int:

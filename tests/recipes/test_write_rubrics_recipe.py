@@ -13,12 +13,12 @@ import yaml
 from fault_server import FaultServer, Response, error, ok
 from tiny_run import ROOT, load_recipe
 
-from rolltune import config
+from rolltune.config.schema import WriteRubricsConfig, WriteTracesConfig
 from rolltune.data.rubrics import rubric_jsonl
-from rolltune.rewards.rubric.record import read_rubrics
 from rolltune.rewards.rubric.schema import Criterion, Rubric
-from rolltune.schema import WriteRubricsConfig, WriteTracesConfig
+from rolltune.run import checks
 from rolltune.seeding import derive_seed
+from rolltune.writers.rubric_records import read_rubrics
 
 KEY = "sk-secret/0123456789"
 COUNT = 12
@@ -69,7 +69,7 @@ def surroundings(tmp_path, monkeypatch):
 def make_file(tmp_path):
     def make(name="out", *, server: FaultServer | None = None, **changes) -> Path:
         writer = {
-            "_component_": "rolltune.rewards.rubric.writer.EndpointRubricWriter",
+            "_component_": "rolltune.writers.rubrics.EndpointRubricWriter",
             "with_reference": True,
             "base_url": server.base_url if server else "http://127.0.0.1:9/v1",
             "model": "tiny",
@@ -87,7 +87,7 @@ def write(make_file, tmp_path):
 
     def write(name="out", *, overrides=(), **changes) -> Path:
         file = make_file(name, **changes)
-        load_recipe("write_rubrics").run(config.validate(WriteRubricsConfig, str(file), overrides))
+        load_recipe("write_rubrics").run(checks.validate(WriteRubricsConfig, str(file), overrides))
         return tmp_path / name
 
     return write
@@ -166,7 +166,7 @@ def test_a_run(write, tmp_path, capsys):
             },
             "rubric": {"criteria": criteria_of(request)},
             "provenance": {
-                "writer": "rolltune.rewards.rubric.writer",
+                "writer": "rolltune.writers.rubrics",
                 "model": "tiny",
                 "host": server.base_url.removeprefix("http://").removesuffix("/v1"),
                 "prompt": row["provenance"]["prompt"],
@@ -441,7 +441,7 @@ def test_the_folder_of_a_run_of_write_traces_and_the_reverse(write, tmp_path):
 
     def write_traces(folder):
         (tmp_path / "traces.yaml").write_text(yaml.safe_dump(traces | {"output_dir": str(folder)}))
-        load_recipe("write_traces").run(config.validate(WriteTracesConfig, str(tmp_path / "traces.yaml"), []))
+        load_recipe("write_traces").run(checks.validate(WriteTracesConfig, str(tmp_path / "traces.yaml"), []))
 
     write_traces(tmp_path / "traces")
     with FaultServer(lambda call, request: solve(request)) as server:
@@ -478,7 +478,7 @@ def test_the_folder_of_a_run_of_write_traces_and_the_reverse(write, tmp_path):
 )
 def test_a_bad_config(make_file, overrides, says):
     with pytest.raises(ValueError) as wrong:
-        config.validate(WriteRubricsConfig, str(make_file()), overrides)
+        checks.validate(WriteRubricsConfig, str(make_file()), overrides)
     assert any(line.startswith(says) for line in str(wrong.value).splitlines()), str(wrong.value)
     assert "pass-word" not in str(wrong.value)
 

@@ -13,10 +13,10 @@ import yaml
 from fault_server import FaultServer, Response, error, ok
 from tiny_run import ROOT, load_recipe, read_rows
 
-from rolltune import config
+from rolltune.config.schema import PrimeConfig, WriteTracesConfig
 from rolltune.data.countdown import countdown
 from rolltune.data.traces import traces
-from rolltune.schema import PrimeConfig, WriteTracesConfig
+from rolltune.run import checks
 from rolltune.seeding import derive_seed
 from rolltune.traces.record import read_traces
 
@@ -99,7 +99,7 @@ def write(make_file, tmp_path):
 
     def write(name="out", *, overrides=(), **changes) -> Path:
         file = make_file(name, **changes)
-        load_recipe("write_traces").run(config.validate(WriteTracesConfig, str(file), overrides))
+        load_recipe("write_traces").run(checks.validate(WriteTracesConfig, str(file), overrides))
         return tmp_path / name
 
     return write
@@ -255,7 +255,7 @@ def test_a_bad_config(make_file, overrides, says):
     with FaultServer(lambda call, request: ok("")) as server:
         file = make_file(server=server)
         with pytest.raises(ValueError) as wrong:
-            config.validate(WriteTracesConfig, str(file), overrides)
+            checks.validate(WriteTracesConfig, str(file), overrides)
     assert any(line.startswith(says) for line in str(wrong.value).splitlines()), str(wrong.value)
     assert "pass-word" not in str(wrong.value) and not server.calls
 
@@ -478,7 +478,7 @@ def prime(tiny_llama, tmp_path):
             "batch": {"examples_per_step": 4, "microbatch_tokens": 1024},
         }
         (tmp_path / "prime.yaml").write_text(yaml.safe_dump(tree | changes))
-        load_recipe("prime").run(config.validate(PrimeConfig, str(tmp_path / "prime.yaml")))
+        load_recipe("prime").run(checks.validate(PrimeConfig, str(tmp_path / "prime.yaml")))
         return tmp_path / "primed"
 
     return run

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from repo import ROOT
 
 # What a user would write: one function in one file, found through PYTHONPATH.
 REWARD = '''

@@ -3,12 +3,12 @@ from __future__ import annotations
 import json
 import threading
 from fractions import Fraction
-from pathlib import Path
 
 import math_verify
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from repo import GSM8K
 
 from rolltune.rewards import answer as answer_module
 from rolltune.rewards import symbolic
@@ -23,8 +23,6 @@ from rolltune.rewards.answer import (
     voted_answer,
 )
 from rolltune.types import Problem, Score
-
-GSM8K = Path(__file__).parents[2].parent / "shared/data/gsm8k/train.jsonl"
 
 
 def problem(answer: str | None) -> Problem:
@@ -412,10 +410,10 @@ def test_votes_are_the_same_exactly_where_the_verdicts_are(gold: int, other: int
     assert votes[0] == str(gold) and (votes[1] == votes[0]) == is_correct(str(gold), turn(str(other)))
 
 
-@pytest.mark.skipif(not GSM8K.exists(), reason="GSM8K is not there")
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="no GSM8K; ROLLTUNE_GSM8K names its folder")
 @pytest.mark.usefixtures("no_sympy")
 def test_every_gold_answer_of_gsm8k_is_right_and_its_neighbours_are_wrong() -> None:
-    rows = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (GSM8K / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 7473
     for row in rows:
         working, _, as_written = row["answer"].rpartition("#### ")

@@ -7,7 +7,7 @@ import pytest
 from rolltune.behaviours import BEHAVIOURS
 from rolltune.rewards.behaviours import behaviour_counts
 from rolltune.rewards.combine import WeightedReward
-from rolltune.selftest import full_marks
+from rolltune.run.selftest import full_marks
 from rolltune.types import Completion, Problem, Score
 
 PROBLEM = Problem(id="p", messages=({"role": "user", "content": "?"},), answer="24")

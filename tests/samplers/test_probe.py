@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from rolltune.models import load_model, load_tokenizer
+from rolltune.model.load import load_model, load_tokenizer
 from rolltune.samplers import probe
 
 

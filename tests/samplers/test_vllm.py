@@ -14,14 +14,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from rolltune.models import load_model, load_tokenizer
-from rolltune.policy import packed_logprobs
-from rolltune.samplers import SyncError, vllm_local, vllm_sampler
+from rolltune.errors import SyncError
+from rolltune.model.load import load_model, load_tokenizer
+from rolltune.model.policy import packed_logprobs
+from rolltune.model.weights import policy_weights
+from rolltune.samplers import vllm_local, vllm_sampler
 from rolltune.samplers.native import NativeSampler
 from rolltune.samplers.vllm import colocated
 from rolltune.samplers.vllm_sampler import VLLMSampler
 from rolltune.types import Completion, MicroBatch, Prompt, SampleRequest, SamplingParams
-from rolltune.weights import policy_weights
 
 OPTIONS = {"kv_cache_gib": 0.05, "max_rows": 16, "max_model_len": 400}
 
@@ -222,7 +223,7 @@ def test_options_out_of_range_are_refused_before_anything_is_loaded(model, token
 
 
 def test_another_version_of_vllm_is_refused(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("rolltune.serving._distribution", lambda: "0.31.2+cpu")
+    monkeypatch.setattr("rolltune.endpoints.serving._distribution", lambda: "0.31.2+cpu")
     with pytest.raises(ValueError, match=r"vLLM 0\.31\.2\+cpu is installed; .* goes with 0\.32"):
         colocated(model, tokenizer, **OPTIONS)
 

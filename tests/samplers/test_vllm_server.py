@@ -11,12 +11,13 @@ import pytest
 import torch
 from test_vllm import OPTIONS, requests, shake, trainer_logprobs
 
-from rolltune.models import load_model, load_tokenizer
-from rolltune.samplers import EngineError, SyncError, vllm_server
+from rolltune.endpoints.serving import serve
+from rolltune.errors import EngineError, SyncError
+from rolltune.model.load import load_model, load_tokenizer
+from rolltune.samplers import vllm_server
 from rolltune.samplers.engine import EngineOutput
 from rolltune.samplers.vllm import served
 from rolltune.samplers.vllm_sampler import VLLMSampler
-from rolltune.serving import serve
 from rolltune.types import SamplingParams
 
 versions = iter(range(10**6))

@@ -7,8 +7,8 @@ import re
 import pytest
 from fault_server import FaultServer, error, ok
 
-from rolltune import endpoint as endpoint_module
-from rolltune.endpoint import BudgetSpent, EndpointDown
+from rolltune.endpoints import client as endpoint_module
+from rolltune.endpoints.client import BudgetSpent, EndpointDown
 from rolltune.rewards.answer import answer_reward
 from rolltune.rewards.countdown import countdown_reward
 from rolltune.rewards.format import format_reward

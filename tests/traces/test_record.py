@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rolltune import config
-from rolltune.components import ConfigError
-from rolltune.records import save_config
-from rolltune.schema import WriteTracesConfig
+from rolltune.config.schema import WriteTracesConfig
+from rolltune.errors import ConfigError
 from rolltune.traces import Trace
 from rolltune.traces.record import from_line, read_traces, to_line, trace_file
 from rolltune.types import Problem
+from rolltune.writers.records import save_config
 
 PROBLEM = Problem(
     id="sums/0",

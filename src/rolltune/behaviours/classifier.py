@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rolltune.behaviours.counter import BEHAVIOURS, MAX_COUNT, BehaviourCounts
-from rolltune.endpoint import BudgetSpent, Endpoint, EndpointDown
+from rolltune.endpoints.client import BudgetSpent, Endpoint, EndpointDown
 from rolltune.types import Message
 
 MAX_TRACE_CHARS = 16_000  # of a text; the model is shown no more
@@ -62,7 +62,7 @@ class BehaviourClassifier:
         max_concurrency: calls at once.
         timeout_seconds: for a whole reply.
         max_attempts: calls for one reply, at most, where calls fail.
-        max_calls: cap on the calls of this process, as with :class:`rolltune.endpoint.Endpoint`.
+        max_calls: cap on the calls of this process, as with :class:`rolltune.endpoints.client.Endpoint`.
         max_total_tokens: cap on its tokens, prompts included.
         max_dollars: cap on its price.
         dollars_per_million_input: price of prompt tokens.

@@ -8,14 +8,6 @@ from typing import Protocol
 from rolltune.types import Completion, SampleRequest, SamplingParams
 
 
-class SyncError(RuntimeError):
-    """A sampler does not have the policy's weights; the message says what is wrong. Nothing was trained on it."""
-
-
-class EngineError(RuntimeError):
-    """An engine behind a sampler did not do what it was asked; the message says which, and what it answered."""
-
-
 class Sampler(Protocol):
     """Prompts in, completions out.
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rolltune.batch_invariant import chosen_logprobs
+from rolltune.model.batch_invariant import chosen_logprobs
 from rolltune.types import SamplingParams
 
 # A draw sums blocks of so many tokens first, so that only one block has to be summed token by token. It divides the

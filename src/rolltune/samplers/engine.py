@@ -59,7 +59,7 @@ class Engine(Protocol):
         ...
 
     def load(self, weights: Iterator[tuple[str, Tensor]], version: str) -> None:
-        """Take on weights, as :func:`rolltune.weights.policy_weights` gives them, under the name ``version``."""
+        """Take on weights, as :func:`rolltune.model.weights.policy_weights` gives them, under the name ``version``."""
         ...
 
     def forget(self) -> bool:

@@ -1,12 +1,12 @@
 """A sampler that runs the very model that is trained, so its weights are always current.
 
-Each prompt is read once, its keys and values are shared by its completions (:mod:`rolltune.samplers.kv_cache`), and
+Each prompt is read once, its keys and values are shared by its completions (:mod:`rolltune.model.kv_cache`), and
 completions of all prompts are written side by side, one token of each a step. A completion that ends leaves the
 batch at once and waiting ones take the free places (continuous batching).
 
 All noise of a completion comes from its seed: with the same weights it is the same whatever else is in the batch,
 up to the rounding of matrix products of different sizes, and to the last bit if the model is batch-invariant
-(:mod:`rolltune.batch_invariant`).
+(:mod:`rolltune.model.batch_invariant`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rolltune.batch_invariant import SHARED_PROMPT_ATTENTION, is_batch_invariant
-from rolltune.models import unwrapped
+from rolltune.model.batch_invariant import SHARED_PROMPT_ATTENTION, is_batch_invariant
+from rolltune.model.cpu.onednn_linear import onednn_linears
+from rolltune.model.kv_cache import ATTENTION
+from rolltune.model.load import unwrapped
 from rolltune.samplers.distribution import sample
-from rolltune.samplers.kv_cache import ATTENTION
-from rolltune.samplers.onednn_linear import onednn_linears
-from rolltune.samplers.rows import Batch, EndOfText, PromptState, RowState
+from rolltune.samplers.sequences import Batch, EndOfText, PromptState, RowState
 from rolltune.types import Completion, SampleRequest, SamplingParams
 
 # Relative error of a few logits against the model's own: far above rounding, far below attention that went wrong.

@@ -7,8 +7,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rolltune.models import unwrapped
-from rolltune.policy import packed_logprobs
+from rolltune.model.load import unwrapped
+from rolltune.model.policy import packed_logprobs
 from rolltune.types import MicroBatch
 
 PROMPT_TOKENS, NEW_TOKENS = 40, 4  # longer than a block of the prefix cache, of 16 tokens on GPUs and 32 on CPUs

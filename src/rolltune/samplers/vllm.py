@@ -18,13 +18,14 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rolltune import serving
-from rolltune.fp32_head import FP32Head
-from rolltune.models import DTYPES, unwrapped
-from rolltune.samplers import EngineError, probe
+from rolltune.endpoints import serving
+from rolltune.errors import EngineError
+from rolltune.model.fp32_head import FP32Head
+from rolltune.model.load import DTYPES, unwrapped
+from rolltune.model.weights import check_mergeable, weight_shapes
+from rolltune.samplers import probe
 from rolltune.samplers.ranks import from_rank_0, this_rank
 from rolltune.samplers.vllm_sampler import VLLMSampler
-from rolltune.weights import check_mergeable, weight_shapes
 
 
 def colocated(

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rolltune import serving
-from rolltune.samplers import EngineError
+from rolltune.endpoints import serving
+from rolltune.errors import EngineError
 from rolltune.samplers.engine import EngineOutput, EngineRequest, buckets
 
 WORKER = "rolltune.samplers.vllm_worker"

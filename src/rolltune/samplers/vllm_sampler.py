@@ -28,14 +28,15 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rolltune.models import unwrapped
-from rolltune.samplers import EngineError, SyncError, probe
+from rolltune.errors import EngineError, SyncError
+from rolltune.model.load import unwrapped
+from rolltune.model.weights import policy_weights, tied_names
+from rolltune.samplers import probe
 from rolltune.samplers.engine import Engine, EngineOutput, EngineRequest
 from rolltune.samplers.fingerprints import differences, weight_fingerprint
 from rolltune.samplers.native import check_params, eos_token_ids
 from rolltune.samplers.ranks import first_message, from_rank_0
 from rolltune.types import Completion, SampleRequest, SamplingParams
-from rolltune.weights import policy_weights, tied_names
 
 T = TypeVar("T")
 MAX_TEMPERATURE = 2.0

@@ -26,8 +26,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rolltune import serving
-from rolltune.samplers import EngineError
+from rolltune.endpoints import serving
+from rolltune.errors import EngineError
 from rolltune.samplers.engine import EngineOutput, EngineRequest, buckets
 from rolltune.samplers.vllm_local import fence
 
@@ -53,7 +53,7 @@ class ServerEngine:
         """
         Args:
             base_urls: of the servers, without a path.
-            transfer: one of :data:`rolltune.serving.TRANSFERS`, as the servers were started with.
+            transfer: one of :data:`rolltune.endpoints.serving.TRANSFERS`, as the servers were started with.
             folder: for "files"; None: memory of this machine (/dev/shm), or its folder for temporary files.
             max_rows: requests in flight at each server.
             shapes: names, types and shapes of the weights, in the order that they are sent in.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rolltune.components import nearest
+from rolltune.config.components import nearest
 
 Kind = Literal["forward", "backward", "subgoal"]
 Condition = Literal[

@@ -9,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from rolltune.components import nearest
-from rolltune.endpoint import Endpoint, Reply
+from rolltune.config.components import nearest
+from rolltune.endpoints.client import Endpoint, Reply
 from rolltune.rewards.format import format_reward
 from rolltune.seeding import derive_seed
 from rolltune.traces.conditions import CONDITIONS
 from rolltune.types import Message, Problem
-from rolltune.writing import Malformed, ask, check_asking, digest, read_prompt, shown_messages
+from rolltune.writers.writing import Malformed, ask, check_asking, digest, read_prompt, shown_messages
 
 _PROMPTS = Path(__file__).parent / "prompts"
 _TRIES = 3  # replies that are asked for until one has the layout
@@ -46,7 +46,8 @@ class EndpointTraceWriter:
         api_key_env: the environment variable with the key; need not be set for a server without keys.
         timeout_seconds: for a whole reply.
         max_attempts: calls for one reply, at most, where calls fail.
-        max_calls: cap on the calls of a run, as with :class:`rolltune.endpoint.Endpoint`. A run that is taken up again
+        max_calls: cap on the calls of a run, as with :class:`rolltune.endpoints.client.Endpoint`. A run that is taken
+        up again
             has the whole of each cap again.
         max_total_tokens: cap on the tokens of a run, prompts included.
         max_dollars: cap on the price of a run.
@@ -110,7 +111,7 @@ class EndpointTraceWriter:
 
         Raises:
             Malformed: none has.
-            BudgetSpent, EndpointDown, ValueError: as in :meth:`rolltune.endpoint.Endpoint.chat`.
+            BudgetSpent, EndpointDown, ValueError: as in :meth:`rolltune.endpoints.client.Endpoint.chat`.
         """
         messages = self._messages(problem)
         for attempt in range(_TRIES):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from rolltune.records import Layout, ProblemLine, RecordFile, StrictLine, parse_line, read_records
 from rolltune.traces import Trace
+from rolltune.writers.records import Layout, ProblemLine, RecordFile, StrictLine, parse_line, read_records
 
 
 class _Line(StrictLine):
@@ -61,10 +61,10 @@ TRACES: Layout[Trace] = Layout(
 
 
 def trace_file(path: Path) -> RecordFile[Trace]:
-    """The file of a run, held by one process until it is closed; see :class:`rolltune.records.RecordFile`."""
+    """The file of a run, held by one process until it is closed; see :class:`rolltune.writers.records.RecordFile`."""
     return RecordFile(path, TRACES)
 
 
 def read_traces(path: Path) -> list[Trace]:
-    """The traces of a file, as :func:`rolltune.records.read_records` has them."""
+    """The traces of a file, as :func:`rolltune.writers.records.read_records` has them."""
     return read_records(path, TRACES)

@@ -35,7 +35,7 @@ def make_reward():
 
     def make(server: FaultServer, **options: Any) -> PairwiseReward:
         node = {
-            "_component_": "rolltune.rewards.rubric.endpoint_judge.EndpointJudge",
+            "_component_": "rolltune.rewards.judges.endpoint.EndpointJudge",
             "base_url": server.base_url,
             "model": "m",
             "max_attempts": 1,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from judge_server import read_prompt
 from pydantic import BaseModel
 
-from rolltune.rewards.rubric.judge import Answer, Question, read_answer, response_format
+from rolltune.rewards.judges.judge import Answer, Question, read_answer, response_format
 from rolltune.rewards.rubric.questions import (
     Rating,
     Verdict,

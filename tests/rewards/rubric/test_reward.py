@@ -40,7 +40,7 @@ def make_reward():
     def make(*servers: FaultServer, judge: dict[str, Any] | None = None, **options: Any) -> RubricReward:
         nodes = [
             {
-                "_component_": "rolltune.rewards.rubric.endpoint_judge.EndpointJudge",
+                "_component_": "rolltune.rewards.judges.endpoint.EndpointJudge",
                 "base_url": server.base_url,
                 "model": f"judge{i}",
                 "max_attempts": 2,
@@ -204,7 +204,7 @@ def test_a_gate_that_cannot_be_one(make_reward, gate, message):
     with FaultServer(always("")) as server:
         judges = [
             {
-                "_component_": "rolltune.rewards.rubric.endpoint_judge.EndpointJudge",
+                "_component_": "rolltune.rewards.judges.endpoint.EndpointJudge",
                 "base_url": server.base_url,
                 "model": "m",
             }
@@ -303,7 +303,7 @@ def test_what_cannot_be_judged_shows_before_anything_is_sampled(make_reward):
     ],
 )
 def test_bad_options(options, message):
-    node = {"_component_": "rolltune.rewards.rubric.endpoint_judge.EndpointJudge", "model": "m"}
+    node = {"_component_": "rolltune.rewards.judges.endpoint.EndpointJudge", "model": "m"}
     with pytest.raises(ValueError, match=re.escape(message)):
         RubricReward(**({"judges": [node | {"base_url": "http://localhost:1/v1"}]} | options))
 

@@ -3,13 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from rolltune.rewards.rubric.schema import (
-    CATEGORY_WEIGHTS,
-    Criterion,
-    Rubric,
-    check_category_weights,
-    slugs,
-)
+from rolltune.rewards.rubric.schema import CATEGORY_WEIGHTS, Criterion, Rubric, check_category_weights, slugs
 
 
 def make(description: str = "Names the unit.", **fields) -> Criterion:

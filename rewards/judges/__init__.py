@@ -1,0 +1,1 @@
+"""Judges: language models that grade a response, behind an endpoint or as the policy itself."""

@@ -1,0 +1,127 @@
+"""The command line of a recipe: ``--config FILE [--dry-run] [key=value ...]``, and how its errors are shown."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import rolltune
+from rolltune.config.explain import explain
+from rolltune.config.load import Check, dump, validate
+from rolltune.errors import ConfigError, EngineError, RunStopped, SyncError
+
+T = TypeVar("T")
+USER_MISTAKE = 2
+INTERRUPTED = 130
+STOPPED = 1
+SECONDS_FOR_RANK_0 = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """``--config path [--dry-run] [key=value ...]``, taken apart."""
+
+    config: str | None
+    overrides: tuple[str, ...]
+    help: bool
+
+
+def parse_args(argv: Sequence[str]) -> Arguments:
+    """Take a recipe's command line apart.
+
+    Raises:
+        ConfigError: a flag that there is none of, or ``--config`` without a value.
+    """
+    config, overrides, problems = None, [], []
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.partition("=")
+        if name == "--config":
+            config = value if equals else rest.pop(0) if rest else ""
+            if not config:
+                problems.append("--config: no value; give a YAML file")
+        elif argument == "--dry-run":
+            overrides.append("dry_run=true")
+        elif argument.startswith("--") and argument != "--help":
+            right = f"{name[2:].replace('-', '_')}={value or '...'}"
+            problems.append(f"{name}: none of --config, --dry-run and --help; config keys are set as {right}")
+        elif argument not in ("-h", "--help"):
+            overrides.append(argument)
+    if problems:
+        raise ConfigError(problems)
+    return Arguments(config=config, overrides=tuple(overrides), help=bool({"-h", "--help"} & set(argv)))
+
+
+def main(schema: type[T], run: Callable[[T], None], *, check: Check[T]) -> None:
+    """The command line of a recipe: load and check the config, print it, run.
+
+    A user's mistake is printed in a few lines and ends the process with status 2. These are a :class:`ConfigError`,
+    and a ValueError that rolltune's own code raises. :class:`RunStopped` and the errors of samplers are printed and end
+    it with status 1. Any other error is a bug and keeps its traceback.
+
+    Args:
+        schema: the dataclass of the config's keys.
+        run: the recipe.
+        check: the problems of a config whose types are right, one of :mod:`rolltune.run.checks`.
+    """
+    try:
+        arguments = parse_args(sys.argv[1:])
+        if arguments.help:
+            print(explain(schema))
+            return
+        if arguments.config is None:
+            raise ConfigError(["--config: missing; give a YAML file"])
+        config = validate(schema, arguments.config, arguments.overrides, check=check)
+    except ConfigError as error:
+        _give_up(error)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"# {arguments.config}\n{dump(config)}", flush=True)
+    try:
+        run(config)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (RunStopped, SyncError, EngineError) as stopped:
+        # All ranks stop together, but where an engine fails one of them: the others are killed before they say a word.
+        if os.environ.get("RANK", "0") == "0" or isinstance(stopped, EngineError):
+            print(f"{Path(sys.argv[0]).stem}: stopped: {stopped}", file=sys.stderr)
+        sys.exit(STOPPED)
+    except ValueError as error:
+        # A ConfigError says all there is to know, unless it was made from another error.
+        raised = error.__cause__ if isinstance(error, ConfigError) else error
+        place = traceback.extract_tb(raised.__traceback__)[-1] if raised else None
+        if raised is error and place and not _is_ours(place.filename):
+            raise
+        _give_up(error, place)
+
+
+def _give_up(error: ValueError, place: traceback.FrameSummary | None = None) -> NoReturn:
+    """Print a user's mistake, and end the process."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(SECONDS_FOR_RANK_0)  # which mostly finds the same mistake: torchrun ends this process meanwhile
+    print(report(error, Path(sys.argv[0]).stem), file=sys.stderr)
+    if place is not None:
+        print(f"  (from {place.filename}:{place.lineno})", file=sys.stderr)
+    sys.exit(USER_MISTAKE)
+
+
+def _is_ours(filename: str) -> bool:
+    """Whether a file is part of rolltune, or is the recipe that runs."""
+    package = Path(rolltune.__file__).parent
+    folders = [package.resolve(), *((package / name).resolve() for name in ("rewards", "data", "recipes"))]
+    file = Path(filename).resolve()
+    return any(folder in file.parents for folder in folders) or file == Path(sys.argv[0]).resolve()
+
+
+def report(error: ValueError, title: str) -> str:
+    """The mistakes below a title, one a line."""
+    problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+    lines = "\n".join(problems).splitlines()
+    return "\n".join([f"{title}: {len(problems)} mistake{'s' * (len(problems) > 1)}", *(f"  {line}" for line in lines)])

@@ -1,0 +1,1 @@
+"""Models behind OpenAI-compatible endpoints: client, budget, and a server of one's own."""

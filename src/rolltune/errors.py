@@ -1,0 +1,26 @@
+"""The errors that end a run with a message and without a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ConfigError(ValueError):
+    """A user's mistakes in a config, all of them, one line each: ``key: what is wrong; what would be right``."""
+
+    def __init__(self, problems: Sequence[str]):
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+class RunStopped(RuntimeError):
+    """A run that ended before its last step without a mistake in its config; the message says why, and how to
+    resume."""
+
+
+class SyncError(RuntimeError):
+    """A sampler does not have the policy's weights; the message says what is wrong. Nothing was trained on it."""
+
+
+class EngineError(RuntimeError):
+    """An engine behind a sampler did not do what it was asked; the message says which, and what it answered."""

@@ -1,0 +1,1 @@
+"""Measuring a model: held-out accuracy, samples, verdicts, pass@k, comparisons. Imported by recipes only."""

@@ -1,0 +1,78 @@
+"""What a person reads of a run: the live line, and the summary at its end."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rolltune.files import write_json_atomic
+from rolltune.metrics.log import read_metrics
+
+
+def live_line(metrics: dict[str, float]) -> dict[str, float]:
+    """The few numbers that are watched while a run goes on."""
+    names = {
+        "reward": "reward/mean",
+        "loss": "loss",
+        "kl": "kl",
+        "length": "completions/length_mean",
+        "entropy": "entropy",
+        "held-out": "heldout/score",
+    }
+    return {label: metrics[name] for label, name in names.items() if name in metrics}
+
+
+def write_summary(output_dir: Path, console: Console) -> dict:
+    """``summary.json``: rewards of the first and last fifth of the steps, held-out accuracy before and after.
+
+    Read back from metrics.jsonl, so a resumed run's summary covers all of its parts.
+    """
+    rows = read_metrics(output_dir)
+    steps = [row for row in rows if row.get("reward/mean") is not None]
+    fifth = max(1, len(steps) // 5)
+    evaluations = [row for row in rows if row.get("heldout/accuracy") is not None]
+    seconds = sum(value or 0.0 for row in rows for name, value in row.items() if name.startswith("seconds/"))
+    summary: dict = {"steps": len(steps), "train_minutes": seconds / 60}
+    means = {name for row in steps for name in row if name.startswith("reward/") and name.endswith("/mean")}
+    for name in sorted(name for name in means if "/criterion/" not in name):  # of which there may be hundreds
+        key = name.removesuffix("/mean").replace("/", "_")
+        for label, part in (("first", steps[:fifth]), ("last", steps[-fifth:])):
+            seen = [row[name] for row in part if row.get(name) is not None]  # a part may have been unscored throughout
+            summary[f"{key}_{label}_fifth"] = statistics.fmean(seen) if seen else None
+    if evaluations:  # a judge may have left every held-out turn unscored
+        for label, row in (("before", evaluations[0]), ("after", evaluations[-1])):
+            summary[f"heldout_{label}"] = row["heldout/accuracy"]
+            summary[f"heldout_{label}_interval"] = [row["heldout/accuracy_low"], row["heldout/accuracy_high"]]
+            summary[f"heldout_{label}_score"] = row["heldout/score"]
+        best = max(evaluations[1:] or evaluations, key=lambda row: row["heldout/score"])
+        summary |= {"heldout_best": best["heldout/score"], "heldout_best_step": best["step"]}
+    write_json_atomic(output_dir / "summary.json", summary)
+    _print_summary(summary, output_dir, console)
+    return summary
+
+
+def _print_summary(summary: dict, output_dir: Path, console: Console) -> None:
+    table = Table("", "before / first fifth", "after / last fifth", show_edge=False, pad_edge=False)
+    for key in sorted(key for key in summary if key.endswith("_first_fifth")):
+        name = key.removesuffix("_first_fifth")
+        means = (summary[key], summary[f"{name}_last_fifth"])
+        table.add_row(name.replace("_", " "), *("-" if mean is None else f"{mean:.3f}" for mean in means))
+    best = "no held-out turn was scored"
+    if "heldout_best" in summary:
+        labels = ("before", "after")
+        cells = []
+        for label in labels:
+            low, high = summary[f"heldout_{label}_interval"]
+            cells.append(f"{summary[f'heldout_{label}']:.3f}  (95 %: {low:.3f} to {high:.3f})")
+        table.add_row("held-out accuracy, greedy", *cells)
+        if any(summary[f"heldout_{label}_score"] != summary[f"heldout_{label}"] for label in labels):  # graded
+            table.add_row("held-out score, greedy", *(f"{summary[f'heldout_{label}_score']:.3f}" for label in labels))
+        best = f"best held-out score {summary['heldout_best']:.3f} at step {summary['heldout_best_step']}"
+    console.print(table)
+    console.print(
+        f"{summary['steps']} steps in {summary['train_minutes']:.1f} minutes; {best}\n"
+        f"curves: {output_dir / 'curves.png'}   weights: {output_dir / 'best'}   summary: {output_dir / 'summary.json'}"
+    )

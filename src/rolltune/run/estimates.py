@@ -1,0 +1,141 @@
+"""Tokens and memory of a run, before any weight is loaded."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from rolltune.config.schema import Component, LoRAConfig, ModelConfig
+from rolltune.errors import ConfigError
+from rolltune.model.load import DTYPES, load_config
+from rolltune.model.logprobs import CHUNK_BYTES
+
+GIB = 2**30
+
+
+def count_parameters(config, target_modules: str = "all-linear") -> tuple[int, int]:
+    """(all parameters, input and output features of the linear layers that LoRA adapts), from shapes alone."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    linear = [(f".{name}", m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    if target_modules == "all-linear":
+        adapted = [m for _, m in linear if m is not head]
+    else:
+        suffixes = tuple(f".{name.strip()}" for name in target_modules.split(","))
+        adapted = [m for name, m in linear if name.endswith(suffixes)]
+    return sum(p.numel() for p in model.parameters()), sum(m.in_features + m.out_features for m in adapted)
+
+
+def _context(model: ModelConfig) -> int | None:
+    return getattr(load_config(model.path).get_text_config(), "max_position_embeddings", None)
+
+
+def check_context(model: ModelConfig, *, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raise ConfigError where prompt and completion do not fit the model's context."""
+    context = _context(model)
+    if context is not None and prompt_tokens + max_new_tokens > context:
+        raise ConfigError(
+            [
+                f"sampling.max_new_tokens: {max_new_tokens}: with prompts of {prompt_tokens} tokens that is beyond the "
+                f"{context} tokens of {model.path}; at most {context - prompt_tokens}"
+            ]
+        )
+
+
+def check_examples(model: ModelConfig, *, tokens: int, key: str = "data.train", name: str = "") -> None:
+    """Raise ConfigError where the longest example, prompt and turn, does not fit the model's context.
+
+    Args:
+        model: whose context it is.
+        tokens: of the example.
+        key: where the config has the example's data.
+        name: of the example.
+    """
+    context = _context(model)
+    if context is not None and tokens > context:
+        raise ConfigError(
+            [
+                f"{key}: an example of {tokens} tokens is beyond the {context} tokens of {model.path}"
+                f"{f' ({name})' if name else ''}; "
+                "leave such problems out, or shorten what stands around them (prompt, answer_format)"
+            ]
+        )
+
+
+def estimate_memory(
+    model: ModelConfig,
+    lora: LoRAConfig | None,
+    *,
+    microbatch_tokens: int,
+    kv_tokens: int,
+    with_reference: bool,
+    rearranged_copy: bool = False,
+) -> dict[str, float]:
+    """GiB of each part of one process. The activations are an estimate (about +-30 %), the rest is counted.
+
+    Args:
+        model: the policy.
+        lora: its adapters, if any.
+        microbatch_tokens: tokens in one forward and backward pass.
+        kv_tokens: tokens whose keys and values are held at most while sampling.
+        with_reference: whether a frozen copy is held.
+        rearranged_copy: whether the sampler holds the weights a second time (on a CPU, laid out for its products).
+    """
+    config = load_config(model.path)
+    text = config.get_text_config()
+    size = torch.finfo(DTYPES[model.dtype]).bits // 8
+    parameters, linear_features = count_parameters(config, lora.target_modules if lora else "all-linear")
+    trained = lora.rank * linear_features if lora else parameters
+    trained_size = 4 if lora else size
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv_width = head_dim * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    # Kept for the backward pass in each layer: norms, q, k, v, attention's output, residuals; gate, up, product.
+    layer = 8 * text.hidden_size + 2 * kv_width + 4 * text.intermediate_size
+    layers = text.num_hidden_layers
+    per_token = text.hidden_size * layers + layer if model.gradient_checkpointing else layer * layers
+    parts = {
+        "weights": parameters * size + (trained * 4 if lora else 0),
+        "gradients": trained * trained_size,
+        "AdamW moments": 2 * trained * (4 if model.master_weights else trained_size),
+        "fp32 master weights": trained * 4 if model.master_weights else 0,
+        "frozen reference": parameters * size if with_reference and not lora else 0,
+        "activations of a micro-batch": per_token * microbatch_tokens * size,
+        "LM head in fp32": text.vocab_size * text.hidden_size * 4 if model.fp32_head else 0,
+        "logits of a chunk": 3 * CHUNK_BYTES["cuda" if torch.cuda.is_available() else "cpu"],
+        "keys and values while sampling": 2 * kv_width * layers * kv_tokens * size,
+        "rearranged weights while sampling": parameters * size if rearranged_copy else 0,
+    }
+    return {name: value / GIB for name, value in parts.items() if value}
+
+
+def engine_memory(model: ModelConfig, sampler: Component) -> dict[str, float] | None:
+    """GiB that vLLM takes in the training process; empty where it is in others, None where the sampler is another.
+
+    Args:
+        model: the policy.
+        sampler: of the config.
+    """
+    path = "rolltune.samplers.vllm."
+    if not sampler["_component_"].startswith(path):
+        return None
+    if sampler["_component_"] != f"{path}colocated":
+        return {}
+    parameters, _ = count_parameters(load_config(model.path))
+    size = torch.finfo(DTYPES[sampler.get("dtype") or model.dtype]).bits // 8
+    return {
+        "vLLM's weights while sampling": parameters * size / GIB,
+        "vLLM's keys and values while sampling": float(sampler.get("kv_cache_gib", 4.0)),
+    }
+
+
+def print_memory(parts: dict[str, float], console: Console) -> None:
+    table = Table("memory of one process", "GiB", show_edge=False, pad_edge=False)
+    for name, gib in parts.items():
+        table.add_row(name, f"{gib:.2f}")
+    # Sampling and training take turns, so what is held for one does not add up with what is held for the other.
+    sampling = sum(gib for name, gib in parts.items() if name.endswith("while sampling"))
+    table.add_row("peak, about", f"{sum(parts.values()) - min(parts['activations of a micro-batch'], sampling):.2f}")
+    console.print(table)

@@ -1,0 +1,42 @@
+"""Confidence intervals and tests for shares of problems."""
+
+from __future__ import annotations
+
+import math
+
+
+def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of an accuracy (Wilson 1927; Brown, Cai and DasGupta 2001, eq. 4).
+
+    Unlike accuracy +- 1.96 standard errors it has a width at 0 and 1, and does not leave [0, 1].
+
+    Example:
+        >>> low, high = accuracy_interval(8, 10)
+        >>> round(low, 3), round(high, 3)
+        (0.49, 0.943)
+
+    Args:
+        correct: right answers.
+        total: all answers, at least 1.
+
+    Returns:
+        The lower and the upper end.
+    """
+    assert 0 <= correct <= total and total > 0, (correct, total)
+    return wilson_interval(correct / total, total)
+
+
+def wilson_interval(share: float, total: int) -> tuple[float, float]:
+    """The same of a share that need not be a whole number of ``total``.
+
+    Args:
+        share: 0 .. 1.
+        total: at least 1.
+    """
+    assert 0 <= share <= 1 and total > 0, (share, total)
+    z = 1.959963984540054  # the 97.5 % point of the normal distribution
+    scale = 1 + z**2 / total
+    center = (share + z**2 / (2 * total)) / scale
+    radius = z / scale * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    # At 0 and at all the end is exactly 0 or 1; the formula misses it by a rounding error.
+    return (0.0 if share == 0 else center - radius), (1.0 if share == 1 else center + radius)

@@ -1,0 +1,1 @@
+"""What the writing recipes share: records, resumable output, and the rubric writer."""

@@ -1,0 +1,64 @@
+"""Every config in configs/ is checked as a run would check it, and says how it is run."""
+
+import re
+
+import pytest
+from repo import ROOT
+
+from rolltune.config.schema import (
+    AuditJudgeConfig,
+    AuditRewardsConfig,
+    EvaluateConfig,
+    GRPOConfig,
+    LintRubricsConfig,
+    PrimeConfig,
+    ServeConfig,
+    WriteRubricsConfig,
+    WriteTracesConfig,
+)
+from rolltune.run import checks
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+SCHEMAS = {
+    "grpo": GRPOConfig,
+    "prime": PrimeConfig,
+    "evaluate": EvaluateConfig,
+    "write_traces": WriteTracesConfig,
+    "write_rubrics": WriteRubricsConfig,
+    "audit_rewards": AuditRewardsConfig,
+    "audit_judge": AuditJudgeConfig,
+    "lint_rubrics": LintRubricsConfig,
+    "serve": ServeConfig,
+}
+# Stages whose output another config starts from.
+STAGES = sorted({stage for path in CONFIGS for stage in re.findall(r"path: outputs/(\w+)/best", path.read_text())})
+
+pytestmark = pytest.mark.usefixtures("earlier_stages")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config(path):
+    first, *_ = path.read_text().splitlines()
+    command = re.fullmatch(r"# tune run (\w+) --config (\S+)", first)
+    assert command, f"{path.name} must open with its command, not {first!r}"
+    recipe, name = command.groups()
+    assert name == path.name
+    assert "Meant for:" in re.sub(r"\s*\n# ", " ", path.read_text()), "say which machine it is meant for"
+    cfg = checks.validate(SCHEMAS[recipe], str(path), [])
+    assert cfg.output_dir == f"outputs/{path.stem}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_others_start_from_has_a_config(stage):
+    assert stage in {path.stem for path in CONFIGS}
+
+
+def test_there_are_configs():
+    assert {
+        "quickstart",
+        "smollm2_135m_gsm8k",
+        "llama3_2_1b",
+        "llama3_2_1b_lora",
+        "llama3_2_3b",
+        "llama3_2_3b_lora",
+    } <= {path.stem for path in CONFIGS}

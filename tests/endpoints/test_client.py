@@ -1,0 +1,422 @@
+"""The endpoint client against a real server that misbehaves: what is asked again, what is not, and what it may cost."""
+
+import asyncio
+import gc
+import logging
+import time
+import traceback
+from email.utils import formatdate
+
+import pytest
+from fault_server import FaultServer, Response, error, ok
+
+from rolltune.endpoints import client as endpoint_module
+from rolltune.endpoints.client import BudgetSpent, Endpoint, EndpointDown, Spent, _seconds
+
+KEY = "sk-secret/0123456789"
+ASK = [{"role": "user", "content": "2 + 2?"}]
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """Attempts follow each other without a pause, unless the server asks for one."""
+    monkeypatch.setattr(endpoint_module, "BACKOFF_SECONDS", 0.0)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def chat(endpoint: Endpoint, times: int = 1, **options):
+    """So many replies, asked for at once."""
+
+    async def ask():
+        try:
+            return await asyncio.gather(*(endpoint.chat(ASK, **options) for _ in range(times)))
+        finally:
+            await endpoint.aclose()
+
+    replies = asyncio.run(ask())
+    return replies[0] if times == 1 else replies
+
+
+def in_turn(*responses: Response):
+    """A script that sends these, then the last one for ever."""
+    return lambda call, request: responses[min(call, len(responses) - 1)]
+
+
+def connect(server: FaultServer, **options) -> Endpoint:
+    return Endpoint(**{"base_url": server.base_url, "model": "tiny", **options})
+
+
+def test_a_reply():
+    with FaultServer(in_turn(ok("4", prompt_tokens=12, completion_tokens=3))) as server:
+        endpoint = connect(server, dollars_per_million_input=2.0, dollars_per_million_output=10.0)
+        reply = chat(endpoint, temperature=0.5, max_tokens=7, seed=3, response_format={"type": "json_object"})
+    assert (reply.text, reply.model, reply.finish_reason) == ("4", "tiny-1", "stop")
+    assert (reply.prompt_tokens, reply.completion_tokens) == (12, 3)
+    assert endpoint.spent == Spent(
+        calls=1, prompt_tokens=12, completion_tokens=3, dollars=pytest.approx((12 * 2 + 3 * 10) / 1e6)
+    )
+    (call,) = server.calls
+    assert call.headers["authorization"] == f"Bearer {KEY}"
+    assert call.request == {
+        "model": "tiny",
+        "messages": ASK,
+        "temperature": 0.5,
+        "max_tokens": 7,
+        "seed": 3,
+        "response_format": {"type": "json_object"},
+    }
+
+
+def test_what_is_not_asked_for_is_not_sent():
+    with FaultServer(in_turn(ok("4"))) as server:
+        chat(connect(server))
+    assert set(server.calls[0].request) == {"model", "messages", "temperature", "max_tokens"}
+    assert (server.calls[0].request["temperature"], server.calls[0].request["max_tokens"]) == (0.0, 1024)
+
+
+@pytest.mark.parametrize(
+    ("response", "text", "finish_reason"),
+    [(ok("", finish_reason="length"), "", "length"), (ok(None), "", "stop"), (ok("x", finish_reason=None), "x", "")],
+)
+def test_replies_with_little_in_them(response, text, finish_reason):
+    with FaultServer(in_turn(response)) as server:
+        reply = chat(connect(server))
+    assert (reply.text, reply.finish_reason, len(server.calls)) == (text, finish_reason, 1)
+
+
+FAULTS = {
+    "500": (error(500, "boom"), "500: boom"),
+    "503": (Response(status=503, body=b"<html>busy</html>"), "503: <html>busy</html>"),
+    "429": (error(429, "slow down"), "429: slow down"),
+    "408": (error(408, "late"), "408: late"),
+    "409": (error(409, "locked"), "409: locked"),
+    "late": (ok("4", delay=30), "no reply within 0.3 s"),
+    "drip": (ok("4", drip=0.05), "no reply within 0.3 s"),
+    "cut body": (ok("4", cut=True), "no connection"),
+    "cut JSON": (Response(body=ok("4").body[:-9]), "no chat completion (Invalid JSON: EOF"),
+    "no JSON": (Response(body=b"hello"), "no chat completion (Invalid JSON: expected value at line 1 column 1): hello"),
+    "nothing": (Response(), "no chat completion (Invalid JSON: EOF"),
+    "another object": (Response(body=b'{"id": 1}'), "no chat completion (choices: Field required)"),
+    "an error with status 200": (
+        Response(body=error(500, "oops").body),
+        'no chat completion (choices: Field required): {"error"',
+    ),
+    "no choices": (Response(body=b'{"choices": []}'), "no chat completion (choices: is empty)"),
+    "no message": (Response(body=b'{"choices": [{}]}'), "no chat completion (choices.0.message: Field required)"),
+    "parts": (
+        Response(body=b'{"choices": [{"message": {"content": [1]}}]}'),
+        "choices.0.message.content: Input should",
+    ),
+    "half a surrogate pair": (
+        Response(body=rb'{"choices": [{"message": {"content": "\ud800"}}]}'),
+        "no chat completion",
+    ),
+    "less than nothing": (ok("4", prompt_tokens=-1), "usage.prompt_tokens: Input should be greater"),
+    "deep": (Response(body=b"[" * 100_000), "no chat completion (Invalid JSON: recursion limit exceeded"),
+}
+
+
+# The others have the whole default: a slow machine must not fail them.
+TIMEOUTS = {name: {"timeout_seconds": 0.3} for name in ("late", "drip")}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_may_pass_is_asked_again(name):
+    fault, _ = FAULTS[name]
+    with FaultServer(in_turn(fault, fault, ok("4"))) as server:
+        endpoint = connect(server, **TIMEOUTS.get(name, {}))
+        assert chat(endpoint).text == "4"
+    assert len(server.calls) == 3
+    spent = endpoint.spent
+    assert (spent.calls, spent.retries, spent.failures) == (3, 2, 2)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_attempts_are_used_up(name):
+    fault, says = FAULTS[name]
+    with FaultServer(in_turn(fault)) as server:
+        endpoint = connect(server, max_attempts=2, **TIMEOUTS.get(name, {}))
+        with pytest.raises(EndpointDown) as down:
+            chat(endpoint)
+    assert len(server.calls) == 2
+    assert says in str(down.value) and str(down.value).startswith(
+        f"{server.base_url}: 2 attempts failed, the last with:"
+    )
+    assert len(str(down.value)) < 600 and "\n" not in str(down.value)
+    assert (endpoint.spent.calls, endpoint.spent.retries, endpoint.spent.failures) == (2, 1, 2)
+
+
+def test_no_server():
+    with FaultServer(in_turn(ok("4"))) as server:
+        pass
+    with pytest.raises(EndpointDown, match=r"2 attempts failed, the last with: no connection \(ConnectError: "):
+        chat(connect(server, max_attempts=2))
+
+
+def test_too_much(monkeypatch):
+    monkeypatch.setattr(endpoint_module, "_LARGEST_BODY", 1000)
+    with FaultServer(in_turn(ok("4" * 1000), ok("4"))) as server:
+        assert chat(connect(server)).text == "4"
+    assert len(server.calls) == 2
+
+
+@pytest.mark.parametrize("wait", ["0.3", "1"])
+def test_retry_after_is_waited_for(wait):
+    with FaultServer(in_turn(error(429, Retry_After=wait), ok("4"))) as server:
+        assert chat(connect(server)).text == "4"
+    first, second = server.calls
+    assert second.time - first.time >= float(wait)
+
+
+def test_retry_after():
+    assert _seconds("2.5") == 2.5
+    assert _seconds(formatdate(time.time() + 60, usegmt=True)) == pytest.approx(60, abs=2)
+    assert _seconds(formatdate(time.time() - 60, usegmt=True)) == 0
+    assert _seconds("86400") == _seconds("inf") == _seconds(formatdate(time.time() + 86400, usegmt=True)) == 120
+    assert _seconds(None) == _seconds("-5") == _seconds("soon") == _seconds("nan") == _seconds("") == 0
+
+
+def test_pauses_grow_and_are_drawn(monkeypatch):
+    """Half of each pause is drawn, the other doubles; Retry-After is the least."""
+    monkeypatch.setattr(endpoint_module, "BACKOFF_SECONDS", 0.5)
+
+    class State:
+        def __init__(self, attempt, retry_after=0.0):
+            self.attempt_number = attempt
+            self.outcome = self
+            self.exception = lambda: endpoint_module._Passing("", retry_after)
+
+    for attempt, longest in ((1, 0.5), (2, 1.0), (5, 8.0), (8, 60.0), (10**6, 60.0)):
+        drawn = [endpoint_module._pause(State(attempt)) for _ in range(200)]
+        assert longest / 2 <= min(drawn) < 0.6 * longest < 0.9 * longest < max(drawn) <= longest
+    assert endpoint_module._pause(State(1, retry_after=7.0)) == 7.0
+    assert endpoint_module._pause(State(8, retry_after=7.0)) >= 30
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        (400, "model or base_url: {url} refuses a call for 'tiny' (400: no)"),
+        (401, "api_key_env: OPENAI_API_KEY is refused by {host} (401: no)"),
+        (403, "api_key_env: OPENAI_API_KEY is refused by {host} (403: no)"),
+        (404, "model or base_url: {url} has no 'tiny' (404: no)"),
+        (422, "model or base_url: {url} refuses a call for 'tiny' (422: no)"),
+    ],
+)
+def test_what_would_fail_again_is_not_asked_again(status, says):
+    with FaultServer(in_turn(error(status, "no"))) as server:
+        endpoint = connect(server)
+        with pytest.raises(ValueError) as refused:
+            chat(endpoint)
+    host = server.base_url.removeprefix("http://").removesuffix("/v1")
+    assert str(refused.value) == says.format(url=server.base_url, host=host)
+    assert len(server.calls) == 1 and endpoint.spent.failures == 1
+
+
+def test_a_path_that_is_not_there():
+    with FaultServer(in_turn(ok("4"))) as server:
+        with pytest.raises(ValueError, match=r"has no 'tiny' \(404: no /v2/chat/completions here\)"):
+            chat(connect(server, base_url=server.base_url.replace("v1", "v2")))
+
+
+def test_no_key(monkeypatch):
+    monkeypatch.setenv("OTHER_KEY", "  ")
+    with FaultServer(in_turn(ok("4"), error(401, "who are you?"))) as server:
+        endpoint = connect(server, api_key_env="OTHER_KEY")
+        assert chat(endpoint).text == "4"
+        assert server.calls[0].headers["authorization"] == "Bearer none"
+        with pytest.raises(
+            ValueError, match=r"api_key_env: OTHER_KEY is not set, and a key is wanted by 127\.0\.0\.1:"
+        ):
+            chat(endpoint)
+
+
+# --- caps -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 32])
+def test_no_call_beyond_the_cap(at_once):
+    with FaultServer(in_turn(ok("4", delay=0.02))) as server:
+        endpoint = connect(server, max_calls=10, max_concurrency=at_once)
+
+        async def ask():
+            return await asyncio.gather(*(endpoint.chat(ASK) for _ in range(30)), return_exceptions=True)
+
+        outcomes = asyncio.run(ask())
+    assert len(server.calls) == 10 and endpoint.spent.calls == 10
+    assert sum(isinstance(o, BudgetSpent) for o in outcomes) == 20
+
+
+def test_retries_count_against_the_cap():
+    with FaultServer(in_turn(error(500))) as server:
+        endpoint = connect(server, max_calls=3)
+        with pytest.raises(BudgetSpent) as spent:
+            chat(endpoint)
+    assert len(server.calls) == 3
+    assert str(spent.value) == (
+        "max_calls: the cap of 3 is reached: 3 calls, 0 tokens and $0.00 are spent; a higher max_calls goes further"
+    )
+    assert (spent.value.key, spent.value.limit, spent.value.spent.failures) == ("max_calls", 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("caps", "key"),
+    [
+        ({"max_tokens": 45}, "max_tokens"),
+        ({"max_tokens": 31}, "max_tokens"),
+        ({"max_dollars": 0.00024, "dollars_per_million_input": 1, "dollars_per_million_output": 14}, "max_dollars"),
+    ],
+)
+def test_tokens_and_dollars(caps, key):
+    """Each reply has 10 + 5 tokens, and costs 0.00008 dollars: three are within the caps."""
+    with FaultServer(in_turn(ok("4"))) as server:
+        endpoint = connect(server, **caps)
+        for _ in range(3):
+            chat(endpoint)
+        with pytest.raises(BudgetSpent, match=rf"^{key}: the cap of .* is reached: 3 calls, 45 tokens"):
+            chat(endpoint)
+    assert len(server.calls) == 3
+
+
+def test_a_useless_reply_costs_all_the_same():
+    empty = ok("4")
+    empty = Response(body=empty.body.replace(empty.body[empty.body.index(b"[") : empty.body.index(b"]") + 1], b"[]"))
+    with FaultServer(in_turn(empty, ok("4"))) as server:
+        endpoint = connect(server)
+        chat(endpoint)
+    assert (endpoint.spent.prompt_tokens, endpoint.spent.completion_tokens) == (20, 10)
+
+
+@pytest.mark.parametrize("cap", [{"max_tokens": 100}, {"max_dollars": 1.0, "dollars_per_million_input": 1.0}])
+def test_a_cap_that_cannot_be_kept(cap):
+    with FaultServer(in_turn(ok("4", usage=False))) as server:
+        assert chat(connect(server)).prompt_tokens == 0
+        with pytest.raises(ValueError, match=rf"^{next(iter(cap))}: cannot be kept, as 127\.0\.0\.1:\d+ does not say"):
+            chat(connect(server, **cap))
+
+
+def test_concurrency_is_bounded():
+    with FaultServer(in_turn(ok("4", delay=0.05))) as server:
+        chat(connect(server, max_concurrency=3), times=9)
+    assert server.most_at_once == 3
+
+
+def test_event_loops_come_and_go(capfd):
+    async def ask():
+        reply = await endpoint.chat(ASK)  # not closed, as a caller may forget
+        gc.collect()
+        await asyncio.sleep(0.01)
+        return reply
+
+    with FaultServer(in_turn(ok("4", delay=0.02))) as server:
+        endpoint = connect(server, max_concurrency=1)
+        for _ in range(3):
+            asyncio.run(ask())
+            assert len(endpoint._connections) == 1  # those of loops that have ended are dropped
+            assert len(chat(endpoint, times=3)) == 3
+            asyncio.run(ask())
+    assert endpoint.spent.calls == 15 and server.most_at_once == 1
+    assert capfd.readouterr() == ("", "")
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"base_url": "localhost:8000/v1"}, "base_url: 'localhost:8000/v1'; an address such as http"),
+        ({"base_url": "http:///v1"}, "base_url: 'http:///v1'; an address such as http"),
+        ({"base_url": "http://[::1/v1"}, "an address such as http"),
+        ({"base_url": "http://h:99999/v1"}, "an address such as http"),
+        ({"base_url": "http://h/v1/chat/completions/"}, "leave out /chat/completions"),
+        ({"base_url": "http://me:pass-word@h/v1"}, "base_url: holds a user name, password"),
+        ({"base_url": "http://h/v1?key=pass-word"}, "base_url: holds a user name, password, query"),
+        ({"base_url": "me:pass-word@h/v1"}, "base_url: holds a user name, password"),
+        ({"model": " "}, "model: is empty"),
+        ({"api_key_env": "sk-pass-word"}, "api_key_env: is no name of an environment variable"),
+        ({"max_concurrency": 0}, "max_concurrency: 0; must be >= 1"),
+        ({"max_attempts": 0}, "max_attempts: 0; must be >= 1"),
+        ({"timeout_seconds": 0}, "timeout_seconds: 0; must be > 0"),
+        ({"max_calls": 0}, "max_calls: 0; must be > 0"),
+        ({"max_tokens": -1}, "max_tokens: -1; must be > 0"),
+        ({"max_dollars": float("nan"), "dollars_per_million_input": 1}, "max_dollars: nan; must be > 0"),
+        ({"dollars_per_million_output": -1}, "dollars_per_million_output: -1; must be >= 0"),
+        ({"max_dollars": 5}, "max_dollars: 5; needs prices to go by: set dollars_per_million_input and"),
+    ],
+)
+def test_bad_arguments(options, says):
+    with pytest.raises(ValueError) as wrong:
+        Endpoint(**{"base_url": "http://h/v1", "model": "m", **options})
+    assert says in str(wrong.value) and "pass-word" not in str(wrong.value)
+
+
+def test_hosts():
+    assert Endpoint(base_url="https://h.example/v1/", model="m").host == "h.example"
+    assert Endpoint(base_url="http://localhost:8000/v1", model="m").host == "localhost:8000"
+
+
+# --- the key ----------------------------------------------------------------------------------------------------------
+
+
+def everything_about(problem: BaseException, seen: set[int] | None = None) -> str:
+    """What any handler could print of an exception: messages, attributes, causes and contexts."""
+    seen = set() if seen is None else seen
+    if id(problem) in seen:
+        return ""
+    seen.add(id(problem))
+    texts = [repr(problem), str(problem), repr(vars(problem)), "".join(traceback.format_exception(problem))]
+    for other in (problem.__cause__, problem.__context__):
+        if other is not None:
+            texts.append(everything_about(other, seen))
+            request = getattr(other, "request", None)
+            texts.append("" if request is None else str(dict(request.headers)))
+    return "".join(texts)
+
+
+TELLTALES = {
+    "401": error(401, f"Incorrect API key provided: {KEY}."),
+    "404": Response(status=404, body=f"no route for {KEY}".encode()),
+    "500": error(500, "x" * 290 + KEY),
+    "late": ok("4", delay=30),
+    "no completion": Response(body=f'{{"key": "{KEY}"}}'.encode()),
+    "cut": ok("4", cut=True),
+}
+
+
+@pytest.mark.parametrize("name", TELLTALES)
+def test_the_key_is_nowhere(name, caplog, capsys):
+    caplog.set_level(logging.DEBUG)
+    with FaultServer(in_turn(TELLTALES[name])) as server:
+        endpoint = connect(server, max_attempts=2, **TIMEOUTS.get(name, {}))
+        with pytest.raises((ValueError, EndpointDown)) as failed:
+            chat(endpoint)
+    assert server.calls[0].headers["authorization"] == f"Bearer {KEY}"  # it was there to be told
+    shown = (
+        everything_about(failed.value) + repr(endpoint) + str(vars(endpoint)) + caplog.text + str(capsys.readouterr())
+    )
+    assert KEY not in shown and "sk-secret" not in shown
+    if name in ("401", "404", "no completion"):
+        assert "***" in str(failed.value)
+
+
+def test_a_key_that_is_none(monkeypatch):
+    """The HTTP library shows a header that it refuses."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\nsecond line")
+    with FaultServer(in_turn(ok("4"))) as server:
+        with pytest.raises(ValueError, match="api_key_env: what OPENAI_API_KEY holds is no key") as wrong:
+            chat(connect(server))
+    assert "secret" not in everything_about(wrong.value)
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
+    with FaultServer(in_turn(ok("4"))) as server:
+        chat(connect(server))
+    assert server.calls[0].headers["authorization"] == f"Bearer {KEY}"
+
+
+def test_what_a_server_says_cannot_drive_a_terminal():
+    with FaultServer(in_turn(error(400, "a\x1b[2Jb\r\nc\u202e" + "d" * 1000))) as server:
+        with pytest.raises(ValueError) as refused:
+            chat(connect(server))
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 450
+    assert "a [2Jb c" in str(refused.value)

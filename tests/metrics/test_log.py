@@ -1,0 +1,349 @@
+"""What a run writes: whole files, valid JSON, exact resume, real wandb and TensorBoard files."""
+
+import importlib
+import json
+import math
+import os
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rolltune import metrics
+from rolltune.files import write_json_atomic
+from rolltune.metrics.log import MetricsLog, read_metrics, write_samples
+from rolltune.stats import accuracy_interval
+from rolltune.types import Completion, Group, Problem, Prompt, Score
+
+
+def strict_json(text: str):
+    """json.loads that refuses NaN and Infinity, which are not JSON."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+# metrics.jsonl
+
+
+def test_lines_are_json_and_readable_at_once(tmp_path):
+    log = MetricsLog(tmp_path / "new" / "run")
+    log.log(1, {"reward/mean": 0.25, "kl": math.nan, "ratio/max": math.inf, "lr": 1})
+    # Before close(): a run that is killed keeps every line.
+    (line,) = (tmp_path / "new" / "run" / "metrics.jsonl").read_text().splitlines()
+    row = strict_json(line)
+    assert row.pop("time") > 1.7e9
+    assert row == {"step": 1, "reward/mean": 0.25, "kl": None, "ratio/max": None, "lr": 1.0}
+    log.close()
+
+
+def test_resume_drops_later_steps_and_a_torn_line(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in (0, 1, 2, 2, 3, 4):
+        log.log(step, {"kl": step / 10})
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"step": 1, "time": 17')
+    log = MetricsLog(tmp_path, resume_step=2)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2, 2]
+    log.log(3, {"kl": 0.7})
+    log.close()
+    rows = read_metrics(tmp_path)
+    assert [(row["step"], row["kl"]) for row in rows] == [(0, 0.0), (1, 0.1), (2, 0.2), (2, 0.2), (3, 0.7)]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@given(cut=st.integers(0, 10_000))
+def test_resume_after_a_kill_at_any_byte(tmp_path_factory, cut):
+    folder = tmp_path_factory.mktemp("run")
+    log = MetricsLog(folder)
+    for step in range(5):
+        log.log(step, {"reward/mean": 0.5, "kl": math.nan})
+    log.close()
+    path = folder / "metrics.jsonl"
+    whole = path.read_bytes()
+    left = whole[: cut % (len(whole) + 1)]
+    path.write_bytes(left)
+    MetricsLog(folder, resume_step=4).close()
+    assert [row["step"] for row in read_metrics(folder)] == list(range(left.count(b"\n")))
+    assert path.read_bytes() == left[: left.rfind(b"\n") + 1]
+
+
+def test_a_killed_process_leaves_its_lines(tmp_path):
+    program = textwrap.dedent("""
+        import os, signal, sys
+        from rolltune.metrics.log import MetricsLog
+        log = MetricsLog(sys.argv[1])
+        log.log(1, {"kl": 0.5})
+        os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert read_metrics(tmp_path)[0]["kl"] == 0.5
+
+
+def test_a_new_run_starts_an_empty_file(tmp_path):
+    for value in (0.1, 0.2):
+        log = MetricsLog(tmp_path)
+        log.log(1, {"kl": value})
+        log.close()
+    assert [row["kl"] for row in read_metrics(tmp_path)] == [0.2]
+
+
+def test_damaged_lines_are_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not JSON"):
+        MetricsLog(tmp_path, resume_step=5)
+    assert path.read_text().count("\n") == 3
+    path.write_text('{"kl": 1}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1: not an object with an integer 'step'"):
+        read_metrics(tmp_path)
+    with pytest.raises(ValueError, match=r"nowhere.*no such file; is .* the output_dir"):
+        read_metrics(tmp_path / "nowhere")
+
+
+def test_null_log_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log = MetricsLog.null()
+    log.log(1, {"kl": 0.5})
+    log.log_samples(1, [group()], [[1.0, -1.0]])
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+# wandb and TensorBoard
+
+
+def clean_wandb(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home" / name.lower()))
+
+
+def test_wandb_runs_offline_without_a_key_and_resumes_its_run(tmp_path, monkeypatch, capfd):
+    clean_wandb(tmp_path, monkeypatch)
+    import wandb
+
+    run_dir = tmp_path / "run"
+    log = MetricsLog(run_dir, wandb=True, wandb_project="tests", config={"num_steps": 2})
+    log.log(1, {"kl": 0.5})
+    log.log_samples(1, [group()], [[1.0, -1.0]])
+    log.close()
+    time.sleep(1.1)  # wandb names a folder by the second
+    log = MetricsLog(run_dir, wandb=True, resume_step=1)
+    log.log(2, {"kl": 0.25})
+    log.close()
+    wandb.teardown()  # its own process writes the file's end a moment after finish(); this waits for it
+    run_id = (run_dir / "wandb_run_id").read_text().strip()
+    files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2 and {file.name for file in files} == {f"run-{run_id}.wandb"}
+    records = [record for file in files for record in wandb_history(file)]
+    assert [(r["step"], r["kl"]) for r in records if "kl" in r] == [(1, 0.5), (2, 0.25)]
+    assert [(r["step"], r["samples/nrows"]) for r in records if "samples/nrows" in r] == [(1, 2)]
+    MetricsLog(run_dir, wandb=True).close()
+    assert (run_dir / "wandb_run_id").read_text().strip() != run_id, "a new run has a new id"
+    assert capfd.readouterr().out == "", "stdout is for the progress lines"
+
+
+def wandb_history(file: Path) -> list[dict]:
+    """The logged rows of an offline run: protobuf records in LevelDB's log format, after a header of 7 bytes."""
+    pb = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    data = file.read_bytes()
+    assert data[:4] == b":W&B"
+    rows, position, record = [], 7, b""
+    while position + 7 <= len(data):
+        left_in_block = 32768 - position % 32768
+        if left_in_block < 7:
+            position += left_in_block
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            message = pb.Record.FromString(record)
+            if message.WhichOneof("record_type") == "history":
+                items = message.history.item
+                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+            record = b""
+    return rows
+
+
+def test_wandb_goes_online_only_with_a_key_and_never_shows_it(tmp_path, monkeypatch, capfd):
+    clean_wandb(tmp_path, monkeypatch)
+    import wandb
+
+    asked = []
+
+    class Run:
+        def define_metric(self, *args, **kwargs): ...
+        def log(self, values): ...
+        def finish(self): ...
+
+    def init(**kwargs):
+        asked.append(kwargs)
+        return Run()
+
+    monkeypatch.setattr(wandb, "init", init)
+    key = "0123456789" * 4
+    MetricsLog(tmp_path, wandb=True).close()
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    MetricsLog(tmp_path, wandb=True, wandb_project="own", config={"seed": 0}).close()
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    MetricsLog(tmp_path, wandb=True).close()
+    assert [call["mode"] for call in asked] == ["offline", "online", "disabled"]
+    assert [call["resume"] for call in asked] == [None, "allow", None]
+    assert asked[1]["project"] == "own" and asked[1]["config"] == {"seed": 0}
+    assert key not in repr(asked) + "".join(capfd.readouterr())
+    assert not any(key in file.read_text("utf-8", "replace") for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_tensorboard_events_can_be_read_back(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(tmp_path, tensorboard=True)
+    for step in (1, 2, 3):
+        log.log(step, {"reward/mean": step / 2, "kl": 0.25})
+    log.close()
+    log = MetricsLog(tmp_path, tensorboard=True, resume_step=1)
+    log.log(2, {"reward/mean": 4.0})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    # The killed stretch (steps 2 and 3 of the first process) is gone.
+    assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 0.5), (2, 4.0)]
+    assert [(e.step, e.value) for e in events.Scalars("kl")] == [(1, 0.25)]
+
+
+# samples
+
+
+def group() -> Group:
+    return Group(
+        problem=Problem(id="sums/0", messages=({"role": "user", "content": "2 + 2?"},), answer="4"),
+        prompt=Prompt(token_ids=(1, 2)),
+        completions=(
+            Completion(
+                token_ids=(19, 2), logprobs=(-0.1, -0.2), finish_reason="stop", policy_version=3, text="4 \u00e9 \ud800"
+            ),
+            Completion(token_ids=(7,), logprobs=(-0.5,), finish_reason="length", policy_version=3, text="line\nbreak"),
+        ),
+        scores=(
+            Score(total=1.0, parts={"answer": 1.0, "judge": None}, notes={"judge": "r"}),
+            Score(total=0.0, failure="no_answer"),
+        ),
+    )
+
+
+def unscored() -> Group:
+    whole = group()
+    return Group(
+        problem=whole.problem,
+        prompt=whole.prompt,
+        completions=whole.completions,
+        scores=(Score(total=None), whole.scores[1]),
+    )
+
+
+def test_samples_of_a_step(tmp_path):
+    path = write_samples(tmp_path, 10, [group(), unscored(), group()], [[0.7, math.nan], [-1.0], None])
+    assert path == tmp_path / "samples" / "step_000010.jsonl"
+    text = path.read_bytes().decode("utf-8")
+    assert "é" in text
+    rows = [strict_json(line) for line in text.split("\n")[:-1]]
+    assert rows[0] == {
+        "step": 10,
+        "problem": "sums/0",
+        "messages": [{"role": "user", "content": "2 + 2?"}],
+        "answer": "4",
+        "text": "4 é \ud800",
+        "tokens": 2,
+        "finish_reason": "stop",
+        "policy_version": 3,
+        "reward": 1.0,
+        "parts": {"answer": 1.0, "judge": None},
+        "failure": None,
+        "notes": {"judge": "r"},
+        "advantage": 0.7,
+    }
+    assert (rows[1]["tokens"], rows[1]["finish_reason"], rows[1]["failure"]) == (1, "length", "no_answer")
+    # NaN, unscored, scored with its own value, and a skipped group.
+    assert [row["advantage"] for row in rows[1:]] == [None, None, -1.0, None, None]
+    assert [row["reward"] for row in rows] == [1.0, 0.0, None, 0.0, 1.0, 0.0]
+
+
+def test_samples_need_one_advantage_a_scored_completion(tmp_path):
+    with pytest.raises(AssertionError, match="one advantage"):
+        write_samples(tmp_path, 1, [unscored()], [[1.0, -1.0]])
+    with pytest.raises(ValueError):
+        write_samples(tmp_path, 1, [group(), group()], [[1.0, -1.0]])
+
+
+# atomic files
+
+
+def test_write_json_atomic(tmp_path):
+    path = tmp_path / "summary.json"
+    write_json_atomic(path, {"a": [1, math.nan], "b": {"c": "é"}})
+    assert strict_json(path.read_text("utf-8")) == {"a": [1, None], "b": {"c": "é"}}
+    with pytest.raises(TypeError):
+        write_json_atomic(path, {"a": object()})
+    assert strict_json(path.read_text("utf-8"))["a"] == [1, None]
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, broken):
+    path = tmp_path / "summary.json"
+    write_json_atomic(path, {"old": True})
+
+    def fail(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(metrics.os, broken, fail)
+    with pytest.raises(OSError, match="no space"):
+        write_json_atomic(path, {"new": "x" * 10_000})
+    assert strict_json(path.read_text()) == {"old": True}
+
+
+# Wilson interval
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    [
+        # z**2 = 3.841459. At 0 right the upper end is z**2 / (n + z**2), and mirrored at all right.
+        (0, 10, 0.0, 3.841459 / 13.841459),
+        (10, 10, 10 / 13.841459, 1.0),
+        # At half: 1/2 +- z / (2 sqrt(n + z**2)).
+        (50, 100, 0.5 - 1.959964 / (2 * math.sqrt(103.841459)), 0.5 + 1.959964 / (2 * math.sqrt(103.841459))),
+        # Newcombe 1998, Statistics in Medicine 17, table I: 81 of 263 and 15 of 148.
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_values(correct, total, low, high):
+    assert accuracy_interval(correct, total) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(total=st.integers(1, 5000), data=st.data())
+def test_wilson_holds_the_accuracy_and_solves_its_equation(total, data):
+    correct = data.draw(st.integers(0, total))
+    share = correct / total
+    low, high = accuracy_interval(correct, total)
+    assert 0 <= low <= share <= high <= 1 and low < high
+    # Each end is the p whose score statistic |share - p| / sqrt(p (1 - p) / n) is z.
+    for end in (low, high):
+        assert (share - end) ** 2 == pytest.approx(3.841458820694124 * end * (1 - end) / total, abs=1e-12)
+    mirrored = accuracy_interval(total - correct, total)
+    assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-12)
