@@ -15,7 +15,7 @@ SEED ?= 0
 STEPS ?= 20
 PIPELINE ?= outputs/pipeline/seed$(SEED)
 
-.PHONY: install install-vllm quickstart rubric pipeline warmup primed incorrect test check
+.PHONY: install install-vllm quickstart rubric pipeline warmup priming incorrect test check
 
 install: .venv/installed
 
@@ -40,7 +40,7 @@ install-vllm: .venv/installed-vllm
 	touch $@
 
 quickstart: install
-	$(BIN)/tune run prime --config quickstart_prime.yaml resume=true
+	$(BIN)/tune run sft --config quickstart_sft.yaml resume=true
 	$(BIN)/tune run grpo --config quickstart.yaml resume=true
 
 rubric: install-vllm
@@ -51,25 +51,25 @@ rubric: install-vllm
 define arm
 $(BIN)/tune run write_traces --config countdown_traces.yaml output_dir=$(PIPELINE)/$(1)/traces \
     seed=$(SEED) data.seed=$(SEED) $(2)
-$(BIN)/tune run prime --config smollm2_135m_countdown_prime.yaml output_dir=$(PIPELINE)/$(1)/prime resume=true \
+$(BIN)/tune run sft --config smollm2_135m_countdown_sft.yaml output_dir=$(PIPELINE)/$(1)/sft resume=true \
     seed=$(SEED) data.train.path=$(PIPELINE)/$(1)/traces/traces.jsonl data.heldout.path=$(PIPELINE)/$(1)/traces/traces.jsonl
 $(BIN)/tune run grpo --config smollm2_135m_countdown.yaml output_dir=$(PIPELINE)/$(1)/grpo resume=true \
-    seed=$(SEED) num_steps=$(STEPS) data.train.seed=1$(SEED) model.path=$(PIPELINE)/$(1)/prime/best
+    seed=$(SEED) num_steps=$(STEPS) data.train.seed=1$(SEED) model.path=$(PIPELINE)/$(1)/sft/best
 endef
 
 warmup: install
 	$(call arm,warmup,writer.condition=negative_control)
 
-primed: install
-	$(call arm,primed,)
+priming: install
+	$(call arm,priming,)
 
 incorrect: install
 	$(call arm,incorrect,writer.correct=false)
 
-pipeline: warmup primed incorrect
+pipeline: warmup priming incorrect
 	$(BIN)/tune run evaluate --config smollm2_135m_countdown_eval.yaml output_dir=$(PIPELINE)/comparison seed=$(SEED) \
 	    models="[{name: raw, path: smollm2-135m-instruct}, {name: warmup+grpo, path: $(PIPELINE)/warmup/grpo/best}, \
-	    {name: primed, path: $(PIPELINE)/primed/prime/best}, {name: primed+grpo, path: $(PIPELINE)/primed/grpo/best}, \
+	    {name: sft, path: $(PIPELINE)/priming/sft/best}, {name: sft+grpo, path: $(PIPELINE)/priming/grpo/best}, \
 	    {name: incorrect+grpo, path: $(PIPELINE)/incorrect/grpo/best}]"
 
 test: install-vllm

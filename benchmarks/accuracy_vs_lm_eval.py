@@ -249,9 +249,9 @@ def load_gsm8k(path: str, num_problems: int, few_shot: int) -> tuple[Sequence[Pr
     Raises:
         ValueError: the data cannot be found, or has too few rows.
     """
-    from rolltune.config.schema import ExampleTurn, PromptConfig
+    from rolltune.config.schema import FewShotExample, PromptConfig
     from rolltune.data.gsm8k import gsm8k
-    from rolltune.prompts import worked_turn
+    from rolltune.prompts import worked_response
 
     rows = gsm8k(split="test", path=path)
     if num_problems + few_shot > len(rows):
@@ -261,7 +261,7 @@ def load_gsm8k(path: str, num_problems: int, few_shot: int) -> tuple[Sequence[Pr
         )
     examples = [rows[i] for i in range(len(rows) - few_shot, len(rows))]
     turns = [
-        ExampleTurn(user=example.messages[-1]["content"], assistant=worked_turn(example, GSM8K_TURN))
+        FewShotExample(user=example.messages[-1]["content"], assistant=worked_response(example, GSM8K_TURN))
         for example in examples
     ]
     return rows[:num_problems], PromptConfig(system=GSM8K_SYSTEM, few_shot=turns)
@@ -335,7 +335,7 @@ def sample_greedily(args: argparse.Namespace) -> Sampled:
         for problem, prompt in zip(problems, prompts, strict=True)
     ]
     model = load_checkpoint(args.model)
-    groups = NativeSampler(model, tokenizer, max_rows=32).generate(
+    groups = NativeSampler(model, tokenizer, max_num_seqs=32).generate(
         [SampleRequest(prompt=prompt, seeds=(0,)) for prompt in prompts],
         SamplingParams(temperature=0.0, max_new_tokens=task.max_new_tokens, stop=task.until),
         on_progress=lambda done, total: print(f"rolltune: {done} of {total} completions", file=sys.stderr, flush=True),

@@ -209,12 +209,12 @@ def run_rolltune(conditions: Conditions, model: Path) -> list[Step]:
     recipe = load_recipe()
     parts = recipe.build(cfg, init_world(cfg.device), None)
     progress = Progress(cfg.num_steps, enabled=False)
-    steps, cursor = [], 0
+    steps, data_position = [], 0
     for number in range(1, cfg.num_steps + 1):
         started, phases = time.perf_counter(), Phases()
-        rollout = recipe.sample(cfg, parts, number, cursor, phases, progress)
+        rollout = recipe.sample(cfg, parts, number, data_position, phases, progress)
         recipe.train(cfg, parts, number, rollout, phases, progress)
-        seconds, cursor = time.perf_counter() - started, rollout.cursor
+        seconds, data_position = time.perf_counter() - started, rollout.data_position
         trained = [group.scored() for group in rollout.kept.values() if is_trainable(group)]
         steps.append(
             Step(

@@ -60,7 +60,7 @@ def cells(arguments: argparse.Namespace, world: World) -> Iterator[Cell]:
             for fp32_head in (False, True) if dtype != "float32" else (False,):
                 model = load_model(arguments.model, dtype=dtype, device=world.device, fp32_head=fp32_head).eval()
                 started = time.perf_counter()
-                sampler = NativeSampler(model, tokenizer, max_rows=arguments.rows)
+                sampler = NativeSampler(model, tokenizer, max_num_seqs=arguments.rows)
                 name = f"native{', fp32 head' if fp32_head else ''}"
                 yield measure(arguments, dtype, name, model, tokenizer, sampler, started, world)
         if "vllm" in arguments.samplers:
@@ -68,7 +68,7 @@ def cells(arguments: argparse.Namespace, world: World) -> Iterator[Cell]:
             for engine in arguments.engine_dtypes or arguments.dtypes:
                 started = time.perf_counter()
                 sampler = colocated(
-                    model, tokenizer, dtype=engine, max_rows=arguments.rows, max_model_len=512, kv_cache_gib=1.0
+                    model, tokenizer, dtype=engine, max_num_seqs=arguments.rows, max_model_len=512, kv_cache_gib=1.0
                 )
                 yield measure(arguments, dtype, f"vllm {engine}", model, tokenizer, sampler, started, world)
 

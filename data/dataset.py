@@ -72,18 +72,18 @@ class ProblemStream:
         self.dataset = dataset
         self.seed = seed
 
-    def take(self, cursor: int, count: int) -> list[Problem]:
-        """Problems number ``cursor`` to ``cursor + count - 1`` of the stream.
+    def take(self, data_position: int, count: int) -> list[Problem]:
+        """Problems number ``data_position`` to ``data_position + count - 1`` of the stream.
 
         Args:
-            cursor: how many problems were taken before.
+            data_position: how many problems were taken before.
             count: how many to take; may be more than an epoch.
         """
-        assert cursor >= 0 and count >= 0, (cursor, count)
+        assert data_position >= 0 and count >= 0, (data_position, count)
         size = len(self.dataset)
         return [
             self.dataset[int(_epoch_order(size, self.seed, position // size)[position % size])]
-            for position in range(cursor, cursor + count)
+            for position in range(data_position, data_position + count)
         ]
 
 

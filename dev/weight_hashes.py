@@ -25,7 +25,7 @@ from conftest import save_tiny_llama  # pyright: ignore[reportAttributeAccessIss
 from safetensors import safe_open
 from tiny_run import REWARD, load_recipe, tiny_grpo
 
-from rolltune.config.schema import GRPOConfig, PrimeConfig
+from rolltune.config.schema import GRPOConfig, SFTConfig
 from rolltune.run import checks
 
 SEVERAL_UPDATES = {"prompts_per_step": 4, "microbatch_tokens": 128, "num_iterations": 2, "minibatches": 2}
@@ -89,7 +89,7 @@ def main() -> None:
             label: ("grpo", GRPOConfig, tiny_grpo(model, folder / label) | changes)
             for label, changes in grpo_runs(model).items()
         }
-        runs["sft"] = ("prime", PrimeConfig, sft(model, folder / "sft"))
+        runs["sft"] = ("sft", SFTConfig, sft(model, folder / "sft"))
         for label, (recipe, schema, tree) in runs.items():
             file = folder / "config.yaml"
             file.write_text(yaml.safe_dump(tree))

@@ -39,7 +39,7 @@ from rolltune.rewards.checks.judge_audit import JudgeAudit, Measured, measure
 from rolltune.rewards.checks.labels import Given, LabelledResponse
 from rolltune.rewards.judges.judge import Judge, Question
 from rolltune.rewards.rubric.questions import explicit_questions, read_grades
-from rolltune.rewards.rubric.templates import JudgePrompt, own_prompt
+from rolltune.rewards.rubric.templates import JudgePrompt, load_prompt
 from rolltune.run import checks
 from rolltune.writers.writing import shown_messages
 
@@ -111,7 +111,7 @@ def build(cfg: AuditJudgeConfig) -> Job:
         cfg=cfg,
         responses=responses,
         judges=[instantiate(cfg.judge | seed) for seed in seeds],
-        template=None if cfg.template is None else own_prompt(cfg.template, kind),
+        template=None if cfg.template is None else load_prompt(cfg.template, kind),
     )
 
 

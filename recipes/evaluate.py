@@ -53,7 +53,7 @@ from rolltune.eval.samples import (
     sample_missing,
     sampling_settings,
 )
-from rolltune.eval.verdicts import JudgedModel, judge
+from rolltune.eval.verdicts import VerifiedModel, verify
 from rolltune.files import take_lock, write_json_atomic
 from rolltune.model.load import load_tokenizer
 from rolltune.run import build, checks, lifecycle
@@ -225,9 +225,9 @@ def sample(
         torch.cuda.empty_cache()
 
 
-def judge_one(cfg: EvaluateConfig, problems: Sequence[Problem], candidate: Candidate) -> JudgedModel:
+def judge_one(cfg: EvaluateConfig, problems: Sequence[Problem], candidate: Candidate) -> VerifiedModel:
     """Verdicts on everything the model wrote, from its files."""
-    return judge(
+    return verify(
         candidate.name,
         problems,
         candidate.cache.read(),
@@ -237,7 +237,7 @@ def judge_one(cfg: EvaluateConfig, problems: Sequence[Problem], candidate: Candi
     )
 
 
-def measure(cfg: EvaluateConfig, problems: Sequence[Problem], judged: Sequence[JudgedModel]) -> Evaluation:
+def measure(cfg: EvaluateConfig, problems: Sequence[Problem], judged: Sequence[VerifiedModel]) -> Evaluation:
     """All numbers; the first model is the baseline."""
     ks = sorted(cfg.ks) or comparison.default_ks(cfg.sampling.samples)
     bootstrap = {"resamples": cfg.resamples, "seed": cfg.seed}
@@ -256,7 +256,7 @@ def measure(cfg: EvaluateConfig, problems: Sequence[Problem], judged: Sequence[J
 
 
 def classify(
-    cfg: EvaluateConfig, evaluation: Evaluation, judged: Sequence[JudgedModel], classifier: Classifier
+    cfg: EvaluateConfig, evaluation: Evaluation, judged: Sequence[VerifiedModel], classifier: Classifier
 ) -> Evaluation:
     """The same with what the classifier says of each model."""
     most, resamples = cfg.classified_samples, cfg.resamples

@@ -41,10 +41,10 @@ from rolltune.corrections import Bypass, Correction
 from rolltune.data.dataset import ProblemStream
 from rolltune.distributed import World, close_world, init_world
 from rolltune.errors import EngineError, SyncError
-from rolltune.eval.heldout import judge_greedy, sample_greedy
-from rolltune.metrics import step_metrics as report
+from rolltune.eval.heldout import sample_greedy, score_heldout
 from rolltune.metrics.curves import plot_curves
 from rolltune.metrics.progress import Progress
+from rolltune.metrics.step_metrics import rollout_metrics, update_metrics
 from rolltune.metrics.summary import live_line, write_summary
 from rolltune.metrics.timing import Phases, peak_memory_gib
 from rolltune.mismatch import MismatchError, MismatchLimit
@@ -53,16 +53,15 @@ from rolltune.model.policy import Policy, build_policy
 from rolltune.rollout import Rollout, check_versions, collect, is_trainable, sample_groups
 from rolltune.run import build, checks, estimates, lifecycle
 from rolltune.run.checkpoint import Checkpoints, TrainState, load_optimization, load_state
-from rolltune.run.selftest import report as report_selftest
-from rolltune.run.selftest import run_selftest
+from rolltune.run.selftest import print_selftest, run_selftest
 from rolltune.samplers import Sampler
 from rolltune.seeding import derive_seed
 from rolltune.types import Group, Loss, LossTotals, Problem, Prompt, SamplingParams
-from rolltune.update import Optimization, prepare_rows, update_policy
+from rolltune.update import Optimization, prepare_microbatches, update_policy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class Components:
     """What the config names, built; nothing here changes during a run but the weights."""
 
     world: World
@@ -90,52 +89,64 @@ def run(cfg: GRPOConfig) -> None:
     checkpoints = Checkpoints(output_dir, keep_last=cfg.checkpoint.keep_last)
     resume_from = lifecycle.start(cfg, checkpoints, world)
     state = load_state(resume_from) if resume_from else TrainState()
-    parts = build_parts(cfg, world, resume_from)
-    parts.policy.version = state.policy_version
+    components = build_components(cfg, world, resume_from)
+    components.policy.version = state.policy_version
     log = lifecycle.open_log(cfg, world, resume_step=state.step if resume_from else None)
     console = Console(quiet=not world.is_main)
     with (
-        lifecycle.leave_together(world),
+        lifecycle.barrier_on_exit(world),
         closing(log),
-        closing(parts.rewards),
-        closing(parts.sampler),
+        closing(components.rewards),
+        closing(components.sampler),
         Progress(cfg.num_steps, state.step, enabled=world.is_main) as progress,
         lifecycle.background_classifier(cfg.logging, log, world) as classify,
     ):
         if state.step == 0:
-            log.log(0, evaluate(cfg, parts, progress))
+            log.log(0, evaluate(cfg, components, progress))
         first_step = state.step + 1
-        stop = partial(lifecycle.stop_early, cfg, parts.policy, parts.tokenizer, parts.optimization, checkpoints, world)
+        stop = partial(
+            lifecycle.stop_early,
+            cfg,
+            components.policy,
+            components.tokenizer,
+            components.optimization,
+            checkpoints,
+            world,
+        )
         for step in range(first_step, cfg.num_steps + 1):
             started = time.perf_counter()
             phases = Phases()
             is_last = step == cfg.num_steps
             try:
-                rollout = sample(cfg, parts, step, state.cursor, phases, progress)
-                if why := lifecycle.why_stop(rollout, parts.rewards.training, cfg.batch.max_unscored, world):
+                rollout = sample(cfg, components, step, state.data_position, phases, progress)
+                if why := lifecycle.why_stop(rollout, components.rewards.training, cfg.batch.max_unscored, world):
                     stop(state, why)
                 if step == first_step:
-                    selftest(cfg, parts, rollout, console, starts_as_reference=state.policy_version == 0)
-                metrics, advantages = train(cfg, parts, step, rollout, phases, progress)
+                    selftest(cfg, components, rollout, console, starts_as_reference=state.policy_version == 0)
+                metrics, advantages = train(cfg, components, step, rollout, phases, progress)
                 seconds = state.seconds + time.perf_counter() - started
                 state = replace(
-                    state, step=step, cursor=rollout.cursor, policy_version=parts.policy.version, seconds=seconds
+                    state,
+                    step=step,
+                    data_position=rollout.data_position,
+                    policy_version=components.policy.version,
+                    seconds=seconds,
                 )
                 if step % cfg.eval.every_n_steps == 0 or is_last:
-                    metrics |= evaluate(cfg, parts, progress)
+                    metrics |= evaluate(cfg, components, progress)
             except (SyncError, EngineError, MismatchError) as error:  # no weight was stepped since ``state``
                 if isinstance(error, EngineError) and world.size > 1:
                     raise  # this rank's alone: the others would not save with it
                 stop(state, str(error))
-            log.log(step, metrics | lifecycle.judge_metrics(parts.rewards, world))
+            log.log(step, metrics | lifecycle.judge_metrics(components.rewards, world))
             classify(rollout, step)
             if step % cfg.logging.samples_every_n_steps == 0:
                 log.log_samples(step, rollout.sampled, advantages)
             progress.step(step, live_line(metrics))
             state = lifecycle.save(
-                parts.policy,
-                parts.tokenizer,
-                parts.optimization,
+                components.policy,
+                components.tokenizer,
+                components.optimization,
                 checkpoints,
                 state,
                 world,
@@ -153,7 +164,7 @@ def dry_run(cfg: GRPOConfig) -> None:
     console = Console()
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
     train, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
-    build.start_rewards(cfg, train, heldout, try_out=False)
+    build.start_rewards(cfg, train, heldout, smoke_test=False)
     stream = ProblemStream(train, seed=cfg.seed)
     render = build.prompt_renderer(cfg.prompt, tokenizer)
     first = render(stream.take(0, 1)[0])
@@ -167,8 +178,8 @@ def dry_run(cfg: GRPOConfig) -> None:
         f"{cfg.num_steps * rows * cfg.sampling.max_new_tokens} in all"
     )
     engine = estimates.engine_memory(cfg.model, cfg.sampler)
-    kv_tokens = min(rows, cfg.sampler.get("max_rows", 64)) * (cfg.sampling.max_new_tokens + longest // 2)
-    parts = estimates.estimate_memory(
+    kv_tokens = min(rows, cfg.sampler.get("max_num_seqs", 64)) * (cfg.sampling.max_new_tokens + longest // 2)
+    components = estimates.estimate_memory(
         cfg.model,
         cfg.lora,
         microbatch_tokens=cfg.batch.microbatch_tokens,
@@ -176,11 +187,11 @@ def dry_run(cfg: GRPOConfig) -> None:
         with_reference=instantiate(cfg.loss).kl_coef > 0,
         rearranged_copy=engine is None and cfg.sampler.get("pack_weights", True) and not torch.cuda.is_available(),
     )
-    estimates.print_memory(parts | (engine or {}), console)
+    estimates.print_memory(components | (engine or {}), console)
     console.print("dry run: everything resolves; nothing was loaded, nothing was written")
 
 
-def build_parts(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Parts:
+def build_components(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Components:
     """Everything the loop uses, cheap things first, so that a mistake shows before weights are loaded."""
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
     train, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
@@ -188,7 +199,7 @@ def build_parts(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Part
     longest = build.longest_prompt(stream, render)
     estimates.check_context(cfg.model, prompt_tokens=longest, max_new_tokens=cfg.sampling.max_new_tokens)
     loss = instantiate(cfg.loss)
-    rewards = build.start_rewards(cfg, train, heldout, try_out=True)
+    rewards = build.start_rewards(cfg, train, heldout, smoke_test=True)
     policy = build_policy(
         cfg.model,
         cfg.lora,
@@ -202,7 +213,7 @@ def build_parts(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Part
     )
     if resume_from:
         optimization.load_state_dict(load_optimization(resume_from, world.device))
-    return Parts(
+    return Components(
         world=world,
         policy=policy,
         tokenizer=tokenizer,
@@ -219,18 +230,20 @@ def build_parts(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Part
     )
 
 
-def sample(cfg: GRPOConfig, parts: Parts, step: int, cursor: int, phases: Phases, progress: Progress) -> Rollout:
+def sample(
+    cfg: GRPOConfig, components: Components, step: int, data_position: int, phases: Phases, progress: Progress
+) -> Rollout:
     """This rank's groups of one step, written by the current weights."""
     with phases("sync"):
-        parts.sampler.sync(parts.policy.version)
+        components.sampler.sync(components.policy.version)
     params = build.sampling_params(cfg.sampling)
 
     def sample_some(problems) -> list[Group]:
         return sample_groups(
             problems,
-            render=parts.render,
-            sampler=parts.sampler,
-            begin_score=parts.rewards.training.begin,
+            render=components.render,
+            sampler=components.sampler,
+            begin_score=components.rewards.training.begin,
             params=params,
             group_size=cfg.sampling.group_size,
             seed=(cfg.seed, step),
@@ -239,45 +252,49 @@ def sample(cfg: GRPOConfig, parts: Parts, step: int, cursor: int, phases: Phases
 
     with phases("sample"):
         rollout = collect(
-            parts.stream,
-            cursor,
-            parts.world,
+            components.stream,
+            data_position,
+            components.world,
             sample_some,
             num_groups=cfg.batch.prompts_per_step,
             dynamic_rounds=cfg.batch.dynamic_sampling_rounds,
         )
-    check_versions((c for group in rollout.sampled for c in group.completions), parts.policy.version, parts.world)
+    check_versions(
+        (c for group in rollout.sampled for c in group.completions), components.policy.version, components.world
+    )
     return rollout
 
 
-def selftest(cfg: GRPOConfig, parts: Parts, rollout: Rollout, console: Console, *, starts_as_reference: bool) -> None:
+def selftest(
+    cfg: GRPOConfig, components: Components, rollout: Rollout, console: Console, *, starts_as_reference: bool
+) -> None:
     """Check the gradient path on a group of the first batch; raises before anything is trained."""
     checks = run_selftest(
-        parts.policy,
+        components.policy,
         rollout.sampled,
-        tokenizer=parts.tokenizer,
-        rewards=parts.rewards.training.text_rewards,
+        tokenizer=components.tokenizer,
+        rewards=components.rewards.training.text_rewards,
         answer_format=cfg.answer_format,
         temperature=cfg.sampling.temperature,
         dtype=cfg.model.dtype,
         sampler_dtype=cfg.sampler.get("dtype"),
-        with_reference=parts.loss.kl_coef > 0,
+        with_reference=components.loss.kl_coef > 0,
         starts_as_reference=starts_as_reference,
     )
-    report_selftest(checks, rollout.sampled[0], parts.tokenizer, console)
+    print_selftest(checks, rollout.sampled[0], components.tokenizer, console)
 
 
 def train(
-    cfg: GRPOConfig, parts: Parts, step: int, rollout: Rollout, phases: Phases, progress: Progress
+    cfg: GRPOConfig, components: Components, step: int, rollout: Rollout, phases: Phases, progress: Progress
 ) -> tuple[dict[str, float], list[list[float] | None]]:
     """The optimizer steps on one rollout; returns the step's metrics and each sampled group's advantages."""
-    world, policy = parts.world, parts.policy
+    world, policy = components.world, components.policy
     torch.manual_seed(derive_seed(cfg.seed, step, world.rank, "dropout"))
     groups = {number: group.scored() for number, group in rollout.kept.items() if is_trainable(group)}
-    advantages = {number: parts.advantage(group.rewards) for number, group in groups.items()}
+    advantages = {number: components.advantage(group.rewards) for number, group in groups.items()}
     trained = {number: train_group(group, advantages[number]) for number, group in groups.items()}
     num_updates = cfg.batch.num_iterations * cfg.batch.minibatches
-    with_reference = parts.loss.kl_coef > 0
+    with_reference = components.loss.kl_coef > 0
     device = world.device
 
     minibatches = []
@@ -287,11 +304,11 @@ def train(
             totals = count_totals(mine)
             tokens, sequences = world.sum([totals.tokens, totals.sequences])
             kept = mine if with_reference else without_zero_advantages(mine)
-            rows = prepare_rows(
+            rows = prepare_microbatches(
                 policy,
                 pack(kept, max_tokens=cfg.batch.microbatch_tokens, device=device),
                 temperature=cfg.sampling.temperature,
-                with_old=num_updates > 1 and not isinstance(parts.correction, Bypass),
+                with_old=num_updates > 1 and not isinstance(components.correction, Bypass),
                 with_reference=with_reference,
             )
             minibatches.append((rows, LossTotals(tokens=int(tokens), sequences=int(sequences))))
@@ -304,17 +321,17 @@ def train(
                     update_policy(
                         policy,
                         rows,
-                        parts.loss,
+                        components.loss,
                         totals,
-                        parts.optimization,
+                        components.optimization,
                         world,
                         temperature=cfg.sampling.temperature,
-                        correction=parts.correction,
-                        limit=None if updates else parts.mismatch,
-                        on_row=progress.phase("training"),
+                        correction=components.correction,
+                        limit=None if updates else components.mismatch,
+                        on_microbatch=progress.phase("training"),
                     )
                 )
-    metrics = report.rollout_metrics(rollout, world) | report.update_metrics(updates)
+    metrics = rollout_metrics(rollout, world) | update_metrics(updates)
     sampled_tokens, trained_tokens = world.sum(
         [
             sum(len(c.token_ids) for group in rollout.sampled for c in group.completions),
@@ -326,25 +343,27 @@ def train(
     return metrics, [by_problem.get(id(group)) for group in rollout.sampled]
 
 
-def evaluate(cfg: GRPOConfig, parts: Parts, progress: Progress) -> dict[str, float]:
+def evaluate(cfg: GRPOConfig, components: Components, progress: Progress) -> dict[str, float]:
     """Greedy accuracy on the held-out problems with the current weights, and the gold check of the same turns."""
-    parts.sampler.sync(parts.policy.version)
+    components.sampler.sync(components.policy.version)
     params = SamplingParams(
         temperature=0.0,
         max_new_tokens=cfg.eval.max_new_tokens or cfg.sampling.max_new_tokens,
         stop=tuple(cfg.sampling.stop),
     )
     turns = sample_greedy(
-        parts.heldout,
-        render=parts.render,
-        sampler=parts.sampler,
+        components.heldout,
+        render=components.render,
+        sampler=components.sampler,
         params=params,
-        world=parts.world,
+        world=components.world,
         on_progress=progress.phase("evaluating"),
     )
-    check_versions((completion for _, completion in turns), parts.policy.version, parts.world)
-    metrics = judge_greedy(turns, reward=parts.rewards.heldout, world=parts.world)
-    return metrics | lifecycle.check_gold(parts.rewards.gold, turns, Path(cfg.output_dir), parts.world)
+    check_versions((completion for _, completion in turns), components.policy.version, components.world)
+    metrics = score_heldout(turns, reward=components.rewards.heldout, world=components.world)
+    return metrics | lifecycle.check_overoptimization(
+        components.rewards.gold, turns, Path(cfg.output_dir), components.world
+    )
 
 
 if __name__ == "__main__":

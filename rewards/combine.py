@@ -27,7 +27,7 @@ class JudgedReward(Protocol):
         """Raise ValueError where one of these problems lacks what it would be judged by. Asks nobody."""
         ...
 
-    def try_out(self, problem: Problem) -> None:
+    def smoke_test(self, problem: Problem) -> None:
         """Have one turn judged before anything is loaded; raises ValueError where nobody answers."""
         ...
 
@@ -39,7 +39,7 @@ class JudgedReward(Protocol):
         """Start judging a turn and return at once; what is returned waits for the score."""
         ...
 
-    def keep_account(self, path: Path) -> None:
+    def share_budget(self, path: Path) -> None:
         """Have caps on spending hold for all that keep their account in this file: a run's processes and starts."""
         ...
 
@@ -157,17 +157,17 @@ class WeightedReward:
         for reward in self.judged.values():
             reward.check(problems)
 
-    def try_out(self, problem: Problem) -> None:
+    def smoke_test(self, problem: Problem) -> None:
         for reward in self.judged.values():
-            reward.try_out(problem)
+            reward.smoke_test(problem)
 
     def bind(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, frozen: Callable[[], Sampler]) -> None:
         for reward in self.judged.values():
             reward.bind(sampler, tokenizer, frozen)
 
-    def keep_account(self, path: Path) -> None:
+    def share_budget(self, path: Path) -> None:
         for reward in self.judged.values():
-            reward.keep_account(path)
+            reward.share_budget(path)
 
     @property
     def stop_reason(self) -> str | None:

@@ -24,10 +24,10 @@ def test_row_written_out_by_hand():
     (row,) = pack([group([10, 11, 12], sequence([20, 21], 0.5), sequence([30], -0.5))], max_tokens=100)
     assert row.input_ids.tolist() == [10, 11, 12, 20]  # a completion's last token predicts nothing
     assert row.position_ids.tolist() == [0, 1, 2, 3]
-    assert row.completion_ids.tolist() == [-1, -1, -1, 0]
-    assert row.predictors.tolist() == [2, 3, 2]
-    assert row.targets.tolist() == [20, 21, 30]
-    assert row.sequence_ids.tolist() == [0, 0, 1]
+    assert row.sequence_index.tolist() == [-1, -1, -1, 0]
+    assert row.predictor_index.tolist() == [2, 3, 2]
+    assert row.target_ids.tolist() == [20, 21, 30]
+    assert row.target_sequence_index.tolist() == [0, 0, 1]
     assert row.advantages.tolist() == [0.5, 0.5, -0.5]
     assert row.sampler_logprobs.tolist() == pytest.approx([-2.0, -2.1, -3.0])
     assert row.num_sequences == 2
@@ -37,12 +37,12 @@ def test_rows_split_between_completions_and_repeat_the_prompt():
     rows = pack([group([1, 2], *(sequence([5, 6, 7]) for _ in range(3)))], max_tokens=6)
     assert [row.input_ids.tolist() for row in rows] == [[1, 2, 5, 6, 5, 6], [1, 2, 5, 6]]
     assert [row.num_sequences for row in rows] == [2, 1]
-    assert rows[1].sequence_ids.tolist() == [0, 0, 0]
+    assert rows[1].target_sequence_index.tolist() == [0, 0, 0]
 
 
 def test_a_completion_longer_than_a_row_is_not_cut():
     rows = pack([group([1], sequence([2])), group([1], sequence(range(2, 50)))], max_tokens=10)
-    assert [len(row.targets) for row in rows] == [1, 48]
+    assert [len(row.target_ids) for row in rows] == [1, 48]
 
 
 def test_nothing_to_train_gives_no_rows():
@@ -73,7 +73,7 @@ def test_supports_written_out_by_hand():
     first = replace(sequence([20, 21], 0.0), support=((3, 20), (21,)))
     second = replace(sequence([30], 1.0), support=((0, 30, 70_000),))
     (row,) = pack([group([10, 11], first, sequence([5, 6]), second)], max_tokens=100)
-    assert row.targets.tolist() == [20, 21, 5, 6, 30]
+    assert row.target_ids.tolist() == [20, 21, 5, 6, 30]
     assert row.support is not None
     assert row.support.token_ids.tolist() == [3, 20, 21, 0, 30, 70_000]
     assert row.support.offsets.tolist() == [0, 2, 3, 3, 3, 6]
@@ -111,7 +111,7 @@ def test_packed_logprobs_equal_a_forward_of_each_completion_alone(model, max_tok
             logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.7
             alone = torch.log_softmax(logits, -1)
             expected = alone.gather(-1, torch.tensor(completion)[:, None]).squeeze(-1)
-            mine = row.sequence_ids == i
+            mine = row.target_sequence_index == i
             torch.testing.assert_close(logprobs[mine], expected, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(entropy[mine], -(alone.exp() * alone).sum(-1), atol=1e-5, rtol=1e-5)
     assert seen == len(flat)

@@ -285,9 +285,9 @@ def test_mistakes(bundle: Path, capsys, arguments: list[str], fragment: str):
 
 
 def test_missing_config_of_a_known_recipe_names_its_configs(capsys):
-    assert run_main("run", "prime") == 2
-    names = [c.name for c in cli.configs() if c.recipe == "prime"]
-    assert "quickstart_prime" in names
+    assert run_main("run", "sft") == 2
+    names = [c.name for c in cli.configs() if c.recipe == "sft"]
+    assert "quickstart_sft" in names
     assert f"--config is missing; configs of prime: {', '.join(names)}" in capsys.readouterr().err
 
 
@@ -379,7 +379,7 @@ def test_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
         ("# tune run grpo --config a.yaml\n", "grpo"),
         ("# tune run --nproc_per_node 8 grpo --config a.yaml num_steps=3\n", "grpo"),
         ("#tune run ./mine/grpo.py --config a.yaml\n", "grpo"),
-        ("# A title.\n# tune run prime --config a.yaml\n", "prime"),
+        ("# A title.\n# tune run sft --config a.yaml\n", "sft"),
         ("a: 1\n# tune run grpo --config a.yaml\n", None),
         ("# tune cat grpo --config a.yaml\n", None),
         ("", None),

@@ -16,7 +16,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from rolltune.corrections import Correction, SequenceMIS, SequenceTIS, TokenMask, TokenTIS
 from rolltune.distributed import World
 from rolltune.mismatch import MismatchMeter
-from rolltune.types import MicroBatch
+from rolltune.types import Microbatch
 
 LENGTHS = (5, 2, 7, 1, 3, 4)
 IDS = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
@@ -131,14 +131,14 @@ def test_mismatch_is_trls():
     positions = torch.cat([torch.arange(length) for length in LENGTHS])
     meter.add(
         old,
-        MicroBatch(
+        Microbatch(
             input_ids=ones,
             position_ids=positions,
-            segment_ids=ones,
-            completion_ids=IDS,
-            predictors=torch.arange(TOKENS),
-            targets=ones,
-            sequence_ids=IDS,
+            segment_index=ones,
+            sequence_index=IDS,
+            predictor_index=torch.arange(TOKENS),
+            target_ids=ones,
+            target_sequence_index=IDS,
             advantages=ones.float(),
             sampler_logprobs=sampler,
             num_sequences=len(LENGTHS),

@@ -39,7 +39,7 @@ def test_recipes_hold_no_helper_modules():
     """Under torchrun the folder of the recipe heads sys.path: a helper called datasets.py would shadow the library."""
     assert {path.stem for path in RECIPES} == {
         "grpo",
-        "prime",
+        "sft",
         "evaluate",
         "write_traces",
         "write_rubrics",

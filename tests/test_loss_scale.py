@@ -14,7 +14,7 @@ from rolltune.loss_scale import LossScale
 from rolltune.losses.dapo import DAPOLoss
 from rolltune.model.policy import build_policy
 from rolltune.types import Prompt
-from rolltune.update import MasterWeights, Optimization, prepare_rows, update_policy
+from rolltune.update import MasterWeights, Optimization, prepare_microbatches, update_policy
 
 CPU = torch.device("cpu")
 WORLD = World(rank=0, size=1, device=CPU)
@@ -53,7 +53,9 @@ def make_rows(policy):
         TrainSequence(token_ids=ids(n), logprobs=(-5.0,) * n, advantage=a) for n, a in ((4, 1.0), (9, -0.5), (2, -0.5))
     )
     groups = [TrainGroup(prompt=Prompt(token_ids=ids(5)), sequences=sequences)]
-    rows = prepare_rows(policy, pack(groups, max_tokens=100), temperature=1.0, with_old=False, with_reference=False)
+    rows = prepare_microbatches(
+        policy, pack(groups, max_tokens=100), temperature=1.0, with_old=False, with_reference=False
+    )
     return rows, count_totals(groups)
 
 

@@ -66,7 +66,7 @@ def test_policies_that_agree_are_apart_by_exactly_nothing():
 
 def test_quarters_are_of_each_completion():
     row = make_row((-1.0,) * 8, (-1.0,) * 5, (-1.0,), (-1.0,) * 2)
-    of_each = [completion_quarters(row)[row.sequence_ids == i].tolist() for i in range(4)]
+    of_each = [completion_quarters(row)[row.target_sequence_index == i].tolist() for i in range(4)]
     assert of_each == [[0, 0, 1, 1, 2, 2, 3, 3], [0, 0, 1, 2, 3], [0], [0, 2]]
 
 

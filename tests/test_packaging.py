@@ -99,8 +99,8 @@ def test_installed_tune_finds_recipes_and_configs(environment: Path, tmp_path: P
     assert run(environment / "bin" / "tune", "cat", "quickstart", cwd=tmp_path).startswith("# tune run grpo")
     run(environment / "bin" / "tune", "cp", "grpo", ".", cwd=tmp_path)
     assert (tmp_path / "grpo.py").read_bytes() == (ROOT / "recipes" / "grpo.py").read_bytes()
-    valid = run(environment / "bin" / "tune", "validate", "quickstart_prime", cwd=tmp_path)
-    assert valid == "quickstart_prime: a valid config of prime\n"
+    valid = run(environment / "bin" / "tune", "validate", "quickstart_sft", cwd=tmp_path)
+    assert valid == "quickstart_sft: a valid config of prime\n"
 
 
 @pytest.mark.parametrize("name", FOLDERS)

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import AddedToken, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from rolltune.config.schema import ExampleTurn
-from rolltune.prompts import completion_ids, render_prompt, worked_turn
+from rolltune.config.schema import FewShotExample
+from rolltune.prompts import completion_ids, render_prompt, worked_response
 from rolltune.types import Problem, Prompt
 
 END, SYSTEM, USER, ASSISTANT = range(4)  # the special tokens of the byte tokenizer
@@ -51,7 +51,7 @@ def test_everything_around_the_problem_in_order(tokenizer):
         PROBLEM,
         tokenizer,
         system="Think.",
-        few_shot=[ExampleTurn(user="1 + 1?", assistant="2"), ExampleTurn(user="3?", assistant="é")],
+        few_shot=[FewShotExample(user="1 + 1?", assistant="2"), FewShotExample(user="3?", assistant="é")],
         prefill="<think>\n",
     )
     assert list(prompt.token_ids) == [
@@ -118,13 +118,13 @@ def test_a_token_may_span_the_border_of_template_and_prefill(tokenizer):
 )
 def test_worked_turn_fills_in_the_format(solution, said):
     problem = Problem(id="p", messages=(), answer="4", solution=solution)
-    filled = worked_turn(problem, "<think>{solution}</think> {{x}} <answer>{answer}</answer>")
+    filled = worked_response(problem, "<think>{solution}</think> {{x}} <answer>{answer}</answer>")
     assert filled == f"<think>{said}</think> {{x}} <answer>4</answer>"
 
 
 def test_a_worked_turn_needs_an_answer():
     with pytest.raises(ValueError, match="p: has no gold answer"):
-        worked_turn(Problem(id="p", messages=(), solution="s"), "{solution} {answer}")
+        worked_response(Problem(id="p", messages=(), solution="s"), "{solution} {answer}")
 
 
 def test_completion_ids_go_on_behind_the_prefill_and_end_with_eos(tokenizer):

@@ -11,8 +11,8 @@ from rolltune.config.schema import (
     EvaluateConfig,
     GRPOConfig,
     LintRubricsConfig,
-    PrimeConfig,
     ServeConfig,
+    SFTConfig,
     WriteRubricsConfig,
     WriteTracesConfig,
 )
@@ -23,7 +23,7 @@ from rolltune.types import Completion, Problem
 README = (ROOT / "README.md").read_text()
 SCHEMAS = {
     "grpo": GRPOConfig,
-    "prime": PrimeConfig,
+    "sft": SFTConfig,
     "evaluate": EvaluateConfig,
     "write_traces": WriteTracesConfig,
     "write_rubrics": WriteRubricsConfig,

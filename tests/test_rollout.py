@@ -213,7 +213,7 @@ def test_unscored_completions_leave_their_group():
 # --- collect ----------------------------------------------------------------------------------------------------------
 
 
-def collect_on(size: int, has_variance, *, num_problems=12, cursor=0, **options):
+def collect_on(size: int, has_variance, *, num_problems=12, data_position=0, **options):
     """Rollouts of all ranks; ``has_variance`` says it for each problem number."""
     dataset = Dataset(problems(*map(str, range(num_problems))))
 
@@ -221,7 +221,7 @@ def collect_on(size: int, has_variance, *, num_problems=12, cursor=0, **options)
         def sample(mine):
             return [make_group(p.id, [0.0, 1.0] if has_variance(int(p.id)) else [1.0, 1.0]) for p in mine]
 
-        return collect(ProblemStream(dataset, seed=0), cursor, world, sample, **options)
+        return collect(ProblemStream(dataset, seed=0), data_position, world, sample, **options)
 
     return on_ranks(size, on_rank)
 
@@ -232,18 +232,18 @@ def kept_names(rollouts) -> dict[int, str]:
     return {n: group.problem.id for rollout in rollouts for n, group in rollout.kept.items()}
 
 
-def order(count, num_problems=12, cursor=0) -> list[str]:
+def order(count, num_problems=12, data_position=0) -> list[str]:
     stream = ProblemStream(Dataset(problems(*map(str, range(num_problems)))), seed=0)
-    return [problem.id for problem in stream.take(cursor, count)]
+    return [problem.id for problem in stream.take(data_position, count)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_without_dynamic_sampling_every_group_is_kept_in_the_streams_order(size):
-    rollouts = collect_on(size, lambda number: False, num_groups=8, cursor=3)
-    assert kept_names(rollouts) == dict(enumerate(order(8, cursor=3)))
-    assert [(r.num_kept, r.cursor, len(r.sampled)) for r in rollouts] == [(8, 11, 8 // size)] * size
+    rollouts = collect_on(size, lambda number: False, num_groups=8, data_position=3)
+    assert kept_names(rollouts) == dict(enumerate(order(8, data_position=3)))
+    assert [(r.num_kept, r.data_position, len(r.sampled)) for r in rollouts] == [(8, 11, 8 // size)] * size
     for rank, rollout in enumerate(rollouts):
-        assert [g.problem.id for g in rollout.sampled] == order(8, cursor=3)[rank::size]
+        assert [g.problem.id for g in rollout.sampled] == order(8, data_position=3)[rank::size]
         assert list(rollout.kept.values()) == rollout.sampled
 
 
@@ -253,18 +253,18 @@ def test_without_dynamic_sampling_every_group_is_kept_in_the_streams_order(size)
     size=st.sampled_from([2, 3, 4]),
     num_groups=st.sampled_from([4, 6]),
     rounds=st.integers(0, 4),
-    cursor=st.integers(0, 30),
+    data_position=st.integers(0, 30),
 )
-def test_any_number_of_processes_keeps_the_same(flags, size, num_groups, rounds, cursor):
-    options = {"num_groups": num_groups, "dynamic_rounds": rounds, "cursor": cursor}
+def test_any_number_of_processes_keeps_the_same(flags, size, num_groups, rounds, data_position):
+    options = {"num_groups": num_groups, "dynamic_rounds": rounds, "data_position": data_position}
     (alone,) = collect_on(1, flags.__getitem__, **options)
     rollouts = collect_on(size, flags.__getitem__, **options)
     assert kept_names(rollouts) == kept_names([alone])
-    assert {(r.num_kept, r.cursor) for r in rollouts} == {(alone.num_kept, alone.cursor)}
+    assert {(r.num_kept, r.data_position) for r in rollouts} == {(alone.num_kept, alone.data_position)}
     together = sorted(g.problem.id for r in rollouts for g in r.sampled)
     assert together == sorted(g.problem.id for g in alone.sampled)
     # What is kept is the first num_groups of all that were drawn and have variance.
-    taken = order(alone.cursor - cursor, cursor=cursor)
+    taken = order(alone.data_position - data_position, data_position=data_position)
     wanted = [name for name in taken if not rounds or flags[int(name)]][:num_groups]
     assert kept_names([alone]) == dict(enumerate(wanted)) and alone.num_kept == len(wanted)
 
@@ -275,33 +275,33 @@ def test_refills_until_there_are_enough():
     useful = [name for name in drawn if int(name) % 2 == 0]
     assert [g.problem.id for g in rollout.sampled] == drawn
     assert kept_names([rollout]) == dict(enumerate(useful[:4])) and rollout.num_kept == 4
-    assert rollout.cursor == len(drawn)
+    assert rollout.data_position == len(drawn)
     # The draw before the last was not enough: no round is spent for nothing.
     assert sum(int(name) % 2 == 0 for name in drawn[:-4]) < 4
 
 
 def test_gives_up_after_the_last_round_with_what_there_is():
     (rollout,) = collect_on(1, lambda number: number == 5, num_groups=4, dynamic_rounds=2)
-    assert rollout.cursor == len(rollout.sampled) == 8
+    assert rollout.data_position == len(rollout.sampled) == 8
     assert rollout.num_kept == len(rollout.kept) <= 1
     (nothing,) = collect_on(1, lambda number: False, num_groups=4, dynamic_rounds=3)
-    assert (nothing.num_kept, nothing.kept, nothing.cursor) == (0, {}, 12)
+    assert (nothing.num_kept, nothing.kept, nothing.data_position) == (0, {}, 12)
 
 
 def test_one_round_is_one_draw():
     (rollout,) = collect_on(1, lambda number: True, num_groups=4, dynamic_rounds=5)
-    assert rollout.cursor == rollout.num_kept == 4
+    assert rollout.data_position == rollout.num_kept == 4
 
 
 def test_the_cursor_goes_on_where_the_step_before_stopped():
     dataset = Dataset(problems(*map(str, range(5))))
-    stream, seen, cursor = ProblemStream(dataset, seed=1), [], 0
+    stream, seen, data_position = ProblemStream(dataset, seed=1), [], 0
     for _ in range(5):
         rollout = collect(
-            stream, cursor, ALONE, lambda mine: [make_group(p.id, [0.0, 1.0]) for p in mine], num_groups=4
+            stream, data_position, ALONE, lambda mine: [make_group(p.id, [0.0, 1.0]) for p in mine], num_groups=4
         )
         seen += [g.problem.id for g in rollout.sampled]
-        cursor = rollout.cursor
-    assert cursor == 20
+        data_position = rollout.data_position
+    assert data_position == 20
     for epoch in range(4):  # each problem once an epoch, across the borders of steps
         assert sorted(seen[5 * epoch : 5 * epoch + 5]) == list("01234")

@@ -12,7 +12,7 @@ from rolltune.losses.grpo import GRPOLoss
 from rolltune.mismatch import MismatchError, MismatchLimit
 from rolltune.model.policy import build_policy
 from rolltune.types import Prompt
-from rolltune.update import MasterWeights, Optimization, prepare_rows, update_policy
+from rolltune.update import MasterWeights, Optimization, prepare_microbatches, update_policy
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
 
@@ -50,7 +50,7 @@ def step_once(
         weights=weights, optimizer=torch.optim.SGD(weights.masters, lr=lr), scheduler=None, max_grad_norm=1e9
     )
     groups = make_groups()
-    rows = prepare_rows(
+    rows = prepare_microbatches(
         policy,
         pack(groups, max_tokens=max_tokens),
         temperature=1.0,
@@ -154,7 +154,7 @@ def test_a_mismatch_beyond_its_limit_leaves_the_weights(tiny_llama):
         weights=weights, optimizer=torch.optim.SGD(weights.masters, lr=0.1), scheduler=None, max_grad_norm=1.0
     )
     copies = [p.detach().clone() for p in weights.parameters]
-    rows = prepare_rows(
+    rows = prepare_microbatches(
         policy, pack(make_groups(), max_tokens=10), temperature=1.0, with_old=False, with_reference=False
     )
     totals = count_totals(make_groups())

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from rolltune.config.components import component_or_object
 from rolltune.config.schema import Component
-from rolltune.metrics.log import Row, read_metrics
+from rolltune.metrics.log import Record, read_metrics
 from rolltune.rewards.combine import WeightedReward
 from rolltune.types import Completion, Problem
 
@@ -33,13 +33,13 @@ SHOWN_CHARACTERS = 160  # of the turn that the two differ most about
 
 
 @dataclass(frozen=True, kw_only=True)
-class GoldCheck:
-    """What is compared, and when that is an alarm: ``eval.gold`` of a config.
+class OveroptimizationCheck:
+    """What is compared, and when that is an alarm: ``eval.overoptimization`` of a config.
 
     Example:
         >>> from rolltune.rewards.answer import answer_reward
         >>> from rolltune.rewards.format import format_reward
-        >>> check = GoldCheck(reward="style", gold={"_component_": "rolltune.rewards.answer.answer_reward"})
+        >>> check = OveroptimizationCheck(reward="style", gold={"_component_": "rolltune.rewards.answer.answer_reward"})
         >>> training = WeightedReward(rewards={"style": (format_reward, 1.0), "answer": (answer_reward, 0.0)})
         >>> watch = check.start(training, [Problem(id=str(i), messages=(), answer="4") for i in range(200)])
 
@@ -77,7 +77,7 @@ class GoldCheck:
         if not 0 <= self.alarm_correlation < 1:
             raise ValueError(f"alarm_correlation: {self.alarm_correlation}; must be in [0, 1)")
 
-    def start(self, training: WeightedReward, problems: Sequence[Problem]) -> GoldWatch:
+    def start(self, training: WeightedReward, problems: Sequence[Problem]) -> OveroptimizationMonitor:
         """Build the gold measure, and look at what both will be asked for.
 
         Args:
@@ -88,13 +88,16 @@ class GoldCheck:
             ValueError: the run has no such reward, there are too few problems, or one of them cannot be judged.
         """
         if self.reward not in training.rewards:
-            raise ValueError(f"eval.gold.reward: {self.reward}; one of {', '.join(training.rewards)} is wanted")
+            raise ValueError(
+                f"eval.overoptimization.reward: {self.reward}; one of {', '.join(training.rewards)} is wanted"
+            )
         if len(problems) < self.min_problems:
             raise ValueError(
-                f"eval.gold.min_problems: {self.min_problems}; {len(problems)} problems are held out, so nothing would "
+                f"eval.overoptimization.min_problems: {self.min_problems}; {len(problems)} problems are held out, "
+                f"so nothing would "
                 "ever be compared: hold out more, or lower it"
             )
-        watch = GoldWatch(
+        watch = OveroptimizationMonitor(
             check=self,
             training=WeightedReward(rewards={self.reward: training.rewards[self.reward]}),
             gold=WeightedReward(rewards={"gold": (component_or_object(self.gold), 1.0)}),
@@ -105,11 +108,11 @@ class GoldCheck:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GoldReading:
+class OveroptimizationReading:
     """One evaluation.
 
     Attributes:
-        metrics: ``gold/...``, see :meth:`GoldWatch.measure`; the same on all ranks.
+        metrics: ``overoptimization/...``, see :meth:`OveroptimizationMonitor.measure`; the same on all ranks.
         warning: for people: what was seen and what to do; None where all is well.
     """
 
@@ -130,7 +133,7 @@ class _Turn:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GoldWatch:
+class OveroptimizationMonitor:
     """A check under way.
 
     Attributes:
@@ -139,11 +142,13 @@ class GoldWatch:
         gold: the gold measure.
     """
 
-    check: GoldCheck
+    check: OveroptimizationCheck
     training: WeightedReward
     gold: WeightedReward
 
-    def measure(self, turns: Sequence[tuple[Problem, Completion]], *, output_dir: Path, world: World) -> GoldReading:
+    def measure(
+        self, turns: Sequence[tuple[Problem, Completion]], *, output_dir: Path, world: World
+    ) -> OveroptimizationReading:
         """Score held-out turns by both measures and compare the scores; all ranks call this.
 
         A turn that either of them leaves unscored leaves the comparison; it counts as 0 in neither. What earlier
@@ -157,31 +162,36 @@ class GoldWatch:
             world: all ranks.
 
         Returns:
-            ``gold/scored``, the number of turns that both have scored, and, where that is ``min_problems`` at least:
-            ``gold/train_mean``, ``gold/mean``, ``gold/gap`` (the first less the second) with its standard error
-            ``gold/gap_error``, ``gold/gap_change`` (since the first evaluation), ``gold/alarm`` (1 or 0), and
-            ``gold/correlation`` and ``gold/agreement``, see :class:`Comparison`, where these are known. What a gold
-            judge has cost is ``gold/judge/...``, counted from the start of the process.
+            Metrics named ``overoptimization/...``: ``scored``, the number of responses that both measures scored. Where
+            that is at least ``min_problems``, also ``train_mean``, ``mean``, ``gap`` (the first minus the second) with
+            its standard error ``gap_error``, ``gap_change`` (since the first evaluation), ``alarm`` (1 or 0), and,
+            where they are defined, ``correlation`` and ``agreement`` (see :class:`Comparison`). ``judge/...`` is the
+            cost of a gold judge since the start of the process.
         """
         scored = self._score(turns, world)
         pairs = [(t.training, t.gold) for t in scored if t.training is not None and t.gold is not None]
         earlier = world.gather(read_back(read_metrics(output_dir)) if world.is_main else [])
         costs = self.gold.metrics()
-        names = [name.replace("judge/gold/", "gold/judge/", 1) for name in costs]
-        metrics = dict(zip(names, world.sum(list(costs.values())), strict=True)) | {"gold/scored": float(len(pairs))}
+        names = [name.replace("judge/gold/", "overoptimization/judge/", 1) for name in costs]
+        metrics = dict(zip(names, world.sum(list(costs.values())), strict=True)) | {
+            "overoptimization/scored": float(len(pairs))
+        }
         if len(pairs) < self.check.min_problems:
-            return GoldReading(metrics=metrics, warning=self._too_few(scored, len(pairs)))
+            return OveroptimizationReading(metrics=metrics, warning=self._too_few(scored, len(pairs)))
         now = compare(pairs)
         first = earlier[0] if earlier else now
         found = alarms(now, earlier, check=self.check)
-        metrics |= now.metrics() | {"gold/gap_change": now.gap - first.gap, "gold/alarm": float(bool(found))}
-        return GoldReading(metrics=metrics, warning=self._warning(found, scored) if found else None)
+        metrics |= now.metrics() | {
+            "overoptimization/gap_change": now.gap - first.gap,
+            "overoptimization/alarm": float(bool(found)),
+        }
+        return OveroptimizationReading(metrics=metrics, warning=self._warning(found, scored) if found else None)
 
-    def keep_account(self, path: Path) -> None:
-        self.gold.keep_account(path)
+    def share_budget(self, path: Path) -> None:
+        self.gold.share_budget(path)
 
-    def try_out(self, problem: Problem) -> None:
-        self.gold.try_out(problem)
+    def smoke_test(self, problem: Problem) -> None:
+        self.gold.smoke_test(problem)
 
     def bind(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, frozen: Callable[[], Sampler]) -> None:
         self.gold.bind(sampler, tokenizer, frozen)
@@ -215,10 +225,13 @@ class GoldWatch:
             turn.failure or "no reason given" for turn in scored if turn.training is None or turn.gold is None
         )
         listed = ", ".join(f"{failure} {count}" for failure, count in failures.most_common())
-        reason = self.training.stop_reason or (self.gold.stop_reason or "").replace("rewards.gold", "eval.gold.gold", 1)
+        reason = self.training.stop_reason or (self.gold.stop_reason or "").replace(
+            "rewards.gold", "eval.overoptimization.gold", 1
+        )
         stopped = f"; {reason}" if reason else ""
         return (
-            f"eval.gold: {num_pairs} of {len(scored)} held-out turns have both scores ({listed}), fewer than "
+            f"eval.overoptimization: {num_pairs} of {len(scored)} held-out turns have both scores ({listed}), fewer "
+            f"than "
             f"min_problems, {self.check.min_problems}: nothing was compared{stopped}"
         )
 
@@ -228,7 +241,8 @@ class GoldWatch:
         name = self.check.reward
         # The text is the model's: as a literal it cannot steer the terminal.
         return (
-            f"eval.gold: ALARM: {'; '.join(found)}. The policy may be learning what {name} gives marks for instead of "
+            f"eval.overoptimization: ALARM: {'; '.join(found)}. The policy may be learning what {name} gives marks "
+            f"for instead of "
             f"what was meant. They differ most about {worst.problem}: {name} {worst.training:.3f}, gold "
             f"{worst.gold:.3f}: {worst.text!r}. Read turns that {name} marks high in samples/; if they do not earn it, "
             "stop, mend the rubric or the judge, and start again from a checkpoint before the two parted"
@@ -266,12 +280,12 @@ class Comparison:
     def metrics(self) -> dict[str, float]:
         known = {"correlation": self.correlation, "agreement": self.agreement}
         return {
-            "gold/train_mean": self.train_mean,
-            "gold/mean": self.gold_mean,
-            "gold/gap": self.gap,
-            "gold/gap_error": self.gap_error,
-            "gold/scored": float(self.scored),
-        } | {f"gold/{name}": value for name, value in known.items() if value is not None}
+            "overoptimization/train_mean": self.train_mean,
+            "overoptimization/mean": self.gold_mean,
+            "overoptimization/gap": self.gap,
+            "overoptimization/gap_error": self.gap_error,
+            "overoptimization/scored": float(self.scored),
+        } | {f"overoptimization/{name}": value for name, value in known.items() if value is not None}
 
 
 def compare(pairs: Sequence[tuple[float, float]]) -> Comparison:
@@ -309,23 +323,23 @@ def _agreement(pairs: Sequence[tuple[float, float]]) -> float | None:
     return sum(signs) / len(signs) if signs else None
 
 
-def read_back(rows: Sequence[Row]) -> list[Comparison]:
+def read_back(rows: Sequence[Record]) -> list[Comparison]:
     """The comparisons in the rows of a run's ``metrics.jsonl``, in order."""
     return [
         Comparison(
-            train_mean=row["gold/train_mean"],
-            gold_mean=row["gold/mean"],
-            gap_error=row["gold/gap_error"],
-            scored=int(row["gold/scored"]),
-            correlation=row.get("gold/correlation"),
-            agreement=row.get("gold/agreement"),
+            train_mean=row["overoptimization/train_mean"],
+            gold_mean=row["overoptimization/mean"],
+            gap_error=row["overoptimization/gap_error"],
+            scored=int(row["overoptimization/scored"]),
+            correlation=row.get("overoptimization/correlation"),
+            agreement=row.get("overoptimization/agreement"),
         )
         for row in rows
-        if row.get("gold/mean") is not None
+        if row.get("overoptimization/mean") is not None
     ]
 
 
-def alarms(now: Comparison, earlier: Sequence[Comparison], *, check: GoldCheck) -> list[str]:
+def alarms(now: Comparison, earlier: Sequence[Comparison], *, check: OveroptimizationCheck) -> list[str]:
     """Why the two measures have parted, in words; empty where they have not.
 
     There are two reasons, each with a threshold that is the user's, and a second condition: what is seen has to be

@@ -55,7 +55,7 @@ _SPECIAL = (
 )
 
 
-def fenced(text: str, *, name: str = "text", max_chars: int = MAX_CHARS) -> str:
+def delimited(text: str, *, name: str = "text", max_chars: int = MAX_CHARS) -> str:
     """A text between two lines that it cannot contain.
 
     ::
@@ -68,7 +68,7 @@ def fenced(text: str, *, name: str = "text", max_chars: int = MAX_CHARS) -> str:
     is left out. A text without anything to see is said to be empty.
 
     Example:
-        >>> fenced("4").splitlines()[1]
+        >>> delimited("4").splitlines()[1]
         '4'
 
     Args:

@@ -14,8 +14,8 @@ from typing import get_args
 
 from pydantic import BaseModel
 
-from rolltune.endpoints.budget import Ledger
-from rolltune.endpoints.client import BudgetSpent, Endpoint, EndpointDown, Refused, Reply
+from rolltune.endpoints.budget import Budget
+from rolltune.endpoints.client import BudgetExceeded, Endpoint, EndpointDown, Refused, Reply
 from rolltune.rewards.judges.cache import AnswerCache, cache_key
 from rolltune.rewards.judges.judge import Answer, Failure, Question, read_answer, repair, response_format
 from rolltune.types import Message
@@ -52,7 +52,7 @@ class EndpointJudge:
         timeout_seconds: for a whole reply.
         max_attempts: calls for one reply, at most, where calls fail.
         max_calls: cap on the calls, as with :class:`rolltune.endpoints.client.Endpoint`: of this process, or with
-            :meth:`keep_account` of a run.
+            :meth:`share_budget` of a run.
         max_total_tokens: cap on the tokens, prompts included.
         max_dollars: cap on the price.
         dollars_per_million_input: price of prompt tokens.
@@ -162,9 +162,9 @@ class EndpointJudge:
             answer = dataclasses.replace(answer, cached=True)
         return answer
 
-    def keep_account(self, path: Path) -> None:
+    def share_budget(self, path: Path) -> None:
         """Have the caps hold for all that keep their account of this model in the same file."""
-        self.endpoint.keep_account(Ledger(path, f"{self.endpoint.model} {self.endpoint.base_url}"))
+        self.endpoint.share_budget(Budget(path, f"{self.endpoint.model} {self.endpoint.base_url}"))
 
     def metrics(self) -> dict[str, float]:
         """Totals of this process.
@@ -223,9 +223,9 @@ class EndpointJudge:
         """The answer by calls, or why there is none."""
         try:
             return await self._ask_twice(key, question)
-        except BudgetSpent as error:
+        except BudgetExceeded as error:
             name = "max_total_tokens" if error.key == "max_tokens" else error.key  # as it is called here
-            self._stop_reason = f"{self.name}: {BudgetSpent(name, error.limit, error.spent)}"
+            self._stop_reason = f"{self.name}: {BudgetExceeded(name, error.limit, error.spent)}"
             return self._none("judge_budget", self._stop_reason)
         except EndpointDown as error:
             return self._none("judge_down", str(error))
@@ -286,7 +286,7 @@ class EndpointJudge:
             await self._call(_HARMLESS, answer)
         except Refused:
             return True
-        except (EndpointDown, BudgetSpent):
+        except (EndpointDown, BudgetExceeded):
             pass
         return False
 

@@ -36,7 +36,7 @@ class Question:
     """A prompt and the form of its answer.
 
     Attributes:
-        messages: with everything that others wrote in fences (:func:`rolltune.rewards.judges.delimit.fenced`).
+        messages: with everything that others wrote in fences (:func:`rolltune.rewards.judges.delimit.delimited`).
         answer: the schema of a reply. Validators that see ``info.context["whole"]`` true refuse what is incomplete;
             otherwise they may keep the part that can be used.
     """
@@ -84,7 +84,7 @@ class Judge(Protocol):
         """The answer, unscored where there is none. ValueError where no question can ever be answered (a wrong key)."""
         ...
 
-    def keep_account(self, path: Path) -> None:
+    def share_budget(self, path: Path) -> None:
         """Have its caps hold for all that keep their account in this file: a run's processes, and all its starts."""
         ...
 

@@ -1,8 +1,8 @@
 """The policy as its own judge, through its sampler (the self-critique of Kimi K2, arXiv 2507.20534, section 3.2.2).
 
 K2's critic is trained further on verifiable prompts, which keeps it honest; nothing of the kind is done here. A policy
-that is both paid and payer drifts, so hold it to a check that it has no part in (``eval.gold``), or let its weights as
-they were at the start judge (``frozen: true``).
+that is both paid and payer drifts, so compare it with a measure that it has no part in
+(``eval.overoptimization``), or let the weights from the start of the run judge (``frozen: true``).
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class PolicyJudge:
         prompt = render_prompt(Problem(id="judge", messages=tuple(messages)), self._tokenizer)
         return SampleRequest(prompt=prompt, seeds=(derive_seed(self._seed, "judge", *map(str, messages)),))
 
-    def keep_account(self, path: Path) -> None:
+    def share_budget(self, path: Path) -> None:
         """It has no caps."""
 
     def metrics(self) -> dict[str, float]:

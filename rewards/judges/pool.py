@@ -26,7 +26,7 @@ _CANNOT_JUDGE = ("judge_down", "judge_refused")
 _log = logging.getLogger(__name__)
 
 
-class Bench:
+class JudgePool:
     """Judges, the loop that they answer in, and what a run has to know of them.
 
     Args:
@@ -59,7 +59,7 @@ class Bench:
         for judge in self._policy_judges:
             judge.bind(sampler, tokenizer, frozen)
 
-    def try_out(self, question: Question) -> None:
+    def smoke_test(self, question: Question) -> None:
         """Ask the judges that are not the policy once, so that a server that is not there shows before weights are
         loaded.
 
@@ -108,10 +108,10 @@ class Bench:
             if judge.answer_waiting():
                 self._last_begun = time.monotonic()
 
-    def keep_account(self, path: Path) -> None:
+    def share_budget(self, path: Path) -> None:
         """Where the judges keep what the run has spent."""
         for judge in self.panel.judges:
-            judge.keep_account(path)
+            judge.share_budget(path)
 
     @property
     def stop_reason(self) -> str | None:

@@ -16,11 +16,11 @@ from rolltune.config.schema import Component
 from rolltune.rewards.judges.delimit import MAX_CHARS
 from rolltune.rewards.judges.judge import Answer, Question
 from rolltune.rewards.judges.panel import Combine
-from rolltune.rewards.judges.pool import Bench
+from rolltune.rewards.judges.pool import JudgePool
 from rolltune.rewards.rubric.degenerate import DEGENERATE, is_degenerate
 from rolltune.rewards.rubric.questions import Preference, pairwise_question
 from rolltune.rewards.rubric.schema import check_category_weights
-from rolltune.rewards.rubric.templates import own_prompt
+from rolltune.rewards.rubric.templates import load_prompt
 from rolltune.samplers import Sampler
 from rolltune.types import Problem, Score
 
@@ -94,9 +94,9 @@ class PairwiseReward:
             raise ValueError(f"max_chars: {max_chars}; must be >= 100")
         self._weights = check_category_weights(category_weights or {})
         self._min_scored = min_scored
-        self._template = None if template is None else own_prompt(template, "pairwise")
+        self._template = None if template is None else load_prompt(template, "pairwise")
         self._max_chars = max_chars
-        self._bench = Bench(judges, combine=combine, quorum=quorum, wait_seconds=wait_seconds)
+        self._bench = JudgePool(judges, combine=combine, quorum=quorum, wait_seconds=wait_seconds)
         self._groups: dict[str, list[_Turn]] = {}
 
     def check(self, problems: Sequence[Problem]) -> None:
@@ -105,9 +105,9 @@ class PairwiseReward:
             if problem.rubric is None:
                 raise ValueError(f"data: {problem.id} has no rubric, which turns are compared by")
 
-    def try_out(self, problem: Problem) -> None:
+    def smoke_test(self, problem: Problem) -> None:
         """Ask each judge about two poor turns; raises ValueError where one cannot be reached, or refuses."""
-        self._bench.try_out(self._question(problem, "I do not know.", "No idea."))
+        self._bench.smoke_test(self._question(problem, "I do not know.", "No idea."))
 
     def begin(self, problem: Problem, text: str) -> Callable[[], Score]:
         """Start comparing a turn with those of its group that are there; what is returned waits for all the others too.
@@ -181,9 +181,9 @@ class PairwiseReward:
     def bind(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, frozen: Callable[[], Sampler]) -> None:
         self._bench.bind(sampler, tokenizer, frozen)
 
-    def keep_account(self, path: Path) -> None:
+    def share_budget(self, path: Path) -> None:
         """Have the judges' caps hold for all that keep their account in this file."""
-        self._bench.keep_account(path)
+        self._bench.share_budget(path)
 
     @property
     def stop_reason(self) -> str | None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from rolltune.rewards.judges.delimit import MAX_CHARS, fenced
+from rolltune.rewards.judges.delimit import MAX_CHARS, delimited
 from rolltune.rewards.judges.judge import Answer, Question
 from rolltune.rewards.rubric.schema import CATEGORY_WEIGHTS, Category, Criterion
 from rolltune.rewards.rubric.templates import JudgePrompt, Kind, packaged_prompt
@@ -129,13 +129,13 @@ def explicit_questions(
     numbered = [f"{number}. {_item(criterion)}" for number, criterion in enumerate(criteria, start=1)]
     if not one_call:
         answer = verdict_schema(levels)
-        asked = [_fenced_list([_item(criterion)], "criterion", max_chars) for criterion in criteria]
+        asked = [_delimited_list([_item(criterion)], "criterion", max_chars) for criterion in criteria]
         return [
             Question(messages=prompt.messages(**values, criteria=shown, count="1"), answer=answer) for shown in asked
         ]
     if shuffle:
         _by(problem, text).shuffle(numbered)
-    shown = _fenced_list(numbered, "criteria", max_chars)
+    shown = _delimited_list(numbered, "criteria", max_chars)
     messages = prompt.messages(**values, criteria=shown, count=str(len(criteria)))
     return [Question(messages=messages, answer=verdicts_schema(len(criteria), levels))]
 
@@ -163,7 +163,7 @@ def implicit_question(
         _by(problem, text).shuffle(items)
     numbered = [f"{number}. {item}" for number, item in enumerate(items, start=1)]
     values = _shown(problem, text, with_reference, max_chars)
-    shown = _fenced_list(numbered, "criteria", max_chars)
+    shown = _delimited_list(numbered, "criteria", max_chars)
     return Question(messages=prompt.messages(**values, criteria=shown, count=str(len(criteria))), answer=Rating)
 
 
@@ -208,10 +208,10 @@ def pairwise_question(
     values = _shown(problem, "", False, max_chars)
     shown = prompt.messages(
         problem=values["problem"],
-        criteria=_fenced_list(items, "criteria", max_chars),
+        criteria=_delimited_list(items, "criteria", max_chars),
         count=str(len(criteria)),
-        first=fenced(first, name="first response", max_chars=max_chars),
-        second=fenced(second, name="second response", max_chars=max_chars),
+        first=delimited(first, name="first response", max_chars=max_chars),
+        second=delimited(second, name="second response", max_chars=max_chars),
     )
     return Question(messages=shown, answer=Preference)
 
@@ -239,15 +239,15 @@ def _prompt(template: JudgePrompt | None, kind: Kind, with_reference: bool) -> J
 def _shown(problem: Problem, text: str, with_reference: bool, max_chars: int) -> dict[str, str]:
     messages = problem.messages
     if len(messages) == 1 and messages[0]["role"] == "user":
-        asked = [fenced(messages[0]["content"], name="question", max_chars=max_chars)]
+        asked = [delimited(messages[0]["content"], name="question", max_chars=max_chars)]
     else:
         asked = [
-            fenced(message["content"], name=f"turn {number} ({message['role']})", max_chars=max_chars)
+            delimited(message["content"], name=f"turn {number} ({message['role']})", max_chars=max_chars)
             for number, message in enumerate(messages, start=1)
         ]
     return {
         "problem": "\n\n".join(asked),
-        "response": fenced(text, name="response", max_chars=max_chars),
+        "response": delimited(text, name="response", max_chars=max_chars),
         "reference": _reference(problem, max_chars) if with_reference else "",
     }
 
@@ -256,7 +256,7 @@ def _reference(problem: Problem, max_chars: int) -> str:
     known = [part for part in (problem.solution, problem.answer) if part]
     if not known:
         raise ValueError(f"with_reference: true; {problem.id} has neither answer nor solution to show")
-    shown = fenced("\n\n".join(known), name="reference", max_chars=max_chars)
+    shown = delimited("\n\n".join(known), name="reference", max_chars=max_chars)
     return f"\nA reference answer, for what is right; it is not the only way to say it:\n\n{shown}\n"
 
 
@@ -265,10 +265,10 @@ def _item(criterion: Criterion) -> str:
     return " ".join(f"{criterion.title}: {criterion.description}".split())
 
 
-def _fenced_list(items: Sequence[str], name: str, max_chars: int) -> str:
+def _delimited_list(items: Sequence[str], name: str, max_chars: int) -> str:
     # A rubric is never cut: each criterion is graded by its number.
     text = "\n".join(items)
-    return fenced(text, name=name, max_chars=max(max_chars, len(text)))
+    return delimited(text, name=name, max_chars=max(max_chars, len(text)))
 
 
 def _grades(levels: int) -> str:

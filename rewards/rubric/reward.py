@@ -16,7 +16,7 @@ from rolltune.rewards.combine import JudgedReward
 from rolltune.rewards.judges.delimit import MAX_CHARS
 from rolltune.rewards.judges.judge import Answer, Question
 from rolltune.rewards.judges.panel import Combine
-from rolltune.rewards.judges.pool import Bench
+from rolltune.rewards.judges.pool import JudgePool
 from rolltune.rewards.rubric.degenerate import DEGENERATE, is_degenerate
 from rolltune.rewards.rubric.questions import (
     Rating,
@@ -28,7 +28,7 @@ from rolltune.rewards.rubric.questions import (
 )
 from rolltune.rewards.rubric.schema import Criterion, check_category_weights, slugs
 from rolltune.rewards.rubric.scoring import explicit_score, gate, rating_score
-from rolltune.rewards.rubric.templates import Kind, own_prompt
+from rolltune.rewards.rubric.templates import Kind, load_prompt
 from rolltune.rewards.tags import parse_tags
 from rolltune.samplers import Sampler
 from rolltune.types import Problem, Score
@@ -138,10 +138,10 @@ class RubricReward:
         self._judged = judged
         self._gate = None if gate is None else _gate(gate)
         kind: Kind = "explicit_one" if aggregation == "explicit" and not one_call else aggregation
-        self._template = None if template is None else own_prompt(template, kind)
+        self._template = None if template is None else load_prompt(template, kind)
         self._criterion_curves = criterion_curves
         self._max_chars = max_chars
-        self._bench = Bench(judges, combine=combine, quorum=quorum, wait_seconds=wait_seconds)
+        self._bench = JudgePool(judges, combine=combine, quorum=quorum, wait_seconds=wait_seconds)
 
     def check(self, problems: Sequence[Problem]) -> None:
         """See that every problem has what it is judged by.
@@ -155,13 +155,13 @@ class RubricReward:
             if self._with_reference and not (problem.answer or problem.solution):
                 raise ValueError(f"data: {problem.id} has no answer that a judge could be shown as the reference")
 
-    def try_out(self, problem: Problem) -> None:
+    def smoke_test(self, problem: Problem) -> None:
         """Ask each judge about a poor turn.
 
         Raises:
             ValueError: one cannot be reached, or refuses.
         """
-        self._bench.try_out(self._questions(problem, _TRIAL, self._criteria(problem))[0])
+        self._bench.smoke_test(self._questions(problem, _TRIAL, self._criteria(problem))[0])
 
     def __call__(self, problem: Problem, text: str) -> Score:
         """Judge one turn, and wait for it."""
@@ -209,7 +209,7 @@ class RubricReward:
         parts: dict[str, float | None] = {"scored_share": score.scored_share}
         parts |= {f"category/{name}": value for name, value in score.by_category.items()}
         if self._criterion_curves:
-            parts |= {f"criterion/{name}": merit for name, merit in zip(names, score.merits, strict=True)}
+            parts |= {f"criterion/{name}": credit for name, credit in zip(names, score.credits, strict=True)}
         judges = [of_judge[0].judge for of_judge in answers]
         notes = {
             name: _note(grades[i], [(judge, *of_judge[i]) for judge, of_judge in zip(judges, read, strict=True)])
@@ -237,9 +237,9 @@ class RubricReward:
     def bind(self, sampler: Sampler, tokenizer: Any, frozen: Callable[[], Sampler]) -> None:
         self._bench.bind(sampler, tokenizer, frozen)
 
-    def keep_account(self, path: Path) -> None:
+    def share_budget(self, path: Path) -> None:
         """Have the judges' caps hold for all that keep their account in this file."""
-        self._bench.keep_account(path)
+        self._bench.share_budget(path)
 
     @property
     def stop_reason(self) -> str | None:

@@ -18,15 +18,15 @@ class RubricScore:
     Attributes:
         total: in [0, 1]; None where too little of the rubric was scored.
         scored_share: share of the rubric's weight that was scored, in [0, 1].
-        merits: for each criterion what it earns, in [0, 1]: the grade where satisfying it is good, else 1 - grade; None
-            where it is unscored.
-        by_category: the weighted mean of the merits of each category that the rubric has; None where none of them is
+        credits: for each criterion what it earns, in [0, 1]: the grade where satisfying it is good, else 1 - grade;
+            None where it is unscored.
+        by_category: the weighted mean of the credits of each category that the rubric has; None where none of them is
             scored.
     """
 
     total: float | None
     scored_share: float
-    merits: tuple[float | None, ...]
+    credits: tuple[float | None, ...]
     by_category: Mapping[Category, float | None]
 
 
@@ -39,7 +39,7 @@ def explicit_score(
 ) -> RubricScore:
     """The weighted mean of what the criteria earn, over those that are scored.
 
-    With magnitudes m_j > 0 and merits c_j this is sum_j m_j c_j / sum_j m_j, the explicit aggregation of Rubrics as
+    With magnitudes m_j > 0 and credits c_j this is sum_j m_j c_j / sum_j m_j, the explicit aggregation of Rubrics as
     Rewards (arXiv 2507.17746v2, section 4). The paper has good criteria alone, phrased so that a pitfall is satisfied
     when it is avoided. With signed weights w_j and grades g_j it is (sum_j w_j g_j - N) / sum_j |w_j|, N the sum of the
     negative weights: it lies in [0, 1] whatever the signs, where sum_j w_j g_j / sum_j w_j would not.
@@ -67,19 +67,19 @@ def explicit_score(
     assert 0 <= min_scored <= 1, min_scored
     assert all(grade is None or 0 <= grade <= 1 for grade in grades), grades
     weights = [criterion.magnitude(category_weights) for criterion in criteria]
-    merits = tuple(
+    credits = tuple(
         grade if grade is None or criterion.is_good else 1 - grade
         for criterion, grade in zip(criteria, grades, strict=True)
     )
-    scored = math.fsum(weight for weight, merit in zip(weights, merits, strict=True) if merit is not None)
+    scored = math.fsum(weight for weight, credit in zip(weights, credits, strict=True) if credit is not None)
     share = scored / math.fsum(weights)
-    earned = list(zip(weights, merits, [criterion.category for criterion in criteria], strict=True))
+    earned = list(zip(weights, credits, [criterion.category for criterion in criteria], strict=True))
     return RubricScore(
-        total=_mean((weight, merit) for weight, merit, _ in earned) if share >= min_scored - _ROUNDING else None,
+        total=_mean((weight, credit) for weight, credit, _ in earned) if share >= min_scored - _ROUNDING else None,
         scored_share=share,
-        merits=merits,
+        credits=credits,
         by_category={
-            name: _mean((weight, merit) for weight, merit, category in earned if category == name)
+            name: _mean((weight, credit) for weight, credit, category in earned if category == name)
             for name in CATEGORIES
             if any(category == name for *_, category in earned)
         },
@@ -88,11 +88,11 @@ def explicit_score(
 
 def _mean(earned: Iterable[tuple[float, float | None]]) -> float | None:
     """Weighted, over the scored ones; None where there is none."""
-    scored = [(weight, merit) for weight, merit in earned if merit is not None]
+    scored = [(weight, credit) for weight, credit in earned if credit is not None]
     if not scored:
         return None
     # fsum rounds once, so the order of the criteria does not matter to the last bit.
-    return math.fsum(weight * merit for weight, merit in scored) / math.fsum(weight for weight, _ in scored)
+    return math.fsum(weight * credit for weight, credit in scored) / math.fsum(weight for weight, _ in scored)
 
 
 def rating_score(rating: float, low: float = 1, high: float = 10) -> float:

@@ -67,7 +67,7 @@ def packaged_prompt(kind: Kind) -> JudgePrompt:
     return _parsed(kind, path.read_text(encoding="utf-8"), str(path))
 
 
-def own_prompt(path: str, kind: Kind) -> JudgePrompt:
+def load_prompt(path: str, kind: Kind) -> JudgePrompt:
     """A prompt from a file of one's own.
 
     Args:

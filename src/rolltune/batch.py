@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from rolltune.types import Group, LossTotals, MicroBatch, Prompt, Support
+from rolltune.types import Group, LossTotals, Microbatch, Prompt, Support
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,16 +61,16 @@ def without_zero_advantages(groups: Sequence[TrainGroup]) -> list[TrainGroup]:
 
 
 @dataclass
-class _Row:
+class _Builder:
     """A row under construction, as Python lists."""
 
     input_ids: list[int] = field(default_factory=list)
     position_ids: list[int] = field(default_factory=list)
-    segment_ids: list[int] = field(default_factory=list)
-    completion_ids: list[int] = field(default_factory=list)
-    predictors: list[int] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
-    sequence_ids: list[int] = field(default_factory=list)
+    segment_index: list[int] = field(default_factory=list)
+    sequence_index: list[int] = field(default_factory=list)
+    predictor_index: list[int] = field(default_factory=list)
+    target_ids: list[int] = field(default_factory=list)
+    target_sequence_index: list[int] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
     sampler_logprobs: list[float] = field(default_factory=list)
     supports: list[tuple[int, ...]] = field(default_factory=list)
@@ -80,8 +80,8 @@ class _Row:
     def _append(self, token_ids: Sequence[int], start: int, completion: int) -> None:
         self.input_ids += token_ids
         self.position_ids += range(start, start + len(token_ids))
-        self.segment_ids += [self.num_segments - 1] * len(token_ids)
-        self.completion_ids += [completion] * len(token_ids)
+        self.segment_index += [self.num_segments - 1] * len(token_ids)
+        self.sequence_index += [completion] * len(token_ids)
 
     def add_prompt(self, prompt: Prompt) -> int:
         """Returns the index of the prompt's last token, which predicts the first token of every completion."""
@@ -93,24 +93,24 @@ class _Row:
         start, length = len(self.input_ids), len(sequence.token_ids)
         # Nothing is predicted from the last token, so it need not stand in the row.
         self._append(sequence.token_ids[:-1], len(prompt.token_ids), self.num_sequences)
-        self.predictors += [prompt_end, *range(start, start + length - 1)]
-        self.targets += sequence.token_ids
-        self.sequence_ids += [self.num_sequences] * length
+        self.predictor_index += [prompt_end, *range(start, start + length - 1)]
+        self.target_ids += sequence.token_ids
+        self.target_sequence_index += [self.num_sequences] * length
         self.advantages += [sequence.advantage] * length
         self.sampler_logprobs += sequence.logprobs
         self.supports += sequence.support or [()] * length
         self.num_sequences += 1
 
-    def tensors(self, device: torch.device | str) -> MicroBatch:
+    def tensors(self, device: torch.device | str) -> Microbatch:
         as_float = {"advantages", "sampler_logprobs"}
-        return MicroBatch(
+        return Microbatch(
             num_sequences=self.num_sequences,
             support=_support(self.supports, device) if any(self.supports) else None,
             **{
                 f.name: torch.tensor(
                     getattr(self, f.name), dtype=torch.float32 if f.name in as_float else torch.int64, device=device
                 )
-                for f in fields(MicroBatch)
+                for f in fields(Microbatch)
                 if f.name not in ("num_sequences", "support")
             },
         )
@@ -125,20 +125,20 @@ def _support(supports: Sequence[tuple[int, ...]], device: torch.device | str) ->
     )
 
 
-def pack(groups: Sequence[TrainGroup], *, max_tokens: int, device: torch.device | str = "cpu") -> list[MicroBatch]:
+def pack(groups: Sequence[TrainGroup], *, max_tokens: int, device: torch.device | str = "cpu") -> list[Microbatch]:
     """Fill rows of at most ``max_tokens`` tokens with groups, in order.
 
     A group that does not fit goes on in the next row behind its prompt, repeated. A completion is never cut:
     one that is longer than ``max_tokens`` with its prompt gets a row of its own. A row has a support where one of its
     completions has; the tokens of the others have the full vocabulary there.
     """
-    rows = [_Row()]
+    rows = [_Builder()]
     for group in groups:
         prompt_end = -1  # the prompt is not in the current row yet
         for sequence in group.sequences:
             new = len(sequence.token_ids) - 1 + (len(group.prompt.token_ids) if prompt_end < 0 else 0)
             if rows[-1].input_ids and len(rows[-1].input_ids) + new > max_tokens:
-                rows.append(_Row())
+                rows.append(_Builder())
                 prompt_end = -1
             if prompt_end < 0:
                 prompt_end = rows[-1].add_prompt(group.prompt)

@@ -278,7 +278,7 @@ def _is_valid(schema: type, arguments: Sequence[str], *, title: str, world_size:
         parsed = config.parse_args(arguments)
         checks.validate(schema, parsed.config or "", parsed.overrides, world_size=world_size)
     except config.ConfigError as error:
-        print(config.report(error, title), file=sys.stderr)
+        print(config.format_mistakes(error, title), file=sys.stderr)
         return False
     return True
 

@@ -6,7 +6,7 @@ part them, and the gradient is then an average over the wrong distribution. Here
 
     rho_t = pi_old(o_t) / mu(o_t) = exp(old_logprob_t - sampler_logprob_t)
 
-Each correction is called with ``(old_logprobs, sampler_logprobs, sequence_ids, num_sequences)`` and gives the weights
+Each correction is called with ``(old_logprobs, sampler_logprobs, sequence_index, num_sequences)`` and gives the weights
 of the N tokens: float32, without a gradient, 1 where the two policies agree. The losses multiply the policy term of a
 token by its weight, besides the ratio pi / pi_old, and leave the KL term as it is. A completion of weight 0 teaches
 nothing and still counts in the denominators.
@@ -49,14 +49,14 @@ class Correction(Protocol):
     """Weights of tokens from the log-probs of two policies."""
 
     def __call__(
-        self, old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_ids: Tensor, num_sequences: int, /
+        self, old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_index: Tensor, num_sequences: int, /
     ) -> Tensor:
         """float32 [N], without a gradient.
 
         Args:
             old_logprobs: [N], the trainer's at the weights that were sampled with.
             sampler_logprobs: [N], the sampler's.
-            sequence_ids: int64 [N], 0 .. num_sequences - 1.
+            sequence_index: int64 [N], 0 .. num_sequences - 1.
             num_sequences: completions that the tokens are of, each one whole.
         """
         ...
@@ -98,7 +98,7 @@ class TokenTIS:
         _check_max_ratio(self.max_ratio)
 
     def __call__(
-        self, old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_ids: Tensor, num_sequences: int
+        self, old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_index: Tensor, num_sequences: int
     ) -> Tensor:
         return bounded(log_ratios(old_logprobs, sampler_logprobs)).exp().clamp(max=self.max_ratio)
 
@@ -125,7 +125,7 @@ class TokenMask:
         _check_range(self.low, self.high)
 
     def __call__(
-        self, old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_ids: Tensor, num_sequences: int
+        self, old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_index: Tensor, num_sequences: int
     ) -> Tensor:
         ratios = bounded(log_ratios(old_logprobs, sampler_logprobs)).exp()
         return ratios * ((ratios >= self.low) & (ratios <= self.high))
@@ -151,10 +151,10 @@ class SequenceTIS:
         _check_max_ratio(self.max_ratio)
 
     def __call__(
-        self, old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_ids: Tensor, num_sequences: int
+        self, old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_index: Tensor, num_sequences: int
     ) -> Tensor:
-        ratios = sequence_ratios(old_logprobs, sampler_logprobs, sequence_ids, num_sequences)
-        return ratios.clamp(max=self.max_ratio)[sequence_ids]
+        ratios = sequence_ratios(old_logprobs, sampler_logprobs, sequence_index, num_sequences)
+        return ratios.clamp(max=self.max_ratio)[sequence_index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,10 +177,10 @@ class SequenceMIS:
         _check_max_ratio(self.max_ratio)
 
     def __call__(
-        self, old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_ids: Tensor, num_sequences: int
+        self, old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_index: Tensor, num_sequences: int
     ) -> Tensor:
-        ratios = sequence_ratios(old_logprobs, sampler_logprobs, sequence_ids, num_sequences)
-        return (ratios * (ratios <= self.max_ratio))[sequence_ids]
+        ratios = sequence_ratios(old_logprobs, sampler_logprobs, sequence_index, num_sequences)
+        return (ratios * (ratios <= self.max_ratio))[sequence_index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,11 +206,11 @@ class GeometricRejection:
         _check_range(self.low, self.high)
 
     def __call__(
-        self, old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_ids: Tensor, num_sequences: int
+        self, old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_index: Tensor, num_sequences: int
     ) -> Tensor:
         log_ratio = bounded(log_ratios(old_logprobs, sampler_logprobs))
-        means = sequence_means(log_ratio, sequence_ids, num_sequences).exp()
-        return ((means >= self.low) & (means <= self.high)).float()[sequence_ids]
+        means = sequence_means(log_ratio, sequence_index, num_sequences).exp()
+        return ((means >= self.low) & (means <= self.high)).float()[sequence_index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,11 +234,11 @@ class K3Rejection:
             raise ValueError(f"max_k3: {self.max_k3}, must be > 0")
 
     def __call__(
-        self, old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_ids: Tensor, num_sequences: int
+        self, old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_index: Tensor, num_sequences: int
     ) -> Tensor:
         log_ratio = bounded(log_ratios(old_logprobs, sampler_logprobs))
-        means = sequence_means(torch.expm1(log_ratio) - log_ratio, sequence_ids, num_sequences)
-        return (means <= self.max_k3).float()[sequence_ids]
+        means = sequence_means(torch.expm1(log_ratio) - log_ratio, sequence_index, num_sequences)
+        return (means <= self.max_k3).float()[sequence_index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,16 +285,18 @@ class Bypass:
         return None if self.rejection is None else component_or_object(self.rejection)
 
     def __call__(
-        self, old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_ids: Tensor, num_sequences: int
+        self, old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_index: Tensor, num_sequences: int
     ) -> Tensor:
         if self._rejection is None:
             return torch.ones_like(sampler_logprobs, dtype=torch.float32)
-        return self._rejection(old_logprobs, sampler_logprobs, sequence_ids, num_sequences)
+        return self._rejection(old_logprobs, sampler_logprobs, sequence_index, num_sequences)
 
 
-def sequence_ratios(old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
+def sequence_ratios(
+    old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_index: Tensor, num_sequences: int
+) -> Tensor:
     """prod_t rho_t of each completion, float32 [num_sequences]; the sum of its log-ratios kept in [-20, 20]."""
-    return bounded(sequence_sums(log_ratios(old_logprobs, sampler_logprobs), sequence_ids, num_sequences)).exp()
+    return bounded(sequence_sums(log_ratios(old_logprobs, sampler_logprobs), sequence_index, num_sequences)).exp()
 
 
 def _check_max_ratio(max_ratio: float) -> None:

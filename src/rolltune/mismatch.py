@@ -31,7 +31,7 @@ from torch import Tensor
 from rolltune.corrections import MAX_LOG_RATIO, log_ratios
 from rolltune.distributed import World
 from rolltune.losses.terms import sequence_sums
-from rolltune.types import MicroBatch
+from rolltune.types import Microbatch
 
 QUARTERS = 4
 EDGES = (0.01, 0.1, 0.5, 0.9)  # of the sampler's probability, between its buckets
@@ -86,7 +86,7 @@ class MismatchMeter:
         self._sums = [0.0] * (5 + 2 * QUARTERS + 2 * len(BUCKETS))
         self._largest = 0.0
 
-    def add(self, old_logprobs: Tensor, row: MicroBatch) -> None:
+    def add(self, old_logprobs: Tensor, row: Microbatch) -> None:
         """Count a micro-batch.
 
         Args:
@@ -142,13 +142,13 @@ class MismatchMeter:
         )
 
 
-def completion_quarters(row: MicroBatch) -> Tensor:
+def completion_quarters(row: Microbatch) -> Tensor:
     """Which quarter of its completion each trained token is in, int64 [N], 0 .. 3: ``4 t // T`` of token t of T."""
-    positions = row.position_ids[row.predictors]  # of what predicts a token: its own, less one
+    positions = row.position_ids[row.predictor_index]  # of what predicts a token: its own, less one
     first = positions.new_full((row.num_sequences,), torch.iinfo(positions.dtype).max)
-    first = first.scatter_reduce(0, row.sequence_ids, positions, "amin")
-    lengths = torch.bincount(row.sequence_ids, minlength=row.num_sequences)
-    return QUARTERS * (positions - first[row.sequence_ids]) // lengths[row.sequence_ids]
+    first = first.scatter_reduce(0, row.target_sequence_index, positions, "amin")
+    lengths = torch.bincount(row.target_sequence_index, minlength=row.num_sequences)
+    return QUARTERS * (positions - first[row.target_sequence_index]) // lengths[row.target_sequence_index]
 
 
 @dataclass(frozen=True, kw_only=True)

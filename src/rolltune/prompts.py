@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from rolltune.config.schema import ExampleTurn
+from rolltune.config.schema import FewShotExample
 from rolltune.types import Message, Problem, Prompt
 
 
@@ -15,7 +15,7 @@ def render_prompt(
     tokenizer: PreTrainedTokenizerBase,
     *,
     system: str | None = None,
-    few_shot: Sequence[ExampleTurn] = (),
+    few_shot: Sequence[FewShotExample] = (),
     prefill: str = "",
 ) -> Prompt:
     """The tokens in front of the assistant's turn, and the prefill that already belongs to it.
@@ -37,7 +37,7 @@ def render_prompt(
     return Prompt(token_ids=tuple(token_ids), prefill=prefill)
 
 
-def worked_turn(problem: Problem, answer_format: str) -> str:
+def worked_response(problem: Problem, answer_format: str) -> str:
     """The assistant's turn that is entirely right: the format filled with the problem's solution and answer."""
     if problem.answer is None:
         raise ValueError(f"{problem.id}: has no gold answer")

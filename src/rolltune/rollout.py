@@ -86,18 +86,18 @@ class Rollout:
         sampled: every group, those left out by dynamic sampling included.
         kept: the groups to train on, by their number among all ranks' kept groups.
         num_kept: kept groups over all ranks.
-        cursor: where the problem stream stands afterwards.
+        data_position: where the problem stream stands afterwards.
     """
 
     sampled: list[Group]
     kept: dict[int, Group]
     num_kept: int
-    cursor: int
+    data_position: int
 
 
 def collect(
     stream: ProblemStream,
-    cursor: int,
+    data_position: int,
     world: World,
     sample: Callable[[Sequence[Problem]], list[Group]],
     *,
@@ -111,7 +111,7 @@ def collect(
 
     Args:
         stream: training problems.
-        cursor: problems taken so far.
+        data_position: problems taken so far.
         world: which part of each draw this rank samples.
         sample: problems to groups.
         num_groups: over all ranks.
@@ -121,8 +121,8 @@ def collect(
     kept: dict[int, Group] = {}
     num_kept = 0
     for _ in range(max(1, dynamic_rounds)):
-        groups = sample(world.shard(stream.take(cursor, num_groups)))
-        cursor += num_groups
+        groups = sample(world.shard(stream.take(data_position, num_groups)))
+        data_position += num_groups
         sampled += groups
         flags = [not dynamic_rounds or has_signal(group) for group in groups]
         by_number = sorted(world.gather([(i * world.size + world.rank, flag) for i, flag in enumerate(flags)]))
@@ -133,7 +133,7 @@ def collect(
                 num_kept += 1
         if num_kept == num_groups:
             break
-    return Rollout(sampled=sampled, kept=kept, num_kept=num_kept, cursor=cursor)
+    return Rollout(sampled=sampled, kept=kept, num_kept=num_kept, data_position=data_position)
 
 
 def check_versions(written: Iterable[Completion], version: int, world: World) -> None:

@@ -1,7 +1,7 @@
 """The values that cross module borders, from a problem to a gradient.
 
 Light on purpose: rewards and data sets import this module and nothing heavier. Up to :class:`Group` everything
-is plain Python; tensors begin at :class:`MicroBatch` (the name ``torch`` below is needed by type checkers alone).
+is plain Python; tensors begin at :class:`Microbatch` (the name ``torch`` below is needed by type checkers alone).
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class Support:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MicroBatch:
+class Microbatch:
     """One packed row: prompts, each followed by its completions, and the N tokens that are trained on.
 
     A prompt stands once in a row however many completions follow it. Token i may attend to token j <= i of the same
@@ -203,11 +203,11 @@ class MicroBatch:
     Attributes:
         input_ids: int64 [T].
         position_ids: int64 [T]; every completion goes on from the end of its prompt.
-        segment_ids: int64 [T]; one number a prompt and its completions.
-        completion_ids: int64 [T]; -1 on prompt tokens, else the completion's number within the row.
-        predictors: int64 [N]; index into T of the hidden state that predicts the trained token.
-        targets: int64 [N]; the trained token.
-        sequence_ids: int64 [N]; the completion's number within the row, 0 .. num_sequences - 1.
+        segment_index: int64 [T]; one number a prompt and its completions.
+        sequence_index: int64 [T]; -1 on prompt tokens, else the completion's number within the row.
+        predictor_index: int64 [N]; index into T of the hidden state that predicts the trained token.
+        target_ids: int64 [N]; the trained token.
+        target_sequence_index: int64 [N]; the completion's number within the row, 0 .. num_sequences - 1.
         advantages: float32 [N]; one value a completion, repeated on its tokens.
         sampler_logprobs: float32 [N].
         num_sequences: completions in this row.
@@ -216,11 +216,11 @@ class MicroBatch:
 
     input_ids: Tensor
     position_ids: Tensor
-    segment_ids: Tensor
-    completion_ids: Tensor
-    predictors: Tensor
-    targets: Tensor
-    sequence_ids: Tensor
+    segment_index: Tensor
+    sequence_index: Tensor
+    predictor_index: Tensor
+    target_ids: Tensor
+    target_sequence_index: Tensor
     advantages: Tensor
     sampler_logprobs: Tensor
     num_sequences: int
@@ -248,19 +248,19 @@ class TrainBatch:
     the loss has no KL term (their gradient is 0), never out of the denominators.
     """
 
-    microbatches: Sequence[MicroBatch]
+    microbatches: Sequence[Microbatch]
     totals: LossTotals
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossInputs:
-    """Per-token tensors of one micro-batch, all float32 [N] but ``sequence_ids``.
+    """Per-token tensors of one micro-batch, all float32 [N] but ``sequence_index``.
 
     Attributes:
         logprobs: of the policy under training; carries the gradient.
         old_logprobs: of the policy that the ratio is taken to (no gradient).
         advantages: one value a completion, repeated on its tokens.
-        sequence_ids: int64 [N], 0 .. num_sequences - 1.
+        sequence_index: int64 [N], 0 .. num_sequences - 1.
         num_sequences: completions in the micro-batch.
         reference_logprobs: of the frozen reference; None where the loss has no KL term.
         importance_weights: stop-gradient weights for sampler/trainer mismatch; None means 1.
@@ -269,7 +269,7 @@ class LossInputs:
     logprobs: Tensor
     old_logprobs: Tensor
     advantages: Tensor
-    sequence_ids: Tensor
+    sequence_index: Tensor
     num_sequences: int
     reference_logprobs: Tensor | None = None
     importance_weights: Tensor | None = None

@@ -14,7 +14,7 @@ from rolltune.distributed import World
 from rolltune.loss_scale import LossScale
 from rolltune.mismatch import MismatchLimit, MismatchMeter
 from rolltune.model.policy import Policy
-from rolltune.types import Loss, LossInputs, LossTotals, MicroBatch
+from rolltune.types import Loss, LossInputs, LossTotals, Microbatch
 
 
 class MasterWeights:
@@ -122,7 +122,7 @@ class Optimization:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class PreparedMicrobatch:
     """A micro-batch with the log-probs that stay fixed while it is trained on.
 
     Attributes:
@@ -132,28 +132,28 @@ class Row:
         reference_logprobs: float32 [N]; None where the loss has no KL term.
     """
 
-    microbatch: MicroBatch
+    microbatch: Microbatch
     old_logprobs: Tensor | None
     reference_logprobs: Tensor | None
 
 
-def prepare_rows(
-    policy: Policy, microbatches: Iterable[MicroBatch], *, temperature: float, with_old: bool, with_reference: bool
-) -> list[Row]:
-    rows = []
+def prepare_microbatches(
+    policy: Policy, microbatches: Iterable[Microbatch], *, temperature: float, with_old: bool, with_reference: bool
+) -> list[PreparedMicrobatch]:
+    prepared = []
     for microbatch in microbatches:
         old = None
         if with_old:
             with torch.no_grad():
                 old = policy.logprobs(microbatch, temperature=temperature)[0]
         reference = policy.reference_logprobs(microbatch, temperature=temperature) if with_reference else None
-        rows.append(Row(microbatch=microbatch, old_logprobs=old, reference_logprobs=reference))
-    return rows
+        prepared.append(PreparedMicrobatch(microbatch=microbatch, old_logprobs=old, reference_logprobs=reference))
+    return prepared
 
 
 def update_policy(
     policy: Policy,
-    rows: Sequence[Row],
+    microbatches: Sequence[PreparedMicrobatch],
     loss_fn: Loss,
     totals: LossTotals,
     optimization: Optimization,
@@ -162,26 +162,27 @@ def update_policy(
     temperature: float,
     correction: Correction | None = None,
     limit: MismatchLimit | None = None,
-    on_row: Callable[[int, int], None] | None = None,
+    on_microbatch: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """One optimizer step on ``rows``.
+    """One optimizer step on ``microbatches``.
 
     Args:
         policy: its ``version`` goes up by one, unless the step is skipped.
-        rows: this rank's; may be empty where other ranks have some.
-        loss_fn: called once a row.
+        microbatches: this rank's; may be empty where other ranks have some.
+        loss_fn: called once a microbatch.
         totals: global denominators, the same on every rank.
         optimization: optimizer, schedule, clip norm and loss scale.
         world: gradients and metrics are summed over it.
         temperature: the one that was sampled with.
         correction: of sampler/trainer mismatch; None: the weights are 1.
         limit: on the mismatch, looked at before the step; None: it is measured alone.
-        on_row: called with (rows done, rows in all).
+        on_microbatch: called with (microbatches done, microbatches in all).
 
     Returns:
-        Metrics, means over the tokens of all ranks' rows but for the loss; the same on every rank. Empty, and no step
-        is taken, where no rank has a row. "mismatch/..." are those of :mod:`rolltune.mismatch`. With a correction there
-        are "correction/weight", the mean weight, and "correction/zeroed", the share of tokens of weight 0.
+        Metrics averaged over the tokens of all ranks' microbatches (the loss is already normalised); identical on every
+        rank. Empty, and no step is taken, if no rank has a microbatch. "mismatch/..." are those of
+        :mod:`rolltune.mismatch`. With a correction, "correction/weight" is the mean weight and "correction/zeroed" the
+        share of tokens with weight 0.
 
     Raises:
         MismatchError: ``limit`` is exceeded; the weights were left as they were.
@@ -189,10 +190,10 @@ def update_policy(
     sums: dict[str, float] = dict.fromkeys(_METRICS, 0.0)
     extremes = [-math.inf, -math.inf]  # max of ratio, of -ratio
     meter = MismatchMeter()
-    for done, row in enumerate(rows):
-        logprobs, entropy = policy.logprobs(row.microbatch, temperature=temperature)
-        meter.add(logprobs if row.old_logprobs is None else row.old_logprobs, row.microbatch)
-        inputs = loss_inputs(logprobs, row, correction)
+    for done, microbatch in enumerate(microbatches):
+        logprobs, entropy = policy.logprobs(microbatch.microbatch, temperature=temperature)
+        meter.add(logprobs if microbatch.old_logprobs is None else microbatch.old_logprobs, microbatch.microbatch)
+        inputs = loss_inputs(logprobs, microbatch, correction)
         loss, metrics = loss_fn(inputs, totals)
         optimization.backward(loss)
         ratio = torch.exp(logprobs.detach() - inputs.old_logprobs)
@@ -210,9 +211,11 @@ def update_policy(
             sums[name] = sums.get(name, 0.0) + float(value)
         seen = (ratio.max().item(), -ratio.min().item())
         extremes = [max(a, b) for a, b in zip(extremes, seen, strict=True)]
-        if on_row:
-            on_row(done + 1, len(rows))
-    names = world.gather(sums) if world.size > 1 else list(sums)  # a rank without rows lacks the loss's own metrics
+        if on_microbatch:
+            on_microbatch(done + 1, len(microbatches))
+    names = (
+        world.gather(sums) if world.size > 1 else list(sums)
+    )  # a rank without microbatches lacks the loss's own metrics
     names = sorted(set(names))
     reduced = dict(zip(names, world.sum([sums.get(name, 0.0) for name in names]), strict=True))
     extremes = world.max(extremes)
@@ -225,7 +228,8 @@ def update_policy(
     step_metrics = optimization.step(world)
     if not step_metrics.get("skipped_step"):
         policy.version += 1
-    # The loss is divided by the step's totals already. The rest are means over the tokens in the rows, which are fewer
+    # The loss is divided by the step's totals already. The rest are means over the tokens in the microbatches, which
+    # are fewer
     # than the totals where completions without an advantage were left out.
     means = {name: value / tokens for name, value in reduced.items() if name != "loss"}
     return (
@@ -240,25 +244,25 @@ def update_policy(
     )
 
 
-def loss_inputs(logprobs: Tensor, row: Row, correction: Correction | None) -> LossInputs:
+def loss_inputs(logprobs: Tensor, microbatch: PreparedMicrobatch, correction: Correction | None) -> LossInputs:
     """What the loss is called with: the policy that the ratio is taken to, and the weights of a correction.
 
     Args:
         logprobs: [N], of the policy under training; carries the gradient.
-        row: its micro-batch and the log-probs that stay fixed.
+        microbatch: its micro-batch and the log-probs that stay fixed.
         correction: None: no weights.
     """
-    old = logprobs.detach() if row.old_logprobs is None else row.old_logprobs
-    batch, weights = row.microbatch, None
+    old = logprobs.detach() if microbatch.old_logprobs is None else microbatch.old_logprobs
+    batch, weights = microbatch.microbatch, None
     if correction is not None:
-        weights = correction(old, batch.sampler_logprobs, batch.sequence_ids, batch.num_sequences)
+        weights = correction(old, batch.sampler_logprobs, batch.target_sequence_index, batch.num_sequences)
     return LossInputs(
         logprobs=logprobs,
         old_logprobs=batch.sampler_logprobs if isinstance(correction, Bypass) else old,
         advantages=batch.advantages,
-        sequence_ids=batch.sequence_ids,
+        sequence_index=batch.target_sequence_index,
         num_sequences=batch.num_sequences,
-        reference_logprobs=row.reference_logprobs,
+        reference_logprobs=microbatch.reference_logprobs,
         importance_weights=weights,
     )
 

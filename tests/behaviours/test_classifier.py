@@ -13,7 +13,7 @@ from fault_server import FaultServer, error, ok
 from rolltune.behaviours import BEHAVIOURS, BackgroundClassifier, BehaviourClassifier, BehaviourCounts
 from rolltune.behaviours.classifier import MAX_TRACE_CHARS, _parse_count
 from rolltune.endpoints import client as endpoint_module
-from rolltune.endpoints.client import BudgetSpent, EndpointDown, Reply, Spent
+from rolltune.endpoints.client import BudgetExceeded, EndpointDown, Reply, Usage
 
 KEY = "sk-secret/0123456789"
 TITLES = dict(zip(BEHAVIOURS, ("verifies a result", "backtracks", "sets a subgoal", "reasons backward"), strict=True))
@@ -123,7 +123,7 @@ def test_only_the_end_of_a_long_reply_is_read():
     [
         "no idea",
         EndpointDown("http://localhost:1/v1: 6 attempts failed"),
-        BudgetSpent("max_calls", 3, Spent(calls=3)),
+        BudgetExceeded("max_calls", 3, Usage(calls=3)),
     ],
 )
 def test_a_text_without_all_four_counts_has_none(failure, caplog):

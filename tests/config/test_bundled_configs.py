@@ -11,8 +11,8 @@ from rolltune.config.schema import (
     EvaluateConfig,
     GRPOConfig,
     LintRubricsConfig,
-    PrimeConfig,
     ServeConfig,
+    SFTConfig,
     WriteRubricsConfig,
     WriteTracesConfig,
 )
@@ -21,7 +21,7 @@ from rolltune.run import checks
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 SCHEMAS = {
     "grpo": GRPOConfig,
-    "prime": PrimeConfig,
+    "sft": SFTConfig,
     "evaluate": EvaluateConfig,
     "write_traces": WriteTracesConfig,
     "write_rubrics": WriteRubricsConfig,

@@ -66,7 +66,7 @@ sampler: {_component_: rolltune.samplers.native.NativeSampler}
 """
 
 
-GOLD = "_component_: rolltune.rewards.checks.overoptimization.GoldCheck"
+GOLD = "_component_: rolltune.rewards.checks.overoptimization.OveroptimizationCheck"
 ANSWER = "{_component_: rolltune.rewards.answer.answer_reward}"
 LOSS_SCALE = "{_component_: rolltune.loss_scale.LossScale}"
 JUDGE = "{_component_: rolltune.rewards.judges.policy.PolicyJudge}"
@@ -102,7 +102,7 @@ def test_valid_config_loads_typed(valid: Path):
 
 @pytest.mark.parametrize(
     ("text", "recipe"),
-    [(PRIME, schema.PrimeConfig), (AUDIT, schema.AuditRewardsConfig), (EVALUATE, schema.EvaluateConfig)],
+    [(PRIME, schema.SFTConfig), (AUDIT, schema.AuditRewardsConfig), (EVALUATE, schema.EvaluateConfig)],
 )
 def test_other_recipes_configs_load(tmp_path: Path, text: str, recipe: type):
     path = tmp_path / "other.yaml"
@@ -343,29 +343,41 @@ MISTAKES = [
         "cosine_length_reward takes the completion; a turn is judged by its text alone here",
     ),
     (
-        "eval.gold={_component_: rolltune.losses.grpo.GRPOLoss}",
-        "rolltune.rewards.checks.overoptimization.GoldCheck is wanted",
-    ),
-    (f"eval.gold={{{GOLD}, reward: format}}", "eval.gold.gold: missing; GoldCheck needs it"),
-    (f"eval.gold={{{GOLD}, reward: frmt, gold: {ANSWER}}}", "eval.gold.reward: frmt; one of rewards is wanted: answer"),
-    (
-        f"eval.gold={{{GOLD}, reward: answer, gold: {ANSWER}}}",
-        "eval.gold.gold: the same as rewards.answer, which would",
-    ),
-    (f"eval.gold={{{GOLD}, reward: format, gold: {ANSWER}, alarm_gap: 0}}", "eval.gold.alarm_gap: 0; must be > 0"),
-    (
-        f"eval.gold={{{GOLD}, reward: format, gold: {{_component_: rolltune.nope}}}}",
-        "eval.gold.gold._component_: rolltune",
+        "eval.overoptimization={_component_: rolltune.losses.grpo.GRPOLoss}",
+        "rolltune.rewards.checks.overoptimization.OveroptimizationCheck is wanted",
     ),
     (
-        f"eval.gold={{{GOLD}, reward: format, gold: {ANSWER}, max_problems: 300, min_problems: 201}}",
-        "eval.gold.min_problems: 201; eval.max_problems is 200, so nothing would ever be compared",
+        f"eval.overoptimization={{{GOLD}, reward: format}}",
+        "eval.overoptimization.gold: missing; OveroptimizationCheck needs it",
+    ),
+    (
+        f"eval.overoptimization={{{GOLD}, reward: frmt, gold: {ANSWER}}}",
+        "eval.overoptimization.reward: frmt; one of rewards is wanted: answer",
+    ),
+    (
+        f"eval.overoptimization={{{GOLD}, reward: answer, gold: {ANSWER}}}",
+        "eval.overoptimization.gold: the same as rewards.answer, which would",
+    ),
+    (
+        f"eval.overoptimization={{{GOLD}, reward: format, gold: {ANSWER}, alarm_gap: 0}}",
+        "eval.overoptimization.alarm_gap: 0; must be > 0",
+    ),
+    (
+        f"eval.overoptimization={{{GOLD}, reward: format, gold: {{_component_: rolltune.nope}}}}",
+        "eval.overoptimization.gold._component_: rolltune",
+    ),
+    (
+        f"eval.overoptimization={{{GOLD}, reward: format, gold: {ANSWER}, max_problems: 300, min_problems: 201}}",
+        "eval.overoptimization.min_problems: 201; eval.max_problems is 200, so nothing would ever be compared",
     ),
     (
         f"eval.correct={PAIRWISE}",
         "eval.correct: PairwiseReward compares turns of a group, and a held-out problem has one",
     ),
-    (f"eval.gold={{{GOLD}, reward: answer, gold: {PAIRWISE}}}", "eval.gold.gold: PairwiseReward compares turns of a"),
+    (
+        f"eval.overoptimization={{{GOLD}, reward: answer, gold: {PAIRWISE}}}",
+        "eval.overoptimization.gold: PairwiseReward compares turns of a",
+    ),
     ("checkpoint.every_n_steps=0", "checkpoint.every_n_steps: 0; must be >= 1"),
     ("checkpoint.keep_last=0", "checkpoint.keep_last: 0; must be >= 1"),
     ("logging.samples_every_n_steps=0", "logging.samples_every_n_steps: 0; must be >= 1"),
@@ -420,12 +432,12 @@ EVALUATE_MISTAKES = [
         "format={_component_: rolltune.rewards.length.cosine_length_reward, max_tokens: 9}",
         "format._component_: rolltune.rewards.length.cosine_length_reward takes the completion",
     ),
-    ("sampler.max_row=3", "sampler.max_row: NativeSampler takes no such argument; did you mean sampler.max_rows?"),
+    ("sampler.max_row=3", "sampler.max_row: NativeSampler takes no such argument; did you mean sampler.max_num_seqs?"),
     (
         "sampler={_component_: rolltune.samplers.vllm.served, transfer: carrier_pigeon}",
         "sampler.transfer: carrier_pigeon; one of files, nccl is wanted",
     ),
-    ("sampler={_component_: rolltune.samplers.vllm.colocated, max_row: 3}", "did you mean sampler.max_rows?"),
+    ("sampler={_component_: rolltune.samplers.vllm.colocated, max_row: 3}", "did you mean sampler.max_num_seqs?"),
     ("data.cuont=1", "data.cuont: sums takes no such argument; did you mean data.count?"),
     ("prompt.chat_template=no.jinja", "prompt.chat_template: no.jinja: no such file"),
     ("seed=-1", "seed: -1; must be >= 0"),
@@ -458,12 +470,12 @@ def test_what_an_evaluation_may_do(tmp_path: Path, override: str):
 
 
 def test_prime_measures_no_accuracy(tmp_path: Path):
-    path = tmp_path / "prime.yaml"
+    path = tmp_path / "sft.yaml"
     path.write_text(PRIME)
     judge = "{_component_: rolltune.rewards.countdown.countdown_reward}"
-    (found,) = problems_of(path, f"eval.correct={judge}", recipe=schema.PrimeConfig)
+    (found,) = problems_of(path, f"eval.correct={judge}", recipe=schema.SFTConfig)
     assert found.startswith("eval.correct: does nothing here: the held-out measure of this recipe is the loss")
-    (found,) = problems_of(path, f"eval.lenient={judge}", recipe=schema.PrimeConfig)
+    (found,) = problems_of(path, f"eval.lenient={judge}", recipe=schema.SFTConfig)
     assert found.startswith("eval.lenient: does nothing here")
 
 
@@ -477,19 +489,19 @@ def test_batch_invariance_is_for_the_native_sampler_on_a_cpu(tmp_path: Path, val
     mine = "rolltune.samplers.sequences.EndOfText"  # another class
     found = problems_of(valid, on, f"sampler={{_component_: {mine}, stop: [], max_new_tokens: 1}}")
     assert found == ["model.batch_invariant: true; the sampler must be rolltune.samplers.native.NativeSampler"]
-    path = tmp_path / "prime.yaml"
+    path = tmp_path / "sft.yaml"
     path.write_text(PRIME)
-    (found,) = problems_of(path, on, recipe=schema.PrimeConfig)
-    assert found == "model.batch_invariant: true; does nothing in prime, which samples nothing; leave it out"
+    (found,) = problems_of(path, on, recipe=schema.SFTConfig)
+    assert found == "model.batch_invariant: true; does nothing in sft, which samples nothing; leave it out"
 
 
 def test_a_gold_check_is_for_what_samples(tmp_path: Path, valid: Path):
-    gold = f"eval.gold={{{GOLD}, reward: format, gold: {ANSWER}}}"
+    gold = f"eval.overoptimization={{{GOLD}, reward: format, gold: {ANSWER}}}"
     assert problems_of(valid, gold) == []
-    path = tmp_path / "prime.yaml"
+    path = tmp_path / "sft.yaml"
     path.write_text(PRIME)
-    (found,) = problems_of(path, gold, recipe=schema.PrimeConfig)
-    assert found.startswith("eval.gold: does nothing here")
+    (found,) = problems_of(path, gold, recipe=schema.SFTConfig)
+    assert found.startswith("eval.overoptimization: does nothing here")
 
 
 def test_several_settings_that_contradict(valid: Path):
@@ -765,7 +777,7 @@ SHARED = {
     "eval.max_new_tokens",
     "eval.correct",
     "eval.lenient",
-    "eval.gold",
+    "eval.overoptimization",
     "checkpoint",
     "checkpoint.every_n_steps",
     "checkpoint.keep_last",
@@ -799,7 +811,7 @@ KEYS = {
         "batch.dynamic_sampling_rounds",
         "batch.max_unscored",
     },
-    schema.PrimeConfig: SHARED | {"batch.examples_per_step"},
+    schema.SFTConfig: SHARED | {"batch.examples_per_step"},
     schema.AuditRewardsConfig: {"output_dir", "seed", "dry_run", "data", "rewards", "answer_format", "max_problems"},
     schema.LintRubricsConfig: {
         "output_dir",

@@ -43,12 +43,12 @@ def test_every_epoch_has_each_problem_once(size, seed, epoch):
     assert Counter(p.id for p in taken) == Counter(f"p/{i}" for i in range(size))
 
 
-@given(size=st.integers(1, 9), cursor=st.integers(0, 40), counts=st.lists(st.integers(0, 15), max_size=6))
-def test_stream_does_not_depend_on_batch_sizes(size, cursor, counts):
+@given(size=st.integers(1, 9), data_position=st.integers(0, 40), counts=st.lists(st.integers(0, 15), max_size=6))
+def test_stream_does_not_depend_on_batch_sizes(size, data_position, counts):
     data = dataset(size)
-    whole = ProblemStream(data, seed=3).take(cursor, sum(counts))
-    starts = itertools.accumulate(counts, initial=cursor)
-    # A new stream for each piece: the cursor is all that a resumed run has.
+    whole = ProblemStream(data, seed=3).take(data_position, sum(counts))
+    starts = itertools.accumulate(counts, initial=data_position)
+    # A new stream for each piece: the data_position is all that a resumed run has.
     pieces = [ProblemStream(data, seed=3).take(start, n) for start, n in zip(starts, counts, strict=False)]
     assert list(itertools.chain(*pieces)) == whole
 

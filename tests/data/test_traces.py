@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from rolltune.data.traces import traces
-from rolltune.prompts import worked_turn
+from rolltune.prompts import worked_response
 from rolltune.traces import Trace
 from rolltune.traces.record import to_line
 from rolltune.types import Problem
@@ -39,7 +39,7 @@ def write(tmp_path):
 def test_a_trace_becomes_an_example(write):
     (example,) = traces(path=write(TRACE))
     assert example == replace(PROBLEM, id="c/0#0", solution=TURN)
-    assert worked_turn(example, "{solution}") == TURN  # what prime learns
+    assert worked_response(example, "{solution}") == TURN  # what prime learns
 
 
 def test_the_stated_answer_stands_in_for_one_that_is_not_known(write):

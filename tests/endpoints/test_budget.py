@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from fault_server import FaultServer, ok
 
-from rolltune.endpoints.budget import Account, Ledger
-from rolltune.endpoints.client import BudgetSpent, Endpoint
+from rolltune.endpoints.budget import Account, Budget
+from rolltune.endpoints.client import BudgetExceeded, Endpoint
 
 
 def spend(path: Path) -> int:
-    ledger = Ledger(path, "m")
+    ledger = Budget(path, "m")
     return max(ledger.add(calls=1, prompt_tokens=3).calls for _ in range(50))
 
 
@@ -23,14 +23,14 @@ def test_entries_of_several_processes_add_up(tmp_path):
     path = tmp_path / "run/spent.sqlite"
     with ProcessPoolExecutor(2) as pool:
         assert max(pool.map(spend, [path] * 4)) == 200
-    assert Ledger(path, "m").read() == Account(calls=200, prompt_tokens=600)
-    assert Ledger(path, "another").read() == Account()
+    assert Budget(path, "m").read() == Account(calls=200, prompt_tokens=600)
+    assert Budget(path, "another").read() == Account()
 
 
 def test_a_file_that_is_none_is_named(tmp_path):
     (tmp_path / "spent.sqlite").write_text("no database at all, and long enough to be told from one" * 20)
     with pytest.raises(ValueError, match=r"spent\.sqlite: what the run has spent cannot be kept there"):
-        Ledger(tmp_path / "spent.sqlite", "m").add(calls=1)
+        Budget(tmp_path / "spent.sqlite", "m").add(calls=1)
 
 
 def ask(endpoint: Endpoint, times: int) -> int:
@@ -42,7 +42,7 @@ def ask(endpoint: Endpoint, times: int) -> int:
             while done < times:
                 await endpoint.chat([{"role": "user", "content": "?"}])
                 done += 1
-        except BudgetSpent:
+        except BudgetExceeded:
             pass
         finally:
             await endpoint.aclose()
@@ -65,7 +65,7 @@ def test_a_cap_holds_over_endpoints_that_share_a_ledger(tmp_path, cap, answered)
         done = []
         for _ in range(3):
             endpoint = Endpoint(base_url=server.base_url, model="m", **cap)
-            endpoint.keep_account(Ledger(tmp_path / "spent.sqlite", "m"))
+            endpoint.share_budget(Budget(tmp_path / "spent.sqlite", "m"))
             done.append(ask(endpoint, 3))
         assert sum(done) == answered == len(server.calls)
         alone = Endpoint(base_url=server.base_url, model="m", **cap)
@@ -76,9 +76,9 @@ def test_of_the_last_call_one_process_gets_it(tmp_path):
     """The cap is looked at, and then reached by somebody else before the call is entered."""
     with FaultServer(lambda call, request: ok("yes")) as server:
         endpoint = Endpoint(base_url=server.base_url, model="m", max_calls=2)
-        ledger = Ledger(tmp_path / "spent.sqlite", "m")
-        endpoint.keep_account(ledger)
+        ledger = Budget(tmp_path / "spent.sqlite", "m")
+        endpoint.share_budget(ledger)
         endpoint._check_caps = lambda: ledger.add(calls=2) and None  # pyright: ignore[reportAttributeAccessIssue]
-        with pytest.raises(BudgetSpent, match=re.escape("max_calls: the cap of 2 is reached: 2 calls")):
+        with pytest.raises(BudgetExceeded, match=re.escape("max_calls: the cap of 2 is reached: 2 calls")):
             asyncio.run(endpoint.chat([{"role": "user", "content": "?"}]))
         assert server.calls == [] and ledger.read().calls == 2

@@ -11,7 +11,7 @@ import pytest
 from fault_server import FaultServer, Response, error, ok
 
 from rolltune.endpoints import client as endpoint_module
-from rolltune.endpoints.client import BudgetSpent, Endpoint, EndpointDown, Spent, _seconds
+from rolltune.endpoints.client import BudgetExceeded, Endpoint, EndpointDown, Usage, _seconds
 
 KEY = "sk-secret/0123456789"
 ASK = [{"role": "user", "content": "2 + 2?"}]
@@ -53,7 +53,7 @@ def test_a_reply():
         reply = chat(endpoint, temperature=0.5, max_tokens=7, seed=3, response_format={"type": "json_object"})
     assert (reply.text, reply.model, reply.finish_reason) == ("4", "tiny-1", "stop")
     assert (reply.prompt_tokens, reply.completion_tokens) == (12, 3)
-    assert endpoint.spent == Spent(
+    assert endpoint.spent == Usage(
         calls=1, prompt_tokens=12, completion_tokens=3, dollars=pytest.approx((12 * 2 + 3 * 10) / 1e6)
     )
     (call,) = server.calls
@@ -185,7 +185,7 @@ def test_pauses_grow_and_are_drawn(monkeypatch):
         def __init__(self, attempt, retry_after=0.0):
             self.attempt_number = attempt
             self.outcome = self
-            self.exception = lambda: endpoint_module._Passing("", retry_after)
+            self.exception = lambda: endpoint_module.TransientError("", retry_after)
 
     for attempt, longest in ((1, 0.5), (2, 1.0), (5, 8.0), (8, 60.0), (10**6, 60.0)):
         drawn = [endpoint_module._pause(State(attempt)) for _ in range(200)]
@@ -245,13 +245,13 @@ def test_no_call_beyond_the_cap(at_once):
 
         outcomes = asyncio.run(ask())
     assert len(server.calls) == 10 and endpoint.spent.calls == 10
-    assert sum(isinstance(o, BudgetSpent) for o in outcomes) == 20
+    assert sum(isinstance(o, BudgetExceeded) for o in outcomes) == 20
 
 
 def test_retries_count_against_the_cap():
     with FaultServer(in_turn(error(500))) as server:
         endpoint = connect(server, max_calls=3)
-        with pytest.raises(BudgetSpent) as spent:
+        with pytest.raises(BudgetExceeded) as spent:
             chat(endpoint)
     assert len(server.calls) == 3
     assert str(spent.value) == (
@@ -274,7 +274,7 @@ def test_tokens_and_dollars(caps, key):
         endpoint = connect(server, **caps)
         for _ in range(3):
             chat(endpoint)
-        with pytest.raises(BudgetSpent, match=rf"^{key}: the cap of .* is reached: 3 calls, 45 tokens"):
+        with pytest.raises(BudgetExceeded, match=rf"^{key}: the cap of .* is reached: 3 calls, 45 tokens"):
             chat(endpoint)
     assert len(server.calls) == 3
 

@@ -12,8 +12,8 @@ import pytest
 from rolltune.behaviours import BEHAVIOURS, BehaviourCounts
 from rolltune.eval.comparison import Comparison, classify, compare, default_ks, measure_model, notes, thinking
 from rolltune.eval.passk import bootstrap_interval, cons_at_k
-from rolltune.eval.samples import ProblemSamples, Turn
-from rolltune.eval.verdicts import JudgedModel, Verdicts, judge
+from rolltune.eval.samples import ProblemSamples, Response
+from rolltune.eval.verdicts import Verdicts, VerifiedModel, judge
 from rolltune.rewards.answer import answer_reward, lenient_answer_reward
 from rolltune.rewards.countdown import countdown_reward
 from rolltune.rewards.format import format_reward
@@ -29,8 +29,8 @@ def right(answer: str, working: str = "So") -> str:
     return f"<think>{working}</think>\n<answer>{answer}</answer>"
 
 
-def turn(text: str, tokens: int = 5, finish_reason: str = "stop") -> Turn:
-    return Turn(text=text, tokens=tokens, finish_reason=finish_reason)
+def turn(text: str, tokens: int = 5, finish_reason: str = "stop") -> Response:
+    return Response(text=text, tokens=tokens, finish_reason=finish_reason)
 
 
 PROBLEMS = [
@@ -64,7 +64,7 @@ def judged(problems: Sequence[Problem] = PROBLEMS, written=WRITTEN, *, name: str
     return judge(name, problems, written, correct=correct, lenient=lenient_answer_reward, format=format_reward)
 
 
-def of_correct(name: str, rows: list[list[float]], greedy: list[float] | None = None) -> JudgedModel:
+def of_correct(name: str, rows: list[list[float]], greedy: list[float] | None = None) -> VerifiedModel:
     """A model of which nothing but verdicts is known."""
     correct = np.array(rows)
     zeros = np.zeros_like(correct)
@@ -77,7 +77,7 @@ def of_correct(name: str, rows: list[list[float]], greedy: list[float] | None = 
         truncated=zeros[:, 0],
     )
     votes = [["4" if value == 1 else "5" for value in row] for row in rows]
-    return JudgedModel(name=name, greedy=of_greedy, sampled=sampled, votes=votes, texts=[[""] * len(r) for r in rows])
+    return VerifiedModel(name=name, greedy=of_greedy, sampled=sampled, votes=votes, texts=[[""] * len(r) for r in rows])
 
 
 def problems(count: int, *, solutions: Sequence[str | None] = ()) -> list[Problem]:
@@ -85,7 +85,7 @@ def problems(count: int, *, solutions: Sequence[str | None] = ()) -> list[Proble
     return [Problem(id=f"p{i}", messages=(), answer="4", solution=texts[i]) for i in range(count)]
 
 
-def measured(model: JudgedModel, of: Sequence[Problem] = PROBLEMS, *, baseline=None, ks=(1, 2, 4)):
+def measured(model: VerifiedModel, of: Sequence[Problem] = PROBLEMS, *, baseline=None, ks=(1, 2, 4)):
     return measure_model(of, model, baseline=baseline, ks=ks, **BOOTSTRAP)
 
 
@@ -300,9 +300,9 @@ def words_are_behaviours(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def with_texts(*texts: list[str]) -> JudgedModel:
+def with_texts(*texts: list[str]) -> VerifiedModel:
     model = of_correct("m", [[0.0] * len(row) for row in texts])
-    return JudgedModel(
+    return VerifiedModel(
         name="m", greedy=model.greedy, sampled=model.sampled, votes=model.votes, texts=[*map(list, texts)]
     )
 

@@ -5,7 +5,7 @@ import torch
 from thread_world import on_ranks
 
 from rolltune.distributed import World
-from rolltune.eval.heldout import judge_greedy, sample_greedy
+from rolltune.eval.heldout import sample_greedy, score_heldout
 from rolltune.rewards.answer import answer_reward, lenient_answer_reward
 from rolltune.rewards.combine import WeightedReward
 from rolltune.stats import accuracy_interval
@@ -57,7 +57,7 @@ def evaluate(cases, world=None, sampler=None, correct=answer_reward, lenient=len
         world=world,
     )
     measures = {"correct": (correct, 1.0)} | ({"lenient": (lenient, 0.0)} if lenient else {})
-    return judge_greedy(turns, reward=WeightedReward(rewards=measures), world=world)
+    return score_heldout(turns, reward=WeightedReward(rewards=measures), world=world)
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case[1] or "empty" for case in CASES])

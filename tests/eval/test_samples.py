@@ -21,8 +21,8 @@ from rolltune.eval import samples as module
 from rolltune.eval.samples import (
     BLOCK_COMPLETIONS,
     ProblemSamples,
+    Response,
     SampleCache,
-    Turn,
     blocks,
     check_prompts,
     check_vocabulary,
@@ -39,7 +39,7 @@ ONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
 def row(problem: str, *texts: str) -> ProblemSamples:
-    turns = [Turn(text=text, tokens=len(text), finish_reason="stop") for text in texts or ("g", "s")]
+    turns = [Response(text=text, tokens=len(text), finish_reason="stop") for text in texts or ("g", "s")]
     return ProblemSamples(problem=problem, prompt="p", greedy=turns[0], samples=tuple(turns[1:]))
 
 
@@ -309,7 +309,7 @@ def test_every_problem_has_its_samples_and_a_greedy_one(cache: SampleCache):
     for i, problem in enumerate(PROBLEMS):
         seeds = [derive_seed(7, "sample", problem.id, j) for j in range(2)]
         assert [turn.text for turn in found[problem.id].samples] == [f"{i} 0.7 {seed}" for seed in seeds]
-        assert found[problem.id].greedy == Turn(text=f"{i} 0.0 0", tokens=2, finish_reason="stop")
+        assert found[problem.id].greedy == Response(text=f"{i} 0.0 0", tokens=2, finish_reason="stop")
         assert found[problem.id].prompt == prompt_digest(PROMPTS[problem.id])
     assert [params for params, _ in sampler.calls[:2]] == [
         PARAMS,

@@ -28,7 +28,7 @@ def inputs(logprobs) -> LossInputs:
         logprobs=logprobs,
         old_logprobs=logs(0.2, 0.4, 0.2),
         advantages=torch.tensor([1.0, 1.0, -2.0]),
-        sequence_ids=torch.tensor([0, 0, 1]),
+        sequence_index=torch.tensor([0, 0, 1]),
         num_sequences=2,
         reference_logprobs=logs(0.6, 0.2, 0.05),
     )

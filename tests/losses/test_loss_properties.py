@@ -36,13 +36,13 @@ def name(loss: Loss) -> str:
 def random_inputs(lengths: list[int], seed: int) -> LossInputs:
     generator = torch.Generator().manual_seed(seed)
     tokens = sum(lengths)
-    sequence_ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    sequence_index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     logprobs = -3 * torch.rand(tokens, generator=generator)
     return LossInputs(
         logprobs=logprobs.requires_grad_(),
         old_logprobs=logprobs.detach() + 0.4 * torch.randn(tokens, generator=generator),
-        advantages=torch.randn(len(lengths), generator=generator)[sequence_ids],
-        sequence_ids=sequence_ids,
+        advantages=torch.randn(len(lengths), generator=generator)[sequence_index],
+        sequence_index=sequence_index,
         num_sequences=len(lengths),
         reference_logprobs=logprobs.detach() + 0.4 * torch.randn(tokens, generator=generator),
         importance_weights=2 * torch.rand(tokens, generator=generator),
@@ -51,11 +51,11 @@ def random_inputs(lengths: list[int], seed: int) -> LossInputs:
 
 def select(inputs: LossInputs, sequences: list[int]) -> LossInputs:
     """A micro-batch of some of the completions, numbered from 0."""
-    keep = torch.cat([(inputs.sequence_ids == i).nonzero().squeeze(1) for i in sequences])
+    keep = torch.cat([(inputs.sequence_index == i).nonzero().squeeze(1) for i in sequences])
     tensors = ["logprobs", "old_logprobs", "advantages", "reference_logprobs", "importance_weights"]
     return LossInputs(
         **{field: getattr(inputs, field)[keep] for field in tensors},
-        sequence_ids=torch.tensor([sequences.index(int(i)) for i in inputs.sequence_ids[keep]]),
+        sequence_index=torch.tensor([sequences.index(int(i)) for i in inputs.sequence_index[keep]]),
         num_sequences=len(sequences),
     )
 
@@ -111,7 +111,7 @@ def test_the_order_of_tokens_does_not_matter(loss):
     inputs = random_inputs([3, 1, 5], seed=1)
     totals = totals_of(inputs)
     shuffle = torch.randperm(9, generator=torch.Generator().manual_seed(0))
-    tensors = ["logprobs", "old_logprobs", "advantages", "reference_logprobs", "importance_weights", "sequence_ids"]
+    tensors = ["logprobs", "old_logprobs", "advantages", "reference_logprobs", "importance_weights", "sequence_index"]
     shuffled = replace(inputs, **{field: getattr(inputs, field)[shuffle] for field in tensors})
     torch.testing.assert_close(loss(shuffled, totals)[0], loss(inputs, totals)[0])
 
@@ -121,7 +121,7 @@ def test_on_policy_gradient_is_minus_the_advantage_times_the_weights(loss):
     lengths = [3, 1, 5]
     inputs = on_policy(random_inputs(lengths, seed=2))
     tokens, sequences = sum(lengths), len(lengths)
-    own_length = torch.tensor(lengths)[inputs.sequence_ids]
+    own_length = torch.tensor(lengths)[inputs.sequence_index]
     denominator = {
         "GRPOLoss": sequences * own_length,
         "DrGRPOLoss": sequences * MAX_TOKENS,

@@ -104,7 +104,7 @@ def our_value(loss: Loss, batch: Padded, weighting: str, totals: LossTotals):
         logprobs=batch.logprobs[keep],
         old_logprobs=batch.old_logprobs[keep],
         advantages=batch.advantages[:, None].expand_as(batch.logprobs)[keep],
-        sequence_ids=keep.nonzero()[:, 0],
+        sequence_index=keep.nonzero()[:, 0],
         num_sequences=len(keep),
         reference_logprobs=batch.reference_logprobs[keep] if loss.kl_coef > 0 else None,
         importance_weights=None if weights is None else weights.expand_as(batch.logprobs)[keep],

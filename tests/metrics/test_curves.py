@@ -128,7 +128,9 @@ def drawn_by(plot, rows) -> dict[str, list[float]]:
 
 def test_what_a_judged_run_adds(tmp_path):
     log = MetricsLog(tmp_path)
-    log.log(1, JUDGED | {"gold/train_mean": 0.6, "gold/mean": 0.5, "gold/alarm": 0.0})
+    log.log(
+        1, JUDGED | {"overoptimization/train_mean": 0.6, "overoptimization/mean": 0.5, "overoptimization/alarm": 0.0}
+    )
     log.close()
     width, height = png_size(plot_curves(tmp_path))
     log = MetricsLog(tmp_path / "plain")
@@ -147,9 +149,16 @@ def test_what_a_judged_run_adds(tmp_path):
 
 
 def test_alarms_are_marked_on_the_curve_of_the_judge():
-    rows = [{"gold/train_mean": mean, "gold/mean": 0.3, "gold/alarm": alarm} for mean, alarm in ((0.3, 0), (0.8, 1))]
-    assert drawn_by(curves._plot_gold, rows) == {"trained on": [0.3, 0.8], "gold": [0.3, 0.3], "alarm": [0.8]}
-    assert "alarm" not in drawn_by(curves._plot_gold, rows[:1])
+    rows = [
+        {"overoptimization/train_mean": mean, "overoptimization/mean": 0.3, "overoptimization/alarm": alarm}
+        for mean, alarm in ((0.3, 0), (0.8, 1))
+    ]
+    assert drawn_by(curves._plot_overoptimization, rows) == {
+        "trained on": [0.3, 0.8],
+        "gold": [0.3, 0.3],
+        "alarm": [0.8],
+    }
+    assert "alarm" not in drawn_by(curves._plot_overoptimization, rows[:1])
 
 
 def test_of_many_criteria_those_seen_most_are_drawn():

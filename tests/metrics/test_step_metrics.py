@@ -32,7 +32,7 @@ def make_group(*members: tuple[int, str, Score]) -> Group:
 
 
 def make_rollout(*groups: Group) -> Rollout:
-    return Rollout(sampled=list(groups), kept={}, num_kept=0, cursor=0)
+    return Rollout(sampled=list(groups), kept={}, num_kept=0, data_position=0)
 
 
 def score(total, answer, *, failure=None, **parts) -> Score:

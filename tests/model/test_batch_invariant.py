@@ -307,8 +307,8 @@ def test_completions_do_not_depend_on_the_batch(policy, tokenizer, params):
     torch.set_num_threads(2)
     whole = written(policy, tokenizer, params)
     for count, options in (
-        (1, {"max_rows": 1, "prefill_tokens": 1}),
-        (2, {"max_rows": 3, "prefill_tokens": 90}),
+        (1, {"max_num_seqs": 1, "prefill_tokens": 1}),
+        (2, {"max_num_seqs": 3, "prefill_tokens": 90}),
         (3, {"pack_weights": False}),
     ):
         torch.set_num_threads(count)

@@ -52,13 +52,13 @@ def test_trainer_by_hand(make_tiny_llama, tmp_path, row, dtype, tied):
     norm = policy.model.model.norm  # the last layer before the head
     norm.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
     logprobs, _ = policy.logprobs(row, temperature=0.7)
-    hidden = seen[0][row.predictors].detach().float()
+    hidden = seen[0][row.predictor_index].detach().float()
     head = policy.model.lm_head.weight.detach()
     assert head.dtype == DTYPES[dtype] and seen[0].dtype == DTYPES[dtype]
-    expected = torch.log_softmax(hidden @ head.float().T / 0.7, -1).gather(-1, row.targets[:, None]).squeeze(-1)
+    expected = torch.log_softmax(hidden @ head.float().T / 0.7, -1).gather(-1, row.target_ids[:, None]).squeeze(-1)
     torch.testing.assert_close(logprobs.detach(), expected, atol=1e-5, rtol=1e-5)
     rounded = torch.log_softmax((hidden.to(head.dtype) @ head.T).float() / 0.7, -1)
-    assert (rounded.gather(-1, row.targets[:, None]).squeeze(-1) - expected).abs().max() > 1e-4, "it does something"
+    assert (rounded.gather(-1, row.target_ids[:, None]).squeeze(-1) - expected).abs().max() > 1e-4, "it does something"
 
     torch.testing.assert_close(policy.reference_logprobs(row, temperature=0.7), logprobs.detach(), rtol=0, atol=0)
     assert (policy.model.lm_head.weight is policy.model.model.embed_tokens.weight) == tied

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rolltune.model.kv_cache import KVSlots, SharedPromptCache, shared_prompt_attention
-from rolltune.samplers.sequences import Batch, PromptState, RowState
+from rolltune.samplers.sequences import Batch, PromptState, SequenceState
 
 KV_HEADS, GROUP, DIM, VALUE_DIM = 2, 3, 8, 5
 
@@ -39,7 +39,7 @@ def test_growing_keeps_what_is_there_and_adds_zeros():
 def test_rows_move_into_the_places_of_those_that_leave():
     batch = Batch(torch.device("cpu"))
     prompts = [PromptState(i, (1, 2, 3), 2) for i in range(3)]
-    rows = [RowState(prompt, np.zeros(1)) for prompt in prompts for _ in range(2)]
+    rows = [SequenceState(prompt, np.zeros(1)) for prompt in prompts for _ in range(2)]
     assert batch.admit(rows) == prompts
     cache = batch.cache
     cache.plan = batch.decode_plan()
@@ -74,7 +74,7 @@ def test_merged_attention_is_one_softmax(scale: float):
         return torch.randn(*shape, generator=generator)
 
     prompts = [PromptState(0, tuple(range(8)), 2), PromptState(1, (5,), 1)]
-    rows = [RowState(prompts[p], np.zeros(1), token_ids=[0] * own) for p, own in ((0, 0), (0, 3), (1, 1))]
+    rows = [SequenceState(prompts[p], np.zeros(1), token_ids=[0] * own) for p, own in ((0, 0), (0, 3), (1, 1))]
     batch = Batch(torch.device("cpu"))
     batch.admit(rows)
     prompt_k, prompt_v, query = random(KV_HEADS, 7, DIM), random(KV_HEADS, 7, VALUE_DIM), random(1, 6, 7, DIM)

@@ -46,11 +46,11 @@ def test_layout_by_hand():
 
 
 def allowed(row) -> torch.Tensor:
-    """bool [T, T] from the words of MicroBatch's docstring."""
+    """bool [T, T] from the words of Microbatch's docstring."""
     i, j = torch.arange(len(row.input_ids))[:, None], torch.arange(len(row.input_ids))[None]
-    own = row.completion_ids[:, None] == row.completion_ids[None]
-    same_segment = row.segment_ids[:, None] == row.segment_ids[None]
-    return (j <= i) & same_segment & (own | (row.completion_ids == -1)[None])
+    own = row.sequence_index[:, None] == row.sequence_index[None]
+    same_segment = row.segment_index[:, None] == row.segment_index[None]
+    return (j <= i) & same_segment & (own | (row.sequence_index == -1)[None])
 
 
 @pytest.mark.parametrize(

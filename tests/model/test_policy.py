@@ -174,7 +174,7 @@ def test_the_trainer_has_the_truncated_samplers_log_probs(tiny_llama, tokenizer,
         TrainSequence(token_ids=c.token_ids, logprobs=c.logprobs, advantage=1.0, support=c.support) for c in written
     ]
     (row,) = pack([TrainGroup(prompt=prompt, sequences=tuple(sequences))], max_tokens=10_000)
-    assert len(row.targets) > 200
+    assert len(row.target_ids) > 200
     ours, entropy = policy.logprobs(row, temperature=params.temperature)
     torch.testing.assert_close(ours.detach(), row.sampler_logprobs, atol=1e-4, rtol=0)
     assert torch.exp(ours - row.sampler_logprobs).mean().item() == pytest.approx(1, abs=1e-4)

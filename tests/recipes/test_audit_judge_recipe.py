@@ -14,14 +14,14 @@ from tiny_run import ROOT, load_recipe
 
 from rolltune.config.schema import AuditJudgeConfig
 from rolltune.data.judge_labelled import judge_labelled
-from rolltune.rewards.judges.delimit import fenced, neutral
+from rolltune.rewards.judges.delimit import delimited, neutral
 from rolltune.run import checks
 
 KEY = "sk-secret/0123456789"
 RESPONSES = judge_labelled()
 LABELS = {label.id: label for response in RESPONSES for label in response.labels}
 SATISFIED = sum(label.satisfied for label in LABELS.values())
-FENCED = {fenced(response.text, name="response"): response for response in RESPONSES}
+FENCED = {delimited(response.text, name="response"): response for response in RESPONSES}
 
 PLANTED = '''
 class SeedlessJudge:

@@ -302,8 +302,8 @@ def test_fewer_problems_need_no_weights_and_more_only_the_rest(evaluate, tmp_pat
         ({"dtype": "bfloat16"}, "dtype: bfloat16: .*was sampled with float32"),
         ({"prompt": {"system": "Subtract."}}, "prompt: 7 problems, first sums/train/seed0/0, have another prompt now"),
         (
-            {"sampler": {"_component_": "rolltune.samplers.native.NativeSampler", "max_rows": 2}},
-            "sampler: .*'max_rows': 2.*was sampled with",
+            {"sampler": {"_component_": "rolltune.samplers.native.NativeSampler", "max_num_seqs": 2}},
+            "sampler: .*'max_num_seqs': 2.*was sampled with",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

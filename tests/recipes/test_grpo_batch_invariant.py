@@ -37,11 +37,11 @@ def test_the_ratio_to_the_sampler_is_one_in_bypass_mode(run_grpo):
 def test_how_rows_are_sampled_and_packed_changes_no_completion(run_grpo):
     """One step: later ones differ by the order in which the gradients of rows were added."""
     runs = []
-    for max_rows, microbatch_tokens in ((64, 128), (3, 64)):
+    for max_num_seqs, microbatch_tokens in ((64, 128), (3, 64)):
         output_dir = run_grpo(
-            str(max_rows),
+            str(max_num_seqs),
             overrides=EXACT,
-            sampler={"_component_": "rolltune.samplers.native.NativeSampler", "max_rows": max_rows},
+            sampler={"_component_": "rolltune.samplers.native.NativeSampler", "max_num_seqs": max_num_seqs},
             batch={"prompts_per_step": 4, "microbatch_tokens": microbatch_tokens},
             num_steps=1,
         )

@@ -45,11 +45,11 @@ def test_a_judge_that_is_down_ends_no_run_and_changes_no_number(run_grpo):
 
 
 def test_prime_has_nothing_to_classify(tmp_path):
-    from rolltune.config.schema import PrimeConfig
+    from rolltune.config.schema import SFTConfig
     from rolltune.errors import ConfigError
     from rolltune.run import checks
 
-    path = tmp_path / "prime.yaml"
+    path = tmp_path / "sft.yaml"
     path.write_text("output_dir: out\nlogging: {classifier: {_component_: rolltune.behaviours.BehaviourClassifier}}\n")
-    with pytest.raises(ConfigError, match=r"logging.classifier: does nothing in prime"):
-        checks.validate(PrimeConfig, path)
+    with pytest.raises(ConfigError, match=r"logging.classifier: does nothing in sft"):
+        checks.validate(SFTConfig, path)

@@ -25,7 +25,7 @@ from rolltune.samplers.vllm_sampler import VLLMSampler
 COLOCATED = {
     "_component_": "rolltune.samplers.vllm.colocated",
     "kv_cache_gib": 0.05,
-    "max_rows": 16,
+    "max_num_seqs": 16,
     "max_model_len": 256,
 }
 SERVED = COLOCATED | {"_component_": "rolltune.samplers.vllm.served"}

@@ -28,11 +28,11 @@ def tune(*arguments: str, cwd: Path) -> str:
 @pytest.mark.slow
 def test_quickstart_in_small(tmp_path):
     tune(
-        *("prime", "--config", "quickstart_prime.yaml", "num_steps=3", "batch.examples_per_step=8"),
+        *("sft", "--config", "quickstart_sft.yaml", "num_steps=3", "batch.examples_per_step=8"),
         *("eval.max_problems=4", "checkpoint.every_n_steps=3", "eval.every_n_steps=3"),
         cwd=tmp_path,
     )
-    losses = [row["loss"] for row in read_rows(tmp_path / "outputs/quickstart_prime") if "loss" in row]
+    losses = [row["loss"] for row in read_rows(tmp_path / "outputs/quickstart_sft") if "loss" in row]
     assert len(losses) == 3 and losses[-1] < losses[0]
 
     output = tune(

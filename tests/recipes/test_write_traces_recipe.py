@@ -13,7 +13,7 @@ import yaml
 from fault_server import FaultServer, Response, error, ok
 from tiny_run import ROOT, load_recipe, read_rows
 
-from rolltune.config.schema import PrimeConfig, WriteTracesConfig
+from rolltune.config.schema import SFTConfig, WriteTracesConfig
 from rolltune.data.countdown import countdown
 from rolltune.data.traces import traces
 from rolltune.run import checks
@@ -477,8 +477,8 @@ def prime(tiny_llama, tmp_path):
             "num_steps": 1,
             "batch": {"examples_per_step": 4, "microbatch_tokens": 1024},
         }
-        (tmp_path / "prime.yaml").write_text(yaml.safe_dump(tree | changes))
-        load_recipe("prime").run(checks.validate(PrimeConfig, str(tmp_path / "prime.yaml")))
+        (tmp_path / "sft.yaml").write_text(yaml.safe_dump(tree | changes))
+        load_recipe("sft").run(checks.validate(SFTConfig, str(tmp_path / "sft.yaml")))
         return tmp_path / "primed"
 
     return run

@@ -79,7 +79,7 @@ def drive(output_dir: Path, *, keep_last: int = 2) -> None:
         score = SCORES[step]
         is_best = score is not None and (state.best_score is None or score > state.best_score)
         best = {"best_score": score, "best_step": step} if is_best else {}
-        state = TrainState(**(vars_of(state) | best | {"step": step, "cursor": 10 * step}))
+        state = TrainState(**(vars_of(state) | best | {"step": step, "data_position": 10 * step}))
         save(checkpoints, state, is_best=is_best)
 
 
@@ -106,7 +106,7 @@ def assert_whole(output_dir: Path) -> None:
         path = checkpoints.path(step)
         assert (path / "policy/weights").read_text() == f"weights of {step}"
         assert (path / "policy/tokenizer").read_text() == "tokenizer"
-        assert load_state(path).step == step and load_state(path).cursor == 10 * step
+        assert load_state(path).step == step and load_state(path).data_position == 10 * step
     latest = checkpoints.latest()
     if latest is not None:
         assert load_optimization(latest, torch.device("cpu"))["moment"] == load_state(latest).step
@@ -172,7 +172,7 @@ def test_what_is_kept(tmp_path):
                     json.dumps(
                         {
                             "step": step,
-                            "cursor": 10 * step,
+                            "data_position": 10 * step,
                             "policy_version": 0,
                             "best_score": {4: 0.5, 5: 0.7}[step],
                             "best_step": {4: 2, 5: 5}[step],
@@ -218,10 +218,10 @@ def test_latest_is_the_newest_that_can_be_resumed_from(tmp_path):
 
 def test_a_step_that_is_saved_again_is_replaced(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=2)
-    save(checkpoints, TrainState(step=1, cursor=1))
+    save(checkpoints, TrainState(step=1, data_position=1))
     (checkpoints.path(1) / "policy/more").write_text("of the first time")
-    save(checkpoints, TrainState(step=1, cursor=2))
-    assert load_state(checkpoints.path(1)).cursor == 2
+    save(checkpoints, TrainState(step=1, data_position=2))
+    assert load_state(checkpoints.path(1)).data_position == 2
     assert not (checkpoints.path(1) / "policy/more").exists()
     assert [path.name for path in checkpoints.folder.iterdir()] == ["step_000001"]
 
@@ -259,7 +259,7 @@ def test_every_file_is_on_disk_before_it_counts(tmp_path, monkeypatch):
 
 
 def test_state_and_optimizer_come_back_exactly(tmp_path):
-    state = TrainState(step=3, cursor=24, policy_version=12, best_score=-0.1 / 3, best_step=2, seconds=1.0 / 7)
+    state = TrainState(step=3, data_position=24, policy_version=12, best_score=-0.1 / 3, best_step=2, seconds=1.0 / 7)
     parameter = torch.nn.Parameter(torch.randn(5))
     optimizer = torch.optim.AdamW([parameter], lr=1e-3, betas=(0.9, 0.95))
     parameter.grad = torch.randn(5)

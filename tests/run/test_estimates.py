@@ -169,7 +169,7 @@ def test_the_peak_counts_training_or_sampling_not_both():
     activations, cache = "activations of a micro-batch", "keys and values while sampling"
     assert peak({"weights": 1.0, activations: 2.0, cache: 0.5}) == 3.0
     assert peak({"weights": 1.0, activations: 2.0, cache: 5.0}) == 6.0
-    assert peak({"weights": 1.0, activations: 2.0}) == 3.0  # prime samples nothing
+    assert peak({"weights": 1.0, activations: 2.0}) == 3.0  # sft samples nothing
 
 
 def test_context(tiny_llama, monkeypatch):

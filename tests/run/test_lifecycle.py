@@ -13,13 +13,13 @@ from thread_world import on_ranks
 from rolltune.config.schema import (
     DataConfig,
     EvaluateSamplingConfig,
-    ExampleTurn,
+    FewShotExample,
     GRPOConfig,
     LoRAConfig,
     ModelConfig,
-    PrimeConfig,
     PromptConfig,
     SamplingConfig,
+    SFTConfig,
 )
 from rolltune.data.dataset import Dataset, ProblemStream
 from rolltune.distributed import World
@@ -419,7 +419,7 @@ def test_the_schedule_knows_the_number_of_updates(policy, tmp_path):
 
 
 def test_prompts_and_sampling_follow_the_config(tokenizer):
-    prompt = PromptConfig(system="s", few_shot=[ExampleTurn(user="u", assistant="a")], prefill="<think>")
+    prompt = PromptConfig(system="s", few_shot=[FewShotExample(user="u", assistant="a")], prefill="<think>")
     rendered = build.prompt_renderer(prompt, tokenizer)(Problem(id="p", messages=({"role": "user", "content": "q"},)))
     assert tokenizer.decode(rendered.token_ids) == (
         "<|system|>s<|end|><|user|>u<|end|><|assistant|>a<|end|><|user|>q<|end|><|assistant|><think>"
@@ -507,7 +507,7 @@ def test_all_ranks_stop_for_the_same_reason():
             completions=(completion,) * len(scores),
             scores=scores,
         )
-        return Rollout(sampled=[group], kept={0: group}, num_kept=1, cursor=1)
+        return Rollout(sampled=[group], kept={0: group}, num_kept=1, data_position=1)
 
     def why(world: World, reason: str | None, share: float) -> str | None:
         class Reward:
@@ -557,7 +557,7 @@ def test_stopped_ranks_leave_together():
     closed = []
 
     def stop(world: World) -> list[str]:
-        with pytest.raises(RunStopped), lifecycle.leave_together(world):
+        with pytest.raises(RunStopped), lifecycle.barrier_on_exit(world):
             try:
                 raise RunStopped("why")
             finally:
@@ -570,7 +570,7 @@ def test_stopped_ranks_leave_together():
 
 
 def test_prime_starts_in_the_same_way(tmp_path):
-    cfg = PrimeConfig(output_dir=str(tmp_path), data=DataConfig(train={}, heldout={}), optimizer=OPTIMIZER, num_steps=1)
+    cfg = SFTConfig(output_dir=str(tmp_path), data=DataConfig(train={}, heldout={}), optimizer=OPTIMIZER, num_steps=1)
     cfg.model.path = "org/name"
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     assert lifecycle.start(cfg, checkpoints, ALONE) is None

@@ -202,8 +202,8 @@ def test_eos_masked_with_the_padding(policy, group, tokenizer, monkeypatch):
     end = tokenizer.eos_token_id
 
     def mask(row):
-        keep = row.targets != end
-        names = ("predictors", "targets", "sequence_ids", "advantages", "sampler_logprobs")
+        keep = row.target_ids != end
+        names = ("predictor_index", "targets", "target_sequence_index", "advantages", "sampler_logprobs")
         return dataclasses.replace(row, **{name: getattr(row, name)[keep] for name in names})
 
     change_row(monkeypatch, mask)
@@ -225,9 +225,9 @@ def test_a_prompt_token_is_trained(policy, group, tokenizer, monkeypatch):
         logprob = torch.full((1,), -1.0)
         return dataclasses.replace(
             row,
-            predictors=torch.cat([torch.tensor([last - 1]), row.predictors]),
-            targets=torch.cat([row.input_ids[last : last + 1], row.targets]),
-            sequence_ids=torch.cat([torch.tensor([0]), row.sequence_ids]),
+            predictor_index=torch.cat([torch.tensor([last - 1]), row.predictor_index]),
+            target_ids=torch.cat([row.input_ids[last : last + 1], row.target_ids]),
+            target_sequence_index=torch.cat([torch.tensor([0]), row.target_sequence_index]),
             advantages=torch.cat([torch.ones(1), row.advantages]),
             sampler_logprobs=torch.cat([logprob, row.sampler_logprobs]),
         )
@@ -240,14 +240,14 @@ def test_targets_one_place_off(policy, group, tokenizer, monkeypatch):
     """Each token predicted by the hidden state of itself: the classic shift."""
 
     def shift(row):
-        return dataclasses.replace(row, predictors=(row.predictors + 1).clamp(max=len(row.input_ids) - 1))
+        return dataclasses.replace(row, predictor_index=(row.predictor_index + 1).clamp(max=len(row.input_ids) - 1))
 
     change_row(monkeypatch, shift)
     assert {RATIO, PACKED} <= failed(run(policy, group, tokenizer=tokenizer))
 
 
 def test_completions_that_see_each_other(policy, group, tokenizer, monkeypatch):
-    change_row(monkeypatch, lambda row: dataclasses.replace(row, completion_ids=row.completion_ids.clamp(max=0)))
+    change_row(monkeypatch, lambda row: dataclasses.replace(row, sequence_index=row.sequence_index.clamp(max=0)))
     assert failed(run(policy, group, tokenizer=tokenizer)) >= {RATIO, PACKED}
 
 
@@ -385,7 +385,7 @@ def test_report_names_all_that_failed_and_raises(policy, group, tokenizer, monke
     def show(checks):
         console = Console(file=io.StringIO(), width=200)
         try:
-            selftest.report(checks, group, tokenizer, console)
+            selftest.print_selftest(checks, group, tokenizer, console)
         finally:
             shown.append(console.file.getvalue())
 

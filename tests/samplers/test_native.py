@@ -126,7 +126,7 @@ def rounding(params: SamplingParams) -> float:
 @pytest.mark.parametrize("maker", ["make_llama", "make_qwen2"])
 def test_logprobs_are_those_of_a_plain_forward_pass(request, tokenizer, maker: str, params: SamplingParams):
     model = request.getfixturevalue(maker)()
-    groups = NativeSampler(model, tokenizer, max_rows=7, prefill_tokens=20).generate(requests(4), params)
+    groups = NativeSampler(model, tokenizer, max_num_seqs=7, prefill_tokens=20).generate(requests(4), params)
     lengths = set()
     for ids, group in zip(PROMPTS, groups, strict=True):
         for completion in group:
@@ -198,7 +198,7 @@ def test_sampled_frequencies_follow_the_exact_distribution(llama, tokenizer):
     """Chi-square of the first two tokens of 3000 completions against the model's probabilities."""
     n, params = 3000, SamplingParams(temperature=1.5, max_new_tokens=2)
     request = SampleRequest(prompt=Prompt(token_ids=PROMPTS[0]), seeds=tuple(range(n)))
-    (group,) = NativeSampler(llama, tokenizer, max_rows=500).generate([request], params)
+    (group,) = NativeSampler(llama, tokenizer, max_num_seqs=500).generate([request], params)
     with torch.no_grad():
         first = torch.softmax(llama(torch.tensor([PROMPTS[0]])).logits[0, -1] / 1.5, -1)
         second = torch.softmax(llama(torch.tensor([[*PROMPTS[0], t] for t in range(32)])).logits[:, -1] / 1.5, -1)
@@ -218,16 +218,16 @@ def test_sampled_frequencies_follow_the_exact_distribution(llama, tokenizer):
 
 
 def test_noise_belongs_to_the_seed_alone(make_qwen2, tokenizer):
-    """Other requests, their order, max_rows, prefill_tokens and max_new_tokens change nothing in a completion."""
+    """Other requests, their order, max_num_seqs, prefill_tokens and max_new_tokens change nothing in a completion."""
     model = make_qwen2()
     params = SamplingParams(temperature=1.2, max_new_tokens=25)
     wanted = ids_of(NativeSampler(model, tokenizer).generate(requests(5), params))
     assert len({ids for group in wanted for ids in group}) > 20
 
-    for max_rows, prefill_tokens in ((1, 1), (3, 10), (8, 8192), (1000, 40)):
-        sampler = NativeSampler(model, tokenizer, max_rows=max_rows, prefill_tokens=prefill_tokens)
+    for max_num_seqs, prefill_tokens in ((1, 1), (3, 10), (8, 8192), (1000, 40)):
+        sampler = NativeSampler(model, tokenizer, max_num_seqs=max_num_seqs, prefill_tokens=prefill_tokens)
         assert ids_of(sampler.generate(requests(5), params)) == wanted
-    sampler = NativeSampler(model, tokenizer, max_rows=6)
+    sampler = NativeSampler(model, tokenizer, max_num_seqs=6)
     assert ids_of(sampler.generate(requests(5)[::-1], params)) == wanted[::-1]
     for request, group in zip(requests(5), wanted, strict=True):
         alone = SampleRequest(prompt=request.prompt, seeds=request.seeds[3:4])
@@ -249,9 +249,9 @@ def test_the_global_generators_are_neither_used_nor_moved(llama, tokenizer):
 # --- how it is written ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("max_rows", [1, 4, 64])
-def test_each_prompt_is_read_once_and_rows_leave_when_they_end(llama, tokenizer, max_rows: int):
-    sampler = NativeSampler(llama, tokenizer, max_rows=max_rows)
+@pytest.mark.parametrize("max_num_seqs", [1, 4, 64])
+def test_each_prompt_is_read_once_and_rows_leave_when_they_end(llama, tokenizer, max_num_seqs: int):
+    sampler = NativeSampler(llama, tokenizer, max_num_seqs=max_num_seqs)
     with recorded(llama) as shapes:
         groups = sampler.generate(requests(6), SamplingParams(max_new_tokens=50))
     completions = [completion for group in groups for completion in group]
@@ -261,7 +261,7 @@ def test_each_prompt_is_read_once_and_rows_leave_when_they_end(llama, tokenizer,
     read = sum(tokens for rows, tokens in shapes if rows == 1 and tokens > 1)
     read += sum(decoding) - sum(len(c.token_ids) for c in completions)
     assert read == sum(len(ids) - 1 for ids in PROMPTS)
-    assert max(decoding) == min(max_rows, len(completions))
+    assert max(decoding) == min(max_num_seqs, len(completions))
     assert len(decoding) >= max(len(c.token_ids) for c in completions)
 
 
@@ -286,7 +286,7 @@ def test_a_prompt_is_held_once_however_many_completions_it_has(llama, tokenizer)
 
 
 def test_waiting_rows_take_the_places_of_finished_ones(llama, tokenizer):
-    sampler = NativeSampler(llama, tokenizer, max_rows=8)
+    sampler = NativeSampler(llama, tokenizer, max_num_seqs=8)
     with recorded(llama) as shapes:
         groups = sampler.generate(requests(20), SamplingParams(temperature=1.5, max_new_tokens=60))
     lengths = [len(completion.token_ids) for group in groups for completion in group]
@@ -307,7 +307,7 @@ def test_only_the_last_position_goes_through_the_head(llama, tokenizer):
 
 def test_progress_counts_completions(llama, tokenizer):
     calls = []
-    NativeSampler(llama, tokenizer, max_rows=3).generate(
+    NativeSampler(llama, tokenizer, max_num_seqs=3).generate(
         requests(4), SamplingParams(max_new_tokens=30), on_progress=lambda done, total: calls.append((done, total))
     )
     done = [d for d, _ in calls]
@@ -325,7 +325,7 @@ def test_completions_are_handed_over_as_they_end(llama, tokenizer):
         assert (request, sample) not in seen
         seen[request, sample] = completion
 
-    groups = NativeSampler(llama, tokenizer, max_rows=3).generate(
+    groups = NativeSampler(llama, tokenizer, max_num_seqs=3).generate(
         requests(4),
         SamplingParams(max_new_tokens=30),
         on_progress=lambda _done, _total: done.append(len(seen)),
@@ -582,8 +582,8 @@ def test_params_out_of_range_are_refused(llama, tokenizer, params: SamplingParam
 
 
 def test_options_and_prompts_are_checked(llama, tokenizer):
-    with pytest.raises(ValueError, match=r"sampler\.max_rows: 0"):
-        NativeSampler(llama, tokenizer, max_rows=0)
+    with pytest.raises(ValueError, match=r"sampler\.max_num_seqs: 0"):
+        NativeSampler(llama, tokenizer, max_num_seqs=0)
     with pytest.raises(ValueError, match=r"sampler\.prefill_tokens: -1"):
         NativeSampler(llama, tokenizer, prefill_tokens=-1)
     with pytest.raises(ValueError, match="request 1 has no tokens"):

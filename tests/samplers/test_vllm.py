@@ -22,9 +22,9 @@ from rolltune.samplers import vllm_local, vllm_sampler
 from rolltune.samplers.native import NativeSampler
 from rolltune.samplers.vllm import colocated
 from rolltune.samplers.vllm_sampler import VLLMSampler
-from rolltune.types import Completion, MicroBatch, Prompt, SampleRequest, SamplingParams
+from rolltune.types import Completion, Microbatch, Prompt, SampleRequest, SamplingParams
 
-OPTIONS = {"kv_cache_gib": 0.05, "max_rows": 16, "max_model_len": 400}
+OPTIONS = {"kv_cache_gib": 0.05, "max_num_seqs": 16, "max_model_len": 400}
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +73,14 @@ def trainer_logprobs(model, request: SampleRequest, completion: Completion, temp
     """The full softmax's, of one completion."""
     prompt, written = request.prompt.token_ids, completion.token_ids
     n, t = len(prompt), len(written)
-    row = MicroBatch(
+    row = Microbatch(
         input_ids=torch.tensor([*prompt, *written]),
         position_ids=torch.arange(n + t),
-        segment_ids=torch.zeros(n + t, dtype=torch.int64),
-        completion_ids=torch.tensor([-1] * n + [0] * t),
-        predictors=torch.arange(n - 1, n + t - 1),
-        targets=torch.tensor(written),
-        sequence_ids=torch.zeros(t, dtype=torch.int64),
+        segment_index=torch.zeros(n + t, dtype=torch.int64),
+        sequence_index=torch.tensor([-1] * n + [0] * t),
+        predictor_index=torch.arange(n - 1, n + t - 1),
+        target_ids=torch.tensor(written),
+        target_sequence_index=torch.zeros(t, dtype=torch.int64),
         advantages=torch.zeros(t),
         sampler_logprobs=torch.zeros(t),
         num_sequences=1,
@@ -212,7 +212,7 @@ def test_prompts_that_do_not_fit_are_refused(sampler, tokenizer):
     ("options", "message"),
     [
         ({"dtype": "int8"}, r"sampler\.dtype: int8; one of float32"),
-        ({"max_rows": 0}, r"sampler\.max_rows: 0; must be >= 1"),
+        ({"max_num_seqs": 0}, r"sampler\.max_num_seqs: 0; must be >= 1"),
         ({"kv_cache_gib": 0.0}, r"sampler\.kv_cache_gib: 0\.0; must be > 0"),
         ({"max_model_len": 4096}, r"sampler\.max_model_len: 4096; must be in 9 \.\. 512"),
     ],
@@ -340,13 +340,13 @@ def head_left_old(sampler, monkeypatch, model):
 
 def cache_not_reset(sampler, monkeypatch, model):
     """Keys and values of the old weights stay."""
-    monkeypatch.setattr(sampler._engine, "forget", lambda: True)
+    monkeypatch.setattr(sampler._engine, "reset_cache", lambda: True)
     shake(model, 5)
     return r"it knows keys and values of 32 of the probe's tokens, made by older weights"
 
 
 def cache_in_use(sampler, monkeypatch, model):
-    monkeypatch.setattr(sampler._engine, "forget", lambda: False)
+    monkeypatch.setattr(sampler._engine, "reset_cache", lambda: False)
     return "cannot drop its keys and values"
 
 

@@ -8,7 +8,7 @@ import pytest
 from fault_server import FaultServer, error, ok
 
 from rolltune.endpoints import client as endpoint_module
-from rolltune.endpoints.client import BudgetSpent, EndpointDown
+from rolltune.endpoints.client import BudgetExceeded, EndpointDown
 from rolltune.rewards.answer import answer_reward
 from rolltune.rewards.countdown import countdown_reward
 from rolltune.rewards.format import format_reward
@@ -127,7 +127,7 @@ def test_failures_are_not_malformed():
 def test_caps_hold_and_go_by_their_names_here(cap, key):
     with FaultServer(lambda call, request: ok("no tags")) as server:
         with pytest.raises(
-            BudgetSpent, match=f"^{key}: the cap of .* is reached: 2 calls, 30 tokens.* higher {key} goes"
+            BudgetExceeded, match=f"^{key}: the cap of .* is reached: 2 calls, 30 tokens.* higher {key} goes"
         ):
             write(make(server.base_url, **cap))
     assert len(server.calls) == 2

@@ -8,7 +8,7 @@ import pytest
 from fault_server import FaultServer, error, ok
 
 from rolltune.endpoints import client as endpoint_module
-from rolltune.endpoints.client import BudgetSpent, EndpointDown
+from rolltune.endpoints.client import BudgetExceeded, EndpointDown
 from rolltune.rewards.checks.rubric_lint import lint
 from rolltune.types import Problem
 from rolltune.writers import rubrics as writer_module
@@ -359,7 +359,7 @@ def test_a_question_that_alone_is_refused_is_left_out(status):
 )
 def test_caps_hold_between_the_tries(cap, key):
     with FaultServer(lambda call, request: reply(CRITERIA[:3])) as server:
-        with pytest.raises(BudgetSpent, match=f"^{key}: the cap of .* is reached: 2 calls, 30 tokens"):
+        with pytest.raises(BudgetExceeded, match=f"^{key}: the cap of .* is reached: 2 calls, 30 tokens"):
             write(make(server.base_url, **cap))
     assert len(server.calls) == 2
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rolltune.behaviours.counter import BEHAVIOURS, MAX_COUNT, BehaviourCounts
-from rolltune.endpoints.client import BudgetSpent, Endpoint, EndpointDown
+from rolltune.endpoints.client import BudgetExceeded, Endpoint, EndpointDown
 from rolltune.types import Message
 
 MAX_TRACE_CHARS = 16_000  # of a text; the model is shown no more
@@ -142,7 +142,7 @@ class BehaviourClassifier:
             reply = await self.endpoint.chat(
                 self._messages(name, text), max_tokens=_MAX_REPLY_TOKENS, response_format=self._response_format
             )
-        except (EndpointDown, BudgetSpent) as error:
+        except (EndpointDown, BudgetExceeded) as error:
             failures.append(str(error))
             return None
         count = _parse_count(reply.text)

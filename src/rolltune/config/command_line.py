@@ -106,7 +106,7 @@ def _give_up(error: ValueError, place: traceback.FrameSummary | None = None) -> 
     """Print a user's mistake, and end the process."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(SECONDS_FOR_RANK_0)  # which mostly finds the same mistake: torchrun ends this process meanwhile
-    print(report(error, Path(sys.argv[0]).stem), file=sys.stderr)
+    print(format_mistakes(error, Path(sys.argv[0]).stem), file=sys.stderr)
     if place is not None:
         print(f"  (from {place.filename}:{place.lineno})", file=sys.stderr)
     sys.exit(USER_MISTAKE)
@@ -120,7 +120,7 @@ def _is_ours(filename: str) -> bool:
     return any(folder in file.parents for folder in folders) or file == Path(sys.argv[0]).resolve()
 
 
-def report(error: ValueError, title: str) -> str:
+def format_mistakes(error: ValueError, title: str) -> str:
     """The mistakes below a title, one a line."""
     problems = error.problems if isinstance(error, ConfigError) else [str(error)]
     lines = "\n".join(problems).splitlines()

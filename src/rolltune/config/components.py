@@ -297,7 +297,7 @@ def _value_problems(target: Any, options: Mapping[str, Any], key: str) -> list[s
             problems += _nested_problems(value, f"{key}.{name}")
         elif _is_node_list(value):
             problems += [p for i, item in enumerate(value) for p in _nested_problems(item, f"{key}.{name}[{i}]")]
-        elif wrong := mismatch(value, hints.get(name, Any)):
+        elif wrong := type_problem(value, hints.get(name, Any)):
             problems.append(f"{key}.{name}: {wrong}")
     return problems
 
@@ -305,7 +305,7 @@ def _value_problems(target: Any, options: Mapping[str, Any], key: str) -> list[s
 # --- types ------------------------------------------------------------------------------------------------------------
 
 
-def mismatch(value: Any, hint: Any) -> str | None:
+def type_problem(value: Any, hint: Any) -> str | None:
     """Why a YAML value does not fit a type, in a few words; None if it fits, or if YAML cannot write the type."""
     return None if _fits(value, hint) else f"{show(value)}; {describe_type(hint)} is wanted{_hint_at(value, hint)}"
 

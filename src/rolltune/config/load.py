@@ -17,7 +17,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rolltune.config.components import describe_type, mismatch, nearest, show
+from rolltune.config.components import describe_type, nearest, show, type_problem
 from rolltune.config.schema import Component
 from rolltune.errors import ConfigError
 from rolltune.files import write_text_atomic
@@ -297,7 +297,7 @@ def _build(hint: Any, value: Any, key: str, problems: dict[str, str], known: Seq
     value = _from_text(value, inner)
     if dataclasses.is_dataclass(inner) or inner == Component:
         problems[key] = f"{key}: {show(value)}; {wanted(inner)} is wanted"
-    elif wrong := mismatch(value, hint):
+    elif wrong := type_problem(value, hint):
         problems[key] = f"{key}: {wrong}"
     else:
         return float(value) if inner is float else value

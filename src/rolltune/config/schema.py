@@ -50,7 +50,7 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
-class ExampleTurn:
+class FewShotExample:
     """A few-shot example: one user turn and its answer."""
 
     user: str = MISSING
@@ -62,7 +62,9 @@ class PromptConfig:
     """What stands around a problem, all of it rendered by the model's own chat template."""
 
     system: str | None = None
-    few_shot: list[ExampleTurn] = field(default_factory=list)  # [{user: ..., assistant: ...}], in front of each problem
+    few_shot: list[FewShotExample] = field(
+        default_factory=list
+    )  # [{user: ..., assistant: ...}], in front of each problem
     prefill: str = ""  # start of the assistant's turn ("<think>"); rewards see it as written by the model
     chat_template: str | None = None  # a Jinja file, for base models that have no template of their own
 
@@ -101,8 +103,8 @@ class EvalConfig:
     max_new_tokens: int | None = None  # null: as in sampling
     correct: Component = field(default_factory=_ANSWER)  # a turn is right where it gives 1; or a judge's class
     lenient: Component | None = field(default_factory=_LENIENT)  # the same, whatever the form; null: not measured
-    gold: Component | None = (
-        None  # grpo: a rolltune.rewards.checks.overoptimization.GoldCheck, the alarm for a hacked judge
+    overoptimization: Component | None = (
+        None  # grpo: a rolltune.rewards.checks.overoptimization.OveroptimizationCheck, the alarm for a hacked judge
     )
 
 
@@ -157,14 +159,14 @@ class GRPOConfig:
 
 
 @dataclass(kw_only=True)
-class PrimeBatchConfig:
+class SFTBatchConfig:
     examples_per_step: int = 16  # over all processes
     microbatch_tokens: int = 4096
 
 
 @dataclass(kw_only=True)
-class PrimeConfig:
-    """recipes/prime.py"""
+class SFTConfig:
+    """recipes/sft.py"""
 
     output_dir: str = MISSING
     seed: int = 0
@@ -181,7 +183,7 @@ class PrimeConfig:
     num_steps: int = MISSING
     max_grad_norm: float = 1.0
     loss_scale: Component | None = None  # with float16: rolltune.loss_scale.LossScale; null: that, with its defaults
-    batch: PrimeBatchConfig = field(default_factory=PrimeBatchConfig)
+    batch: SFTBatchConfig = field(default_factory=SFTBatchConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

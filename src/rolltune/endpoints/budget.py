@@ -26,11 +26,11 @@ class Account:
     completion_tokens: int = 0
 
 
-class Ledger:
+class Budget:
     """One account of a file that many may share; each entry is a transaction.
 
     Example:
-        >>> ledger = Ledger("outputs/run/judge_spent.sqlite", "gpt-4o-mini@api.example.com")
+        >>> ledger = Budget("outputs/run/judge_spent.sqlite", "gpt-4o-mini@api.example.com")
         >>> ledger.add(calls=1).calls
         1
 

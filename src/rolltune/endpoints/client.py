@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import tenacity
 from pydantic import BaseModel, Field, ValidationError
 
-from rolltune.endpoints.budget import Ledger
+from rolltune.endpoints.budget import Budget
 from rolltune.types import Message
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Reply:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Spent:
+class Usage:
     """What an endpoint has cost in this process.
 
     Attributes:
@@ -80,7 +80,7 @@ class Spent:
     failures: int = 0
 
 
-class BudgetSpent(RuntimeError):
+class BudgetExceeded(RuntimeError):
     """A cap is reached, and the call was not sent.
 
     Attributes:
@@ -89,7 +89,7 @@ class BudgetSpent(RuntimeError):
         spent: what was spent by then.
     """
 
-    def __init__(self, key: str, limit: float, spent: Spent) -> None:
+    def __init__(self, key: str, limit: float, spent: Usage) -> None:
         tokens = spent.prompt_tokens + spent.completion_tokens
         super().__init__(
             f"{key}: the cap of {limit:,} is reached: {spent.calls:,} calls, {tokens:,} tokens and "
@@ -117,7 +117,7 @@ class Refused(ValueError):
         self.status = status
 
 
-class _Passing(Exception):
+class TransientError(Exception):
     """A failure that may pass."""
 
     def __init__(self, message: str, retry_after: float = 0.0) -> None:
@@ -236,14 +236,14 @@ class Endpoint:
         self._prices = tuple(prices.values())
         self._calls = self._prompt_tokens = self._completion_tokens = self._retries = self._failures = 0
         self._connections: dict[asyncio.AbstractEventLoop, _Connection] = {}
-        self._ledger: Ledger | None = None
+        self._ledger: Budget | None = None
 
     def __repr__(self) -> str:
         return f"Endpoint(base_url={self.base_url!r}, model={self.model!r})"
 
     @property
-    def spent(self) -> Spent:
-        return Spent(
+    def spent(self) -> Usage:
+        return Usage(
             calls=self._calls,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
@@ -271,7 +271,7 @@ class Endpoint:
             response_format: as the protocol has it, such as ``{"type": "json_object"}``.
 
         Raises:
-            BudgetSpent: a cap was reached before the call, or before another attempt at it.
+            BudgetExceeded: a cap was reached before the call, or before another attempt at it.
             EndpointDown: all attempts failed.
             Refused: a ValueError: the server refuses the call, and would again (400, 401, 403, 404 ...).
             ValueError: there is a cap on tokens or dollars, and the server does not say how many tokens it took.
@@ -289,7 +289,7 @@ class Endpoint:
         attempts = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self._max_attempts),
             wait=_pause,
-            retry=tenacity.retry_if_exception_type(_Passing),
+            retry=tenacity.retry_if_exception_type(TransientError),
             reraise=True,
         )
         connection = self._connect()
@@ -298,7 +298,7 @@ class Endpoint:
                 async for attempt in attempts:
                     with attempt:
                         return await self._call(connection.client, request, attempt.retry_state.attempt_number)
-        except _Passing as error:
+        except TransientError as error:
             failure = str(error)
         else:
             raise AssertionError("the last attempt returns or raises")
@@ -351,17 +351,17 @@ class Endpoint:
         except openai.APIStatusError as error:
             failure = self._refusal(error)
         except (TimeoutError, openai.APITimeoutError):
-            failure = _Passing(f"no reply within {self._timeout_seconds:g} s")
+            failure = TransientError(f"no reply within {self._timeout_seconds:g} s")
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
-            failure = _Passing(f"no connection ({type(cause).__name__}: {self._shown(str(cause))})")
-        except _Passing as error:
+            failure = TransientError(f"no connection ({type(cause).__name__}: {self._shown(str(cause))})")
+        except TransientError as error:
             failure = error
         self._failures += 1
         # Raised here, not above: the library's error would hang on as the context, with the request and so the key.
         raise failure
 
-    def keep_account(self, ledger: Ledger) -> None:
+    def share_budget(self, ledger: Budget) -> None:
         """From now on the caps hold for all that share the ledger: the processes of a run, and all its starts."""
         self._ledger = ledger
 
@@ -371,10 +371,10 @@ class Endpoint:
             most = self._caps.get("max_calls")
             if self._ledger.add(calls=1).calls > (math.inf if most is None else most):
                 self._ledger.add(calls=-1)
-                raise BudgetSpent("max_calls", most or 0, self._spent_in_all())
+                raise BudgetExceeded("max_calls", most or 0, self._spent_in_all())
         self._calls += 1
 
-    def _spent_in_all(self) -> Spent:
+    def _spent_in_all(self) -> Usage:
         """By this process; with a ledger, by all that share it."""
         if self._ledger is None:
             return self.spent
@@ -401,17 +401,17 @@ class Endpoint:
         }
         for name, cap in self._caps.items():
             if counts[name] >= cap:
-                raise BudgetSpent(name, cap, spent)
+                raise BudgetExceeded(name, cap, spent)
 
     def _read(self, body: bytes) -> Reply:
         """The reply in a response's body.
 
         Raises:
-            _Passing: it is not whole, or no chat completion.
+            TransientError: it is not whole, or no chat completion.
             ValueError: it lacks the token counts that a cap needs.
         """
         if len(body) > _LARGEST_BODY:
-            raise _Passing(f"a reply of {len(body)} bytes; {_LARGEST_BODY} are read at most")
+            raise TransientError(f"a reply of {len(body)} bytes; {_LARGEST_BODY} are read at most")
         try:
             completion = _Completion.model_validate_json(body)
         except ValidationError as error:
@@ -443,7 +443,7 @@ class Endpoint:
                     completion_tokens=usage.completion_tokens,
                 )
             problem = "no chat completion (choices: is empty)"
-        raise _Passing(problem)
+        raise TransientError(problem)
 
     def _refusal(self, error: openai.APIStatusError) -> Exception:
         """What a response of status 3xx, 4xx or 5xx comes to."""
@@ -451,7 +451,7 @@ class Endpoint:
         message = body.get("message") if isinstance(body, dict) else None
         said = f"{status}: {self._shown(message if isinstance(message, str) else error.response.text)}"
         if status in _PASSING or status >= 500:
-            return _Passing(said, _seconds(error.response.headers.get("retry-after")))
+            return TransientError(said, _seconds(error.response.headers.get("retry-after")))
         if status in (401, 403):
             problem = "is refused by" if self._key() else "is not set, and a key is wanted by"
             return Refused(f"api_key_env: {self._api_key_env} {problem} {self.host} ({said})", status)
@@ -473,7 +473,7 @@ def _pause(state: tenacity.RetryCallState) -> float:
     """Seconds until the next attempt."""
     assert state.outcome is not None
     failure = state.outcome.exception()
-    assert isinstance(failure, _Passing)
+    assert isinstance(failure, TransientError)
     longest = min(BACKOFF_SECONDS * 2 ** min(state.attempt_number - 1, 30), _LONGEST_BACKOFF)
     return max(_jitter.uniform(longest / 2, longest), failure.retry_after)
 

@@ -15,7 +15,7 @@ import numpy as np
 from rolltune.behaviours import BEHAVIOURS, Agreement, agreement, count_behaviours, thinking
 from rolltune.behaviours.classifier import Classifier
 from rolltune.eval.passk import Difference, Estimate, Measure, cons_at_k, estimates, paired_difference, pass_at_k
-from rolltune.eval.verdicts import JudgedModel, row_means
+from rolltune.eval.verdicts import VerifiedModel, means_without_nan
 from rolltune.seeding import derive_seed
 from rolltune.types import Problem
 
@@ -106,14 +106,14 @@ def default_ks(samples: int) -> list[int]:
     return sorted({*(2**i for i in range(samples.bit_length())), samples})
 
 
-def votes_can_be_counted(model: JudgedModel) -> bool:
+def votes_can_be_counted(model: VerifiedModel) -> bool:
     """Whether every right sample has a vote. Where ``correct`` looks elsewhere than in <answer> blocks it may not."""
     right = [[i for i, correct in enumerate(row) if correct == 1] for row in model.sampled.correct]
     return all(votes[i] is not None for votes, of_problem in zip(model.votes, right, strict=True) for i in of_problem)
 
 
 def metric_measures(
-    problems: Sequence[Problem], model: JudgedModel, ks: Sequence[int], seed: int
+    problems: Sequence[Problem], model: VerifiedModel, ks: Sequence[int], seed: int
 ) -> dict[str, Measure]:
     """The rows of the main table."""
     measures = {}
@@ -125,7 +125,7 @@ def metric_measures(
             ("length_mean", verdicts.tokens),
             ("truncated", verdicts.truncated),
         ):
-            means = values if values.ndim == 1 else row_means(values)
+            means = values if values.ndim == 1 else means_without_nan(values)
             completions = int((~np.isnan(values)).sum())
             measures[f"{kind}/{name}"] = Measure.of(means, completions=completions, is_rate=name != "length_mean")
     scored = int((~np.isnan(model.sampled.correct)).sum())
@@ -143,7 +143,7 @@ def metric_measures(
     return measures
 
 
-def pass_values(model: JudgedModel, k: int) -> np.ndarray:
+def pass_values(model: VerifiedModel, k: int) -> np.ndarray:
     """pass@k of each problem, float64 [problems]; NaN where fewer than k samples were scored."""
     scored = [row[~np.isnan(row)] for row in model.sampled.correct]
     return np.array([pass_at_k(len(row), int(row.sum()), k) if len(row) >= k else np.nan for row in scored])
@@ -154,7 +154,7 @@ def _cons(votes: Sequence[str | None], correct: np.ndarray, k: int, seed: int) -
     return cons_at_k([votes[i] for i in kept], correct[kept].tolist(), k, seed=seed) if len(kept) >= k else np.nan
 
 
-def _length_bins(model: JudgedModel) -> list[tuple[str, float, Measure]]:
+def _length_bins(model: VerifiedModel) -> list[tuple[str, float, Measure]]:
     """Accuracy of completions by their length. Problems are what is resampled, each with its completions of a bin."""
     tokens, correct = model.sampled.tokens, model.sampled.correct
     scored = ~np.isnan(correct)
@@ -172,7 +172,7 @@ def _length_bins(model: JudgedModel) -> list[tuple[str, float, Measure]]:
 
 
 def _problem_bins(
-    groups: Sequence[tuple[str, np.ndarray]], by: np.ndarray, model: JudgedModel
+    groups: Sequence[tuple[str, np.ndarray]], by: np.ndarray, model: VerifiedModel
 ) -> list[tuple[str, float, Measure]]:
     """Accuracy of groups of problems; a group is a mask over the problems."""
     bins = []
@@ -213,7 +213,7 @@ def solution_words(problems: Sequence[Problem]) -> np.ndarray:
     return np.array([len(p.solution.split()) if p.solution and p.solution.strip() else np.nan for p in problems])
 
 
-def _behaviour_measures(model: JudgedModel) -> dict[str, Measure]:
+def _behaviour_measures(model: VerifiedModel) -> dict[str, Measure]:
     counts = [[count_behaviours(thinking(text)) for text in of_problem] for of_problem in model.texts]
     completions = model.sampled.tokens.size
     measures = {}
@@ -226,9 +226,9 @@ def _behaviour_measures(model: JudgedModel) -> dict[str, Measure]:
 
 def measure_model(
     problems: Sequence[Problem],
-    model: JudgedModel,
+    model: VerifiedModel,
     *,
-    baseline: JudgedModel | None,
+    baseline: VerifiedModel | None,
     ks: Sequence[int],
     resamples: int,
     seed: int,
@@ -272,7 +272,7 @@ def measure_model(
     )
 
 
-def _unscored(model: JudgedModel) -> dict[str, int]:
+def _unscored(model: VerifiedModel) -> dict[str, int]:
     counts = {
         f"{kind}/{name}": int(np.isnan(getattr(verdicts, field)).sum())
         for kind, verdicts in (("greedy", model.greedy), ("sampled", model.sampled))
@@ -281,7 +281,7 @@ def _unscored(model: JudgedModel) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def classify(model: JudgedModel, classifier: Classifier, *, most: int, resamples: int, seed: int) -> Classified:
+def classify(model: VerifiedModel, classifier: Classifier, *, most: int, resamples: int, seed: int) -> Classified:
     """Show the classifier the first samples: of every problem the first one, then of every problem the second.
 
     Args:
@@ -338,7 +338,7 @@ class Comparison:
     differences: dict[str, Difference]
 
 
-def compare(models: Sequence[JudgedModel], *, k: int, resamples: int, seed: int) -> list[Comparison]:
+def compare(models: Sequence[VerifiedModel], *, k: int, resamples: int, seed: int) -> list[Comparison]:
     """Every pair of models: greedy accuracy, mean accuracy of the samples, and pass@k.
 
     The intervals are of one difference each. Among twenty differences of equal models one is expected to be marked.

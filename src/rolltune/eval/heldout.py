@@ -37,7 +37,7 @@ def sample_greedy(
     return list(zip(mine, completions, strict=True))
 
 
-def judge_greedy(
+def score_heldout(
     turns: Sequence[tuple[Problem, Completion]], *, reward: WeightedReward, world: World
 ) -> dict[str, float]:
     """Greedy turns judged strictly and leniently.

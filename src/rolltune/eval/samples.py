@@ -40,7 +40,7 @@ _MODEL_FILES = (".safetensors", ".bin", ".json", ".model")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Turn:
+class Response:
     """One completion, as much of it as judging needs.
 
     Attributes:
@@ -67,8 +67,8 @@ class ProblemSamples:
 
     problem: str
     prompt: str
-    greedy: Turn
-    samples: tuple[Turn, ...]
+    greedy: Response
+    samples: tuple[Response, ...]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -185,10 +185,10 @@ def _from_json(row: Any) -> ProblemSamples:
     )
 
 
-def _turn(row: Any) -> Turn:
+def _turn(row: Any) -> Response:
     if row["finish_reason"] not in ("stop", "length") or not isinstance(row["tokens"], int):
         raise ValueError(f"finish_reason {row['finish_reason']!r}, tokens {row['tokens']!r}")
-    return Turn(text=_text(row["text"]), tokens=row["tokens"], finish_reason=row["finish_reason"])
+    return Response(text=_text(row["text"]), tokens=row["tokens"], finish_reason=row["finish_reason"])
 
 
 def _text(value: Any) -> str:
@@ -347,5 +347,5 @@ def sample_missing(
     check_versions(written, 0, world)
 
 
-def _from_completion(completion: Completion) -> Turn:
-    return Turn(text=completion.text, tokens=len(completion.token_ids), finish_reason=completion.finish_reason)
+def _from_completion(completion: Completion) -> Response:
+    return Response(text=completion.text, tokens=len(completion.token_ids), finish_reason=completion.finish_reason)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rolltune.eval.samples import ProblemSamples, Turn
+from rolltune.eval.samples import ProblemSamples, Response
 from rolltune.rewards.answer import voted_answer
 from rolltune.types import Problem, Reward
 
@@ -35,7 +35,7 @@ class Verdicts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedModel:
+class VerifiedModel:
     """One model's verdicts on all problems.
 
     Attributes:
@@ -55,10 +55,10 @@ class JudgedModel:
     @property
     def solve_rates(self) -> np.ndarray:
         """Share of right samples, float64 [problems]; NaN where none was scored."""
-        return row_means(self.sampled.correct)
+        return means_without_nan(self.sampled.correct)
 
 
-def judge(
+def verify(
     name: str,
     problems: Sequence[Problem],
     found: Mapping[str, ProblemSamples],
@@ -66,7 +66,7 @@ def judge(
     correct: Reward,
     lenient: Reward,
     format: Reward,
-) -> JudgedModel:
+) -> VerifiedModel:
     """Judge everything that one model wrote.
 
     Args:
@@ -79,7 +79,7 @@ def judge(
     """
     rows = [found[problem.id] for problem in problems]
 
-    def judge_turns(turns: Sequence[Sequence[Turn]]) -> Verdicts:
+    def verdicts_on(turns: Sequence[Sequence[Response]]) -> Verdicts:
         def totals(reward: Reward) -> np.ndarray:
             return np.array(
                 [
@@ -98,11 +98,11 @@ def judge(
             ),
         )
 
-    greedy = judge_turns([[row.greedy] for row in rows])
-    return JudgedModel(
+    greedy = verdicts_on([[row.greedy] for row in rows])
+    return VerifiedModel(
         name=name,
         greedy=Verdicts(**{key: value[:, 0] for key, value in vars(greedy).items()}),
-        sampled=judge_turns([row.samples for row in rows]),
+        sampled=verdicts_on([row.samples for row in rows]),
         votes=[
             [voted_answer(problem, turn.text) for turn in row.samples]
             for problem, row in zip(problems, rows, strict=True)
@@ -116,7 +116,7 @@ def _verdict(reward: Reward, problem: Problem, text: str) -> float:
     return np.nan if total is None else float(total == 1.0)
 
 
-def row_means(values: np.ndarray) -> np.ndarray:
+def means_without_nan(values: np.ndarray) -> np.ndarray:
     """Mean of each row without its NaNs; NaN where there is nothing else."""
     known = ~np.isnan(values)
     with np.errstate(invalid="ignore"):

@@ -55,8 +55,8 @@ class GSPOLoss:
 
         A clipped completion counts with all of its tokens, so that "clip_fraction" is a number of tokens here too.
         """
-        log_ratios = sequence_means(inputs.logprobs - inputs.old_logprobs, inputs.sequence_ids, inputs.num_sequences)
-        ratios = torch.exp(log_ratios)[inputs.sequence_ids]  # [num_sequences] to [N]
+        log_ratios = sequence_means(inputs.logprobs - inputs.old_logprobs, inputs.sequence_index, inputs.num_sequences)
+        ratios = torch.exp(log_ratios)[inputs.sequence_index]  # [num_sequences] to [N]
         policy_losses, clipped = clipped_policy_loss(
             ratios, inputs.advantages, clip_low=self.clip_low, clip_high=self.clip_high
         )

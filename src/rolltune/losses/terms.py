@@ -72,15 +72,15 @@ def token_losses(policy_losses: Tensor, inputs: LossInputs, *, kl_coef: float) -
     return losses + kl_coef * kl, {"kl": kl.detach().sum()}
 
 
-def sequence_sums(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
+def sequence_sums(values: Tensor, sequence_index: Tensor, num_sequences: int) -> Tensor:
     """Sum of ``values`` [N] over the tokens of each completion, [num_sequences]."""
-    return values.new_zeros(num_sequences).index_add(0, sequence_ids, values)
+    return values.new_zeros(num_sequences).index_add(0, sequence_index, values)
 
 
-def sequence_means(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
+def sequence_means(values: Tensor, sequence_index: Tensor, num_sequences: int) -> Tensor:
     """Mean of ``values`` [N] over the tokens of each completion, [num_sequences]; 0 for one without tokens."""
-    lengths = sequence_sums(torch.ones_like(values), sequence_ids, num_sequences)
-    return sequence_sums(values, sequence_ids, num_sequences) / lengths.clamp(min=1)
+    lengths = sequence_sums(torch.ones_like(values), sequence_index, num_sequences)
+    return sequence_sums(values, sequence_index, num_sequences) / lengths.clamp(min=1)
 
 
 def token_mean(losses: Tensor, totals: LossTotals) -> Tensor:
@@ -90,7 +90,7 @@ def token_mean(losses: Tensor, totals: LossTotals) -> Tensor:
 
 def sequence_mean_token_mean(losses: Tensor, inputs: LossInputs, totals: LossTotals) -> Tensor:
     """Every completion weighs the same, whatever its length: the mean of the completions' means (GRPO)."""
-    return sequence_means(losses, inputs.sequence_ids, inputs.num_sequences).sum() / totals.sequences
+    return sequence_means(losses, inputs.sequence_index, inputs.num_sequences).sum() / totals.sequences
 
 
 def sequence_mean_token_sum(losses: Tensor, totals: LossTotals) -> Tensor:

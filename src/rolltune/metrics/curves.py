@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rolltune.behaviours import BEHAVIOURS
-from rolltune.metrics.log import Row, read_metrics
+from rolltune.metrics.log import Record, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +54,7 @@ def plot_curves(output_dir: str | Path) -> Path:
     panels = [(draw, needed) for draw, needed in panels if needed in curves]
     for draw, is_drawn in (
         (_plot_behaviours, _behaviour_of),
-        (_plot_gold, {"gold/mean"}.__contains__),
+        (_plot_overoptimization, {"overoptimization/mean"}.__contains__),
         (_plot_rubric, _category_of),
         (_plot_criteria, _criterion_of),
         (_plot_judge, _questions_of),
@@ -100,7 +100,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _series(rows: Sequence[Row]) -> dict[str, Series]:
+def _series(rows: Sequence[Record]) -> dict[str, Series]:
     """Metric name to its steps and values, in order of steps; null values left out, the last of a step counts."""
     points: dict[str, dict[int, float]] = {}
     for row in rows:
@@ -212,12 +212,14 @@ def _behaviour_of(name: str) -> str | None:
     return None
 
 
-def _plot_gold(axes: Axes, curves: dict[str, Series]) -> None:
+def _plot_overoptimization(axes: Axes, curves: dict[str, Series]) -> None:
     title_axes(axes, "Judge and gold measure", "mean over held-out turns")
     for name, label, color in (("train_mean", "trained on", COLORS[0]), ("mean", "gold", COLORS[2])):
-        axes.plot(*curves[f"gold/{name}"], color=color, linewidth=1.6, marker="o", markersize=3.5, label=label)
-    judged = dict(zip(*curves["gold/train_mean"], strict=True))
-    steps = [step for step, alarm in zip(*curves.get("gold/alarm", ([], [])), strict=True) if alarm]
+        axes.plot(
+            *curves[f"overoptimization/{name}"], color=color, linewidth=1.6, marker="o", markersize=3.5, label=label
+        )
+    judged = dict(zip(*curves["overoptimization/train_mean"], strict=True))
+    steps = [step for step, alarm in zip(*curves.get("overoptimization/alarm", ([], [])), strict=True) if alarm]
     if steps:
         at = [judged[step] for step in steps]
         axes.plot(steps, at, color=COLORS[4], linestyle="none", marker="X", markersize=8, label="alarm")

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 from rolltune import types
 from rolltune.files import finite, write_text_atomic
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
 class MetricsLog:
@@ -160,7 +160,7 @@ def _start_wandb(output_dir: Path, project: str, config: Mapping[str, Any], resu
     return run
 
 
-def read_metrics(output_dir: str | Path) -> list[Row]:
+def read_metrics(output_dir: str | Path) -> list[Record]:
     """The lines of ``metrics.jsonl``, in order; null values are None.
 
     Raises:
@@ -172,12 +172,12 @@ def read_metrics(output_dir: str | Path) -> list[Row]:
     return _read_rows(path)
 
 
-def _read_rows(path: Path) -> list[Row]:
+def _read_rows(path: Path) -> list[Record]:
     if not path.is_file():
         return []
     # What stands behind the last newline was cut off by a kill in mid-write.
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    rows: list[Row] = []
+    rows: list[Record] = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
@@ -217,8 +217,8 @@ def _sample_rows(
     step: int,
     groups: Sequence[types.Group],
     advantages: Sequence[Sequence[float] | None],
-) -> list[Row]:
-    rows: list[Row] = []
+) -> list[Record]:
+    rows: list[Record] = []
     for group, of_group in zip(groups, advantages, strict=True):
         assert of_group is None or len(of_group) == len(group.scored().scores), "one advantage a scored completion"
         values = iter(of_group or ())
@@ -243,5 +243,5 @@ def _sample_rows(
     return rows
 
 
-def _json_line(row: Row) -> str:
+def _json_line(row: Record) -> str:
     return json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n"

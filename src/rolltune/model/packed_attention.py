@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rolltune.types import MicroBatch
+from rolltune.types import Microbatch
 
 PACKED_ATTENTION = "rolltune_packed"
 
@@ -46,8 +46,8 @@ class PackedLayout:
     length: int
 
 
-def packed_layout(microbatch: MicroBatch) -> PackedLayout:
-    segments, completions = microbatch.segment_ids, microbatch.completion_ids
+def packed_layout(microbatch: Microbatch) -> PackedLayout:
+    segments, completions = microbatch.segment_index, microbatch.sequence_index
     device, count = segments.device, len(segments)
     is_prompt = completions == -1
     # Tokens of a segment's prompt stand together, and so do those of a completion: runs are what is between two

@@ -19,7 +19,7 @@ from rolltune.model.load import adapter_base, load_model, resolve_model
 from rolltune.model.logprobs import selected_logprobs
 from rolltune.model.packed_attention import packed_layout
 from rolltune.seeding import derive_seed
-from rolltune.types import MicroBatch
+from rolltune.types import Microbatch
 
 REFERENCE_ADAPTER = "reference"
 # A mask of four dimensions is passed on as it is; packed attention looks at the layout instead. Without it transformers
@@ -55,7 +55,7 @@ class Policy:
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def logprobs(self, microbatch: MicroBatch, *, temperature: float) -> tuple[Tensor, Tensor]:
+    def logprobs(self, microbatch: Microbatch, *, temperature: float) -> tuple[Tensor, Tensor]:
         """(log-probs, entropy) of the trained tokens, float32 [N]; the log-probs carry a gradient.
 
         Of the distribution that was sampled from: where top-k or top-p left tokens out, of the softmax over the rest.
@@ -63,7 +63,7 @@ class Policy:
         return packed_logprobs(self.causal_lm, microbatch, temperature=temperature)
 
     @torch.no_grad()
-    def reference_logprobs(self, microbatch: MicroBatch, *, temperature: float) -> Tensor:
+    def reference_logprobs(self, microbatch: Microbatch, *, temperature: float) -> Tensor:
         """Log-probs of the trained tokens under the frozen reference, float32 [N].
 
         Renormalised over what top-k and top-p left to the *policy*, S, like the policy's own. The tokens come from
@@ -100,7 +100,7 @@ class Policy:
         tokenizer.save_pretrained(folder)
 
 
-def packed_logprobs(model: PreTrainedModel, microbatch: MicroBatch, *, temperature: float) -> tuple[Tensor, Tensor]:
+def packed_logprobs(model: PreTrainedModel, microbatch: Microbatch, *, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs and entropy of a packed row's trained tokens; the LM head runs on those tokens alone.
 
     Args:
@@ -121,13 +121,13 @@ def packed_logprobs(model: PreTrainedModel, microbatch: MicroBatch, *, temperatu
     ).last_hidden_state[0]  # [T, H]
     head = model.get_output_embeddings()
     assert isinstance(head, torch.nn.Linear)
-    hidden = hidden[microbatch.predictors]
+    hidden = hidden[microbatch.predictor_index]
     if isinstance(head, FP32Head):
         hidden = hidden.float()
     return selected_logprobs(
         hidden,
         head.weight,
-        microbatch.targets,
+        microbatch.target_ids,
         temperature,
         microbatch.support,
         batch_invariant=is_batch_invariant(model),

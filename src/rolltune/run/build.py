@@ -16,9 +16,9 @@ from rolltune.config.schema import (
     DataConfig,
     EvaluateSamplingConfig,
     GRPOConfig,
-    PrimeConfig,
     PromptConfig,
     SamplingConfig,
+    SFTConfig,
 )
 from rolltune.data.dataset import ProblemStream, overlap
 from rolltune.distributed import World
@@ -27,7 +27,7 @@ from rolltune.eval.samples import load_for_sampling
 from rolltune.loss_scale import LossScale
 from rolltune.model.policy import Policy
 from rolltune.prompts import render_prompt
-from rolltune.rewards.checks.overoptimization import GoldWatch
+from rolltune.rewards.checks.overoptimization import OveroptimizationMonitor
 from rolltune.rewards.combine import WeightedReward
 from rolltune.samplers import Sampler
 from rolltune.samplers.native import NativeSampler
@@ -76,14 +76,14 @@ class Rewards:
 
     Attributes:
         training: what is trained on.
-        heldout: ``correct`` and, where the config has it, ``lenient``, for :func:`rolltune.eval.heldout.judge_greedy`.
+        heldout: ``correct`` and, where the config has it, ``lenient``, for :func:`rolltune.eval.heldout.score_heldout`.
         gold: the alarm for a hacked judge; None where the config has none.
         exits: what is closed behind the judges.
     """
 
     training: WeightedReward
     heldout: WeightedReward
-    gold: GoldWatch | None
+    gold: OveroptimizationMonitor | None
     exits: ExitStack = field(default_factory=ExitStack, repr=False, compare=False)
 
     def bind(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, frozen: Callable[[], Sampler]) -> None:
@@ -101,19 +101,21 @@ class Rewards:
             for part in self._parts():
                 part.close()
 
-    def _parts(self) -> list[WeightedReward | GoldWatch]:
+    def _parts(self) -> list[WeightedReward | OveroptimizationMonitor]:
         return [self.training, self.heldout, *([self.gold] if self.gold else [])]
 
 
-def start_rewards(cfg: GRPOConfig, train: Sequence[Problem], heldout: Sequence[Problem], *, try_out: bool) -> Rewards:
+def start_rewards(
+    cfg: GRPOConfig, train: Sequence[Problem], heldout: Sequence[Problem], *, smoke_test: bool
+) -> Rewards:
     """Build what scores turns; none of it is taken on trust.
 
     Args:
         cfg: names them.
         train: what the training reward will be asked for.
         heldout: what the others will be asked for.
-        try_out: have a turn judged now, so that a judge that is not there shows before weights are loaded. From then on
-            caps hold for the run: what was spent is kept in its folder.
+        smoke_test: have a turn judged now, so that a judge that is not there shows before weights are loaded. From
+            then on caps hold for the run: what was spent is kept in its folder.
 
     Raises:
         ValueError: a problem lacks what it would be judged by, or a judge does not answer.
@@ -121,16 +123,18 @@ def start_rewards(cfg: GRPOConfig, train: Sequence[Problem], heldout: Sequence[P
     training = build_reward(cfg.rewards)
     lenient = {} if cfg.eval.lenient is None else {"lenient": cfg.eval.lenient | {"weight": 0.0}}
     measured = build_reward({"correct": cfg.eval.correct} | lenient)
-    gold = None if cfg.eval.gold is None else instantiate(cfg.eval.gold).start(training, heldout)
+    gold = (
+        None if cfg.eval.overoptimization is None else instantiate(cfg.eval.overoptimization).start(training, heldout)
+    )
     rewards = Rewards(training=training, heldout=measured, gold=gold)
     try:
         training.check(train)
         measured.check(heldout)
-        if try_out:
+        if smoke_test:
             for name, judged in (("training", training), ("heldout", measured), ("gold", gold)):
                 if judged is not None:
-                    judged.keep_account(Path(cfg.output_dir) / SPENT / f"{name}.sqlite")
-                    judged.try_out(train[0] if judged is training else heldout[0])
+                    judged.share_budget(Path(cfg.output_dir) / SPENT / f"{name}.sqlite")
+                    judged.smoke_test(train[0] if judged is training else heldout[0])
     except BaseException:
         rewards.close()
         raise
@@ -166,7 +170,7 @@ def starting_sampler(cfg: GRPOConfig, tokenizer: PreTrainedTokenizerBase, world:
     return sampler
 
 
-def build_optimization(cfg: GRPOConfig | PrimeConfig, policy: Policy, *, num_updates: int) -> Optimization:
+def build_optimization(cfg: GRPOConfig | SFTConfig, policy: Policy, *, num_updates: int) -> Optimization:
     """Optimizer, schedule, clip norm and, for float16, loss scale over the policy's trainable parameters.
 
     Args:

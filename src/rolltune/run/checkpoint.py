@@ -2,7 +2,7 @@
 
     <output_dir>/checkpoints/step_000010/policy/     Hugging Face format, loads in plain transformers or peft
     <output_dir>/checkpoints/step_000010/trainer.pt  optimizer, schedule, master weights, loss scale
-    <output_dir>/checkpoints/step_000010/state.json  step, data cursor, best accuracy
+    <output_dir>/checkpoints/step_000010/state.json  step, data data_position, best accuracy
     <output_dir>/best -> checkpoints/step_000010/policy
 
 A checkpoint is written under a temporary name and renamed, so a folder named step_* is whole. There is no random
@@ -27,7 +27,7 @@ class TrainState:
 
     Attributes:
         step: steps done.
-        cursor: problems taken from the training stream.
+        data_position: problems taken from the training stream.
         policy_version: optimizer steps done.
         best_score: highest held-out score so far (accuracy; for prime the negative loss); None before the first one.
         best_step: the step that had it.
@@ -35,7 +35,7 @@ class TrainState:
     """
 
     step: int = 0
-    cursor: int = 0
+    data_position: int = 0
     policy_version: int = 0
     best_score: float | None = None
     best_step: int | None = None

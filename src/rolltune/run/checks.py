@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rolltune import config
-from rolltune.config.components import check_component, instantiate, is_node, locate, mismatch, show
+from rolltune.config.components import check_component, instantiate, is_node, locate, show, type_problem
 from rolltune.config.schema import (
     AuditJudgeConfig,
     AuditRewardsConfig,
@@ -32,15 +32,15 @@ from rolltune.config.schema import (
     LoggingConfig,
     LoRAConfig,
     ModelConfig,
-    PrimeConfig,
     PromptConfig,
     SamplingConfig,
     ServeConfig,
+    SFTConfig,
     WriteRubricsConfig,
     WriteTracesConfig,
 )
 from rolltune.errors import ConfigError
-from rolltune.rewards.rubric.templates import own_prompt
+from rolltune.rewards.rubric.templates import load_prompt
 
 T = TypeVar("T")
 DEVICES = ("auto", "cpu", "cuda")
@@ -76,20 +76,20 @@ def check_grpo(cfg: GRPOConfig, world_size: int) -> Iterator[str]:
         if node is not None and _is_class(node):
             yield from _reward_problems(node, f"eval.{name}")
         elif node is not None:
-            yield from _check_judge(node, f"eval.{name}")
-    if cfg.eval.gold is not None:
-        yield from _check_gold(cfg.eval.gold, cfg)
+            yield from _check_verifier(node, f"eval.{name}")
+    if cfg.eval.overoptimization is not None:
+        yield from _check_overoptimization(cfg.eval.overoptimization, cfg)
     yield from _check_no_pairs(cfg)
     yield from _check_logging(cfg.logging)
 
 
-def check_prime(cfg: PrimeConfig, world_size: int) -> Iterator[str]:
+def check_sft(cfg: SFTConfig, world_size: int) -> Iterator[str]:
     yield from _check_output_dir(cfg.output_dir)
     yield from _at_least("seed", cfg.seed, 0)
     yield from _check_device(cfg.device)
     yield from _check_weights(cfg.model, cfg.lora)
     if cfg.model.batch_invariant:
-        yield "model.batch_invariant: true; does nothing in prime, which samples nothing; leave it out"
+        yield "model.batch_invariant: true; does nothing in sft, which samples nothing; leave it out"
     yield from _check_data(cfg.data)
     yield from _check_prompt(cfg.prompt)
     yield from _check_answer_format(cfg.answer_format, cfg.prompt.prefill, wants=("solution", "answer"))
@@ -103,11 +103,11 @@ def check_prime(cfg: PrimeConfig, world_size: int) -> Iterator[str]:
     for name in ("correct", "lenient"):
         if getattr(cfg.eval, name) != getattr(EvalConfig(), name):
             yield f"eval.{name}: does nothing here: the held-out measure of this recipe is the loss; leave it out"
-    if cfg.eval.gold is not None:
-        yield "eval.gold: does nothing here: prime samples nothing that could be scored; leave it out"
+    if cfg.eval.overoptimization is not None:
+        yield "eval.overoptimization: does nothing here: sft samples nothing that could be scored; leave it out"
     yield from _check_logging(cfg.logging)
     if cfg.logging.classifier is not None:
-        yield "logging.classifier: does nothing in prime, which samples nothing; leave it out"
+        yield "logging.classifier: does nothing in sft, which samples nothing; leave it out"
 
 
 def check_audit_rewards(cfg: AuditRewardsConfig, world_size: int) -> Iterator[str]:
@@ -142,7 +142,7 @@ def check_audit_judge(cfg: AuditJudgeConfig, world_size: int) -> Iterator[str]:
         yield f"judge._component_: {name}: no judge; a rolltune.rewards.judges.judge.Judge has ask and metrics"
     if cfg.template is not None:
         try:
-            own_prompt(cfg.template, "explicit" if cfg.one_call else "explicit_one")
+            load_prompt(cfg.template, "explicit" if cfg.one_call else "explicit_one")
         except ValueError as error:
             yield str(error).replace("prompt", "template", 1)
     if cfg.reversed and not cfg.one_call:
@@ -162,7 +162,7 @@ def check_write_traces(cfg: WriteTracesConfig, world_size: int) -> Iterator[str]
     yield from _at_least("seed", cfg.seed, 0)
     yield from check_component(cfg.data, "data")
     yield from _check_writer(cfg.writer, "rolltune.traces.TraceWriter", ("condition", "write"))
-    yield from _check_judge(cfg.correct, "correct")
+    yield from _check_verifier(cfg.correct, "correct")
     yield from _at_least("traces_per_problem", cfg.traces_per_problem, 1)
     yield from _at_least("max_concurrency", cfg.max_concurrency, 1)
 
@@ -199,7 +199,7 @@ def check_evaluate(cfg: EvaluateConfig, world_size: int) -> Iterator[str]:
         yield from _check_context(model.path, cfg.sampling.max_new_tokens, f"models[{i}].path")
     yield from _check_sampler(cfg.sampler, cfg.sampling)
     for name in ("correct", "lenient", "format"):
-        yield from _check_judge(getattr(cfg, name), name)
+        yield from _check_verifier(getattr(cfg, name), name)
     yield from _check_ks(cfg.ks, cfg.sampling.samples)
     yield from _at_least("resamples", cfg.resamples, 100)
     if cfg.classifier is not None:
@@ -351,7 +351,7 @@ def _check_rewards(rewards: dict[str, Component]) -> Iterator[str]:
             yield f"{key}: a reward's name heads its curves; letters, digits, - and _ are wanted"
         yield from _reward_problems(node, key)
         weight = node.get("weight", 1.0)
-        wrong = mismatch(weight, float)
+        wrong = type_problem(weight, float)
         if wrong or not math.isfinite(weight):
             yield f"{key}.weight: {wrong or f'{weight}; a finite number is wanted'}"
 
@@ -374,7 +374,7 @@ def _is_class(node: Component) -> bool:
         return False
 
 
-def _check_judge(node: Component, key: str) -> Iterator[str]:
+def _check_verifier(node: Component, key: str) -> Iterator[str]:
     """A reward that says by the problem and the turn's text alone whether the turn is right."""
     for problem in check_component(node, key, positional=2):
         if problem.startswith(f"{key}.completion: missing"):
@@ -539,7 +539,7 @@ def _check_mismatch(node: Component) -> Iterator[str]:
 # --- optimization and batches -----------------------------------------------------------------------------------------
 
 
-def _check_optimization(cfg: GRPOConfig | PrimeConfig, num_updates: int) -> Iterator[str]:
+def _check_optimization(cfg: GRPOConfig | SFTConfig, num_updates: int) -> Iterator[str]:
     yield from _at_least("num_steps", cfg.num_steps, 1)
     yield from _above("max_grad_norm", cfg.max_grad_norm, 0)
     if cfg.loss_scale is not None:
@@ -594,7 +594,7 @@ def _check_batch(cfg: GRPOConfig, world_size: int) -> Iterator[str]:
         )
 
 
-def _check_eval(cfg: GRPOConfig | PrimeConfig) -> Iterator[str]:
+def _check_eval(cfg: GRPOConfig | SFTConfig) -> Iterator[str]:
     yield from _at_least("eval.every_n_steps", cfg.eval.every_n_steps, 1)
     yield from _at_least("eval.max_problems", cfg.eval.max_problems, 1)
     if cfg.eval.max_new_tokens is not None:
@@ -603,25 +603,26 @@ def _check_eval(cfg: GRPOConfig | PrimeConfig) -> Iterator[str]:
     yield from _at_least("checkpoint.keep_last", cfg.checkpoint.keep_last, 1)
 
 
-def _check_gold(node: Component, cfg: GRPOConfig) -> Iterator[str]:
-    from rolltune.rewards.checks.overoptimization import GoldCheck
+def _check_overoptimization(node: Component, cfg: GRPOConfig) -> Iterator[str]:
+    from rolltune.rewards.checks.overoptimization import OveroptimizationCheck
 
-    problems = check_component(node, "eval.gold") or _call_problems(node, "eval.gold")
+    problems = check_component(node, "eval.overoptimization") or _call_problems(node, "eval.overoptimization")
     yield from problems
     if problems:
         return
     check = instantiate(node)
-    if not isinstance(check, GoldCheck):
-        wanted = "rolltune.rewards.checks.overoptimization.GoldCheck"
-        yield f"eval.gold._component_: {node['_component_']}: {wanted} is wanted"
+    if not isinstance(check, OveroptimizationCheck):
+        wanted = "rolltune.rewards.checks.overoptimization.OveroptimizationCheck"
+        yield f"eval.overoptimization._component_: {node['_component_']}: {wanted} is wanted"
         return
     if check.reward not in cfg.rewards:
-        yield f"eval.gold.reward: {check.reward}; one of rewards is wanted: {', '.join(cfg.rewards)}"
+        yield f"eval.overoptimization.reward: {check.reward}; one of rewards is wanted: {', '.join(cfg.rewards)}"
     elif check.gold == {key: value for key, value in cfg.rewards[check.reward].items() if key != "weight"}:
-        yield f"eval.gold.gold: the same as rewards.{check.reward}, which would be compared with itself"
+        yield f"eval.overoptimization.gold: the same as rewards.{check.reward}, which would be compared with itself"
     if cfg.eval.max_problems < check.min_problems:
         yield (
-            f"eval.gold.min_problems: {check.min_problems}; eval.max_problems is {cfg.eval.max_problems}, so nothing "
+            f"eval.overoptimization.min_problems: {check.min_problems}; eval.max_problems is "
+            f"{cfg.eval.max_problems}, so nothing "
             "would ever be compared"
         )
 
@@ -630,12 +631,12 @@ def _check_no_pairs(cfg: GRPOConfig) -> Iterator[str]:
     """A held-out problem has one turn, which nothing can be compared with: it would never be scored."""
     from rolltune.rewards.rubric.pairwise import PairwiseReward
 
-    gold = cfg.eval.gold or {}
+    gold = cfg.eval.overoptimization or {}
     nodes = {
         "eval.correct": cfg.eval.correct,
         "eval.lenient": cfg.eval.lenient,
-        "eval.gold.gold": gold.get("gold"),
-        "eval.gold.reward": cfg.rewards.get(str(gold.get("reward"))),
+        "eval.overoptimization.gold": gold.get("gold"),
+        "eval.overoptimization.reward": cfg.rewards.get(str(gold.get("reward"))),
     }
     for key, node in nodes.items():
         if is_node(node) and _is_class(node) and issubclass(locate(node["_component_"]), PairwiseReward):
@@ -668,7 +669,7 @@ def _above(key: str, value: float, bound: float) -> Iterable[str]:
 
 CHECKS: dict[type, config.Check[Any]] = {
     GRPOConfig: check_grpo,
-    PrimeConfig: check_prime,
+    SFTConfig: check_sft,
     AuditRewardsConfig: check_audit_rewards,
     AuditJudgeConfig: check_audit_judge,
     LintRubricsConfig: check_lint_rubrics,

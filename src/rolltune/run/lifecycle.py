@@ -18,13 +18,13 @@ from rolltune.config.components import instantiate, is_node
 from rolltune.config.schema import (
     GRPOConfig,
     LoggingConfig,
-    PrimeConfig,
+    SFTConfig,
 )
 from rolltune.distributed import World
 from rolltune.errors import ConfigError, RunStopped, SyncError
 from rolltune.metrics.log import MetricsLog
 from rolltune.model.policy import Policy
-from rolltune.rewards.checks.overoptimization import GoldWatch
+from rolltune.rewards.checks.overoptimization import OveroptimizationMonitor
 from rolltune.rewards.combine import WeightedReward
 from rolltune.rollout import Rollout
 from rolltune.run.build import SPENT, Rewards
@@ -41,7 +41,7 @@ FREE_ON_RESUME = {"output_dir", "resume", "dry_run", "device", "checkpoint", "lo
 FREE_JUDGE_ARGUMENTS = FREE_WRITER_ARGUMENTS | {"max_concurrency", "cache", "wait_seconds"}
 
 
-def start(cfg: GRPOConfig | PrimeConfig, checkpoints: Checkpoints, world: World) -> Path | None:
+def start(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -> Path | None:
     """Begin in an empty output folder, or find the checkpoint to resume from.
 
     Returns:
@@ -105,7 +105,7 @@ def _names_a_judge(node: dict[str, Any]) -> bool:
     return is_node(node) and ("judges" in node or "base_url" in node)
 
 
-def open_log(cfg: GRPOConfig | PrimeConfig, world: World, *, resume_step: int | None) -> MetricsLog:
+def open_log(cfg: GRPOConfig | SFTConfig, world: World, *, resume_step: int | None) -> MetricsLog:
     if not world.is_main:
         return MetricsLog.null()
     return MetricsLog(
@@ -198,7 +198,7 @@ def stop_early(
 
 
 @contextmanager
-def leave_together(world: World) -> Iterator[None]:
+def barrier_on_exit(world: World) -> Iterator[None]:
     """Ranks of a stopped run wait for each other: torchrun kills the rest when one has left, rank 0 with its logs too.
 
     Outside of all that is closed.
@@ -235,8 +235,8 @@ def judge_metrics(rewards: Rewards, world: World) -> dict[str, float]:
     return dict(zip(mine, world.sum(list(mine.values())), strict=True))
 
 
-def check_gold(
-    watch: GoldWatch | None, turns: Sequence[tuple[Problem, Completion]], output_dir: Path, world: World
+def check_overoptimization(
+    watch: OveroptimizationMonitor | None, turns: Sequence[tuple[Problem, Completion]], output_dir: Path, world: World
 ) -> dict[str, float]:
     """The metrics of one gold check, none without a watch; rank 0 prints its warning."""
     if watch is None:

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from rolltune.batch import TrainGroup, pack, train_group
 from rolltune.model.batch_invariant import is_batch_invariant
 from rolltune.model.policy import Policy
-from rolltune.prompts import worked_turn
-from rolltune.types import Group, MicroBatch, Reward
+from rolltune.prompts import worked_response
+from rolltune.types import Group, Microbatch, Reward
 
 # |trainer - sampler| log-prob: (mean, max) over tokens. fp32 differs by the order of summation alone; bf16 keeps 8 bits
 # of each logit, so single unlikely tokens may be far off while the mean stays small; fp16 keeps 11, and vLLM's was seen
@@ -83,7 +83,7 @@ def run_selftest(
             _check_tokens(group, row),
             _check_eos(group, row, tokenizer),
             _check_text(group, row, tokenizer),
-            *_check_gold(groups, rewards, answer_format),
+            *_check_overoptimization(groups, rewards, answer_format),
         ]
         if with_reference:
             reference = policy.reference_logprobs(row, temperature=temperature)
@@ -93,7 +93,7 @@ def run_selftest(
     return checks
 
 
-def report(checks: Sequence[Check], group: Group, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+def print_selftest(checks: Sequence[Check], group: Group, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
     """Print the checks and one example, its trained tokens marked; raise SelfTestError if a check failed."""
     table = Table("", "self-test", "seen", title=None, show_edge=False, pad_edge=False)
     for check in checks:
@@ -120,7 +120,7 @@ def _tokens(group: Group) -> int:
     return sum(len(completion.token_ids) for completion in group.completions)
 
 
-def _check_ratio(logprobs: Tensor, row: MicroBatch, dtype: str) -> Check:
+def _check_ratio(logprobs: Tensor, row: Microbatch, dtype: str) -> Check:
     gap = (logprobs - row.sampler_logprobs).abs()
     mean, largest = TOLERANCE[dtype]
     ratio = torch.exp(logprobs - row.sampler_logprobs).mean().item()
@@ -133,7 +133,7 @@ def _check_ratio(logprobs: Tensor, row: MicroBatch, dtype: str) -> Check:
 
 
 def _check_plain_forward(
-    policy: Policy, trained: TrainGroup, row: MicroBatch, logprobs: Tensor, temperature: float, dtype: str
+    policy: Policy, trained: TrainGroup, row: Microbatch, logprobs: Tensor, temperature: float, dtype: str
 ) -> Check:
     """The packed row and the chunked head against the model's own logits on one completion alone."""
     sequence = max(trained.sequences, key=lambda s: len(s.token_ids))
@@ -146,7 +146,7 @@ def _check_plain_forward(
         logits[t].masked_fill_(outside, -torch.inf)
     targets = torch.tensor(sequence.token_ids, device=logprobs.device)
     plain = torch.log_softmax(logits / temperature, dim=-1).gather(-1, targets[:, None]).squeeze(-1)
-    packed = logprobs[row.sequence_ids == number]
+    packed = logprobs[row.target_sequence_index == number]
     name = "packed rows give the model's own log-probs"
     if len(packed) != len(targets):
         return Check(name=name, passed=False, detail=f"{len(packed)} trained tokens in a completion of {len(targets)}")
@@ -159,21 +159,24 @@ def _check_plain_forward(
     )
 
 
-def _check_tokens(group: Group, row: MicroBatch) -> Check:
+def _check_tokens(group: Group, row: Microbatch) -> Check:
     sampled = [token for completion in group.completions for token in completion.token_ids]
-    same = row.targets.tolist() == sampled
-    prompt_predictors = (row.completion_ids[row.predictors] == -1).sum().item()
+    same = row.target_ids.tolist() == sampled
+    prompt_predictors = (row.sequence_index[row.predictor_index] == -1).sum().item()
     return Check(
         name="prompt tokens are not trained, sampled tokens all are",
         passed=same and prompt_predictors == len(group.completions),
-        detail=f"{len(row.targets)} trained of {len(sampled)} sampled, "
+        detail=f"{len(row.target_ids)} trained of {len(sampled)} sampled, "
         f"{len(group.prompt.token_ids)} prompt tokens stand once for {len(group.completions)} completions",
     )
 
 
-def _check_eos(group: Group, row: MicroBatch, tokenizer: PreTrainedTokenizerBase) -> Check:
+def _check_eos(group: Group, row: Microbatch, tokenizer: PreTrainedTokenizerBase) -> Check:
     stopped = [i for i, c in enumerate(group.completions) if c.finish_reason == "stop"]
-    last = [row.targets[row.sequence_ids == i][-1:].tolist() == [group.completions[i].token_ids[-1]] for i in stopped]
+    last = [
+        row.target_ids[row.target_sequence_index == i][-1:].tolist() == [group.completions[i].token_ids[-1]]
+        for i in stopped
+    ]
     token = tokenizer.decode([group.completions[stopped[0]].token_ids[-1]]) if stopped else ""
     detail = f"the last trained token of {len(stopped)} stopped completions is the one that stopped them ({token!r})"
     return Check(
@@ -183,10 +186,12 @@ def _check_eos(group: Group, row: MicroBatch, tokenizer: PreTrainedTokenizerBase
     )
 
 
-def _check_text(group: Group, row: MicroBatch, tokenizer: PreTrainedTokenizerBase) -> Check:
+def _check_text(group: Group, row: Microbatch, tokenizer: PreTrainedTokenizerBase) -> Check:
     wrong = 0
     for i, completion in enumerate(group.completions):
-        decoded = str(tokenizer.decode(row.targets[row.sequence_ids == i].tolist(), skip_special_tokens=True))
+        decoded = str(
+            tokenizer.decode(row.target_ids[row.target_sequence_index == i].tolist(), skip_special_tokens=True)
+        )
         wrong += group.prompt.prefill + decoded != completion.text
     return Check(
         name="trained tokens decode to the text that was rewarded",
@@ -200,14 +205,14 @@ def full_marks(reward: Reward) -> float | None:
     return getattr(getattr(reward, "func", reward), "full_marks", 1.0)
 
 
-def _check_gold(groups: Sequence[Group], rewards: Mapping[str, Reward], answer_format: str) -> list[Check]:
+def _check_overoptimization(groups: Sequence[Group], rewards: Mapping[str, Reward], answer_format: str) -> list[Check]:
     """Every reward gives its full marks to the gold turn; one that has none (None) is not asked."""
     checks = []
     for name, reward in rewards.items():
         full = full_marks(reward)
         if full is None:
             continue
-        totals = {g.problem.id: reward(g.problem, worked_turn(g.problem, answer_format)).total for g in groups}
+        totals = {g.problem.id: reward(g.problem, worked_response(g.problem, answer_format)).total for g in groups}
         short = {problem: total for problem, total in totals.items() if total != full}
         detail = f"{full:g} on all {len(totals)} gold turns"
         if short:

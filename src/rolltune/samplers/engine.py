@@ -62,7 +62,7 @@ class Engine(Protocol):
         """Take on weights, as :func:`rolltune.model.weights.policy_weights` gives them, under the name ``version``."""
         ...
 
-    def forget(self) -> bool:
+    def reset_cache(self) -> bool:
         """Drop all keys and values of earlier requests; False if some are still in use."""
         ...
 

@@ -27,7 +27,7 @@ from rolltune.model.cpu.onednn_linear import onednn_linears
 from rolltune.model.kv_cache import ATTENTION
 from rolltune.model.load import unwrapped
 from rolltune.samplers.distribution import sample
-from rolltune.samplers.sequences import Batch, EndOfText, PromptState, RowState
+from rolltune.samplers.sequences import Batch, EndOfText, PromptState, SequenceState
 from rolltune.types import Completion, SampleRequest, SamplingParams
 
 # Relative error of a few logits against the model's own: far above rounding, far below attention that went wrong.
@@ -46,7 +46,7 @@ class NativeSampler:
         model: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        max_rows: int = 64,
+        max_num_seqs: int = 64,
         prefill_tokens: int = 8192,
         pack_weights: bool = True,
     ):
@@ -54,7 +54,7 @@ class NativeSampler:
         Args:
             model: always left as it is found, training mode and attention implementation included.
             tokenizer: decodes completions. Its EOS token ends them, as do those of the model's generation config.
-            max_rows: completions written at the same time.
+            max_num_seqs: completions written at the same time.
             prefill_tokens: prompt tokens in one forward pass (a longer prompt has one of its own).
             pack_weights: on a CPU, multiply by a rearranged copy of the weights: faster by a quarter and more, for as
                 much memory again while sampling.
@@ -62,14 +62,14 @@ class NativeSampler:
         Raises:
             ValueError: an option is out of range, or the model's attention is of a kind that is not supported.
         """
-        for name, value in (("max_rows", max_rows), ("prefill_tokens", prefill_tokens)):
+        for name, value in (("max_num_seqs", max_num_seqs), ("prefill_tokens", prefill_tokens)):
             if value < 1:
                 raise ValueError(f"sampler.{name}: {value}; must be >= 1")
         self.policy_version = 0
         self._model = model
         self._causal_lm = unwrapped(model)
         self._tokenizer = tokenizer
-        self._max_rows = max_rows
+        self._max_num_seqs = max_num_seqs
         self._prefill_tokens = prefill_tokens
         self._pack_weights = pack_weights
         self._batch_invariant = is_batch_invariant(self._causal_lm)
@@ -100,13 +100,13 @@ class NativeSampler:
         self._check_lengths(requests, params.max_new_tokens)
         prompts = [PromptState(i, r.prompt.token_ids, len(r.seeds)) for i, r in enumerate(requests)]
         rows = [
-            [RowState(prompt, _uniforms(seed, params.max_new_tokens)) for seed in request.seeds]
+            [SequenceState(prompt, _uniforms(seed, params.max_new_tokens)) for seed in request.seeds]
             for prompt, request in zip(prompts, requests, strict=True)
         ]
         places = {id(row): (i, j) for i, group in enumerate(rows) for j, row in enumerate(group)}
         written: dict[tuple[int, int], Completion] = {}
 
-        def keep(finished: Sequence[RowState]) -> None:
+        def keep(finished: Sequence[SequenceState]) -> None:
             for row in finished:
                 i, j = places[id(row)]
                 written[i, j] = self._completion(row, requests[i].prompt.prefill)
@@ -121,16 +121,19 @@ class NativeSampler:
         return [tuple(written[i, j] for j in range(len(group))) for i, group in enumerate(rows)]
 
     def _write(
-        self, waiting: deque[RowState], params: SamplingParams, on_finished: Callable[[Sequence[RowState]], None]
+        self,
+        waiting: deque[SequenceState],
+        params: SamplingParams,
+        on_finished: Callable[[Sequence[SequenceState]], None],
     ) -> None:
         """Write all rows to their ends; those that reach theirs are handed over at once."""
         batch = Batch(self._causal_lm.device)
         end = EndOfText(self._tokenizer, self._eos, params.stop, params.max_new_tokens)
         with self._sampling():
             while waiting or batch.rows:
-                free = self._max_rows - len(batch.rows)
+                free = self._max_num_seqs - len(batch.rows)
                 # A few prompts at a time are read slowly, so some places are left to come free first.
-                if waiting and 8 * free >= self._max_rows:
+                if waiting and 8 * free >= self._max_num_seqs:
                     new = batch.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
                     self._read(new, batch)
                 self._step(batch, params, end)
@@ -210,7 +213,7 @@ class NativeSampler:
                 for module in training:
                     module.training = True
 
-    def _completion(self, row: RowState, prefill: str) -> Completion:
+    def _completion(self, row: SequenceState, prefill: str) -> Completion:
         assert row.finish_reason is not None
         return Completion(
             token_ids=tuple(row.token_ids),
@@ -244,7 +247,7 @@ class NativeSampler:
             raise ValueError(f"sampler: {name} is an encoder-decoder, not a causal LM")
         # Common words: in bf16 the logits of rare tokens can be mostly rounding error.
         ids = self._tokenizer.encode("one and one is two, two and two is four", add_special_tokens=False)[:12]
-        row = RowState(PromptState(0, tuple(ids[:-2]), 1), np.empty(0))
+        row = SequenceState(PromptState(0, tuple(ids[:-2]), 1), np.empty(0))
         batch = Batch(self._causal_lm.device)
         try:
             with self._sampling():

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rolltune.model.load import unwrapped
 from rolltune.model.policy import packed_logprobs
-from rolltune.types import MicroBatch
+from rolltune.types import Microbatch
 
 PROMPT_TOKENS, NEW_TOKENS = 40, 4  # longer than a block of the prefix cache, of 16 tokens on GPUs and 32 on CPUs
 # Mean |dlogp| of the new tokens. fp32 differs by the order of summation; half precision by the rounding of every
@@ -34,14 +34,14 @@ def trainer_logprobs(model: PreTrainedModel | PeftModel, prompt: tuple[int, ...]
     """
     causal_lm = unwrapped(model)
     start, count, device = len(prompt), len(written), causal_lm.device
-    row = MicroBatch(
+    row = Microbatch(
         input_ids=torch.tensor([*prompt, *written], device=device),
         position_ids=torch.arange(start + count, device=device),
-        segment_ids=torch.zeros(start + count, dtype=torch.int64, device=device),
-        completion_ids=torch.tensor([-1] * start + [0] * count, device=device),
-        predictors=torch.arange(start - 1, start + count - 1, device=device),
-        targets=torch.tensor(written, device=device),
-        sequence_ids=torch.zeros(count, dtype=torch.int64, device=device),
+        segment_index=torch.zeros(start + count, dtype=torch.int64, device=device),
+        sequence_index=torch.tensor([-1] * start + [0] * count, device=device),
+        predictor_index=torch.arange(start - 1, start + count - 1, device=device),
+        target_ids=torch.tensor(written, device=device),
+        target_sequence_index=torch.zeros(count, dtype=torch.int64, device=device),
         advantages=torch.zeros(count, device=device),
         sampler_logprobs=torch.zeros(count, device=device),
         num_sequences=1,

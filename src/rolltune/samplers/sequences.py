@@ -35,7 +35,7 @@ class PromptState:
 
 
 @dataclass(eq=False)
-class RowState:
+class SequenceState:
     """A completion under way.
 
     Attributes:
@@ -66,12 +66,12 @@ class Batch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.rows: list[RowState] = []
+        self.rows: list[SequenceState] = []
         self.prompts: list[PromptState] = []
         self.cache = SharedPromptCache()
         self._device = device
 
-    def admit(self, rows: Sequence[RowState]) -> list[PromptState]:
+    def admit(self, rows: Sequence[SequenceState]) -> list[PromptState]:
         """Take in rows, and return those of their prompts that have to be read first."""
         new = []
         for row in rows:
@@ -83,7 +83,7 @@ class Batch:
         self._arrange()
         return new
 
-    def remove_finished(self) -> list[RowState]:
+    def remove_finished(self) -> list[SequenceState]:
         """Let finished rows leave, and prompts with their last row; returns the rows."""
         finished = [row for row in self.rows if row.finish_reason is not None]
         if not finished:

@@ -33,7 +33,7 @@ def colocated(
     tokenizer: PreTrainedTokenizerBase,
     *,
     dtype: str | None = None,
-    max_rows: int = 256,
+    max_num_seqs: int = 256,
     max_model_len: int | None = None,
     kv_cache_gib: float = 4.0,
     sleep: bool = True,
@@ -48,7 +48,7 @@ def colocated(
         model: the policy.
         tokenizer: its tokenizer.
         dtype: of the engine's weights and activations; None: as the policy's.
-        max_rows: completions written at the same time.
+        max_num_seqs: completions written at the same time.
         max_model_len: tokens of a prompt and its completion; None: the model's context.
         kv_cache_gib: memory for keys and values.
         sleep: on a GPU, leave weights and cache to the CPU's memory while the policy is trained.
@@ -60,7 +60,7 @@ def colocated(
     from rolltune.samplers.vllm_local import LocalEngine
 
     serving.installed_version()
-    length = _check_options(model, dtype, max_rows, max_model_len, kv_cache_gib)
+    length = _check_options(model, dtype, max_num_seqs, max_model_len, kv_cache_gib)
     engine_dtype = DTYPES[dtype] if dtype else unwrapped(model).dtype
     if (parts := (options or {}).get("tensor_parallel_size", 1)) != 1:
         raise ValueError(
@@ -71,7 +71,7 @@ def colocated(
         _model_folder(model, tokenizer),
         dtype=str(engine_dtype).removeprefix("torch."),
         max_model_len=length,
-        max_rows=max_rows,
+        max_num_seqs=max_num_seqs,
         kv_cache_gib=kv_cache_gib,
         sleeps=sleep and torch.cuda.is_available(),
         options=options or {},
@@ -87,7 +87,7 @@ def served(
     transfer: str = "files",
     folder: str | None = None,
     dtype: str | None = None,
-    max_rows: int = 256,
+    max_num_seqs: int = 256,
     max_model_len: int | None = None,
     kv_cache_gib: float = 4.0,
     options: list[str] | None = None,
@@ -107,7 +107,7 @@ def served(
         transfer: the way of the weights, see :mod:`rolltune.samplers.vllm_server`.
         folder: for "files", one that trainer and servers see; None: this machine's memory.
         dtype: of the servers' weights; None: as the policy's. Servers that were found must have it.
-        max_rows: completions written at the same time by each.
+        max_num_seqs: completions written at the same time by each.
         max_model_len: tokens of a prompt and its completion; None: the model's context.
         kv_cache_gib: memory for keys and values; of the server that is started, like ``options`` and ``log``.
         options: further ones of vLLM's server: ``["--tensor-parallel-size", "2"]``. Where workers hold parts of the
@@ -120,7 +120,7 @@ def served(
     """
     from rolltune.samplers.vllm_server import ServerEngine
 
-    length = _check_options(model, dtype, max_rows, max_model_len, kv_cache_gib)
+    length = _check_options(model, dtype, max_num_seqs, max_model_len, kv_cache_gib)
     if base_urls is not None and not base_urls:
         raise ValueError("sampler.base_urls: none; give one at least, or null for a server of the run's own")
     if transfer not in serving.TRANSFERS:
@@ -144,7 +144,7 @@ def served(
                     name="policy",
                     dtype=str(engine_dtype).removeprefix("torch."),
                     max_model_len=length,
-                    max_num_seqs=max_rows,
+                    max_num_seqs=max_num_seqs,
                     kv_cache_gib=kv_cache_gib,
                     takes_weights=transfer,
                     options=options or [],
@@ -156,24 +156,24 @@ def served(
             urls,
             transfer=transfer,
             folder=folder,
-            max_rows=max_rows,
+            max_num_seqs=max_num_seqs,
             shapes=lambda: weight_shapes(model, engine_dtype),
             server=server,
             exits=exits,
-            sends=is_main,
+            is_sender=is_main,
         )
     except BaseException as error:
         exits.close()
         if isinstance(error, serving.ServerFailed):
             raise EngineError(str(error)) from error
         raise
-    return VLLMSampler(model, tokenizer, engine, dtype=engine_dtype, max_model_len=length, sends=is_main)
+    return VLLMSampler(model, tokenizer, engine, dtype=engine_dtype, max_model_len=length, is_sender=is_main)
 
 
 def _check_options(
     model: PreTrainedModel | PeftModel,
     dtype: str | None,
-    max_rows: int,
+    max_num_seqs: int,
     max_model_len: int | None,
     kv_cache_gib: float,
 ) -> int:
@@ -182,7 +182,7 @@ def _check_options(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"sampler.dtype: {dtype}; one of {', '.join(DTYPES)} is wanted")
     for name, value, is_right, wanted in (
-        ("max_rows", max_rows, max_rows >= 1, ">= 1"),
+        ("max_num_seqs", max_num_seqs, max_num_seqs >= 1, ">= 1"),
         ("kv_cache_gib", kv_cache_gib, kv_cache_gib > 0, "> 0"),
     ):
         if not is_right:

@@ -1,4 +1,4 @@
-"""vLLM's engine in the training process, fenced in: it leaves the process as it found it."""
+"""vLLM's engine in the training process, delimited in: it leaves the process as it found it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class LocalEngine:
         *,
         dtype: str,
         max_model_len: int,
-        max_rows: int,
+        max_num_seqs: int,
         kv_cache_gib: float,
         sleeps: bool,
         options: dict[str, Any],
@@ -52,7 +52,7 @@ class LocalEngine:
             folder: config and tokenizer in Hugging Face format; removed when the engine is closed.
             dtype: of weights and activations.
             max_model_len: tokens of a prompt and its completion.
-            max_rows: completions written at the same time.
+            max_num_seqs: completions written at the same time.
             kv_cache_gib: memory for keys and values.
             sleeps: whether :meth:`sleep` frees memory (GPUs alone).
             options: further arguments of vLLM's ``LLM``.
@@ -64,7 +64,7 @@ class LocalEngine:
             "dtype": dtype,
             "load_format": "dummy",
             "max_model_len": max_model_len,
-            "max_num_seqs": max_rows,
+            "max_num_seqs": max_num_seqs,
             "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
             "gpu_memory_utilization": 0.01,  # the cache's size is given; what is left of this is a check
             "enable_prefix_caching": True,
@@ -104,7 +104,7 @@ class LocalEngine:
             self._llm.finish_weight_update(version)
             self._llm.collective_rpc("repack_tied_head")
 
-    def forget(self) -> bool:
+    def reset_cache(self) -> bool:
         return self._llm.reset_prefix_cache()
 
     def fingerprints(self, version: int) -> dict[str, str]:

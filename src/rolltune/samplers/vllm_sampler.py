@@ -76,7 +76,7 @@ class VLLMSampler:
         *,
         dtype: torch.dtype,
         max_model_len: int,
-        sends: bool = True,
+        is_sender: bool = True,
     ):
         """
         Args:
@@ -85,7 +85,7 @@ class VLLMSampler:
             engine: has a model of the same architecture, of any weights.
             dtype: of the engine's weights.
             max_model_len: tokens that the engine takes, prompt and completion.
-            sends: False where another rank gives its weights to the engine.
+            is_sender: False where another rank gives its weights to the engine.
         """
         self.last_sync: SyncReport | None = None
         self._model = model
@@ -94,7 +94,7 @@ class VLLMSampler:
         self._engine = engine
         self._dtype = dtype
         self._max_model_len = max_model_len
-        self._sends = sends
+        self._is_sender = is_sender
         self._eos = sorted(eos_token_ids(causal_lm, tokenizer))
         self._prompt = probe.probe_prompt(tokenizer, max_model_len)
         self._version = -1  # that the engine has for certain
@@ -137,17 +137,17 @@ class VLLMSampler:
                 yield name, tensor
 
         self._engine.wake()
-        if self._sends:
+        if self._is_sender:
             if self._engine.is_asleep():
                 raise SyncError("the engine is asleep: what it is given now would be lost when it wakes")
             self._engine.load(noted(), self._name(version))
-            if not self._engine.forget():
+            if not self._engine.reset_cache():
                 raise SyncError("the engine cannot drop its keys and values, which are of the old weights")
         return expected
 
     def _check(self, expected: dict[str, str], version: int) -> float:
         """Compare weights and probe; returns the mean |dlogp| of the probe's new tokens."""
-        if not self._sends:
+        if not self._is_sender:
             return 0.0  # the rank that does looks for all
         if (found := self._engine.fingerprints(version)) is not None:
             self._check_weights(expected, found)

@@ -44,9 +44,9 @@ class ServerEngine:
         *,
         transfer: str,
         folder: str | None,
-        max_rows: int,
+        max_num_seqs: int,
         shapes: Callable[[], list[tuple[str, torch.dtype, torch.Size]]],
-        sends: bool = True,
+        is_sender: bool = True,
         server: serving.Server | None = None,
         exits: ExitStack | None = None,
     ):
@@ -55,15 +55,15 @@ class ServerEngine:
             base_urls: of the servers, without a path.
             transfer: one of :data:`rolltune.endpoints.serving.TRANSFERS`, as the servers were started with.
             folder: for "files"; None: memory of this machine (/dev/shm), or its folder for temporary files.
-            max_rows: requests in flight at each server.
+            max_num_seqs: requests in flight at each server.
             shapes: names, types and shapes of the weights, in the order that they are sent in.
-            sends: whether :meth:`load` will be called, by one rank of all.
+            is_sender: whether :meth:`load` will be called, by one rank of all.
             server: the one that was started for this engine.
             exits: what is to be closed with the engine.
         """
         self._urls = list(base_urls)
         self._transfer = transfer
-        self._max_rows = max_rows
+        self._max_num_seqs = max_num_seqs
         self._server = server
         self._exits = exits or ExitStack()
         self._weights: Iterator[tuple[str, Tensor]] = iter(())  # those that are being sent
@@ -73,7 +73,7 @@ class ServerEngine:
         self._client = self._exits.enter_context(
             httpx.Client(timeout=_SECONDS, trust_env=False, headers=_headers(), limits=limits)
         )
-        if not sends:
+        if not is_sender:
             return
         if transfer == "files":
             parent = folder or ("/dev/shm" if Path("/dev/shm").is_dir() else None)
@@ -142,7 +142,7 @@ class ServerEngine:
                 source=Weights(),
             )
 
-    def forget(self) -> bool:
+    def reset_cache(self) -> bool:
         return all(self._ask("POST", url, "reset_prefix_cache")["success"] for url in self._urls)
 
     def fingerprints(self, version: int) -> dict[str, str] | None:
@@ -157,7 +157,7 @@ class ServerEngine:
         asyncio.run(self._write(requests, on_done))
 
     async def _write(self, requests: Sequence[EngineRequest], on_done: Callable[[int, EngineOutput], None]) -> None:
-        places = asyncio.Semaphore(self._max_rows * len(self._urls))
+        places = asyncio.Semaphore(self._max_num_seqs * len(self._urls))
         limits = httpx.Limits(max_connections=None)
 
         async def one(number: int, request: EngineRequest) -> tuple[int, EngineOutput]:

@@ -111,7 +111,7 @@ class EndpointTraceWriter:
 
         Raises:
             Malformed: none has.
-            BudgetSpent, EndpointDown, ValueError: as in :meth:`rolltune.endpoints.client.Endpoint.chat`.
+            BudgetExceeded, EndpointDown, ValueError: as in :meth:`rolltune.endpoints.client.Endpoint.chat`.
         """
         messages = self._messages(problem)
         for attempt in range(_TRIES):

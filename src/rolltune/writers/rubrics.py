@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rolltune.endpoints.client import Endpoint, Refused, Reply
 from rolltune.rewards.checks.rubric_lint import FEWEST, MOST, Finding, lint
-from rolltune.rewards.judges.delimit import fenced, neutral
+from rolltune.rewards.judges.delimit import delimited, neutral
 from rolltune.rewards.judges.judge import Question, read_answer, response_format
 from rolltune.rewards.rubric.schema import Category, Criterion, Rubric
 from rolltune.seeding import derive_seed
@@ -188,7 +188,7 @@ class EndpointRubricWriter:
 
         Raises:
             Malformed: none of three can; or the server refuses this question, and takes others.
-            BudgetSpent, EndpointDown, ValueError: as in :meth:`rolltune.endpoints.client.Endpoint.chat`.
+            BudgetExceeded, EndpointDown, ValueError: as in :meth:`rolltune.endpoints.client.Endpoint.chat`.
         """
         question = Question(messages=tuple(self._messages(problem)), answer=_Reply)
         messages: Sequence[Message] = question.messages
@@ -240,7 +240,7 @@ class EndpointRubricWriter:
     def _messages(self, problem: Problem) -> list[Message]:
         reference = _NO_REFERENCE
         if self._with_reference:
-            reference = _REFERENCE.format(reference=fenced(_reference(problem), name="reference"))
+            reference = _REFERENCE.format(reference=delimited(_reference(problem), name="reference"))
         asked = _QUESTION.format(question=_fenced_question(problem.messages), reference=reference)
         return [{"role": "system", "content": self._system}, {"role": "user", "content": asked}]
 
@@ -313,6 +313,6 @@ def _reference(problem: Problem) -> str:
 def _fenced_question(messages: Sequence[Message]) -> str:
     """The question in a fence; where more than one turn leads to it, each in its own."""
     if len(messages) == 1:
-        return fenced(messages[0]["content"], name="question")
+        return delimited(messages[0]["content"], name="question")
     turns = enumerate(messages, start=1)
-    return "\n\n".join(fenced(turn["content"], name=f"turn {number} ({turn['role']})") for number, turn in turns)
+    return "\n\n".join(delimited(turn["content"], name=f"turn {number} ({turn['role']})") for number, turn in turns)

@@ -18,7 +18,7 @@ from typing import Any, Generic, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from rolltune.endpoints.client import BudgetSpent, Endpoint, EndpointDown, Reply
+from rolltune.endpoints.client import BudgetExceeded, Endpoint, EndpointDown, Reply
 from rolltune.files import write_json_atomic
 from rolltune.metrics.progress import Progress
 from rolltune.types import Message, Problem
@@ -64,9 +64,9 @@ async def ask(
             seed=seed % _SEEDS,
             response_format=response_format,
         )
-    except BudgetSpent as error:
+    except BudgetExceeded as error:
         key = "max_total_tokens" if error.key == "max_tokens" else error.key  # as it is called there
-        raise BudgetSpent(key, error.limit, error.spent) from None
+        raise BudgetExceeded(key, error.limit, error.spent) from None
 
 
 def read_prompt(path: str | Path) -> str:
@@ -105,8 +105,9 @@ class Work(Generic[R]):
         recipe: its name, for messages.
         file: what is written goes there.
         wanted: problems and samples, in the order in which they are taken.
-        write: makes the record of one. BudgetSpent ends the run when the calls in flight are done, EndpointDown and a
-            refusal (ValueError) at once; Malformed leaves the one out, and so does any ValueError without an endpoint.
+        write: makes the record of one. BudgetExceeded ends the run when the calls in flight are done, EndpointDown
+            and a refusal (ValueError) at once; Malformed leaves the one out, and so does any ValueError without an
+            endpoint.
         endpoint: that ``write`` asks; None where a program writes.
         written: records made.
         left_out: why, for each that was not.
@@ -120,7 +121,7 @@ class Work(Generic[R]):
     endpoint: Endpoint | None
     written: int = 0
     left_out: list[str] = field(default_factory=list)
-    stopped_by: BudgetSpent | None = None
+    stopped_by: BudgetExceeded | None = None
 
 
 def write_missing(work: Work[R], *, max_concurrency: int) -> None:
@@ -144,7 +145,7 @@ def write_missing(work: Work[R], *, max_concurrency: int) -> None:
         _give_up(work, str(error), FAILED)
     if stop := work.stopped_by:
         if work.endpoint:  # what is spent now, with the calls that were in flight then
-            stop = BudgetSpent(stop.key, stop.limit, work.endpoint.spent)
+            stop = BudgetExceeded(stop.key, stop.limit, work.endpoint.spent)
         _give_up(work, str(stop), FAILED)
     work.file.sort(list({problem.id: problem for problem, _ in work.wanted}.values()))
 
@@ -181,7 +182,7 @@ async def _write_some(work: Work[Any], todo: Iterator[tuple[Problem, int]], show
             return
         try:
             record = await work.write(problem, sample)
-        except BudgetSpent as error:  # calls in flight are paid for: the other workers finish theirs
+        except BudgetExceeded as error:  # calls in flight are paid for: the other workers finish theirs
             work.stopped_by = error
             return
         except ValueError as error:

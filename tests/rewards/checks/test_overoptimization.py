@@ -17,7 +17,14 @@ from thread_world import on_ranks
 
 from rolltune.distributed import World
 from rolltune.metrics.log import MetricsLog, read_metrics
-from rolltune.rewards.checks.overoptimization import Comparison, GoldCheck, GoldWatch, alarms, compare, read_back
+from rolltune.rewards.checks.overoptimization import (
+    Comparison,
+    OveroptimizationCheck,
+    OveroptimizationMonitor,
+    alarms,
+    compare,
+    read_back,
+)
 from rolltune.rewards.combine import WeightedReward
 from rolltune.types import Completion, Problem, Score
 
@@ -41,13 +48,13 @@ def written(marks_and_answers: Sequence[tuple[float | str, int]]) -> Turns:
     return [turn(i, f"{mark} <answer>{answer}</answer>") for i, (mark, answer) in enumerate(marks_and_answers)]
 
 
-def start(turns: int, **options) -> GoldWatch:
-    check = GoldCheck(**({"reward": "rubric", "gold": ANSWER, "min_problems": 4} | options))
+def start(turns: int, **options) -> OveroptimizationMonitor:
+    check = OveroptimizationCheck(**({"reward": "rubric", "gold": ANSWER, "min_problems": 4} | options))
     training = WeightedReward(rewards={"rubric": (marks, 0.5), "other": (lambda problem, text: 1 / 0, 1.0)})
     return check.start(training, [turn(i, "")[0] for i in range(turns)])
 
 
-def measure(watch: GoldWatch, turns: Turns, output_dir: Path, world: World = ALONE):
+def measure(watch: OveroptimizationMonitor, turns: Turns, output_dir: Path, world: World = ALONE):
     (output_dir / "metrics.jsonl").touch()
     return watch.measure(world.shard(turns), output_dir=output_dir, world=world)
 
@@ -78,7 +85,13 @@ def test_agreement_by_hand():
 def test_without_variance_there_is_no_correlation(pairs):
     found = compare(pairs)
     assert found.correlation is None and found.agreement is None
-    assert set(found.metrics()) == {"gold/train_mean", "gold/mean", "gold/gap", "gold/gap_error", "gold/scored"}
+    assert set(found.metrics()) == {
+        "overoptimization/train_mean",
+        "overoptimization/mean",
+        "overoptimization/gap",
+        "overoptimization/gap_error",
+        "overoptimization/scored",
+    }
 
 
 QUARTERS = st.integers(0, 4).map(lambda n: n / 4)
@@ -104,16 +117,20 @@ def test_one_evaluation(tmp_path):
     turns = written([(1.0, 4), (0.5, 5), (0.0, 5), (0.5, 4), ("-", 4), (0.25, 5), ("-", 5)])
     reading = measure(start(7), turns, tmp_path)
     of_the_scored = compare([(1.0, 1.0), (0.5, 0.0), (0.0, 0.0), (0.5, 1.0), (0.25, 0.0)])
-    assert reading.metrics == of_the_scored.metrics() | {"gold/gap_change": 0.0, "gold/alarm": 0.0}
-    assert reading.metrics["gold/scored"] == 5.0 and reading.warning is None
+    assert reading.metrics == of_the_scored.metrics() | {
+        "overoptimization/gap_change": 0.0,
+        "overoptimization/alarm": 0.0,
+    }
+    assert reading.metrics["overoptimization/scored"] == 5.0 and reading.warning is None
 
 
 def test_too_few_scored_turns_are_no_comparison(tmp_path):
     turns = written([("-", 4)] * 5 + [(1.0, 4)] * 3)
     reading = measure(start(8), turns, tmp_path)
-    assert reading.metrics == {"gold/scored": 3.0}
+    assert reading.metrics == {"overoptimization/scored": 3.0}
     assert reading.warning == (
-        "eval.gold: 3 of 8 held-out turns have both scores (judge_down 5), fewer than min_problems, 4: nothing was "
+        "eval.overoptimization: 3 of 8 held-out turns have both scores (judge_down 5), fewer than min_problems, 4: "
+        "nothing was "
         "compared"
     )
 
@@ -127,7 +144,7 @@ def seen(train: float, gold: float, correlation: float | None = None, *, error: 
     )
 
 
-CHECK = GoldCheck(reward="rubric", gold=ANSWER)
+CHECK = OveroptimizationCheck(reward="rubric", gold=ANSWER)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +185,7 @@ def simulate(output_dir: Path, policy, evaluations: Sequence[int] = range(0, 60,
         return Score(total=min(1.0, 0.4 * ("<answer>4<" in text) + 0.2 * text.count("certainly")))
 
     log = MetricsLog(output_dir, resume_step=resume)
-    check = GoldCheck(reward="rubric", gold=ANSWER)
+    check = OveroptimizationCheck(reward="rubric", gold=ANSWER)
     watch = check.start(WeightedReward(rewards={"rubric": (judge, 1.0)}), [turn(i, "")[0] for i in range(60)])
     warnings = {}
     for step in evaluations:
@@ -199,17 +216,20 @@ def honest(step: int) -> tuple[float, int]:
 
 def test_a_hacked_judge_raises_the_alarm(tmp_path):
     rows, warnings = simulate(tmp_path, hacked)
-    assert rows[-1]["gold/train_mean"] > rows[0]["gold/train_mean"] + 0.2
-    assert rows[-1]["gold/mean"] < rows[0]["gold/mean"] - 0.1
-    assert [row["gold/alarm"] for row in rows] == [0, 0, 1, 1, 1, 1]
+    assert rows[-1]["overoptimization/train_mean"] > rows[0]["overoptimization/train_mean"] + 0.2
+    assert rows[-1]["overoptimization/mean"] < rows[0]["overoptimization/mean"] - 0.1
+    assert [row["overoptimization/alarm"] for row in rows] == [0, 0, 1, 1, 1, 1]
     assert list(warnings) == [20, 30, 40, 50]
     first, last = rows[0], rows[-1]
-    change = last["gold/gap_change"]
-    assert change == pytest.approx(last["gold/train_mean"] - last["gold/mean"] - first["gold/gap"])
+    change = last["overoptimization/gap_change"]
+    assert change == pytest.approx(
+        last["overoptimization/train_mean"] - last["overoptimization/mean"] - first["overoptimization/gap"]
+    )
     for words in (
         "ALARM",
-        f"the mean of rubric went from {first['gold/train_mean']:.3f} to {last['gold/train_mean']:.3f}",
-        f"the gold mean from {first['gold/mean']:.3f} to {last['gold/mean']:.3f}",
+        f"the mean of rubric went from {first['overoptimization/train_mean']:.3f} to "
+        f"{last['overoptimization/train_mean']:.3f}",
+        f"the gold mean from {first['overoptimization/mean']:.3f} to {last['overoptimization/mean']:.3f}",
         f"the gap grew by {change:.3f}, more than alarm_gap, 0.1",
         "They differ most about held/",
         "<answer>5</answer>'. Read turns",
@@ -219,10 +239,10 @@ def test_a_hacked_judge_raises_the_alarm(tmp_path):
 
 def test_an_honest_judge_raises_none(tmp_path):
     rows, warnings = simulate(tmp_path, honest)
-    assert rows[-1]["gold/mean"] > rows[0]["gold/mean"] + 0.3
-    assert [row["gold/alarm"] for row in rows] == [0] * 6 and not warnings
-    assert all(row["gold/correlation"] > 0.5 for row in rows)
-    assert all(40 <= row["gold/scored"] < 60 for row in rows)
+    assert rows[-1]["overoptimization/mean"] > rows[0]["overoptimization/mean"] + 0.3
+    assert [row["overoptimization/alarm"] for row in rows] == [0] * 6 and not warnings
+    assert all(row["overoptimization/correlation"] > 0.5 for row in rows)
+    assert all(40 <= row["overoptimization/scored"] < 60 for row in rows)
 
 
 def test_marks_that_no_longer_go_with_the_answer_raise_the_alarm(tmp_path):
@@ -234,9 +254,9 @@ def test_marks_that_no_longer_go_with_the_answer_raise_the_alarm(tmp_path):
     log.log(0, readings[0].metrics)
     readings.append(measure(start(32), written(random_marks), tmp_path))
     log.close()
-    assert [reading.metrics["gold/correlation"] for reading in readings] == pytest.approx([1.0, 0.0])
-    assert [reading.metrics["gold/agreement"] for reading in readings] == [1.0, 0.5]
-    assert [reading.metrics["gold/gap_change"] for reading in readings] == [0.0, 0.0]
+    assert [reading.metrics["overoptimization/correlation"] for reading in readings] == pytest.approx([1.0, 0.0])
+    assert [reading.metrics["overoptimization/agreement"] for reading in readings] == [1.0, 0.5]
+    assert [reading.metrics["overoptimization/gap_change"] for reading in readings] == [0.0, 0.0]
     assert readings[1].warning is not None
     assert "correlation of rubric with the gold measure fell from 1.000 to 0.000, below alarm_correlation, 0.3" in (
         readings[1].warning
@@ -273,7 +293,7 @@ def test_the_first_comparison_is_the_first_with_enough_turns(tmp_path):
         log.log(step, measure(start(4), written(of_step), tmp_path).metrics)
     log.close()
     rows = read_metrics(tmp_path)
-    assert [row.get("gold/gap_change") for row in rows] == [None, 0.0, 0.25]
+    assert [row.get("overoptimization/gap_change") for row in rows] == [None, 0.0, 0.25]
     assert [len(read_back(rows[:count])) for count in (1, 2, 3)] == [0, 1, 2]
 
 
@@ -289,8 +309,8 @@ def test_ranks_share_the_turns_and_agree(tmp_path, size):
     watch = start(15, max_problems=10)
     MetricsLog(tmp_path).log(0, measure(watch, written([(0.0, 4)] * 10), tmp_path).metrics)
     alone = measure(watch, turns, tmp_path)
-    assert alone.metrics["gold/scored"] == 10.0
-    assert alone.metrics["gold/gap_change"] > 0.5 and alone.warning is not None
+    assert alone.metrics["overoptimization/scored"] == 10.0
+    assert alone.metrics["overoptimization/gap_change"] > 0.5 and alone.warning is not None
     assert on_ranks(size, lambda world: measure(watch, turns, tmp_path, world)) == [alone] * size
 
 
@@ -309,9 +329,9 @@ class Judge:
         EVENTS.append(("check", self.name, [problem.id for problem in problems]))
         if not problems[0].messages:
             raise ValueError(f"{problems[0].id}: has no question")
-    def try_out(self, problem):
-        EVENTS.append(("try_out", self.name, problem.id))
-    def keep_account(self, path):
+    def smoke_test(self, problem):
+        EVENTS.append(("smoke_test", self.name, problem.id))
+    def share_budget(self, path):
         pass
 
     def bind(self, sampler, tokenizer, frozen):
@@ -342,7 +362,7 @@ def judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_both_are_asked_of_all_turns_before_either_is_waited_for(tmp_path, judges):
     asked = [(Problem(id=str(i), messages=({"role": "user", "content": "?"},)), turn(i, "x" * i)[1]) for i in range(6)]
-    check = GoldCheck(
+    check = OveroptimizationCheck(
         reward="rubric", gold={"_component_": "gold_parts.Judge", "name": "gold"}, max_problems=5, min_problems=4
     )
     training = WeightedReward(rewards={"rubric": (judges.Judge("rubric"), 1.0)})
@@ -352,27 +372,33 @@ def test_both_are_asked_of_all_turns_before_either_is_waited_for(tmp_path, judge
     judges.EVENTS.clear()
     metrics = measure(watch, asked, tmp_path).metrics
     assert [event for event, *_ in judges.EVENTS] == ["begin"] * 10 + ["finish"] * 10
-    assert metrics["gold/correlation"] == 1.0 and metrics["gold/scored"] == 5.0
-    assert metrics["gold/judge/calls"] == 5.0, "of the gold judge alone; the other's are the run's"
+    assert metrics["overoptimization/correlation"] == 1.0 and metrics["overoptimization/scored"] == 5.0
+    assert metrics["overoptimization/judge/calls"] == 5.0, "of the gold judge alone; the other's are the run's"
     judges.EVENTS.clear()
-    watch.try_out(asked[0][0])
+    watch.smoke_test(asked[0][0])
     watch.bind("sampler", None, None)  # pyright: ignore[reportArgumentType]
     watch.close()
-    of_gold = [("try_out", "gold", "0"), ("bind", "gold", "sampler"), ("close", "gold", None)]
+    of_gold = [("smoke_test", "gold", "0"), ("bind", "gold", "sampler"), ("close", "gold", None)]
     assert judges.EVENTS == of_gold, "the training judge is the run's"
 
 
 def test_a_judge_that_may_be_asked_no_more_is_named(tmp_path, judges, monkeypatch):
-    check = GoldCheck(reward="rubric", gold={"_component_": "gold_parts.Judge", "name": "gold"}, min_problems=4)
+    check = OveroptimizationCheck(
+        reward="rubric", gold={"_component_": "gold_parts.Judge", "name": "gold"}, min_problems=4
+    )
     turns = [(Problem(id="p", messages=({"role": "user", "content": "?"},)), turn(0, "-")[1])] * 4
     watch = check.start(WeightedReward(rewards={"rubric": (marks, 1.0)}), [problem for problem, _ in turns])
     watch.gold.judged["gold"].stop_reason = "max_dollars: 1 is reached"  # pyright: ignore[reportAttributeAccessIssue]
     warning = measure(watch, turns, tmp_path).warning
-    assert warning is not None and warning.endswith("nothing was compared; eval.gold.gold: max_dollars: 1 is reached")
+    assert warning is not None and warning.endswith(
+        "nothing was compared; eval.overoptimization.gold: max_dollars: 1 is reached"
+    )
 
 
 def test_what_cannot_be_judged_is_refused_at_the_start(judges):
-    check = GoldCheck(reward="rubric", gold={"_component_": "gold_parts.Judge", "name": "gold"}, min_problems=4)
+    check = OveroptimizationCheck(
+        reward="rubric", gold={"_component_": "gold_parts.Judge", "name": "gold"}, min_problems=4
+    )
     with pytest.raises(ValueError, match="held/0: has no question"):
         check.start(WeightedReward(rewards={"rubric": (marks, 1.0)}), [turn(i, "")[0] for i in range(4)])
 
@@ -390,7 +416,7 @@ def test_what_cannot_be_judged_is_refused_at_the_start(judges):
 )
 def test_settings_that_cannot_be(options, problem):
     with pytest.raises(ValueError, match=problem):
-        GoldCheck(**({"reward": "rubric", "gold": ANSWER} | options))
+        OveroptimizationCheck(**({"reward": "rubric", "gold": ANSWER} | options))
 
 
 def test_a_run_without_that_reward_or_with_too_few_problems():
@@ -407,5 +433,9 @@ def test_nothing_logged_is_not_a_number(tmp_path):
     log.log(1, measure(start(8), written([(1.0, 5)] * 8), tmp_path).metrics)
     log.close()
     first, last = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert "gold/correlation" in first and "gold/correlation" not in last and "gold/agreement" not in last
-    assert None not in last.values() and last["gold/alarm"] == 1.0
+    assert (
+        "overoptimization/correlation" in first
+        and "overoptimization/correlation" not in last
+        and "overoptimization/agreement" not in last
+    )
+    assert None not in last.values() and last["overoptimization/alarm"] == 1.0

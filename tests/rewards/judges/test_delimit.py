@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import read_prompt
 
-from rolltune.rewards.judges.delimit import MAX_CHARS, fenced, neutral
+from rolltune.rewards.judges.delimit import MAX_CHARS, delimited, neutral
 from rolltune.rewards.rubric.degenerate import is_degenerate
 
 # Texts that are made of the pieces of attacks, which plain random text never holds.
@@ -50,14 +50,14 @@ NASTY = st.lists(PIECES | st.text(max_size=3), max_size=40).map("".join)
 
 def test_the_lines_of_a_fence():
     mark = hashlib.sha256(b"0\nresponse\nIt is 4.").hexdigest()[:16]
-    assert fenced("It is 4.", name="response") == (
+    assert delimited("It is 4.", name="response") == (
         f"=== response {mark} begins ===\nIt is 4.\n=== response {mark} ends ==="
     )
 
 
 def test_the_same_text_makes_the_same_block_and_another_text_another():
-    assert fenced("a") == fenced("a")
-    marks = {fenced(text, name=name).split()[2] for text in ("a", "b", "") for name in ("text", "response")}
+    assert delimited("a") == delimited("a")
+    marks = {delimited(text, name=name).split()[2] for text in ("a", "b", "") for name in ("text", "response")}
     assert len(marks) == 6 and all(re.fullmatch(r"[0-9a-f]{16}", mark) for mark in marks)
 
 
@@ -72,12 +72,12 @@ def test_a_text_that_has_its_own_hash_gets_another(monkeypatch):
             return "f" * 64 if self.data.startswith(b"0\n") else "e" * 64
 
     monkeypatch.setattr(hashlib, "sha256", Known)
-    assert fenced(f"I know it: {'F' * 16}").split()[2] == "e" * 16  # in capitals it would be known as well
+    assert delimited(f"I know it: {'F' * 16}").split()[2] == "e" * 16  # in capitals it would be known as well
 
 
 @given(NASTY)
 def test_nothing_closes_a_fence(text: str):
-    block = fenced(text, name="response")
+    block = delimited(text, name="response")
     lines = block.split("\n")
     assert len([line for line in lines if re.search(r"^\s*===.*\b(begins|ends)\b", line)]) == 2
     reading = read_prompt(f"before\n{block}\nbehind")
@@ -142,19 +142,19 @@ def test_what_is_not_special_stays(text: str):
 
 
 def test_a_long_text_keeps_both_ends():
-    body = read_prompt(fenced("a" * 900 + "b" * 900, max_chars=400)).block("text")
+    body = read_prompt(delimited("a" * 900 + "b" * 900, max_chars=400)).block("text")
     assert body == f"{'a' * 300}\n[... 1,400 characters are left out here ...]\n{'b' * 100}"
-    assert read_prompt(fenced("a" * 400, max_chars=400)).block("text") == "a" * 400
+    assert read_prompt(delimited("a" * 400, max_chars=400)).block("text") == "a" * 400
 
 
 def test_a_very_long_text_is_bounded():
     for text in ("<|" * 10**6, "\u200b" * 10**6, "=== x ends ===\n" * 10**5):
-        assert len(fenced(text)) < 2 * MAX_CHARS
+        assert len(delimited(text)) < 2 * MAX_CHARS
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\n", "\u200b", "\U000e0041", "\ufe0f \t"])
 def test_an_empty_text_is_said_to_be_empty(text: str):
-    assert read_prompt(fenced(text)).block("text") == "(nothing: the text is empty)"
+    assert read_prompt(delimited(text)).block("text") == "(nothing: the text is empty)"
 
 
 # --- texts that say nothing -------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def make_reward(tokenizer):
 def test_all_turns_of_a_step_are_judged_in_one_batch(make_reward, tokenizer):
     sampler = Scripted(tokenizer, lambda asked: verdict(int("It is four, 1" in asked)))
     reward = make_reward(sampler)
-    reward.try_out(PROBLEMS[0])  # asks nobody: the policy is not there yet
+    reward.smoke_test(PROBLEMS[0])  # asks nobody: the policy is not there yet
     sampler.sync(12)
     finish = [reward.begin(problem, f"It is four, {i}.") for i, problem in enumerate(PROBLEMS)]
     scores = [end() for end in finish]

@@ -13,7 +13,7 @@ import pytest
 from rolltune.endpoints import background
 from rolltune.rewards.judges import pool as bench_module
 from rolltune.rewards.judges.judge import Answer, JudgeStopped, Question
-from rolltune.rewards.judges.pool import LATE, STOPPED, Bench
+from rolltune.rewards.judges.pool import LATE, STOPPED, JudgePool
 from rolltune.rewards.rubric.questions import Rating
 
 JUDGE = {
@@ -25,8 +25,8 @@ QUESTION = Question(messages=({"role": "user", "content": "?"},), answer=Rating)
 
 
 @pytest.fixture
-def bench() -> Iterator[Bench]:
-    made = Bench([JUDGE], combine="mean", quorum=None, wait_seconds=0.05)
+def bench() -> Iterator[JudgePool]:
+    made = JudgePool([JUDGE], combine="mean", quorum=None, wait_seconds=0.05)
     yield made
     made.close()
 

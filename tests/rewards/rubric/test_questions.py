@@ -22,7 +22,7 @@ from rolltune.rewards.rubric.questions import (
     read_grades,
 )
 from rolltune.rewards.rubric.schema import Criterion
-from rolltune.rewards.rubric.templates import JudgePrompt, own_prompt, packaged_prompt
+from rolltune.rewards.rubric.templates import JudgePrompt, load_prompt, packaged_prompt
 from rolltune.types import Problem
 
 PROBLEM = Problem(
@@ -355,7 +355,7 @@ def test_no_text_breaks_the_reader(reply: str):
 def own(tmp_path, text: str, kind="explicit") -> JudgePrompt:
     path = tmp_path / "mine.md"
     path.write_text(text, encoding="utf-8")
-    return own_prompt(str(path), kind)
+    return load_prompt(str(path), kind)
 
 
 def test_a_prompt_of_ones_own(tmp_path):
@@ -388,10 +388,10 @@ def test_a_prompt_that_cannot_be_used(tmp_path, text: str, says: str):
 
 def test_a_prompt_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"prompt: .*none.md: No such file or directory"):
-        own_prompt(str(tmp_path / "none.md"), "likert")
+        load_prompt(str(tmp_path / "none.md"), "likert")
     (tmp_path / "latin.md").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match=r"prompt: .*latin.md: is no UTF-8 text"):
-        own_prompt(str(tmp_path / "latin.md"), "likert")
+        load_prompt(str(tmp_path / "latin.md"), "likert")
 
 
 def test_a_reference_needs_a_place_in_the_prompt(tmp_path):

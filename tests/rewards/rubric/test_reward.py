@@ -236,7 +236,7 @@ def test_many_are_judged_at_once_and_the_late_are_unscored(make_reward):
 
     with FaultServer(judge) as server:
         reward = make_reward(server, wait_seconds=8.0)
-        reward.try_out(PROBLEM)  # the library is imported by now
+        reward.smoke_test(PROBLEM)  # the library is imported by now
         finish = [reward.begin(PROBLEM, f"It is four, {i}, {'slow' if i == 3 else 'fast'}.") for i in range(8)]
         totals = [end().total for end in finish]
     assert [total for i, total in enumerate(totals) if i != 3] == [1.0] * 7
@@ -251,7 +251,7 @@ def test_what_nobody_waits_for_any_more_keeps_nothing_else_from_being_judged(mak
 
     with FaultServer(judge) as server:
         reward = make_reward(server, judge={"max_concurrency": 2}, wait_seconds=1.0)
-        reward.try_out(PROBLEM)
+        reward.smoke_test(PROBLEM)
         first = [reward.begin(PROBLEM, f"It is four, {i}, hang.") for i in range(4)]
         assert [end().failure for end in first] == ["judge_late"] * 4
         reward._bench._wait_seconds = 30.0
@@ -283,10 +283,10 @@ def test_what_cannot_be_judged_shows_before_anything_is_sampled(make_reward):
         with pytest.raises(ValueError, match="data: bare has no answer"):
             make_reward(server, aggregation="reference_likert").check([bare])
         assert server.calls == []
-        reward.try_out(PROBLEM)
+        reward.smoke_test(PROBLEM)
         assert len(server.calls) == 1
     with pytest.raises(ValueError, match=r"judge judge0@127.*: judge down .*is its server running"):
-        make_reward(server).try_out(PROBLEM)  # which has gone
+        make_reward(server).smoke_test(PROBLEM)  # which has gone
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_the_papers_formula(grades, expected):
     found = score(PAPER, grades)
     assert found.total == pytest.approx(expected, rel=1e-15)
     assert found.scored_share == 1.0
-    assert found.merits == tuple(grades)
+    assert found.credits == tuple(grades)
 
 
 @pytest.mark.parametrize(
@@ -68,13 +68,13 @@ def test_an_unscored_criterion_leaves_the_mean():
     found = score(PAPER, [1, None, 0, None])
     assert found.total == pytest.approx(1.0 / 1.3, rel=1e-15)
     assert found.scored_share == pytest.approx(1.3 / 2.9, rel=1e-15)
-    assert found.merits == (1, None, 0, None)
+    assert found.credits == (1, None, 0, None)
 
 
 def test_an_unscored_bad_criterion_is_not_taken_for_a_clean_one():
     criteria = [criterion("good", 1), criterion("bad", -1)]
     assert score(criteria, [0, None]).total == 0.0
-    assert score(criteria, [0, None]).merits == (0, None)
+    assert score(criteria, [0, None]).credits == (0, None)
 
 
 @pytest.mark.parametrize("min_scored, is_scored", [(0.0, True), (0.44, True), (0.45, False), (1.0, False)])
@@ -177,7 +177,7 @@ def test_a_reward_lies_in_0_to_1_or_is_none(case):
     assert (found.total is None) == all(grade is None for grade in grades)
     assert found.total is None or 0 <= found.total <= 1
     assert 0 <= found.scored_share <= 1
-    assert all(value is None or 0 <= value <= 1 for value in (*found.merits, *found.by_category.values()))
+    assert all(value is None or 0 <= value <= 1 for value in (*found.credits, *found.by_category.values()))
 
 
 @given(SCORED)
@@ -197,7 +197,7 @@ def test_the_order_of_the_criteria_does_not_matter_to_the_last_bit(case, seed):
     before, after = score(criteria, grades), score([criteria[i] for i in order], [grades[i] for i in order])
     assert after.total == before.total
     assert after.by_category == before.by_category
-    assert after.merits == tuple(before.merits[i] for i in order)
+    assert after.credits == tuple(before.credits[i] for i in order)
 
 
 @given(st.lists(st.tuples(WEIGHTS, GRADES), min_size=1, max_size=20), st.floats(1e-3, 1e3))

@@ -11,26 +11,32 @@ ANSWER = {"_component_": "rolltune.rewards.answer.answer_reward"}
 
 def eval_with(reward: str, gold: dict, **options) -> dict:
     check = {
-        "_component_": "rolltune.rewards.checks.overoptimization.GoldCheck",
+        "_component_": "rolltune.rewards.checks.overoptimization.OveroptimizationCheck",
         "reward": reward,
         "gold": gold,
     } | options
-    return {"every_n_steps": 2, "max_problems": 4, "gold": check | {"min_problems": 4}}
+    return {"every_n_steps": 2, "max_problems": 4, "overoptimization": check | {"min_problems": 4}}
 
 
 def test_a_run_with_a_gold_check(run_grpo):
     """The reward that is trained on has a part of its own; the random model gets no answer right."""
     rows = read_rows(run_grpo(num_steps=3, eval=eval_with("low", ANSWER)))
     plain = read_rows(run_grpo("plain", num_steps=3, eval={"every_n_steps": 2, "max_problems": 4}))
-    checked = [row for row in rows if "gold/scored" in row]
+    checked = [row for row in rows if "overoptimization/scored" in row]
     assert [row["step"] for row in checked] == [0, 2, 3] == [row["step"] for row in rows if "heldout/accuracy" in row]
-    assert [{name: value for name, value in row.items() if not name.startswith("gold/")} for row in rows] == plain
+    assert [
+        {name: value for name, value in row.items() if not name.startswith("overoptimization/")} for row in rows
+    ] == plain
     first = checked[0]
     for row in checked:
-        assert row["gold/scored"] == 4.0 and row["gold/mean"] == 0.0 and 0 < row["gold/train_mean"] < 1
-        assert row["gold/gap"] == row["gold/train_mean"]
-        assert row["gold/gap_change"] == row["gold/gap"] - first["gold/gap"]
-        assert "gold/correlation" not in row, "no turn is right, so gold has no variance"
+        assert (
+            row["overoptimization/scored"] == 4.0
+            and row["overoptimization/mean"] == 0.0
+            and 0 < row["overoptimization/train_mean"] < 1
+        )
+        assert row["overoptimization/gap"] == row["overoptimization/train_mean"]
+        assert row["overoptimization/gap_change"] == row["overoptimization/gap"] - first["overoptimization/gap"]
+        assert "overoptimization/correlation" not in row, "no turn is right, so gold has no variance"
 
 
 def test_the_alarm_is_told(run_grpo, reward_module, capsys):
@@ -41,8 +47,8 @@ def test_the_alarm_is_told(run_grpo, reward_module, capsys):
     )
     rewards = {"judge": {"_component_": "taken_in.judge", "weight": 1.0}}
     rows = read_rows(run_grpo(num_steps=2, rewards=rewards, eval=eval_with("judge", ANSWER)))
-    assert [row["gold/alarm"] for row in rows if "gold/alarm" in row] == [0.0, 1.0]
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("eval.gold: ALARM")]
+    assert [row["overoptimization/alarm"] for row in rows if "overoptimization/alarm" in row] == [0.0, 1.0]
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("eval.overoptimization: ALARM")]
     assert len(told) == 1 and "since the first evaluation the mean of judge went from" in told[0]
 
 
@@ -57,9 +63,9 @@ class Gold:
         return self.begin(problem, text)()
     def check(self, problems):
         CALLED.append(f"check {len(problems)}")
-    def try_out(self, problem):
-        CALLED.append("try_out")
-    def keep_account(self, path):
+    def smoke_test(self, problem):
+        CALLED.append("smoke_test")
+    def share_budget(self, path):
         pass
     def bind(self, sampler, tokenizer, frozen):
         CALLED.append(f"bind {type(sampler).__name__}")
@@ -82,5 +88,5 @@ def test_another_judge_as_the_gold_measure(run_grpo, reward_module, monkeypatch)
     assert called == ["check 4"], "a dry run asks nobody"
     called.clear()
     rows = read_rows(run_grpo(num_steps=2, eval=checked))
-    assert called == ["check 4", "try_out", "bind NativeSampler", *["begin"] * 8, "close"]
-    assert [row["gold/judge/calls"] for row in rows if "gold/scored" in row] == [4.0, 8.0]
+    assert called == ["check 4", "smoke_test", "bind NativeSampler", *["begin"] * 8, "close"]
+    assert [row["overoptimization/judge/calls"] for row in rows if "overoptimization/scored" in row] == [4.0, 8.0]

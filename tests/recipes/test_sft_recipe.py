@@ -13,7 +13,7 @@ from tiny_run import load_recipe, read_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rolltune.batch import pack
-from rolltune.config.schema import PrimeConfig
+from rolltune.config.schema import SFTConfig
 from rolltune.data.dataset import ProblemStream
 from rolltune.data.sums import sums
 from rolltune.run import checks
@@ -25,7 +25,7 @@ SYSTEM = "Add."
 
 @pytest.fixture
 def make_config(tiny_llama, tmp_path):
-    def make(name="prime", *, overrides=(), **changes) -> PrimeConfig:
+    def make(name="sft", *, overrides=(), **changes) -> SFTConfig:
         file = tmp_path / f"{name}.yaml"
         tree = {
             "output_dir": str(tmp_path / name),
@@ -42,15 +42,15 @@ def make_config(tiny_llama, tmp_path):
             "checkpoint": {"every_n_steps": 1, "keep_last": 2},
         }
         file.write_text(yaml.safe_dump(tree | changes))
-        return checks.validate(PrimeConfig, str(file), overrides)
+        return checks.validate(SFTConfig, str(file), overrides)
 
     return make
 
 
 @pytest.fixture
-def run_prime(make_config, tmp_path):
-    def run(name="prime", **changes):
-        load_recipe("prime").run(make_config(name, **changes))
+def run_sft(make_config, tmp_path):
+    def run(name="sft", **changes):
+        load_recipe("sft").run(make_config(name, **changes))
         return tmp_path / name
 
     return run
@@ -75,18 +75,18 @@ def plain_loss(model, tokenizer, problems) -> float:
     return total / count
 
 
-def test_the_loss_is_that_of_the_turns_alone(run_prime, tiny_llama):
+def test_the_loss_is_that_of_the_turns_alone(run_sft, tiny_llama):
     """Neither prompts nor padding are in it, and EOS is: the same number as from a loop over plain transformers."""
-    rows = read_rows(run_prime(num_steps=1))
+    rows = read_rows(run_sft(num_steps=1))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
     first = ProblemStream(sums(**TRAIN), seed=0).take(0, 4)
     assert rows[0]["heldout/loss"] == pytest.approx(plain_loss(model, tokenizer, sums(**HELDOUT)), rel=1e-6)
     assert rows[1]["loss"] == pytest.approx(plain_loss(model, tokenizer, first), rel=1e-6)
 
 
-def test_every_step_takes_the_next_examples(run_prime, tiny_llama):
+def test_every_step_takes_the_next_examples(run_sft, tiny_llama):
     """At a rate of next to nothing the losses are those of the untrained model on each step's own examples."""
-    rows = read_rows(run_prime(num_steps=3, optimizer={"_component_": "torch.optim.SGD", "lr": 1e-12}))
+    rows = read_rows(run_sft(num_steps=3, optimizer={"_component_": "torch.optim.SGD", "lr": 1e-12}))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
     stream = ProblemStream(sums(**TRAIN), seed=0)
     expected = [plain_loss(model, tokenizer, stream.take(4 * step, 4)) for step in range(3)]
@@ -94,8 +94,8 @@ def test_every_step_takes_the_next_examples(run_prime, tiny_llama):
     assert [row["loss"] for row in rows[1:]] == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_loss_falls_and_the_best_loads_anywhere(run_prime):
-    output_dir = run_prime(num_steps=20, eval={"every_n_steps": 5, "max_problems": 4})
+def test_the_loss_falls_and_the_best_loads_anywhere(run_sft):
+    output_dir = run_sft(num_steps=20, eval={"every_n_steps": 5, "max_problems": 4})
     rows = read_rows(output_dir)
     assert [row["step"] for row in rows] == list(range(21))
     heldout = {row["step"]: row["heldout/loss"] for row in rows if "heldout/loss" in row}
@@ -110,10 +110,10 @@ def test_the_loss_falls_and_the_best_loads_anywhere(run_prime):
     assert json.loads((output_dir / "best/../state.json").read_text())["best_score"] == -best
 
 
-def test_float16(run_prime, tiny_llama):
+def test_float16(run_sft, tiny_llama):
     """The loss's scale is halved until gradients fit, and until then the weights stay; then the loss falls."""
     rows = read_rows(
-        run_prime(
+        run_sft(
             model={"path": str(tiny_llama), "dtype": "float16", "master_weights": True},
             loss_scale={"_component_": "rolltune.loss_scale.LossScale", "initial": 2.0**19},
             eval={"every_n_steps": 1, "max_problems": 4},
@@ -134,9 +134,9 @@ def test_float16(run_prime, tiny_llama):
     assert heldout[0] == heldout[1] == heldout[2] > 1.2 * heldout[3] > 1.3 * heldout[4]
 
 
-def test_best_is_the_lowest_held_out_loss_not_the_last(run_prime):
+def test_best_is_the_lowest_held_out_loss_not_the_last(run_sft):
     """A rate at which training blows up."""
-    output_dir = run_prime(
+    output_dir = run_sft(
         num_steps=6,
         eval={"every_n_steps": 1, "max_problems": 4},
         optimizer={"_component_": "torch.optim.SGD", "lr": 2.0},
@@ -153,12 +153,12 @@ def test_best_is_the_lowest_held_out_loss_not_the_last(run_prime):
     {"batch": {"examples_per_step": 4, "microbatch_tokens": 10_000}},
     {"model": {"gradient_checkpointing": True}},
 ], ids=["unpacked", "one row", "recomputed"])  # fmt: skip
-def test_how_it_is_computed_changes_nothing(run_prime, changes, tiny_llama):
+def test_how_it_is_computed_changes_nothing(run_sft, changes, tiny_llama):
     if "model" in changes:
         changes = {"model": {"path": str(tiny_llama), **changes["model"]}}
     optimizer = {"_component_": "torch.optim.SGD", "lr": 0.05}
-    packed = read_rows(run_prime("packed", optimizer=optimizer))
-    other = read_rows(run_prime("other", optimizer=optimizer, **changes))
+    packed = read_rows(run_sft("packed", optimizer=optimizer))
+    other = read_rows(run_sft("other", optimizer=optimizer, **changes))
     for a, b in zip(packed, other, strict=True):
         assert a.keys() == b.keys()
         for name in a:
@@ -167,7 +167,7 @@ def test_how_it_is_computed_changes_nothing(run_prime, changes, tiny_llama):
 
 def test_examples_in_a_row_never_see_each_other(make_config):
     """What the first example's tokens are predicted as does not depend on the second, wherever it stands."""
-    recipe, cfg = load_recipe("prime"), make_config()
+    recipe, cfg = load_recipe("sft"), make_config()
     parts = recipe.build(cfg, recipe.init_world("cpu"), None)
     a, b, c = (recipe.example(cfg, p, parts.render, parts.tokenizer) for p in parts.stream.take(0, 3))
 
@@ -186,7 +186,7 @@ def test_examples_in_a_row_never_see_each_other(make_config):
 
 def test_several_processes_give_the_same_losses(make_config, tmp_path):
     """Ranks in threads: each takes its share of the examples, and the denominators are those of all."""
-    recipe, local, lock = load_recipe("prime"), threading.local(), threading.Lock()
+    recipe, local, lock = load_recipe("sft"), threading.local(), threading.Lock()
     optimizer = {"_component_": "torch.optim.SGD", "lr": 0.05}
     recipe.run(make_config("one", optimizer=optimizer))
     cfg = make_config("two", optimizer=optimizer)
@@ -209,31 +209,31 @@ def test_several_processes_give_the_same_losses(make_config, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8.0, "dropout": 0.1}], ids=["full", "lora"])
-def test_resumed_equals_unbroken(run_prime, lora):
+def test_resumed_equals_unbroken(run_sft, lora):
     """Two steps, then two more from the checkpoint: the same numbers, to the last bit, dropout included."""
     options = {"lora": lora, "checkpoint": {"every_n_steps": 1, "keep_last": 4}}
-    output_dir = run_prime("whole", **options)
+    output_dir = run_sft("whole", **options)
     whole, weights = read_rows(output_dir), (output_dir / "best").resolve()
-    again = run_prime("again", **options)
+    again = run_sft("again", **options)
     for step in (3, 4):
         shutil.rmtree(again / f"checkpoints/step_{step:06d}")
-    run_prime("again", overrides=("resume=true",), **options)
+    run_sft("again", overrides=("resume=true",), **options)
     assert read_rows(again) == whole
     name = "adapter_model.safetensors" if lora else "model.safetensors"
     last = again / "best"
     assert last.resolve().parent.name == weights.parent.name
     assert (last / name).read_bytes() == (weights / name).read_bytes()
-    run_prime("again", overrides=("resume=true",), **options)  # already at its end: nothing happens
+    run_sft("again", overrides=("resume=true",), **options)  # already at its end: nothing happens
     assert read_rows(again) == whole
 
 
-def test_dropout_is_off_for_the_held_out_loss(run_prime):
+def test_dropout_is_off_for_the_held_out_loss(run_sft):
     """At the start an adapter does nothing, so with dropout the loss is that of the base model still."""
-    plain = read_rows(run_prime("plain", num_steps=1))
-    dropped = read_rows(run_prime("dropped", num_steps=1, lora={"rank": 4, "alpha": 8.0, "dropout": 0.5}))
+    plain = read_rows(run_sft("plain", num_steps=1))
+    dropped = read_rows(run_sft("dropped", num_steps=1, lora={"rank": 4, "alpha": 8.0, "dropout": 0.5}))
     assert dropped[0]["heldout/loss"] == pytest.approx(plain[0]["heldout/loss"], rel=1e-6)
     options = {"lora": {"rank": 4, "alpha": 8.0, "dropout": 0.9}, "eval": {"every_n_steps": 1, "max_problems": 4}}
-    output_dir = run_prime("trained", num_steps=3, **options)
+    output_dir = run_sft("trained", num_steps=3, **options)
     base = AutoModelForCausalLM.from_pretrained(make_base(output_dir))
     model = PeftModel.from_pretrained(base, str(output_dir / "checkpoints/step_000003/policy")).eval()
     tokenizer = AutoTokenizer.from_pretrained(output_dir / "best")
@@ -249,16 +249,16 @@ def make_base(output_dir) -> str:
 # --- on to GRPO -------------------------------------------------------------------------------------------------------
 
 
-def test_grpo_goes_on_from_the_best(run_prime, run_grpo):
-    start = run_prime() / "best"
+def test_grpo_goes_on_from_the_best(run_sft, run_grpo):
+    start = run_sft() / "best"
     rows = read_rows(run_grpo(model=start, num_steps=2))
     assert rows[1]["kl"] == 0.0 and rows[2]["kl"] > 0.0
     assert rows[1]["mismatch/max_abs"] < 1e-3
 
 
-def test_lora_grpo_is_held_to_the_sft_adapter(run_prime, run_grpo):
+def test_lora_grpo_is_held_to_the_sft_adapter(run_sft, run_grpo):
     lora = {"rank": 4, "alpha": 8.0}
-    output_dir = run_prime(lora=lora, num_steps=8)
+    output_dir = run_sft(lora=lora, num_steps=8)
     heldout = [row["heldout/loss"] for row in read_rows(output_dir) if "heldout/loss" in row]
     assert heldout[-1] < heldout[0] - 0.1  # so that the base model would be far off
     grpo = run_grpo(model=output_dir / "best", lora=lora, num_steps=3)
@@ -273,8 +273,8 @@ def test_lora_grpo_is_held_to_the_sft_adapter(run_prime, run_grpo):
 # --- before it starts -------------------------------------------------------------------------------------------------
 
 
-def test_dry_run_shows_the_first_example_and_writes_nothing(run_prime, capsys):
-    output_dir = run_prime(overrides=("dry_run=true",))
+def test_dry_run_shows_the_first_example_and_writes_nothing(run_sft, capsys):
+    output_dir = run_sft(overrides=("dry_run=true",))
     shown = capsys.readouterr().out
     problem = ProblemStream(sums(**TRAIN), seed=0).take(0, 1)[0]
     assert "".join(written_out(problem)) in shown.replace("\n", "").replace("</think>", "</think>\n")
@@ -282,13 +282,13 @@ def test_dry_run_shows_the_first_example_and_writes_nothing(run_prime, capsys):
     assert "dry run: everything resolves" in shown and not output_dir.exists()
 
 
-def test_dry_run_refuses_examples_beyond_the_context(run_prime):
+def test_dry_run_refuses_examples_beyond_the_context(run_sft):
     long = "x" * 600
     with pytest.raises(ValueError, match=r"data\.train: an example of \d+ tokens is beyond the 512 tokens"):
-        run_prime(overrides=("dry_run=true",), answer_format=f"{long}{{answer}}")
+        run_sft(overrides=("dry_run=true",), answer_format=f"{long}{{answer}}")
 
 
-def test_an_earlier_run_in_the_way(run_prime):
-    run_prime(num_steps=1)
+def test_an_earlier_run_in_the_way(run_sft):
+    run_sft(num_steps=1)
     with pytest.raises(ValueError, match="holds the checkpoints of an earlier run; add resume=true"):
-        run_prime(num_steps=1)
+        run_sft(num_steps=1)

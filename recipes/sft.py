@@ -9,7 +9,7 @@ group scores the same and RL has nothing to learn from. A few hundred worked tur
   - the best checkpoint by held-out loss is ``<output_dir>/best``, which ``grpo`` starts from directly
     (``model.path=<output_dir>/best``).
 
-    tune run prime --config quickstart_prime.yaml
+    tune run sft --config quickstart_sft.yaml
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rolltune import config
 from rolltune.batch import TrainGroup, TrainSequence, count_totals, pack
-from rolltune.config.schema import PrimeConfig
+from rolltune.config.schema import SFTConfig
 from rolltune.data.dataset import ProblemStream
 from rolltune.distributed import World, close_world, init_world
 from rolltune.losses.nll import NLLLoss
@@ -34,16 +34,16 @@ from rolltune.metrics.progress import Progress
 from rolltune.metrics.timing import Phases, peak_memory_gib
 from rolltune.model.load import load_tokenizer
 from rolltune.model.policy import Policy, build_policy
-from rolltune.prompts import completion_ids, worked_turn
+from rolltune.prompts import completion_ids, worked_response
 from rolltune.run import build, checks, estimates, lifecycle
 from rolltune.run.checkpoint import Checkpoints, TrainState, load_optimization, load_state
 from rolltune.seeding import derive_seed
 from rolltune.types import LossTotals, Problem, Prompt
-from rolltune.update import Optimization, prepare_rows, update_policy
+from rolltune.update import Optimization, prepare_microbatches, update_policy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class Components:
     """What the config names, built."""
 
     world: World
@@ -55,7 +55,7 @@ class Parts:
     optimization: Optimization
 
 
-def run(cfg: PrimeConfig) -> None:
+def run(cfg: SFTConfig) -> None:
     """Train from the config to ``<output_dir>/best``."""
     if cfg.dry_run:
         dry_run(cfg)
@@ -65,32 +65,32 @@ def run(cfg: PrimeConfig) -> None:
     checkpoints = Checkpoints(output_dir, keep_last=cfg.checkpoint.keep_last)
     resume_from = lifecycle.start(cfg, checkpoints, world)
     state = load_state(resume_from) if resume_from else TrainState()
-    parts = build_parts(cfg, world, resume_from)
-    parts.policy.version = state.policy_version
+    components = build_components(cfg, world, resume_from)
+    components.policy.version = state.policy_version
     log = lifecycle.open_log(cfg, world, resume_step=state.step if resume_from else None)
     with Progress(cfg.num_steps, state.step, enabled=world.is_main) as progress:
         if state.step == 0:
-            log.log(0, {"heldout/loss": heldout_loss(cfg, parts)})
+            log.log(0, {"heldout/loss": heldout_loss(cfg, components)})
         for step in range(state.step + 1, cfg.num_steps + 1):
             started = time.perf_counter()
-            metrics = train(cfg, parts, step, state.cursor)
+            metrics = train(cfg, components, step, state.data_position)
             is_last = step == cfg.num_steps
             if step % cfg.eval.every_n_steps == 0 or is_last:
-                metrics["heldout/loss"] = heldout_loss(cfg, parts)
+                metrics["heldout/loss"] = heldout_loss(cfg, components)
             log.log(step, metrics)
             progress.step(step, {name: metrics[name] for name in ("loss", "heldout/loss") if name in metrics})
             state = replace(
                 state,
                 step=step,
-                cursor=state.cursor + cfg.batch.examples_per_step,
-                policy_version=parts.policy.version,
+                data_position=state.data_position + cfg.batch.examples_per_step,
+                policy_version=components.policy.version,
                 seconds=state.seconds + time.perf_counter() - started,
             )
             score = -metrics["heldout/loss"] if "heldout/loss" in metrics else None
             state = lifecycle.save(
-                parts.policy,
-                parts.tokenizer,
-                parts.optimization,
+                components.policy,
+                components.tokenizer,
+                components.optimization,
                 checkpoints,
                 state,
                 world,
@@ -103,7 +103,7 @@ def run(cfg: PrimeConfig) -> None:
     close_world()
 
 
-def dry_run(cfg: PrimeConfig) -> None:
+def dry_run(cfg: SFTConfig) -> None:
     """Everything short of the weights: data and turns are built; tokens and memory are estimated."""
     console = Console()
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
@@ -124,14 +124,14 @@ def dry_run(cfg: PrimeConfig) -> None:
         f"{len(train_set)} examples, {len(heldout)} held out; {cfg.num_steps * cfg.batch.examples_per_step} are "
         f"trained on; prompts of {longest[0]} and turns of {longest[1]} tokens at most (of {len(examples)})"
     )
-    parts = estimates.estimate_memory(
+    components = estimates.estimate_memory(
         cfg.model, cfg.lora, microbatch_tokens=cfg.batch.microbatch_tokens, kv_tokens=0, with_reference=False
     )
-    estimates.print_memory(parts, console)
+    estimates.print_memory(components, console)
     console.print("dry run: everything resolves; nothing was loaded, nothing was written")
 
 
-def build_parts(cfg: PrimeConfig, world: World, resume_from: Path | None) -> Parts:
+def build_components(cfg: SFTConfig, world: World, resume_from: Path | None) -> Components:
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
     train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
     render = build.prompt_renderer(cfg.prompt, tokenizer)
@@ -147,7 +147,7 @@ def build_parts(cfg: PrimeConfig, world: World, resume_from: Path | None) -> Par
     optimization = build.build_optimization(cfg, policy, num_updates=cfg.num_steps)
     if resume_from:
         optimization.load_state_dict(load_optimization(resume_from, world.device))
-    return Parts(
+    return Components(
         world=world,
         policy=policy,
         tokenizer=tokenizer,
@@ -159,17 +159,17 @@ def build_parts(cfg: PrimeConfig, world: World, resume_from: Path | None) -> Par
 
 
 def example(
-    cfg: PrimeConfig, problem: Problem, render: Callable[[Problem], Prompt], tokenizer: PreTrainedTokenizerBase
+    cfg: SFTConfig, problem: Problem, render: Callable[[Problem], Prompt], tokenizer: PreTrainedTokenizerBase
 ) -> TrainGroup:
     """A prompt with the one turn that is learnt."""
     prompt = render(problem)
-    ids = completion_ids(worked_turn(problem, cfg.answer_format), prompt, tokenizer)
+    ids = completion_ids(worked_response(problem, cfg.answer_format), prompt, tokenizer)
     sequence = TrainSequence(token_ids=ids, logprobs=(0.0,) * len(ids), advantage=1.0)
     return TrainGroup(prompt=prompt, sequences=(sequence,))
 
 
 def check_lengths(
-    cfg: PrimeConfig,
+    cfg: SFTConfig,
     train_set: Sequence[Problem],
     heldout: Sequence[Problem],
     render: Callable[[Problem], Prompt],
@@ -186,22 +186,24 @@ def check_lengths(
         estimates.check_examples(cfg.model, tokens=tokens, key=key, name=name)
 
 
-def train(cfg: PrimeConfig, parts: Parts, step: int, cursor: int) -> dict[str, float]:
+def train(cfg: SFTConfig, components: Components, step: int, data_position: int) -> dict[str, float]:
     """One optimizer step on the next examples."""
-    world, phases = parts.world, Phases()
+    world, phases = components.world, Phases()
     torch.manual_seed(derive_seed(cfg.seed, step, world.rank, "dropout"))
-    problems = world.shard(parts.stream.take(cursor, cfg.batch.examples_per_step))
-    examples = [example(cfg, problem, parts.render, parts.tokenizer) for problem in problems]
+    problems = world.shard(components.stream.take(data_position, cfg.batch.examples_per_step))
+    examples = [example(cfg, problem, components.render, components.tokenizer) for problem in problems]
     totals = count_totals(examples)
     tokens, sequences = world.sum([totals.tokens, totals.sequences])
     with phases("train"):
         microbatches = pack(examples, max_tokens=cfg.batch.microbatch_tokens, device=world.device)
         metrics = update_policy(
-            parts.policy,
-            prepare_rows(parts.policy, microbatches, temperature=1.0, with_old=False, with_reference=False),
+            components.policy,
+            prepare_microbatches(
+                components.policy, microbatches, temperature=1.0, with_old=False, with_reference=False
+            ),
             NLLLoss(),
             LossTotals(tokens=int(tokens), sequences=int(sequences)),
-            parts.optimization,
+            components.optimization,
             world,
             temperature=1.0,
         )
@@ -212,18 +214,20 @@ def train(cfg: PrimeConfig, parts: Parts, step: int, cursor: int) -> dict[str, f
 
 
 @torch.no_grad()
-def heldout_loss(cfg: PrimeConfig, parts: Parts) -> float:
+def heldout_loss(cfg: SFTConfig, components: Components) -> float:
     """Mean negative log-likelihood of the held-out turns' tokens, adapters' dropout off."""
-    examples = [example(cfg, p, parts.render, parts.tokenizer) for p in parts.world.shard(parts.heldout)]
-    parts.policy.model.eval()
+    examples = [
+        example(cfg, p, components.render, components.tokenizer) for p in components.world.shard(components.heldout)
+    ]
+    components.policy.model.eval()
     total, count = 0.0, 0
-    for microbatch in pack(examples, max_tokens=cfg.batch.microbatch_tokens, device=parts.world.device):
-        logprobs, _ = parts.policy.logprobs(microbatch, temperature=1.0)
+    for microbatch in pack(examples, max_tokens=cfg.batch.microbatch_tokens, device=components.world.device):
+        logprobs, _ = components.policy.logprobs(microbatch, temperature=1.0)
         total, count = total - logprobs.double().sum().item(), count + len(logprobs)
-    parts.policy.model.train()
-    total, count = parts.world.sum([total, count])
+    components.policy.model.train()
+    total, count = components.world.sum([total, count])
     return total / count
 
 
 if __name__ == "__main__":
-    config.main(PrimeConfig, run, check=checks.check_prime)
+    config.main(SFTConfig, run, check=checks.check_sft)
