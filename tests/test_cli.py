@@ -288,7 +288,7 @@ def test_missing_config_of_a_known_recipe_names_its_configs(capsys):
     assert run_main("run", "sft") == 2
     names = [c.name for c in cli.configs() if c.recipe == "sft"]
     assert "quickstart_sft" in names
-    assert f"--config is missing; configs of prime: {', '.join(names)}" in capsys.readouterr().err
+    assert f"--config is missing; configs of sft: {', '.join(names)}" in capsys.readouterr().err
 
 
 def test_help(bundle: Path, capsys):

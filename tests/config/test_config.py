@@ -12,6 +12,7 @@ from repo import ROOT
 
 from rolltune import config
 from rolltune.config import schema
+from rolltune.config.command_line import Arguments
 from rolltune.config.components import check_component, component, instantiate, locate
 from rolltune.errors import ConfigError
 from rolltune.run import checks
@@ -432,12 +433,15 @@ EVALUATE_MISTAKES = [
         "format={_component_: rolltune.rewards.length.cosine_length_reward, max_tokens: 9}",
         "format._component_: rolltune.rewards.length.cosine_length_reward takes the completion",
     ),
-    ("sampler.max_row=3", "sampler.max_row: NativeSampler takes no such argument; did you mean sampler.max_num_seqs?"),
+    (
+        "sampler.max_num_seq=3",
+        "sampler.max_num_seq: NativeSampler takes no such argument; did you mean sampler.max_num_seqs?",
+    ),
     (
         "sampler={_component_: rolltune.samplers.vllm.served, transfer: carrier_pigeon}",
         "sampler.transfer: carrier_pigeon; one of files, nccl is wanted",
     ),
-    ("sampler={_component_: rolltune.samplers.vllm.colocated, max_row: 3}", "did you mean sampler.max_num_seqs?"),
+    ("sampler={_component_: rolltune.samplers.vllm.colocated, max_num_seq: 3}", "did you mean sampler.max_num_seqs?"),
     ("data.cuont=1", "data.cuont: sums takes no such argument; did you mean data.count?"),
     ("prompt.chat_template=no.jinja", "prompt.chat_template: no.jinja: no such file"),
     ("seed=-1", "seed: -1; must be >= 0"),
@@ -676,8 +680,8 @@ def test_command_line_mistakes(argv: list[str], fragment: str):
 
 def test_command_line():
     parsed = config.parse_args(["a=1", "--config", "x.yaml", "--dry-run", "b=--c"])
-    assert parsed == config.Arguments(config="x.yaml", overrides=("a=1", "dry_run=true", "b=--c"), help=False)
-    assert config.parse_args(["--config=x.yaml", "-h"]) == config.Arguments(config="x.yaml", overrides=(), help=True)
+    assert parsed == Arguments(config="x.yaml", overrides=("a=1", "dry_run=true", "b=--c"), help=False)
+    assert config.parse_args(["--config=x.yaml", "-h"]) == Arguments(config="x.yaml", overrides=(), help=True)
 
 
 # --- components -------------------------------------------------------------------------------------------------------

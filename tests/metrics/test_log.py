@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rolltune import metrics
+from rolltune import files
 from rolltune.files import write_json_atomic
 from rolltune.metrics.log import MetricsLog, read_metrics, write_samples
 from rolltune.stats import accuracy_interval
@@ -309,7 +309,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, broken):
     def fail(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(metrics.os, broken, fail)
+    monkeypatch.setattr(files.os, broken, fail)
     with pytest.raises(OSError, match="no space"):
         write_json_atomic(path, {"new": "x" * 10_000})
     assert strict_json(path.read_text()) == {"old": True}

@@ -203,7 +203,7 @@ def test_eos_masked_with_the_padding(policy, group, tokenizer, monkeypatch):
 
     def mask(row):
         keep = row.target_ids != end
-        names = ("predictor_index", "targets", "target_sequence_index", "advantages", "sampler_logprobs")
+        names = ("predictor_index", "target_ids", "target_sequence_index", "advantages", "sampler_logprobs")
         return dataclasses.replace(row, **{name: getattr(row, name)[keep] for name in names})
 
     change_row(monkeypatch, mask)

@@ -59,7 +59,7 @@ def parse_args(argv: Sequence[str]) -> Arguments:
     return Arguments(config=config, overrides=tuple(overrides), help=bool({"-h", "--help"} & set(argv)))
 
 
-def main(schema: type[T], run: Callable[[T], None], *, check: Check[T]) -> None:
+def main(schema: type[T], run: Callable[[T], None], *, check: Check[T] = lambda cfg, world_size: ()) -> None:
     """The command line of a recipe: load and check the config, print it, run.
 
     A user's mistake is printed in a few lines and ends the process with status 2. These are a :class:`ConfigError`,
@@ -69,7 +69,7 @@ def main(schema: type[T], run: Callable[[T], None], *, check: Check[T]) -> None:
     Args:
         schema: the dataclass of the config's keys.
         run: the recipe.
-        check: the problems of a config whose types are right, one of :mod:`rolltune.run.checks`.
+        check: the problems of a config whose types are right, such as one of :mod:`rolltune.run.checks`.
     """
     try:
         arguments = parse_args(sys.argv[1:])

@@ -52,7 +52,7 @@ def validate(
     path: str | Path,
     overrides: Sequence[str] = (),
     *,
-    check: Check[T],
+    check: Check[T] = lambda cfg, world_size: (),
     world_size: int | None = None,
 ) -> T:
     """:func:`load`, then check components against their signatures and keys against each other.
@@ -61,7 +61,7 @@ def validate(
         schema: the dataclass of the config's keys.
         path: the YAML file.
         overrides: as in :func:`load`.
-        check: the recipe's, one of :mod:`rolltune.run.checks`.
+        check: the problems of a config whose types are right, such as one of :mod:`rolltune.run.checks`.
         world_size: number of processes; None: as torchrun's environment says.
 
     Raises:
