@@ -1,12 +1,12 @@
-"""Prime: supervised fine-tuning on worked turns, before RL.
+"""SFT: supervised fine-tuning on worked responses, before RL.
 
-A base model often has the ability and lacks the form: where it never writes the tags that a reward looks for, every
-group scores the same and RL has nothing to learn from. A few hundred worked turns are enough to change that.
+A base model often has the ability but not the form: if it never writes the tags that a reward looks for, every group
+scores the same and RL has nothing to learn from. A few hundred worked responses change that.
 
-  - the turn that is learnt is ``answer_format`` filled with each problem's own solution and answer;
-  - loss on the turn's tokens alone, EOS included; the prompt is context;
-  - examples are packed without padding and never see each other; [tokens, vocab] logits never exist whole;
-  - the best checkpoint by held-out loss is ``<output_dir>/best``, which ``grpo`` starts from directly
+  - the response is ``answer_format``, filled with each problem's own solution and answer;
+  - the loss is the negative log-likelihood of the response tokens, EOS included; the prompt is context;
+  - examples are packed without padding and never see each other; [tokens, vocabulary] logits never exist as a whole;
+  - the checkpoint with the lowest held-out loss is ``<output_dir>/best``, which ``grpo`` starts from directly
     (``model.path=<output_dir>/best``).
 
     tune run sft --config quickstart_sft.yaml
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,11 +26,11 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from rolltune import config
-from rolltune.batch import TrainGroup, TrainSequence, count_totals, pack
+from rolltune.batch import TokenSequence, TrainGroup, count_totals, pack_examples
 from rolltune.config.schema import SFTConfig
 from rolltune.data.dataset import ProblemStream
 from rolltune.distributed import World, close_world, init_world
-from rolltune.losses.nll import NLLLoss
+from rolltune.losses.nll import nll_loss
 from rolltune.metrics.progress import Progress
 from rolltune.metrics.timing import Phases, peak_memory_gib
 from rolltune.model.load import load_tokenizer
@@ -39,12 +40,14 @@ from rolltune.run import build, checks, estimates, lifecycle
 from rolltune.run.checkpoint import Checkpoints, TrainState, load_optimization, load_state
 from rolltune.seeding import derive_seed
 from rolltune.types import LossTotals, Problem, Prompt
-from rolltune.update import Optimization, prepare_microbatches, update_policy
+from rolltune.update import Optimization
+
+Example = TrainGroup[TokenSequence]  # a prompt with the one response that is learnt
 
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """What the config names, built."""
+    """The components that the config names, built. Only the weights change during a run."""
 
     world: World
     policy: Policy
@@ -65,10 +68,17 @@ def run(cfg: SFTConfig) -> None:
     checkpoints = Checkpoints(output_dir, keep_last=cfg.checkpoint.keep_last)
     resume_from = lifecycle.start(cfg, checkpoints, world)
     state = load_state(resume_from) if resume_from else TrainState()
-    components = build_components(cfg, world, resume_from)
+    components = set_up(cfg, world, resume_from)
     components.policy.version = state.policy_version
+    saver = lifecycle.Saver(
+        policy=components.policy,
+        tokenizer=components.tokenizer,
+        optimization=components.optimization,
+        checkpoints=checkpoints,
+        world=world,
+    )
     log = lifecycle.open_log(cfg, world, resume_step=state.step if resume_from else None)
-    with Progress(cfg.num_steps, state.step, enabled=world.is_main) as progress:
+    with closing(log), Progress(cfg.num_steps, state.step, enabled=world.is_main) as progress:
         if state.step == 0:
             log.log(0, {"heldout/loss": heldout_loss(cfg, components)})
         for step in range(state.step + 1, cfg.num_steps + 1):
@@ -86,25 +96,18 @@ def run(cfg: SFTConfig) -> None:
                 policy_version=components.policy.version,
                 seconds=state.seconds + time.perf_counter() - started,
             )
-            score = -metrics["heldout/loss"] if "heldout/loss" in metrics else None
-            state = lifecycle.save(
-                components.policy,
-                components.tokenizer,
-                components.optimization,
-                checkpoints,
+            state = saver.save(
                 state,
-                world,
-                score=score,
+                score=-metrics["heldout/loss"] if "heldout/loss" in metrics else None,
                 is_due=is_last or step % cfg.checkpoint.every_n_steps == 0,
             )
-    log.close()
     if world.is_main:
         Console().print(f"{cfg.num_steps} steps in {state.seconds / 60:.1f} minutes; weights: {output_dir / 'best'}")
     close_world()
 
 
 def dry_run(cfg: SFTConfig) -> None:
-    """Everything short of the weights: data and turns are built; tokens and memory are estimated."""
+    """Do everything except loading weights: build data and responses, estimate tokens and memory."""
     console = Console()
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
     train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
@@ -113,25 +116,27 @@ def dry_run(cfg: SFTConfig) -> None:
         example(cfg, problem, render, tokenizer)
         for problem in ProblemStream(train_set, seed=cfg.seed).take(0, min(256, len(train_set)))
     ]
-    prompt, turn = examples[0].prompt.token_ids, examples[0].sequences[0].token_ids
+    prompt, response = examples[0].prompt.token_ids, examples[0].sequences[0].token_ids
     console.print(
         "first example, trained tokens in green:\n",
-        Text.assemble((str(tokenizer.decode(list(prompt))), "dim"), (str(tokenizer.decode(list(turn))), "green")),
+        Text.assemble((str(tokenizer.decode(list(prompt))), "dim"), (str(tokenizer.decode(list(response))), "green")),
     )
     longest = max(len(e.prompt.token_ids) for e in examples), max(len(e.sequences[0].token_ids) for e in examples)
     check_lengths(cfg, train_set, heldout, render, tokenizer)
     console.print(
         f"{len(train_set)} examples, {len(heldout)} held out; {cfg.num_steps * cfg.batch.examples_per_step} are "
-        f"trained on; prompts of {longest[0]} and turns of {longest[1]} tokens at most (of {len(examples)})"
+        f"trained on; the longest prompt has {longest[0]} tokens and the longest response {longest[1]} (of "
+        f"{len(examples)})"
     )
-    components = estimates.estimate_memory(
+    memory = estimates.estimate_memory(
         cfg.model, cfg.lora, microbatch_tokens=cfg.batch.microbatch_tokens, kv_tokens=0, with_reference=False
     )
-    estimates.print_memory(components, console)
-    console.print("dry run: everything resolves; nothing was loaded, nothing was written")
+    estimates.print_memory(memory, console)
+    console.print("dry run: the config is complete and valid; no weights were loaded and nothing was written")
 
 
-def build_components(cfg: SFTConfig, world: World, resume_from: Path | None) -> Components:
+def set_up(cfg: SFTConfig, world: World, resume_from: Path | None) -> Components:
+    """Build everything that the loop uses, cheap things first, so that a mistake shows before weights are loaded."""
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
     train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
     render = build.prompt_renderer(cfg.prompt, tokenizer)
@@ -160,12 +165,11 @@ def build_components(cfg: SFTConfig, world: World, resume_from: Path | None) -> 
 
 def example(
     cfg: SFTConfig, problem: Problem, render: Callable[[Problem], Prompt], tokenizer: PreTrainedTokenizerBase
-) -> TrainGroup:
-    """A prompt with the one turn that is learnt."""
+) -> Example:
+    """Turn a problem into its prompt and the response that is learnt."""
     prompt = render(problem)
-    ids = completion_ids(worked_response(problem, cfg.answer_format), prompt, tokenizer)
-    sequence = TrainSequence(token_ids=ids, logprobs=(0.0,) * len(ids), advantage=1.0)
-    return TrainGroup(prompt=prompt, sequences=(sequence,))
+    token_ids = completion_ids(worked_response(problem, cfg.answer_format), prompt, tokenizer)
+    return TrainGroup(prompt=prompt, sequences=(TokenSequence(token_ids=token_ids),))
 
 
 def check_lengths(
@@ -175,57 +179,56 @@ def check_lengths(
     render: Callable[[Problem], Prompt],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Refuse examples beyond the model's context now: every one that is trained on, and the held-out ones."""
+    """Refuse examples beyond the model's context now: all that will be trained on, and the held-out ones."""
     trained = min(cfg.num_steps * cfg.batch.examples_per_step, len(train_set))
     for key, problems in (
         ("data.train", ProblemStream(train_set, seed=cfg.seed).take(0, trained)),
         ("data.heldout", heldout),
     ):
-        groups = [(example(cfg, problem, render, tokenizer), problem.id) for problem in problems]
-        tokens, name = max((len(g.prompt.token_ids) + len(g.sequences[0].token_ids), name) for g, name in groups)
+        examples = [(example(cfg, problem, render, tokenizer), problem.id) for problem in problems]
+        tokens, name = max((len(e.prompt.token_ids) + len(e.sequences[0].token_ids), name) for e, name in examples)
         estimates.check_examples(cfg.model, tokens=tokens, key=key, name=name)
 
 
 def train(cfg: SFTConfig, components: Components, step: int, data_position: int) -> dict[str, float]:
-    """One optimizer step on the next examples."""
-    world, phases = components.world, Phases()
+    """Take one optimizer step on the next examples; returns the metrics of the step."""
+    world, policy, phases = components.world, components.policy, Phases()
     torch.manual_seed(derive_seed(cfg.seed, step, world.rank, "dropout"))
     problems = world.shard(components.stream.take(data_position, cfg.batch.examples_per_step))
     examples = [example(cfg, problem, components.render, components.tokenizer) for problem in problems]
-    totals = count_totals(examples)
-    tokens, sequences = world.sum([totals.tokens, totals.sequences])
+    counted = count_totals(examples)
+    tokens, sequences = world.sum([counted.tokens, counted.sequences])
+    totals = LossTotals(tokens=int(tokens), sequences=int(sequences))
+    loss_sum, entropy_sum, packed_tokens = 0.0, 0.0, 0
     with phases("train"):
-        microbatches = pack(examples, max_tokens=cfg.batch.microbatch_tokens, device=world.device)
-        metrics = update_policy(
-            components.policy,
-            prepare_microbatches(
-                components.policy, microbatches, temperature=1.0, with_old=False, with_reference=False
-            ),
-            NLLLoss(),
-            LossTotals(tokens=int(tokens), sequences=int(sequences)),
-            components.optimization,
-            world,
-            temperature=1.0,
-        )
-    names = ("loss", "entropy", "grad_norm", "lr", "loss_scale", "skipped_step")  # the rest compares with a sampler
-    kept = {name: metrics[name] for name in names if name in metrics}
-    (row_tokens,) = world.sum([sum(len(m.input_ids) for m in microbatches)])
-    return kept | phases.metrics(train=row_tokens) | {"memory/peak_gib": peak_memory_gib()}
+        for microbatch in pack_examples(examples, max_tokens=cfg.batch.microbatch_tokens, device=world.device):
+            logprobs, entropy = policy.logprobs(microbatch, temperature=1.0)
+            loss = nll_loss(logprobs, totals)
+            components.optimization.backward(loss)
+            loss_sum += loss.item()
+            entropy_sum += entropy.sum().item()
+            packed_tokens += len(microbatch.input_ids)
+        metrics = components.optimization.step(world)
+    if not metrics.get("skipped_step"):
+        policy.version += 1
+    loss_sum, entropy_sum, packed_tokens = world.sum([loss_sum, entropy_sum, packed_tokens])
+    metrics |= {"loss": loss_sum, "entropy": entropy_sum / totals.tokens, "memory/peak_gib": peak_memory_gib()}
+    return metrics | phases.metrics(train=packed_tokens)
 
 
 @torch.no_grad()
 def heldout_loss(cfg: SFTConfig, components: Components) -> float:
-    """Mean negative log-likelihood of the held-out turns' tokens, adapters' dropout off."""
-    examples = [
-        example(cfg, p, components.render, components.tokenizer) for p in components.world.shard(components.heldout)
-    ]
-    components.policy.model.eval()
+    """Return the mean negative log-likelihood of the held-out response tokens, dropout of adapters off."""
+    world, policy = components.world, components.policy
+    problems = world.shard(components.heldout)
+    examples = [example(cfg, problem, components.render, components.tokenizer) for problem in problems]
+    policy.model.eval()
     total, count = 0.0, 0
-    for microbatch in pack(examples, max_tokens=cfg.batch.microbatch_tokens, device=components.world.device):
-        logprobs, _ = components.policy.logprobs(microbatch, temperature=1.0)
+    for microbatch in pack_examples(examples, max_tokens=cfg.batch.microbatch_tokens, device=world.device):
+        logprobs, _ = policy.logprobs(microbatch, temperature=1.0)
         total, count = total - logprobs.double().sum().item(), count + len(logprobs)
-    components.policy.model.train()
-    total, count = components.world.sum([total, count])
+    policy.model.train()
+    total, count = world.sum([total, count])
     return total / count
 
 

@@ -57,6 +57,15 @@ class JudgedReward(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PendingScore:
+    """A completion, and the verdicts that its judged rewards are waiting for."""
+
+    problem: Problem
+    completion: Completion
+    judged: Mapping[str, Callable[[], Score]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightedReward:
     """A weighted sum of named rewards.
@@ -118,24 +127,22 @@ class WeightedReward:
 
     def __call__(self, problem: Problem, completion: Completion) -> Score:
         """Score one completion."""
-        return self.begin(problem, completion)()
+        return self.finish(self.begin(problem, completion))
 
-    def begin(self, problem: Problem, completion: Completion) -> Callable[[], Score]:
-        """Start what takes a while, and return at once; what is returned does the rest and gives the score."""
-        begun = {name: reward.begin(problem, completion.text) for name, reward in self.judged.items()}
+    def begin(self, problem: Problem, completion: Completion) -> PendingScore:
+        """Start the judges on a completion; returns at once."""
+        judged = {name: reward.begin(problem, completion.text) for name, reward in self.judged.items()}
+        return PendingScore(problem=problem, completion=completion, judged=judged)
 
-        def finish() -> Score:
-            return self._combine({name: self._score(name, begun, problem, completion) for name in self.rewards})
+    def finish(self, pending: PendingScore) -> Score:
+        """Wait for the judges and return the score."""
+        return self._combine({name: self._score(name, pending) for name in self.rewards})
 
-        return finish
-
-    def _score(
-        self, name: str, begun: Mapping[str, Callable[[], Score]], problem: Problem, completion: Completion
-    ) -> Score:
-        if name in begun:
-            return begun[name]()
-        extra = {"completion": completion} if name in self._wants_completion else {}
-        return self.rewards[name][0](problem, completion.text, **extra)
+    def _score(self, name: str, pending: PendingScore) -> Score:
+        if name in pending.judged:
+            return pending.judged[name]()
+        extra = {"completion": pending.completion} if name in self._wants_completion else {}
+        return self.rewards[name][0](pending.problem, pending.completion.text, **extra)
 
     def _combine(self, scores: Mapping[str, Score]) -> Score:
         total: float | None = 0.0

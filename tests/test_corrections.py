@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rolltune.corrections import (
-    Bypass,
     Correction,
     GeometricRejection,
     K3Rejection,
@@ -29,8 +28,6 @@ CORRECTIONS: list[tuple[Correction, float, float]] = [  # with the least and the
     (SequenceMIS(max_ratio=1.5), 0.0, 1.5),
     (GeometricRejection(low=0.8, high=1.2), 1.0, 1.0),
     (K3Rejection(max_k3=0.1), 1.0, 1.0),
-    (Bypass(), 1.0, 1.0),
-    (Bypass(rejection={"_component_": "rolltune.corrections.K3Rejection", "max_k3": 0.1}), 1.0, 1.0),
 ]
 every_correction = pytest.mark.parametrize(
     ("correction", "least", "largest"), CORRECTIONS, ids=lambda value: repr(value) if callable(value) else ""
@@ -96,12 +93,6 @@ def test_k3_rejection():
     assert weights(K3Rejection(max_k3=0.55)) == [1, 1, 1, 1, 1, 1]
 
 
-def test_bypass_has_no_weights_but_a_rejection():
-    assert weights(Bypass()) == [1, 1, 1, 1, 1, 1]
-    rejection = {"_component_": "rolltune.corrections.GeometricRejection", "low": 0.62, "high": 1.2}
-    assert weights(Bypass(rejection=rejection)) == [0, 0, 0, 1, 1, 1]
-
-
 # What verl 0.9.1 gives for these log-ratios (compute_rollout_correction_weights with rollout_is and its threshold, or
 # compute_rollout_rejection_mask with rollout_rs; seq_mean_k1's bounds are on the inverse).
 VERL_LOG_RATIOS = (0.4, -0.9, 0.05, 1.2, -0.3, 0.2, 0.15, -0.02)
@@ -125,12 +116,6 @@ def test_weights_are_verls(name):
     sampler = torch.full((len(VERL_LOG_RATIOS),), -1.0)
     found = correction(sampler + torch.tensor(VERL_LOG_RATIOS), sampler, VERL_IDS, 3)
     assert found.tolist() == approx(*expected)
-
-
-@pytest.mark.parametrize("name", ["TokenTIS", "TokenMask", "SequenceTIS", "SequenceMIS", "Bypass"])
-def test_bypass_refuses_what_would_be_counted_twice(name):
-    with pytest.raises(ValueError, match=f"rejection: rolltune.corrections.{name} weighs by pi_old / mu, .* twice"):
-        Bypass(rejection={"_component_": f"rolltune.corrections.{name}"})
 
 
 def test_log_ratios_are_bounded_and_the_sum_of_a_completion_is_as_a_whole():

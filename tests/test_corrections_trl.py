@@ -16,7 +16,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from rolltune.corrections import Correction, SequenceMIS, SequenceTIS, TokenMask, TokenTIS
 from rolltune.distributed import World
 from rolltune.mismatch import MismatchMeter
-from rolltune.types import Microbatch
+from rolltune.types import RolloutMicrobatch
 
 LENGTHS = (5, 2, 7, 1, 3, 4)
 IDS = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
@@ -131,7 +131,7 @@ def test_mismatch_is_trls():
     positions = torch.cat([torch.arange(length) for length in LENGTHS])
     meter.add(
         old,
-        Microbatch(
+        RolloutMicrobatch(
             input_ids=ones,
             position_ids=positions,
             segment_index=ones,

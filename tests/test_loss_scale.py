@@ -54,7 +54,7 @@ def make_rows(policy):
     )
     groups = [TrainGroup(prompt=Prompt(token_ids=ids(5)), sequences=sequences)]
     rows = prepare_microbatches(
-        policy, pack(groups, max_tokens=100), temperature=1.0, with_old=False, with_reference=False
+        policy, pack(groups, max_tokens=100), temperature=1.0, old_policy="current", with_reference=False
     )
     return rows, count_totals(groups)
 
@@ -188,7 +188,7 @@ def test_at_a_scale_of_one_it_raises(tiny_llama):
         parameter.grad = torch.full_like(parameter, math.nan)
         assert optimization.step(WORLD)["loss_scale"] == scale
     parameter.grad = torch.full_like(parameter, math.nan)
-    with pytest.raises(FloatingPointError, match="the gradient norm is nan: the weights were left as they were"):
+    with pytest.raises(FloatingPointError, match="the gradient norm is nan"):
         optimization.step(WORLD)
     assert parameter.item() == optimization.weights.masters[0].item() == 1.0
 

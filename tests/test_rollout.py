@@ -11,7 +11,8 @@ from thread_world import on_ranks
 from rolltune.data.dataset import Dataset, ProblemStream
 from rolltune.distributed import World
 from rolltune.errors import SyncError
-from rolltune.rollout import check_versions, collect, has_signal, is_trainable, sample_groups
+from rolltune.rewards.combine import PendingScore, WeightedReward
+from rolltune.rollout import check_versions, collect, has_signal, is_trainable, sample_groups, score_groups
 from rolltune.types import Completion, Group, Problem, Prompt, SamplingParams, Score
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -45,11 +46,12 @@ def test_completions_of_other_weights_are_refused_on_all_ranks():
             return str(error)
 
     assert on_ranks(2, lambda world: check(world, (4, 4, 4))) == [None, None]
-    said = (
-        "3 completions were not written by the policy's weights, which are of version 4: 2 by version -1, 1 by "
-        "version 3 (-1: of another run, or of several versions)"
-    )
-    assert on_ranks(2, lambda world: check(world, (-1, 3, -1))) == [said] * 2
+    for said in on_ranks(2, lambda world: check(world, (-1, 3, -1))):
+        assert (
+            said is not None
+            and said.startswith("3 completions")
+            and "version 4: 2 by version -1, 1 by version 3" in said
+        )
 
 
 # --- sample_groups ----------------------------------------------------------------------------------------------------
@@ -92,17 +94,29 @@ def problems(*names: str) -> list[Problem]:
     return [Problem(id=name, messages=(), answer=name) for name in names]
 
 
+class Scorer:
+    """A reward that sees the completion."""
+
+    def __init__(self, score):
+        self.score = score
+
+    def __call__(self, problem, text, *, completion):
+        return self.score(problem, completion)
+
+
 def sample(names, *, group_size=3, seed=(0, 1), score=lambda problem, completion: Score(total=0.0), **options):
-    return sample_groups(
+    reward = WeightedReward(rewards={"only": (Scorer(score), 1.0)})
+    pending = sample_groups(
         problems(*names),
         render=lambda problem: Prompt(token_ids=(len(problem.id),), prefill=problem.id),
         sampler=options.pop("sampler", EchoSampler()),
-        begin_score=lambda problem, completion: lambda: score(problem, completion),
+        reward=reward,
         params=options.pop("params", PARAMS),
         group_size=group_size,
         seed=seed,
         **options,
     )
+    return score_groups(pending, reward)
 
 
 def texts(groups) -> dict[str, list[str]]:
@@ -124,19 +138,26 @@ def test_a_completion_depends_on_seed_problem_and_number_alone():
 def test_all_are_begun_before_any_is_waited_for():
     order = []
 
-    def begin(problem, completion):
-        order.append(("begin", problem.id))
-        return lambda: order.append(("finish", problem.id)) or Score(total=1.0)
+    class Reward(WeightedReward):
+        def begin(self, problem, completion):
+            order.append(("begin", problem.id))
+            return PendingScore(problem=problem, completion=completion, judged={})
 
-    sample_groups(
+        def finish(self, pending):
+            order.append(("finish", pending.problem.id))
+            return Score(total=1.0)
+
+    reward = Reward(rewards={"only": (lambda problem, text: Score(total=0.0), 1.0)})
+    pending = sample_groups(
         problems("a", "b"),
         render=lambda problem: Prompt(token_ids=(1,)),
         sampler=EchoSampler(),
-        begin_score=begin,
+        reward=reward,
         params=PARAMS,
         group_size=2,
         seed=(0,),
     )
+    score_groups(pending, reward)
     assert order == [("begin", "b")] * 2 + [("begin", "a")] * 2 + [("finish", "a")] * 2 + [("finish", "b")] * 2
 
 
@@ -145,7 +166,7 @@ def test_prompts_are_rendered_once_and_scores_stay_with_their_completions():
 
     def score(problem, completion):
         seen.append((problem.id, completion.text))
-        return Score(total=float(completion.text[-1]), parts={problem.id: 1.0})
+        return Score(total=float(completion.text[-1]), notes={problem.id: "seen"})
 
     progress = []
     groups = sample(["a", "bb"], sampler=sampler, score=score, on_progress=lambda *done: progress.append(done))
@@ -156,11 +177,11 @@ def test_prompts_are_rendered_once_and_scores_stay_with_their_completions():
     for group, request in zip(groups, requests, strict=True):
         assert group.prompt is request.prompt
         assert [s.total for s in group.scores] == [float(c.text[-1]) for c in group.completions]
-        assert all(set(s.parts) == {group.problem.id} for s in group.scores)
+        assert all(set(s.notes) == {f"only/{group.problem.id}"} for s in group.scores)
 
 
 class TruncatingSampler(EchoSampler):
-    """Says what it drew from as ``support``, whatever that is."""
+    """Reports ``support`` for every completion, whatever that is."""
 
     def __init__(self, support):
         super().__init__()
@@ -172,10 +193,9 @@ class TruncatingSampler(EchoSampler):
 
 
 @pytest.mark.parametrize("support", [None, (), ((1, 2), (3,)), ((),)], ids=["none", "no token", "one more", "empty"])
-def test_a_sampler_that_does_not_say_what_it_drew_from_is_refused(support):
+def test_a_sampler_that_does_not_report_the_kept_tokens_is_refused(support):
     params = SamplingParams(max_new_tokens=4, top_p=0.9, top_k=7)
-    message = "sampling.top_p: 0.9, sampling.top_k: 7: TruncatingSampler does not say what they left to draw from"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="sampling.top_p: 0.9, sampling.top_k: 7: TruncatingSampler"):
         sample(["a", "b"], sampler=TruncatingSampler(support), params=params)
 
 
@@ -210,6 +230,11 @@ def test_unscored_completions_leave_their_group():
     assert [c.text for c in scored.completions] == ["0", "2"] and scored.rewards == [0.0, 1.0]
 
 
+def group_mean(rewards):
+    mean = sum(rewards) / len(rewards)
+    return [reward - mean for reward in rewards]
+
+
 # --- collect ----------------------------------------------------------------------------------------------------------
 
 
@@ -221,15 +246,38 @@ def collect_on(size: int, has_variance, *, num_problems=12, data_position=0, **o
         def sample(mine):
             return [make_group(p.id, [0.0, 1.0] if has_variance(int(p.id)) else [1.0, 1.0]) for p in mine]
 
-        return collect(ProblemStream(dataset, seed=0), data_position, world, sample, **options)
+        stream = ProblemStream(dataset, seed=0)
+        return collect(stream, data_position, world, sample, advantage=group_mean, **options)
 
     return on_ranks(size, on_rank)
 
 
 def kept_names(rollouts) -> dict[int, str]:
-    numbers = [number for rollout in rollouts for number in rollout.kept]
-    assert len(numbers) == len(set(numbers))
-    return {n: group.problem.id for rollout in rollouts for n, group in rollout.kept.items()}
+    kept = [(s.number, s.group.problem.id) for rollout in rollouts for s in rollout.groups if s.number is not None]
+    assert len(kept) == len(dict(kept))
+    return dict(kept)
+
+
+def test_trained_groups_carry_the_advantages_of_their_scored_completions():
+    totals = {"0": [0.0, None, 1.0], "1": [None, 1.0], "2": [1.0, 3.0], "3": [2.0, 2.0]}
+    stream = ProblemStream(Dataset(problems(*totals)), seed=0)
+
+    def sample(mine):
+        return [make_group(p.id, totals[p.id]) for p in mine]
+
+    def rollout(**options):
+        return collect(stream, 0, ALONE, sample, advantage=group_mean, num_groups=4, **options)
+
+    plain = {s.group.problem.id: s.advantages for s in rollout().groups}
+    assert plain == {"0": (-0.5, 0.5), "1": None, "2": (-1.0, 1.0), "3": (0.0, 0.0)}
+    minibatches = [rollout().minibatch(i, 2) for i in range(2)]
+    trained = {group.problem.id: (group.rewards, advantages) for each in minibatches for group, advantages in each}
+    assert trained == {"0": ([0.0, 1.0], (-0.5, 0.5)), "2": ([1.0, 3.0], (-1.0, 1.0)), "3": ([2.0, 2.0], (0.0, 0.0))}
+    names = [[group.problem.id for group, _ in each] for each in minibatches]
+    taken = [problem.id for problem in stream.take(0, 4)]
+    assert names == [[name for name in half if name != "1"] for half in (taken[:2], taken[2:])]
+    dynamic = rollout(dynamic_rounds=1)
+    assert dynamic.num_kept == 2 and {g.problem.id for g, _ in dynamic.minibatch(0, 1)} == {"0", "2"}
 
 
 def order(count, num_problems=12, data_position=0) -> list[str]:
@@ -244,7 +292,7 @@ def test_without_dynamic_sampling_every_group_is_kept_in_the_streams_order(size)
     assert [(r.num_kept, r.data_position, len(r.sampled)) for r in rollouts] == [(8, 11, 8 // size)] * size
     for rank, rollout in enumerate(rollouts):
         assert [g.problem.id for g in rollout.sampled] == order(8, data_position=3)[rank::size]
-        assert list(rollout.kept.values()) == rollout.sampled
+        assert [s.number for s in rollout.groups] == list(range(rank, 8, size))
 
 
 @settings(max_examples=25, deadline=None)
@@ -283,9 +331,10 @@ def test_refills_until_there_are_enough():
 def test_gives_up_after_the_last_round_with_what_there_is():
     (rollout,) = collect_on(1, lambda number: number == 5, num_groups=4, dynamic_rounds=2)
     assert rollout.data_position == len(rollout.sampled) == 8
-    assert rollout.num_kept == len(rollout.kept) <= 1
+    assert rollout.num_kept == len(kept_names([rollout])) <= 1
     (nothing,) = collect_on(1, lambda number: False, num_groups=4, dynamic_rounds=3)
-    assert (nothing.num_kept, nothing.kept, nothing.data_position) == (0, {}, 12)
+    assert (nothing.num_kept, kept_names([nothing]), nothing.data_position) == (0, {}, 12)
+    assert all(sampled.advantages is None for sampled in nothing.groups) and nothing.minibatch(0, 1) == []
 
 
 def test_one_round_is_one_draw():
@@ -293,12 +342,17 @@ def test_one_round_is_one_draw():
     assert rollout.data_position == rollout.num_kept == 4
 
 
-def test_the_cursor_goes_on_where_the_step_before_stopped():
+def test_the_position_continues_where_the_step_before_stopped():
     dataset = Dataset(problems(*map(str, range(5))))
     stream, seen, data_position = ProblemStream(dataset, seed=1), [], 0
     for _ in range(5):
         rollout = collect(
-            stream, data_position, ALONE, lambda mine: [make_group(p.id, [0.0, 1.0]) for p in mine], num_groups=4
+            stream,
+            data_position,
+            ALONE,
+            lambda mine: [make_group(p.id, [0.0, 1.0]) for p in mine],
+            advantage=group_mean,
+            num_groups=4,
         )
         seen += [g.problem.id for g in rollout.sampled]
         data_position = rollout.data_position

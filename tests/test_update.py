@@ -5,7 +5,7 @@ import torch
 
 from rolltune.batch import TrainGroup, TrainSequence, count_totals, pack
 from rolltune.config.schema import ModelConfig
-from rolltune.corrections import Bypass, TokenMask, TokenTIS
+from rolltune.corrections import GeometricRejection, TokenMask, TokenTIS
 from rolltune.distributed import World
 from rolltune.losses.dapo import DAPOLoss
 from rolltune.losses.grpo import GRPOLoss
@@ -36,7 +36,17 @@ def make_groups(seed=0):
 
 
 def step_once(
-    path, loss, *, max_tokens, lr=0.1, dtype="float32", masters=False, num_updates=1, correction=None, limit=None
+    path,
+    loss,
+    *,
+    max_tokens,
+    lr=0.1,
+    dtype="float32",
+    masters=False,
+    num_updates=1,
+    correction=None,
+    limit=None,
+    old_policy=None,
 ):
     policy = build_policy(
         ModelConfig(path=str(path), dtype=dtype),
@@ -54,7 +64,7 @@ def step_once(
         policy,
         pack(groups, max_tokens=max_tokens),
         temperature=1.0,
-        with_old=num_updates > 1 and not isinstance(correction, Bypass),
+        old_policy=old_policy or ("trainer" if num_updates > 1 else "current"),
         with_reference=loss.kl_coef > 0,
     )
     metrics = [
@@ -135,16 +145,33 @@ def test_later_updates_move_the_ratio_but_neither_weights_nor_mismatch(tiny_llam
         assert metrics[2][name] == metrics[0][name], name
 
 
-def test_bypass_takes_the_ratio_to_the_sampler(tiny_llama):
+def test_the_ratio_can_be_taken_to_the_sampler(tiny_llama):
     loss = DAPOLoss()
-    policy, metrics = step_once(tiny_llama, loss, max_tokens=1000, lr=0.0, num_updates=2, correction=Bypass())
+    policy, metrics = step_once(tiny_llama, loss, max_tokens=1000, lr=0.0, num_updates=2, old_policy="sampler")
     (row,) = pack(make_groups(), max_tokens=1000)
     ratios = (policy.logprobs(row, temperature=1.0)[0].detach() + 5.0).exp()
     expected = -torch.minimum(ratios * row.advantages, ratios.clamp(0.8, 1.28) * row.advantages).mean().item()
     for update in metrics:
         assert update["ratio/mean"] == pytest.approx(ratios.mean().item(), rel=1e-5)
         assert update["loss"] == pytest.approx(expected, rel=1e-5)
-        assert update["correction/weight"] == 1.0
+        assert update["mismatch/mean_ratio"] == pytest.approx(ratios.mean().item(), rel=1e-5)
+
+
+def test_a_rejection_beside_the_ratio_to_the_sampler_compares_it_with_the_current_policy(tiny_llama):
+    policy, _ = step_once(tiny_llama, DAPOLoss(), max_tokens=1000, lr=0.0)
+    (batch,) = pack(make_groups(), max_tokens=1000)
+    gap = policy.logprobs(batch, temperature=1.0)[0].detach() + 5.0
+    lengths = torch.bincount(batch.target_sequence_index)
+    means = torch.zeros(len(lengths)).index_add(0, batch.target_sequence_index, gap) / lengths
+    cut = means.exp().sort().values[[2, 3]].mean().item()  # three of six completions are below it
+    low, high = (0.0, cut) if cut >= 1 else (cut, 1e9)
+    rejection = GeometricRejection(low=low, high=high)
+    _, (update,) = step_once(
+        tiny_llama, DAPOLoss(), max_tokens=1000, lr=0.0, old_policy="sampler", correction=rejection
+    )
+    rejected = (means.exp() < low) | (means.exp() > high)
+    assert rejected.sum() == 3
+    assert update["correction/zeroed"] == pytest.approx((lengths[rejected].sum() / lengths.sum()).item(), rel=1e-5)
 
 
 def test_a_mismatch_beyond_its_limit_leaves_the_weights(tiny_llama):
@@ -155,7 +182,7 @@ def test_a_mismatch_beyond_its_limit_leaves_the_weights(tiny_llama):
     )
     copies = [p.detach().clone() for p in weights.parameters]
     rows = prepare_microbatches(
-        policy, pack(make_groups(), max_tokens=10), temperature=1.0, with_old=False, with_reference=False
+        policy, pack(make_groups(), max_tokens=10), temperature=1.0, old_policy="current", with_reference=False
     )
     totals = count_totals(make_groups())
     with pytest.raises(MismatchError, match="mismatch.max_k3: k3 of sampler and trainer is"):

@@ -1,45 +1,45 @@
-"""Importance weights for completions that the sampler wrote with other log-probs than the trainer gives them.
+"""Importance weights that correct for a sampler whose log-probs differ from the trainer's.
 
-Three policies meet in a step: mu, the sampler's; pi_old, the trainer's at the weights that were sampled with; and pi,
-the one under training. In exact arithmetic mu and pi_old are one. Other kernels, another precision or stale weights
-part them, and the gradient is then an average over the wrong distribution. Here::
+A step involves three policies: mu, the sampler's; pi_old, the trainer's at the weights that were sampled with; and
+pi, the policy under training. In exact arithmetic mu equals pi_old. Other kernels, another precision or stale weights
+separate them, and the gradient is then an average over the wrong distribution. With::
 
     rho_t = pi_old(o_t) / mu(o_t) = exp(old_logprob_t - sampler_logprob_t)
 
-Each correction is called with ``(old_logprobs, sampler_logprobs, sequence_index, num_sequences)`` and gives the weights
-of the N tokens: float32, without a gradient, 1 where the two policies agree. The losses multiply the policy term of a
-token by its weight, besides the ratio pi / pi_old, and leave the KL term as it is. A completion of weight 0 teaches
-nothing and still counts in the denominators.
+each correction is called with ``(old_logprobs, sampler_logprobs, sequence_index, num_sequences)`` and returns the
+weights of the N tokens: float32, without a gradient, 1 where the two policies agree. The losses multiply a token's
+policy term by its weight, in addition to the ratio pi / pi_old, and leave the KL term unchanged. A completion with
+weight 0 has no gradient but still counts in the denominators.
 
-Log-ratios are kept in [-20, 20] before they are exponentiated, as in verl: of a token where tokens are weighed, of the
-completion's sum where completions are. A config's ``correction`` names one of:
+Log-ratios are clamped to [-20, 20] before they are exponentiated, as in verl: per token where tokens are weighted, per
+completion (the sum over its tokens) where completions are. ``correction`` in a config names one of:
 
-====================  ======================================  =====================================================
-TokenTIS              min(rho_t, C)                           biased little, low variance
+====================  ======================================  =======================================================
+TokenTIS              min(rho_t, C)                           a little bias, low variance
 TokenMask             rho_t in [low, high], else 0            IcePop
-SequenceTIS           min(prod rho_t, C)                      unbiased but for C; the variance grows with the length
-SequenceMIS           prod rho_t where <= C, else 0           the same, and far-off completions are left out
-GeometricRejection    1 where the geometric mean is in range  does not depend on the length
-K3Rejection           1 where the mean k3 is small            the same, and differences do not cancel
-Bypass                the ratio is taken to mu                no weights: there is no pi_old
-====================  ======================================  =====================================================
+SequenceTIS           min(prod rho_t, C)                      unbiased up to C; the variance grows with the length
+SequenceMIS           prod rho_t if <= C, else 0              as SequenceTIS, and drops completions that are far off
+GeometricRejection    1 if the geometric mean is in range     independent of the length
+K3Rejection           1 if the mean k3 is small               independent of the length; differences do not cancel
+====================  ======================================  =======================================================
+
+With ``old_policy: sampler`` the loss takes its ratio to mu instead (verl's bypass mode). That ratio contains
+pi_old / mu, so weights by rho would count it twice; only the two rejections, whose weights are 0 and 1, go with it.
+Their trainer side is then the policy under training, which has moved in the later updates of a step.
 
 Sources: "When Speed Kills Stability" (Liu, Li et al., https://richardli.xyz/rl-collapse), verl's rollout correction
-(docs/algo/rollout_corr_math.md) and arXiv 2510.26788, which compares the first four by precision. Better than a
-correction is to have nothing to correct: see :mod:`rolltune.mismatch`.
+(docs/algo/rollout_corr_math.md) and arXiv 2510.26788, which compares the first four by precision. Removing the mismatch
+is better than correcting for it: see :mod:`rolltune.mismatch`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from rolltune.config.components import component_or_object
-from rolltune.config.schema import Component
 from rolltune.losses.terms import sequence_means, sequence_sums
 
 MAX_LOG_RATIO = 20.0
@@ -51,24 +51,24 @@ class Correction(Protocol):
     def __call__(
         self, old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_index: Tensor, num_sequences: int, /
     ) -> Tensor:
-        """float32 [N], without a gradient.
+        """Return the weights, float32 [N], without a gradient.
 
         Args:
             old_logprobs: [N], the trainer's at the weights that were sampled with.
             sampler_logprobs: [N], the sampler's.
-            sequence_index: int64 [N], 0 .. num_sequences - 1.
-            num_sequences: completions that the tokens are of, each one whole.
+            sequence_index: int64 [N], the completion of each token, 0 .. num_sequences - 1.
+            num_sequences: number of completions; all of their tokens are there.
         """
         ...
 
 
 def log_ratios(old_logprobs: Tensor, sampler_logprobs: Tensor) -> Tensor:
-    """log rho of each token, float32 [N], without a gradient and without bounds."""
+    """Return log rho of each token, float32 [N], without a gradient and not clamped."""
     return old_logprobs.detach().float() - sampler_logprobs.detach().float()
 
 
 def bounded(log_ratio: Tensor) -> Tensor:
-    """Log-ratios kept in [-20, 20], which is exp(20) = 4.9e8 at most."""
+    """Clamp log-ratios to [-20, 20], so that ratios are at most exp(20) = 4.9e8."""
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
@@ -77,8 +77,9 @@ class TokenTIS:
     """Truncated importance sampling of tokens: ``w_t = min(rho_t, C)``.
 
     "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (Yao et al.,
-    https://fengyao.notion.site/off-policy-rl); TRL's mode "token_truncate", verl's ``rollout_is: token``. What came
-    before a token is left uncorrected, hence a bias that grows with the length; in exchange no weight is a product.
+    https://fengyao.notion.site/off-policy-rl); TRL's mode "token_truncate", verl's ``rollout_is: token``. The tokens
+    before a token are not corrected for, which gives a bias that grows with the length; in exchange no weight is a
+    product.
 
     Example:
         >>> old, sampler = torch.tensor([0.6, 0.1]).log(), torch.tensor([0.2, 0.2]).log()
@@ -108,7 +109,7 @@ class TokenMask:
     """IcePop: ``w_t = rho_t`` where ``low <= rho_t <= high``, else 0.
 
     "Every Step Evolves" (Ring-1T, arXiv 2510.18855); TRL's mode "token_mask", verl's ``rollout_is: token`` with a
-    threshold "low_high". Tokens that the policies disagree about most teach nothing.
+    threshold "low_high". Drops the tokens on which the two policies disagree most.
 
     Attributes:
         low: in [0, 1].
@@ -135,8 +136,8 @@ class TokenMask:
 class SequenceTIS:
     """Truncated importance sampling of completions: ``w = min(prod_t rho_t, C)``, on each of its tokens.
 
-    TRL's mode "sequence_truncate", verl's ``rollout_is: sequence``. The action is the completion, and so is the
-    weight; but a product of T ratios of 1.01 is 2.7 at T = 100 and 21,000 at T = 1,000.
+    TRL's mode "sequence_truncate", verl's ``rollout_is: sequence``. The completion is the action,
+    so it has one weight; but a product of T ratios of 1.01 is 2.7 at T = 100 and 21,000 at T = 1,000.
 
     Attributes:
         max_ratio: C, >= 1; 2 is verl's.
@@ -161,8 +162,8 @@ class SequenceTIS:
 class SequenceMIS:
     """Masked importance sampling of completions: ``w = prod_t rho_t`` where ``<= C``, else 0.
 
-    "When Speed Kills Stability"; TRL's default mode, "sequence_mask". arXiv 2510.26788 found it the stablest of the
-    corrections in bf16, and slow: what is left out is not learnt from.
+    "When Speed Kills Stability"; TRL's default mode, "sequence_mask". arXiv 2510.26788 found it the most
+    stable correction in bf16, but slow, since masked completions are not learnt from.
 
     Attributes:
         max_ratio: C, >= 1; 3 is TRL's.
@@ -188,8 +189,8 @@ class GeometricRejection:
     """Rejection of completions: ``w = 1`` where ``low <= exp(mean_t log rho_t) <= high``, else 0.
 
     verl's ``rollout_rs: seq_mean_k1``, whose bounds are on the inverse: its "0.999_1.001" is 1/1.001 to 1/0.999 here.
-    The geometric mean does not grow with the length, so that long completions are not the first to go; differences of
-    either sign cancel in it.
+    The geometric mean does not grow with the length, so long completions are not rejected first; differences of
+    opposite sign cancel in it.
 
     Attributes:
         low: in [0, 1].
@@ -217,8 +218,8 @@ class GeometricRejection:
 class K3Rejection:
     """Rejection of completions: ``w = 1`` where ``mean_t (rho_t - 1 - log rho_t) <= max_k3``, else 0.
 
-    verl's ``rollout_rs: seq_mean_k3``. The mean of k3 estimates KL(mu || pi_old) and, with no negative terms, lets
-    nothing cancel.
+    verl's ``rollout_rs: seq_mean_k3``. The mean of k3 estimates KL(mu || pi_old); no term is negative, so
+    differences do not cancel.
 
     Attributes:
         max_k3: > 0; verl's examples have 0.001 to 0.01.
@@ -241,61 +242,10 @@ class K3Rejection:
         return (means <= self.max_k3).float()[sequence_index]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bypass:
-    """The ratio of the loss is taken to the sampler, ``pi / mu``: pi_old := mu, and no log-probs are computed for it.
-
-    verl's ``bypass_mode``. The loss's own clipping bounds what is far off, and where there are several updates a step
-    the pass for pi_old is saved. The ratio holds pi_old / mu already, so that a correction by rho would count it twice:
-    it is refused. A rejection, whose weights are 0 and 1, is not.
-
-    With a rejection the trainer's side is the policy under training, as there is no pi_old: in a step's later updates
-    it has moved. The same goes for the mismatch metrics.
-
-    Example:
-        >>> Bypass(rejection={"_component_": "rolltune.corrections.TokenTIS"})
-        Traceback (most recent call last):
-            ...
-        ValueError: rejection: rolltune.corrections.TokenTIS weighs by pi_old / mu, which the ratio to the sampler ...
-
-    Attributes:
-        rejection: a node of GeometricRejection or K3Rejection; None keeps every completion.
-
-    Raises:
-        ValueError: ``rejection`` is something else.
-    """
-
-    rejection: Component | None = None
-
-    def __post_init__(self) -> None:
-        if self.rejection is None:
-            return
-        try:
-            rejection = self._rejection
-        except ValueError as error:
-            raise ValueError(f"rejection: {error}") from error
-        if not isinstance(rejection, GeometricRejection | K3Rejection):
-            raise ValueError(
-                f"rejection: {self.rejection['_component_']} weighs by pi_old / mu, which the ratio to the sampler "
-                "holds already: it would be counted twice; take GeometricRejection or K3Rejection, or leave Bypass out"
-            )
-
-    @cached_property
-    def _rejection(self) -> Correction | None:
-        return None if self.rejection is None else component_or_object(self.rejection)
-
-    def __call__(
-        self, old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_index: Tensor, num_sequences: int
-    ) -> Tensor:
-        if self._rejection is None:
-            return torch.ones_like(sampler_logprobs, dtype=torch.float32)
-        return self._rejection(old_logprobs, sampler_logprobs, sequence_index, num_sequences)
-
-
 def sequence_ratios(
     old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_index: Tensor, num_sequences: int
 ) -> Tensor:
-    """prod_t rho_t of each completion, float32 [num_sequences]; the sum of its log-ratios kept in [-20, 20]."""
+    """Return prod_t rho_t of each completion, float32 [num_sequences]; the sum of its log-ratios is clamped."""
     return bounded(sequence_sums(log_ratios(old_logprobs, sampler_logprobs), sequence_index, num_sequences)).exp()
 
 

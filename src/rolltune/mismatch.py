@@ -1,23 +1,23 @@
-"""How far sampler and trainer are apart on the tokens that are trained on, and when that stops a run.
+"""The mismatch between sampler and trainer on the tokens that are trained on, and the limit that stops a run.
 
-With d = log pi_old - log mu of a token (the trainer's log-prob at the weights that were sampled with, less the
-sampler's; kept in [-20, 20]) and means over the tokens of all ranks' rows, a step's metrics have:
+Let d = log pi_old - log mu for a token: the trainer's log-prob at the weights that were sampled with, minus the
+sampler's, clamped to [-20, 20]. With means over the tokens of all ranks' microbatches, the metrics of a step are:
 
-====================================  ================================================================================
+====================================  =============================================================================
 mismatch/mean_abs                     mean of ``abs(d)``
-mismatch/max_abs                      the largest ``abs(d)``, which is not kept in bounds
+mismatch/max_abs                      largest ``abs(d)``, not clamped
 mismatch/k3                           mean of ``exp(d) - 1 - d``: Schulman's k3, an estimate of KL(mu || pi_old)
-mismatch/mean_ratio                   mean of ``exp(d)``, which is 1 in expectation wherever mu covers pi_old
-mismatch/outside                      share of tokens whose ``exp(d)`` is not in [0.9, 1.1]
-mismatch/position/quarter_1 .. 4      mean of ``abs(d)`` in a quarter of the completion's tokens
+mismatch/mean_ratio                   mean of ``exp(d)``; its expectation is 1 wherever mu covers pi_old
+mismatch/outside                      share of tokens whose ``exp(d)`` is outside [0.9, 1.1]
+mismatch/position/quarter_1 .. 4      mean of ``abs(d)`` within a quarter of the completion's tokens
 mismatch/probability/0_to_0.01 ..     mean of ``abs(d)`` where the sampler gave the token such a probability
-====================================  ================================================================================
+====================================  =============================================================================
 
-A quarter or a bucket without tokens has no value. Errors that grow with the position come from keys and values of other
-weights (a prefix cache that was not reset), those of unlikely tokens alone from precision, a mean ratio off 1 from
-another distribution. Where there is more than one update a step, the trainer's log-probs are those from before the
-first, so that what the policy has learnt since is not in here; with :class:`rolltune.corrections.Bypass` there are none
-of these, and the policy's own are taken.
+A quarter or bucket without tokens has no value. Errors that grow with the position point to keys and values of older
+weights (a prefix cache that was not reset), errors on unlikely tokens only to precision, and a mean ratio other than
+1 to another distribution. With several updates a step the trainer's log-probs are those before the first update, so
+what the policy has learnt since does not count. With ``old_policy: sampler`` no such log-probs are computed, and
+those of the policy under training are compared instead.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ from torch import Tensor
 from rolltune.corrections import MAX_LOG_RATIO, log_ratios
 from rolltune.distributed import World
 from rolltune.losses.terms import sequence_sums
-from rolltune.types import Microbatch
+from rolltune.types import Microbatch, RolloutMicrobatch
 
 QUARTERS = 4
-EDGES = (0.01, 0.1, 0.5, 0.9)  # of the sampler's probability, between its buckets
+EDGES = (0.01, 0.1, 0.5, 0.9)  # between the buckets of the sampler's probability
 BUCKETS = ("0_to_0.01", "0.01_to_0.1", "0.1_to_0.5", "0.5_to_0.9", "0.9_to_1")
 NEAR = (0.9, 1.1)
 
 CAUSES = (
-    "stale weights: a sync that was skipped, came late or missed a tensor (tied embeddings, an adapter not merged)",
+    "stale weights: a sync that was skipped, came late or missed a tensor (tied embeddings, an unmerged adapter)",
     "keys and values of older weights: a prefix cache that was not reset after a sync (grows with the position)",
-    "another distribution: a temperature, top-p, top-k, min-p or penalty that the trainer does not mirror, or "
-    "log-probs from before these are applied (mean ratio off 1)",
+    "another distribution: a temperature, top-p, top-k, min-p or penalty that the trainer does not apply, or log-probs "
+    "taken before they were applied (the mean ratio is not 1)",
     "precision: bf16 or fp8 on one side, a quantised cache, another attention kernel (unlikely tokens first)",
-    "LoRA: another scaling, dropout that is on, weights merged in low precision",
-    "other tokens: another tokenizer, chat template or prefill, or completions that were encoded again from text",
+    "LoRA: another scaling, active dropout, weights merged in low precision",
+    "other tokens: another tokenizer, chat template or prefill, or completions that were re-encoded from text",
 )
 
 
 class MismatchError(RuntimeError):
-    """Sampler and trainer are too far apart to train on; nothing was stepped."""
+    """Sampler and trainer differ too much to train; no step was taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mismatch:
-    """One optimizer step's, over all ranks; means over tokens as in the module's table.
+    """The mismatch of one optimizer step over all ranks; the fields are those of the module's table.
 
     Attributes:
-        by_position: of each quarter, None where it has no tokens.
-        by_probability: of each bucket, likewise.
+        by_position: mean of ``abs(d)`` per quarter; None for a quarter without tokens.
+        by_probability: mean of ``abs(d)`` per bucket; None for a bucket without tokens.
     """
 
     tokens: int
@@ -80,25 +80,25 @@ class Mismatch:
 
 
 class MismatchMeter:
-    """Adds up micro-batches, then ranks: nothing is averaged before the end."""
+    """Sums over microbatches, then over ranks; nothing is averaged before the end."""
 
     def __init__(self) -> None:
         self._sums = [0.0] * (5 + 2 * QUARTERS + 2 * len(BUCKETS))
         self._largest = 0.0
 
-    def add(self, old_logprobs: Tensor, row: Microbatch) -> None:
-        """Count a micro-batch.
+    def add(self, old_logprobs: Tensor, microbatch: RolloutMicrobatch) -> None:
+        """Add the tokens of a microbatch.
 
         Args:
-            old_logprobs: [N], the trainer's at the weights that were sampled with; a gradient is not followed.
-            row: has the sampler's.
+            old_logprobs: [N], the trainer's at the weights that were sampled with; its gradient is ignored.
+            microbatch: holds the sampler's log-probs.
         """
-        exact = log_ratios(old_logprobs, row.sampler_logprobs)
+        exact = log_ratios(old_logprobs, microbatch.sampler_logprobs)
         d = exact.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         ratios, ones = d.exp(), torch.ones_like(d)
-        quarters = completion_quarters(row)
+        quarters = completion_quarters(microbatch)
         edges = torch.tensor(EDGES, device=d.device).log()
-        buckets = torch.bucketize(row.sampler_logprobs, edges, right=True)  # a probability of an edge is above it
+        buckets = torch.bucketize(microbatch.sampler_logprobs, edges, right=True)  # an edge belongs to the bucket above
         sums = [
             torch.stack(
                 [
@@ -119,7 +119,7 @@ class MismatchMeter:
         self._largest = largest if math.isnan(largest) else max(self._largest, largest)
 
     def read(self, world: World) -> Mismatch | None:
-        """Over all ranks, the same on each; None where none has counted a token. All ranks call this."""
+        """Return the mismatch over all ranks; None if no rank has added a token. All ranks call this."""
         sums = world.sum(self._sums)
         (largest,) = world.max([self._largest])
         tokens, mean_abs, k3, ratio, outside = sums[:5]
@@ -142,34 +142,35 @@ class MismatchMeter:
         )
 
 
-def completion_quarters(row: Microbatch) -> Tensor:
-    """Which quarter of its completion each trained token is in, int64 [N], 0 .. 3: ``4 t // T`` of token t of T."""
-    positions = row.position_ids[row.predictor_index]  # of what predicts a token: its own, less one
-    first = positions.new_full((row.num_sequences,), torch.iinfo(positions.dtype).max)
-    first = first.scatter_reduce(0, row.target_sequence_index, positions, "amin")
-    lengths = torch.bincount(row.target_sequence_index, minlength=row.num_sequences)
-    return QUARTERS * (positions - first[row.target_sequence_index]) // lengths[row.target_sequence_index]
+def completion_quarters(microbatch: Microbatch) -> Tensor:
+    """Return the quarter of its completion that each trained token is in, int64 [N]: ``4 t // T`` for token t of T."""
+    sequences, count = microbatch.target_sequence_index, microbatch.num_sequences
+    positions = microbatch.position_ids[microbatch.predictor_index]  # of the predicting token: the target's minus 1
+    first = positions.new_full((count,), torch.iinfo(positions.dtype).max)
+    first = first.scatter_reduce(0, sequences, positions, "amin")
+    lengths = torch.bincount(sequences, minlength=count)
+    return QUARTERS * (positions - first[sequences]) // lengths[sequences]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MismatchLimit:
-    """When sampler and trainer are too far apart to train on: ``mismatch`` of a config.
+    """Limits on the mismatch, above which a run stops: ``mismatch`` in a config.
 
-    It is looked at in each step's first update, before the weights are stepped. The run then stops with a checkpoint
-    of the step before. A limit may be changed when the run is resumed.
+    They are checked in the first update of each step, before the optimizer steps. A run that exceeds one stops with a
+    checkpoint of the previous step. Limits may change on resume.
 
     Example:
         >>> limit = MismatchLimit(max_k3=0.015)
 
     Attributes:
-        max_k3: the most that ``mismatch/k3`` may be; None: not looked at. prime-rl accepts a model below 0.015, and
-            1e-3 is called normal for vLLM in bf16 ("When Speed Kills Stability").
-        max_ratio_gap: the most that ``mismatch/mean_ratio`` may be off 1; None: not looked at. A temperature or top-p
-            that is not mirrored gives 0.1 and more (TRL's issues 4159 and 6789).
-        max_outside: the most that ``mismatch/outside`` may be; None: not looked at. bf16 has 0.04 to 0.08 there.
+        max_k3: limit on ``mismatch/k3``; None: no limit. prime-rl accepts a model below 0.015, and 1e-3 is called
+            normal for vLLM in bf16 ("When Speed Kills Stability").
+        max_ratio_gap: limit on the distance of ``mismatch/mean_ratio`` from 1; None: no limit. A temperature or top-p
+            that the trainer does not apply gives 0.1 or more (TRL's issues 4159 and 6789).
+        max_outside: limit on ``mismatch/outside``; None: no limit. bf16 has 0.04 to 0.08.
 
     Raises:
-        ValueError: a value out of its range, or nothing to look at.
+        ValueError: a value is out of range, or all three are None.
     """
 
     max_k3: float | None = 0.015
@@ -180,15 +181,15 @@ class MismatchLimit:
         limits = {name: getattr(self, name) for name in ("max_k3", "max_ratio_gap", "max_outside")}
         for name, limit in limits.items():
             if limit is not None and not limit > 0:
-                raise ValueError(f"{name}: {limit}, must be > 0 (null: not looked at)")
+                raise ValueError(f"{name}: {limit}, must be > 0 (null: no limit)")
         if not any(limits.values()):
-            raise ValueError("max_k3, max_ratio_gap and max_outside are null: nothing would be looked at")
+            raise ValueError("max_k3, max_ratio_gap, max_outside: all are null, so there is no limit; set at least one")
 
     def check(self, seen: Mismatch) -> None:
-        """Raise where a limit is exceeded, or where a value is not a number.
+        """Check the mismatch of an update against the limits.
 
         Raises:
-            MismatchError: what was seen, and what may be behind it.
+            MismatchError: a limit is exceeded, or a value is NaN; the message lists what was seen and likely causes.
         """
         readings = (
             ("max_k3", self.max_k3, seen.k3, "k3"),

@@ -6,7 +6,7 @@ is plain Python; tensors begin at :class:`Microbatch` (the name ``torch`` below 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
 
@@ -180,11 +180,11 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Support:
-    """What each of N tokens was drawn from: a set of K_i ids, K in all, one set behind the other.
+    """The tokens that top-k and top-p left to choose from, for N trained tokens: N sets of token ids, K ids in all.
 
     Attributes:
-        token_ids: int32 [K]; those of token i are ``token_ids[offsets[i]:offsets[i + 1]]``. A token without any was
-            drawn from the full vocabulary.
+        token_ids: int32 [K], the sets one after the other; set i is ``token_ids[offsets[i]:offsets[i + 1]]``. An empty
+            set stands for the full vocabulary.
         offsets: int64 [N + 1].
     """
 
@@ -194,24 +194,22 @@ class Support:
 
 @dataclass(frozen=True, kw_only=True)
 class Microbatch:
-    """One packed row: prompts, each followed by its completions, and the N tokens that are trained on.
+    """Packed sequences of one forward pass: T tokens, N of them trained. :func:`rolltune.batch.pack` shows one.
 
-    A prompt stands once in a row however many completions follow it. Token i may attend to token j <= i of the same
-    segment if j is of the prompt or of i's own completion. There is no padding and no mask: the trained tokens are
-    listed, by the hidden state that predicts each one.
+    A prompt appears once, followed by its completions. Token i attends to token j <= i of the same segment if j belongs
+    to the prompt or to i's own completion. There is no padding and no mask: the trained tokens are listed, each with
+    the position of the hidden state that predicts it.
 
     Attributes:
         input_ids: int64 [T].
-        position_ids: int64 [T]; every completion goes on from the end of its prompt.
-        segment_index: int64 [T]; one number a prompt and its completions.
-        sequence_index: int64 [T]; -1 on prompt tokens, else the completion's number within the row.
+        position_ids: int64 [T]; every completion continues from the end of its prompt.
+        segment_index: int64 [T]; one number for a prompt and its completions.
+        sequence_index: int64 [T]; the number of the completion within the microbatch, -1 for prompt tokens.
         predictor_index: int64 [N]; index into T of the hidden state that predicts the trained token.
         target_ids: int64 [N]; the trained token.
-        target_sequence_index: int64 [N]; the completion's number within the row, 0 .. num_sequences - 1.
-        advantages: float32 [N]; one value a completion, repeated on its tokens.
-        sampler_logprobs: float32 [N].
-        num_sequences: completions in this row.
-        support: of the N trained tokens; None where all of them were drawn from the full vocabulary.
+        target_sequence_index: int64 [N]; the number of the trained token's completion, 0 .. num_sequences - 1.
+        num_sequences: completions in the microbatch.
+        support: sets of the N trained tokens; None if all of them were sampled from the full vocabulary.
     """
 
     input_ids: Tensor
@@ -221,15 +219,29 @@ class Microbatch:
     predictor_index: Tensor
     target_ids: Tensor
     target_sequence_index: Tensor
-    advantages: Tensor
-    sampler_logprobs: Tensor
     num_sequences: int
     support: Support | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class RolloutMicrobatch(Microbatch):
+    """A microbatch of sampled completions.
+
+    Attributes:
+        advantages: float32 [N]; one value per completion, repeated on its tokens.
+        sampler_logprobs: float32 [N]; log-probs under the distribution that was sampled from.
+    """
+
+    advantages: Tensor
+    sampler_logprobs: Tensor
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossTotals:
-    """The denominators of one optimizer step, counted once over all ranks and micro-batches.
+    """The denominators of one optimizer step, counted once over all ranks and microbatches.
+
+    They may count more than the microbatches hold: where the loss has no KL term, completions with a zero advantage
+    (and so no gradient) are left out of the microbatches, but never out of the denominators.
 
     Attributes:
         tokens: trained tokens.
@@ -238,18 +250,6 @@ class LossTotals:
 
     tokens: int
     sequences: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainBatch:
-    """What one optimizer step of one rank trains on.
-
-    ``totals`` may count more than the rows hold: completions with a zero advantage can be left out of the rows where
-    the loss has no KL term (their gradient is 0), never out of the denominators.
-    """
-
-    microbatches: Sequence[Microbatch]
-    totals: LossTotals
 
 
 @dataclass(frozen=True, kw_only=True)

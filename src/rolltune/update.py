@@ -1,27 +1,28 @@
-"""One optimizer step: micro-batches, backward, clip, step. Every number that is averaged is a sum until the end."""
+"""One optimizer step: microbatches, backward, clip, step. Every average is a sum until the end."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rolltune.corrections import Bypass, Correction
+from rolltune.corrections import Correction
 from rolltune.distributed import World
 from rolltune.loss_scale import LossScale
 from rolltune.mismatch import MismatchLimit, MismatchMeter
 from rolltune.model.policy import Policy
-from rolltune.types import Loss, LossInputs, LossTotals, Microbatch
+from rolltune.types import Loss, LossInputs, LossTotals, RolloutMicrobatch
 
 
 class MasterWeights:
-    """fp32 copies that the optimizer steps, for parameters held in bf16 or fp16.
+    """fp32 copies of parameters held in bf16 or fp16, for the optimizer to step.
 
     bf16 has 8 bits of mantissa: an update below 1/256 of a weight is rounded away (1/2048 in fp16). The copies keep it.
-    Where it is not enabled this is a pass-through of the parameters themselves.
+    If not ``enabled``, the optimizer steps the parameters themselves.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], *, enabled: bool):
@@ -55,7 +56,7 @@ class MasterWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
-    """What a step steps with: the optimizer over the master weights, its schedule, the clip norm, the loss's scale."""
+    """The optimizer over the master weights, its schedule, the clip norm, and the loss scale of float16."""
 
     weights: MasterWeights
     optimizer: torch.optim.Optimizer
@@ -64,24 +65,24 @@ class Optimization:
     loss_scale: LossScale | None = None
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of the scaled loss to those that are there."""
+        """Accumulate the gradients of the scaled loss."""
         (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
 
     def step(self, world: World) -> dict[str, float]:
         """Sum gradients over ranks, unscale, clip, step.
 
-        Where a gradient is not finite nothing is written. A loss scale above 1 is halved then, and the step skipped:
-        optimizer and schedule stay as they were. Sums are the same on all ranks, and so is the verdict.
+        If a gradient is not finite, nothing is written. With a loss scale above 1 the scale is halved and the step
+        skipped: optimizer and schedule stay as they were. All ranks have the same sums, so all decide alike.
 
         Returns:
-            "lr"; "grad_norm", before clipping, if the step was taken; with a loss scale "loss_scale", by which the
-            gradients were scaled, and "skipped_step", 1 or 0.
+            "lr"; "grad_norm", before clipping, if the step was taken; with a loss scale also "loss_scale", the factor
+            that the gradients were scaled by, and "skipped_step", 1 or 0.
 
         Raises:
-            FloatingPointError: a gradient is not finite, and no scale is to blame.
+            FloatingPointError: a gradient is not finite, and the loss scale is not the reason.
         """
         self.weights.take_gradients()
-        world.sum_gradients(self.weights.masters)  # in fp32, where the weights are held in less
+        world.sum_gradients(self.weights.masters)  # in fp32, even if the weights are held in less
         metrics = {"lr": self.optimizer.param_groups[0]["lr"]}
         if self.loss_scale is not None:
             metrics |= {"loss_scale": self.loss_scale.value, "skipped_step": 0.0}
@@ -90,8 +91,8 @@ class Optimization:
         if not math.isfinite(grad_norm):
             if self.loss_scale is None or not self.loss_scale.shrink():
                 raise FloatingPointError(
-                    f"the gradient norm is {grad_norm}: the weights were left as they were; "
-                    "lower optimizer.lr or look at the ratio curves"
+                    f"the gradient norm is {grad_norm}; the weights were left as they were: lower optimizer.lr, or "
+                    "look for the cause in the ratio curves"
                 )
             self.optimizer.zero_grad(set_to_none=True)
             return metrics | {"skipped_step": 1.0}
@@ -121,33 +122,60 @@ class Optimization:
             self.loss_scale.load_state_dict(state["loss_scale"])
 
 
+# The policy that the ratio of the loss is taken to, where pi_old stands in the papers:
+#   "current": the policy itself, before its only update of the step. The ratio is exactly 1 and costs no pass.
+#   "trainer": the trainer's log-probs before the first of several updates.
+#   "sampler": the sampler's log-probs (verl's bypass mode). Costs no pass; the clipping of the loss bounds the
+# mismatch.
+OldPolicy = Literal["current", "trainer", "sampler"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PreparedMicrobatch:
-    """A micro-batch with the log-probs that stay fixed while it is trained on.
+    """A microbatch with the log-probs that stay fixed while it is trained on.
 
     Attributes:
-        old_logprobs: float32 [N], of the weights before the first update; None where there is one update only, whose
-            old policy is the current one (the ratio is exactly 1 and no pass is spent on it), and in bypass mode, which
-            has no old policy.
+        microbatch: N trained tokens.
+        old_policy: the policy that the ratio is taken to.
+        trainer_logprobs: float32 [N], by the weights that were sampled with; None unless ``old_policy`` is "trainer".
         reference_logprobs: float32 [N]; None where the loss has no KL term.
     """
 
-    microbatch: Microbatch
-    old_logprobs: Tensor | None
+    microbatch: RolloutMicrobatch
+    old_policy: OldPolicy
+    trainer_logprobs: Tensor | None
     reference_logprobs: Tensor | None
 
 
 def prepare_microbatches(
-    policy: Policy, microbatches: Iterable[Microbatch], *, temperature: float, with_old: bool, with_reference: bool
+    policy: Policy,
+    microbatches: Iterable[RolloutMicrobatch],
+    *,
+    temperature: float,
+    old_policy: OldPolicy,
+    with_reference: bool,
 ) -> list[PreparedMicrobatch]:
+    """Compute the log-probs that stay fixed during the updates of a step.
+
+    Args:
+        policy: before the first update.
+        microbatches: the microbatches of this rank.
+        temperature: the sampling temperature.
+        old_policy: the policy that the ratio will be taken to.
+        with_reference: whether the loss has a KL term.
+    """
     prepared = []
     for microbatch in microbatches:
-        old = None
-        if with_old:
+        trainer = None
+        if old_policy == "trainer":
             with torch.no_grad():
-                old = policy.logprobs(microbatch, temperature=temperature)[0]
+                trainer = policy.logprobs(microbatch, temperature=temperature)[0]
         reference = policy.reference_logprobs(microbatch, temperature=temperature) if with_reference else None
-        prepared.append(PreparedMicrobatch(microbatch=microbatch, old_logprobs=old, reference_logprobs=reference))
+        prepared.append(
+            PreparedMicrobatch(
+                microbatch=microbatch, old_policy=old_policy, trainer_logprobs=trainer, reference_logprobs=reference
+            )
+        )
     return prepared
 
 
@@ -164,19 +192,19 @@ def update_policy(
     limit: MismatchLimit | None = None,
     on_microbatch: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """One optimizer step on ``microbatches``.
+    """Take one optimizer step.
 
     Args:
         policy: its ``version`` goes up by one, unless the step is skipped.
-        microbatches: this rank's; may be empty where other ranks have some.
-        loss_fn: called once a microbatch.
+        microbatches: the microbatches of this rank; may be empty where other ranks have some.
+        loss_fn: called once per microbatch.
         totals: global denominators, the same on every rank.
         optimization: optimizer, schedule, clip norm and loss scale.
         world: gradients and metrics are summed over it.
-        temperature: the one that was sampled with.
-        correction: of sampler/trainer mismatch; None: the weights are 1.
-        limit: on the mismatch, looked at before the step; None: it is measured alone.
-        on_microbatch: called with (microbatches done, microbatches in all).
+        temperature: the sampling temperature.
+        correction: importance weights for the sampler/trainer mismatch; None: the weights are 1.
+        limit: limit on the mismatch, checked before the step; None: the mismatch is reported but never stops the run.
+        on_microbatch: called with (microbatches done, all microbatches).
 
     Returns:
         Metrics averaged over the tokens of all ranks' microbatches (the loss is already normalised); identical on every
@@ -185,42 +213,21 @@ def update_policy(
         share of tokens with weight 0.
 
     Raises:
-        MismatchError: ``limit`` is exceeded; the weights were left as they were.
+        MismatchError: the mismatch exceeds ``limit``; the weights were left as they were.
     """
-    sums: dict[str, float] = dict.fromkeys(_METRICS, 0.0)
-    extremes = [-math.inf, -math.inf]  # max of ratio, of -ratio
-    meter = MismatchMeter()
-    for done, microbatch in enumerate(microbatches):
-        logprobs, entropy = policy.logprobs(microbatch.microbatch, temperature=temperature)
-        meter.add(logprobs if microbatch.old_logprobs is None else microbatch.old_logprobs, microbatch.microbatch)
-        inputs = loss_inputs(logprobs, microbatch, correction)
-        loss, metrics = loss_fn(inputs, totals)
+    meter, mismatch_meter = _Meter(), MismatchMeter()
+    for done, prepared in enumerate(microbatches, start=1):
+        logprobs, entropy = policy.logprobs(prepared.microbatch, temperature=temperature)
+        trainer = logprobs.detach() if prepared.trainer_logprobs is None else prepared.trainer_logprobs
+        mismatch_meter.add(trainer, prepared.microbatch)
+        inputs = loss_inputs(logprobs, trainer, prepared, correction)
+        loss, loss_metrics = loss_fn(inputs, totals)
         optimization.backward(loss)
-        ratio = torch.exp(logprobs.detach() - inputs.old_logprobs)
-        if inputs.importance_weights is not None:
-            metrics["correction/weight"] = inputs.importance_weights.sum()
-            metrics["correction/zeroed"] = (inputs.importance_weights == 0).sum()
-        metrics |= {
-            "loss": loss.detach(),
-            "entropy": entropy.sum(),
-            "ratio/mean": ratio.sum(),
-            "ratio/outside": ((ratio < 0.9) | (ratio > 1.1)).sum(),
-            "tokens": torch.tensor(float(len(logprobs))),
-        }
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-        seen = (ratio.max().item(), -ratio.min().item())
-        extremes = [max(a, b) for a, b in zip(extremes, seen, strict=True)]
+        meter.add(loss, entropy, inputs, loss_metrics)
         if on_microbatch:
-            on_microbatch(done + 1, len(microbatches))
-    names = (
-        world.gather(sums) if world.size > 1 else list(sums)
-    )  # a rank without microbatches lacks the loss's own metrics
-    names = sorted(set(names))
-    reduced = dict(zip(names, world.sum([sums.get(name, 0.0) for name in names]), strict=True))
-    extremes = world.max(extremes)
-    tokens = reduced.pop("tokens")
-    mismatch = meter.read(world)
+            on_microbatch(done, len(microbatches))
+    metrics = meter.read(world)
+    mismatch = mismatch_meter.read(world)
     if mismatch is None:
         return {}  # no rank has anything to learn from
     if limit is not None:
@@ -228,43 +235,69 @@ def update_policy(
     step_metrics = optimization.step(world)
     if not step_metrics.get("skipped_step"):
         policy.version += 1
-    # The loss is divided by the step's totals already. The rest are means over the tokens in the microbatches, which
-    # are fewer
-    # than the totals where completions without an advantage were left out.
-    means = {name: value / tokens for name, value in reduced.items() if name != "loss"}
-    return (
-        means
-        | step_metrics
-        | {
-            "loss": reduced["loss"],
-            "ratio/max": extremes[0],
-            "ratio/min": -extremes[1],
-        }
-        | mismatch.metrics()
-    )
+    return metrics | step_metrics | mismatch.metrics()
 
 
-def loss_inputs(logprobs: Tensor, microbatch: PreparedMicrobatch, correction: Correction | None) -> LossInputs:
-    """What the loss is called with: the policy that the ratio is taken to, and the weights of a correction.
+def loss_inputs(
+    logprobs: Tensor, trainer_logprobs: Tensor, prepared: PreparedMicrobatch, correction: Correction | None
+) -> LossInputs:
+    """Assemble the inputs of the loss: the old policy's log-probs, and the weights of a correction.
 
     Args:
         logprobs: [N], of the policy under training; carries the gradient.
-        microbatch: its micro-batch and the log-probs that stay fixed.
+        trainer_logprobs: [N], of the trainer where the sampler's are compared with it.
+        prepared: the microbatch and the log-probs that stay fixed.
         correction: None: no weights.
     """
-    old = logprobs.detach() if microbatch.old_logprobs is None else microbatch.old_logprobs
-    batch, weights = microbatch.microbatch, None
+    batch, weights = prepared.microbatch, None
     if correction is not None:
-        weights = correction(old, batch.sampler_logprobs, batch.target_sequence_index, batch.num_sequences)
+        weights = correction(trainer_logprobs, batch.sampler_logprobs, batch.target_sequence_index, batch.num_sequences)
     return LossInputs(
         logprobs=logprobs,
-        old_logprobs=batch.sampler_logprobs if isinstance(correction, Bypass) else old,
+        old_logprobs=batch.sampler_logprobs if prepared.old_policy == "sampler" else trainer_logprobs,
         advantages=batch.advantages,
         sequence_index=batch.target_sequence_index,
         num_sequences=batch.num_sequences,
-        reference_logprobs=microbatch.reference_logprobs,
+        reference_logprobs=prepared.reference_logprobs,
         importance_weights=weights,
     )
 
 
-_METRICS = ("loss", "entropy", "ratio/mean", "ratio/outside", "tokens")
+class _Meter:
+    """Sums of a step's metrics over microbatches, then over ranks; nothing is averaged before the end."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = dict.fromkeys(("loss", "entropy", "ratio/mean", "ratio/outside", "tokens"), 0.0)
+        self._extremes = [-math.inf, -math.inf]  # max of ratio, of -ratio
+
+    def add(self, loss: Tensor, entropy: Tensor, inputs: LossInputs, loss_metrics: dict[str, Tensor]) -> None:
+        ratio = torch.exp(inputs.logprobs.detach() - inputs.old_logprobs)
+        metrics = loss_metrics | {
+            "loss": loss.detach(),
+            "entropy": entropy.sum(),
+            "ratio/mean": ratio.sum(),
+            "ratio/outside": ((ratio < 0.9) | (ratio > 1.1)).sum(),
+            "tokens": torch.tensor(float(len(ratio))),
+        }
+        if inputs.importance_weights is not None:
+            metrics["correction/weight"] = inputs.importance_weights.sum()
+            metrics["correction/zeroed"] = (inputs.importance_weights == 0).sum()
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+        seen = (ratio.max().item(), -ratio.min().item())
+        self._extremes = [max(a, b) for a, b in zip(self._extremes, seen, strict=True)]
+
+    def read(self, world: World) -> dict[str, float]:
+        """Return the metrics over all ranks; all ranks call this. Empty where none has counted a token."""
+        # A rank without microbatches lacks the loss's own metrics.
+        names = sorted(set(world.gather(self._sums) if world.size > 1 else self._sums))
+        sums = dict(zip(names, world.sum([self._sums.get(name, 0.0) for name in names]), strict=True))
+        largest, smallest = world.max(self._extremes)
+        loss, tokens = sums.pop("loss"), sums.pop("tokens")
+        if tokens == 0:
+            return {}
+        # The loss is divided by the step's totals already. The rest are means over the tokens in the microbatches,
+        # which
+        # are fewer than the totals if completions without an advantage were left out.
+        means = {name: value / tokens for name, value in sums.items()}
+        return means | {"loss": loss, "ratio/max": largest, "ratio/min": -smallest}

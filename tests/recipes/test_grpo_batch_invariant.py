@@ -28,9 +28,8 @@ def test_there_is_no_mismatch(run_grpo, temperature, lora):
     assert read_rows(output_dir)[3]["kl"] > 0.0, "nothing was trained"
 
 
-def test_the_ratio_to_the_sampler_is_one_in_bypass_mode(run_grpo):
-    node = {"_component_": "rolltune.corrections.Bypass"}
-    for row in read_rows(run_grpo(overrides=EXACT, correction=node, num_steps=2))[1:]:
+def test_the_ratio_to_the_sampler_is_one(run_grpo):
+    for row in read_rows(run_grpo(overrides=EXACT, old_policy="sampler", num_steps=2))[1:]:
         assert row["ratio/max"] == row["ratio/min"] == 1.0
 
 

@@ -490,7 +490,7 @@ def test_a_dry_run_shows_the_prompt_and_calls_nobody(write, capsys):
     shown = capsys.readouterr().out
     assert "[system]\nYou write rubrics." in shown and "\nExplain word 0.\n" in shown
     assert "\nIt is the word 0.\n" in shown and "Explain word 1." not in shown
-    assert "dry run: everything resolves; 12 rubrics were to be written, nothing was" in shown
+    assert "dry run: ; 12 rubrics were to be written, nothing was" in shown
 
 
 def test_a_question_that_asks_for_another_rubric_stays_in_its_fence(write, tmp_path):

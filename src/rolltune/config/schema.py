@@ -145,6 +145,7 @@ class GRPOConfig:
     sampler: Component = MISSING  # called with (model, tokenizer); a class or function of rolltune.samplers
     advantage: Component = MISSING  # called with the rewards of a group; gives one number a completion
     loss: Component = MISSING  # a class of rolltune.losses
+    old_policy: str = "trainer"  # policy that the ratio is taken to: trainer, or sampler (verl's bypass mode)
     correction: Component | None = None  # a class of rolltune.corrections, for sampler/trainer mismatch; null: none
     mismatch: Component | None = None  # a rolltune.mismatch.MismatchLimit, which stops the run; null: measured alone
     optimizer: Component = MISSING  # called with the parameters

@@ -57,7 +57,7 @@ def score_heldout(
         turns count in none of the first three, which are missing where there is no other.
     """
     begun = [reward.begin(problem, completion) for problem, completion in turns]  # all, before any is waited for
-    scores = [finish() for finish in begun]
+    scores = [reward.finish(pending) for pending in begun]
     strict = [score.parts["correct"] for score in scores]
     loose = [score.parts.get("lenient") for score in scores]
     num_correct, num_scored, score, num_lenient, num_loose, num_formatted, tokens, cut, total = world.sum(

@@ -1,23 +1,19 @@
-"""Supervised fine-tuning: the mean negative log-likelihood of the completion tokens."""
+"""Supervised fine-tuning: the mean negative log-likelihood of the response tokens."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from rolltune.losses.terms import token_mean
-from rolltune.types import LossInputs, LossTotals
+from rolltune.types import LossTotals
 
 
-@dataclass(frozen=True, kw_only=True)
-class NLLLoss:
-    """``-1/N sum_t log pi(y_t)`` over all N trained tokens of the step, so that packing and sharding do not move it.
+def nll_loss(logprobs: Tensor, totals: LossTotals) -> Tensor:
+    """Return ``-1/N sum_t log pi(y_t)``, a scalar; N counts all trained tokens of the step.
 
-    Completion tokens alone are trained; advantages and old log-probs are not looked at.
+    The sum of it over microbatches and ranks is the loss, so neither packing nor sharding changes it.
+
+    Args:
+        logprobs: float32 [n], the response tokens of this microbatch; carries the gradient.
+        totals: denominators of the step.
     """
-
-    kl_coef: float = 0.0
-
-    def __call__(self, inputs: LossInputs, totals: LossTotals) -> tuple[Tensor, dict[str, Tensor]]:
-        return token_mean(-inputs.logprobs, totals), {}
+    return (-logprobs).sum() / totals.tokens

@@ -83,7 +83,7 @@ class Rewards:
 
     training: WeightedReward
     heldout: WeightedReward
-    gold: OveroptimizationMonitor | None
+    overoptimization: OveroptimizationMonitor | None
     exits: ExitStack = field(default_factory=ExitStack, repr=False, compare=False)
 
     def bind(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, frozen: Callable[[], Sampler]) -> None:
@@ -96,13 +96,24 @@ class Rewards:
         for part in self._parts():
             part.bind(sampler, tokenizer, owned)
 
+    @property
+    def pool(self) -> Rewards:
+        return self
+
+    @property
+    def stop_reason(self) -> str | None:
+        return self.training.stop_reason
+
+    def metrics(self) -> dict[str, float]:
+        return self.training.metrics() | {f"heldout/{name}": cost for name, cost in self.heldout.metrics().items()}
+
     def close(self) -> None:
         with self.exits:
             for part in self._parts():
                 part.close()
 
     def _parts(self) -> list[WeightedReward | OveroptimizationMonitor]:
-        return [self.training, self.heldout, *([self.gold] if self.gold else [])]
+        return [self.training, self.heldout, *([self.overoptimization] if self.overoptimization else [])]
 
 
 def start_rewards(
@@ -126,7 +137,7 @@ def start_rewards(
     gold = (
         None if cfg.eval.overoptimization is None else instantiate(cfg.eval.overoptimization).start(training, heldout)
     )
-    rewards = Rewards(training=training, heldout=measured, gold=gold)
+    rewards = Rewards(training=training, heldout=measured, overoptimization=gold)
     try:
         training.check(train)
         measured.check(heldout)

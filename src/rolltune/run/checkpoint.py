@@ -2,11 +2,11 @@
 
     <output_dir>/checkpoints/step_000010/policy/     Hugging Face format, loads in plain transformers or peft
     <output_dir>/checkpoints/step_000010/trainer.pt  optimizer, schedule, master weights, loss scale
-    <output_dir>/checkpoints/step_000010/state.json  step, data data_position, best accuracy
+    <output_dir>/checkpoints/step_000010/state.json  step, position in the data, best score
     <output_dir>/best -> checkpoints/step_000010/policy
 
-A checkpoint is written under a temporary name and renamed, so a folder named step_* is whole. There is no random
-state to save: all of it is derived from (seed, step, purpose).
+A checkpoint is written under a temporary name and renamed, so a folder named step_* is complete. No random state is
+saved: all randomness is derived from (seed, step, purpose).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Where a run stands between two steps.
+    """The state of a run between two steps.
 
     Attributes:
-        step: steps done.
+        step: steps taken.
         data_position: problems taken from the training stream.
-        policy_version: optimizer steps done.
-        best_score: highest held-out score so far (accuracy; for prime the negative loss); None before the first one.
-        best_step: the step that had it.
-        seconds: of training so far, over all resumed parts.
+        policy_version: optimizer steps taken.
+        best_score: highest held-out score so far (accuracy; the negative loss for sft); None before the first one.
+        best_step: step with the best score.
+        seconds: training time so far, over all parts of a resumed run.
     """
 
     step: int = 0
@@ -43,7 +43,7 @@ class TrainState:
 
 
 class Checkpoints:
-    """The checkpoints of one output folder: the last ``keep_last``, and the best."""
+    """The checkpoints in one output folder: the last ``keep_last``, and the best."""
 
     def __init__(self, output_dir: Path, *, keep_last: int):
         self.output_dir = output_dir
@@ -51,7 +51,7 @@ class Checkpoints:
         self.keep_last = keep_last
 
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, ascending."""
+        """Return the steps of the complete checkpoints, ascending."""
         numbers = (path.name.removeprefix("step_") for path in self.folder.glob("step_*"))
         return sorted(int(number) for number in numbers if number.isdigit())
 
@@ -59,14 +59,14 @@ class Checkpoints:
         return self.folder / f"step_{step:06d}"
 
     def latest(self) -> Path | None:
-        """The newest checkpoint that can be resumed from."""
+        """Return the newest checkpoint that can be resumed from; None if there is none."""
         whole = [self.path(step) for step in self.steps() if (self.path(step) / "trainer.pt").exists()]
         return whole[-1] if whole else None
 
     def save(
         self, state: TrainState, *, save_policy: Callable[[Path], None], optimization: dict, is_best: bool
     ) -> None:
-        """Write one checkpoint; point ``best`` at it if it is; drop those that are no longer wanted."""
+        """Write a checkpoint, point ``best`` at it if ``is_best``, and delete old ones."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_stale()
         target = self.path(state.step)
@@ -87,14 +87,14 @@ class Checkpoints:
         self._prune()
 
     def recover(self, state: TrainState) -> None:
-        """Finish the save of ``state``: a kill behind the rename leaves ``best`` and older checkpoints as they were."""
+        """Finish saving ``state``: a kill after the rename leaves ``best`` and old checkpoints unchanged."""
         self._remove_stale()
         if state.best_step is not None and self.path(state.best_step).is_dir():
             self._point_best_at(self.path(state.best_step))
         self._prune()
 
     def _remove_stale(self) -> None:
-        for stale in self.folder.glob(".tmp-*"):  # a run that was killed in here
+        for stale in self.folder.glob(".tmp-*"):  # of a run that was killed while saving
             shutil.rmtree(stale)
 
     def _point_best_at(self, target: Path) -> None:
@@ -108,10 +108,10 @@ class Checkpoints:
         for step in self.steps()[: -self.keep_last]:
             path = self.path(step)
             if path.resolve() == best:
-                # It is loaded, never resumed, and optimizer state is the bulk.
+                # The best checkpoint is loaded but never resumed, and the optimizer state is most of it.
                 (path / "trainer.pt").unlink(missing_ok=True)
             else:
-                # Renamed first: a kill inside rmtree must not leave half a folder under a whole one's name.
+                # Renamed first, so that a kill inside rmtree cannot leave half a folder under a complete one's name.
                 doomed = self.folder / f".tmp-old-{path.name}"
                 os.rename(path, doomed)
                 shutil.rmtree(doomed)
@@ -126,7 +126,7 @@ def load_optimization(path: Path, device: torch.device) -> dict:
 
 
 def _sync_files(folder: Path) -> None:
-    """Flush to disk before the rename: after a power cut a renamed folder must not hold empty files."""
+    """Flush files to disk before the rename, so that a renamed folder has no empty files after a power cut."""
     for file in folder.rglob("*"):
         if file.is_file():
             with open(file, "rb") as handle:

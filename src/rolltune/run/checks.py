@@ -508,8 +508,6 @@ def _check_loss(cfg: GRPOConfig) -> Iterator[str]:
 
 def _check_correction(node: Component, loss: Component) -> Iterator[str]:
     """Of a class whose object is called with three tensors and a number, or of such a function."""
-    from rolltune.corrections import Bypass
-
     if not _is_class(node):
         yield from check_component(node, "correction", positional=4)
         return
@@ -520,11 +518,6 @@ def _check_correction(node: Component, loss: Component) -> Iterator[str]:
     correction = instantiate(node)
     if not callable(correction):
         yield f"correction._component_: {node['_component_']}: no rolltune.corrections.Correction; one is called"
-    elif isinstance(correction, Bypass) and loss.get("_component_", "").endswith(".ReinforceLoss"):
-        yield (
-            "correction._component_: Bypass does nothing with ReinforceLoss, which has no ratio; take a loss with one, "
-            "or weights such as rolltune.corrections.SequenceTIS"
-        )
 
 
 def _check_mismatch(node: Component) -> Iterator[str]:

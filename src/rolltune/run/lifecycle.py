@@ -1,54 +1,48 @@
-"""Run setup and life cycle shared by the recipes: resume, logs, stop, save."""
+"""Run setup and life cycle shared by the recipes: resume, open the log, save, stop."""
 
 from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
 from rolltune import config
-from rolltune.behaviours import BackgroundClassifier, thinking
-from rolltune.config.components import instantiate, is_node
-from rolltune.config.schema import (
-    GRPOConfig,
-    LoggingConfig,
-    SFTConfig,
-)
+from rolltune.config.components import is_node
+from rolltune.config.schema import GRPOConfig, SFTConfig
 from rolltune.distributed import World
 from rolltune.errors import ConfigError, RunStopped, SyncError
 from rolltune.metrics.log import MetricsLog
 from rolltune.model.policy import Policy
-from rolltune.rewards.checks.overoptimization import OveroptimizationMonitor
-from rolltune.rewards.combine import WeightedReward
+from rolltune.rewards.judges.pool import JudgePool
 from rolltune.rollout import Rollout
-from rolltune.run.build import SPENT, Rewards
+from rolltune.run.build import SPENT
 from rolltune.run.checkpoint import Checkpoints, TrainState, load_state
-from rolltune.types import Completion, Problem
 from rolltune.update import Optimization
 from rolltune.writers.records import FREE_WRITER_ARGUMENTS
 
-# Keys that may change between the parts of a resumed run: none of them touches a number that is trained with.
+# Keys that may change on resume because they do not affect training.
 FREE_ON_RESUME = {"output_dir", "resume", "dry_run", "device", "checkpoint", "logging", "mismatch"}
 
-# The same of a judge's arguments: where it is and what it may cost, not what it says. A run that a cap or a dead server
-# has stopped goes on with others.
+# Arguments of a judge that may change on resume: its address and its caps, but not what decides its verdicts. A run
+# that
+# was stopped by a cap or a dead server goes on with others.
 FREE_JUDGE_ARGUMENTS = FREE_WRITER_ARGUMENTS | {"max_concurrency", "cache", "wait_seconds"}
 
 
 def start(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -> Path | None:
-    """Begin in an empty output folder, or find the checkpoint to resume from.
+    """Start in an empty output folder, or find the checkpoint to resume from.
 
     Returns:
-        The newest whole checkpoint when resuming; None for a fresh start.
+        The newest complete checkpoint when resuming; None for a fresh start.
 
     Raises:
-        ConfigError: the folder holds another run or a broken config.yaml, or the config is not the one the run was
+        ConfigError: the folder holds another run or a broken config.yaml, or the config is not the one that the run was
             started with.
     """
     warn_of_slow_dtype(cfg.model.dtype, world)
@@ -57,24 +51,24 @@ def start(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -
         raise ConfigError(
             [
                 f"output_dir: {cfg.output_dir}: holds the checkpoints of an earlier run; "
-                "add resume=true to go on with it, or choose another output_dir"
+                "add resume=true to continue it, or choose another output_dir"
             ]
         )
     before = config.read_saved(checkpoints.output_dir) if latest is not None else None
     if before is not None:
-        # A run may be older than a key, whose default is what was done before there was one.
+        # A run may be older than a key. The key's default is what such a run did.
         before, now = config.with_defaults(type(cfg), before), asdict(cfg)
         changed = [k for k in now if k not in FREE_ON_RESUME and _fixed(before.get(k)) != _fixed(now[k])]
         if changed:
             raise ConfigError(
                 [
                     f"{key}: {now[key]}: the run in {cfg.output_dir} was started with {before.get(key)}; "
-                    "resume with the same, or choose another output_dir"
+                    "resume with the same value, or choose another output_dir"
                     for key in changed
                 ]
             )
     if world.is_main and not cfg.resume:
-        shutil.rmtree(checkpoints.output_dir / SPENT, ignore_errors=True)  # of a run that came to nothing
+        shutil.rmtree(checkpoints.output_dir / SPENT, ignore_errors=True)  # of a run that never took a step
     world.barrier()  # every rank has looked before rank 0 writes
     if world.is_main:
         config.save(cfg, checkpoints.output_dir)
@@ -84,17 +78,17 @@ def start(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -
 
 
 def warn_of_slow_dtype(dtype: str, world: World) -> None:
-    """Rank 0 says where ``dtype`` makes a run slow: fp16 products take EPYC cores (Zen 4) 2 to 20 times as long."""
+    """Warn on rank 0 if ``dtype`` makes a run slow: fp16 products take EPYC cores (Zen 4) 2 to 20 times as long."""
     if dtype == "float16" and world.device.type == "cpu" and world.is_main:
         print(
-            "float16 is slow on a CPU without a unit for it (AVX512-FP16, AMX-FP16): matrix products take 2 to 20 "
-            "times as long as in bfloat16",
+            "model.dtype: float16 is slow on a CPU without AVX512-FP16 or AMX-FP16: matrix products take 2 to 20 times "
+            "as long as in bfloat16",
             flush=True,
         )
 
 
 def _fixed(value: Any) -> Any:
-    """A config's value without what may change of judges, at any depth."""
+    """Return a config's value without the judges' arguments that may change, at any depth."""
     if isinstance(value, dict):
         free = FREE_JUDGE_ARGUMENTS if _names_a_judge(value) else set()
         return {key: _fixed(item) for key, item in value.items() if key not in free}
@@ -106,6 +100,7 @@ def _names_a_judge(node: dict[str, Any]) -> bool:
 
 
 def open_log(cfg: GRPOConfig | SFTConfig, world: World, *, resume_step: int | None) -> MetricsLog:
+    """Open the metrics log on rank 0, and one that writes nothing on the others."""
     if not world.is_main:
         return MetricsLog.null()
     return MetricsLog(
@@ -118,90 +113,62 @@ def open_log(cfg: GRPOConfig | SFTConfig, world: World, *, resume_step: int | No
     )
 
 
-@contextmanager
-def background_classifier(
-    logging: LoggingConfig, log: MetricsLog, world: World
-) -> Iterator[Callable[[Rollout, int], None]]:
-    """What is called with each step's rollout: an LLM counts the behaviours of a few completions, and no step waits.
+@dataclass(frozen=True, kw_only=True)
+class Saver:
+    """Everything that a checkpoint holds, and where it goes. All ranks call the methods; rank 0 writes."""
 
-    Counts are logged under the step that they are of, some steps later, and at the end the last ones are waited for.
-    Steps whose counts do not come (the endpoint is slower than the training) are left out and said at the end. A killed
-    run loses those that were still to come.
-    """
-    if logging.classifier is None or not world.is_main:
-        yield lambda rollout, step: None
-        return
-    background = BackgroundClassifier(instantiate(logging.classifier))
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+    optimization: Optimization
+    checkpoints: Checkpoints
+    world: World
 
-    def log_done() -> None:
-        for done, metrics in background.collect():
-            log.log(done, metrics)
+    def save(self, state: TrainState, *, score: float | None, is_due: bool) -> TrainState:
+        """Write a checkpoint if one is due or the held-out score is the best so far.
 
-    def classify(rollout: Rollout, step: int) -> None:
-        by_sample = zip(*(group.completions for group in rollout.sampled), strict=False)  # one of each problem first
-        texts = [thinking(completion.text) for sample in by_sample for completion in sample]
-        background.submit(step, texts[: logging.classified_samples])
-        log_done()
+        Args:
+            state: the state after the step.
+            score: held-out score of this step, higher is better; None if it was not measured.
+            is_due: whether the step's number asks for a checkpoint.
 
-    yield classify
-    is_done = background.close(timeout=60.0)
-    log_done()
-    if background.dropped or not is_done:
-        late = "" if is_done else "; the last ones were not waited for longer than a minute"
-        print(f"logging.classifier: {background.dropped} steps were left out{late}")
+        Returns:
+            The state with the best score updated.
+        """
+        is_best = score is not None and (state.best_score is None or score > state.best_score)
+        if is_best:
+            state = replace(state, best_score=score, best_step=state.step)
+        if is_best or is_due:
+            if self.world.is_main:
+                self.checkpoints.save(
+                    state,
+                    save_policy=lambda folder: self.policy.save(folder, self.tokenizer),
+                    optimization=self.optimization.state_dict(),
+                    is_best=is_best,
+                )
+            self.world.barrier()
+        return state
 
+    def stop(self, state: TrainState, why: str) -> NoReturn:
+        """End the run in step ``state.step + 1``, with a checkpoint of ``state``.
 
-def why_stop(rollout: Rollout, reward: WeightedReward, max_unscored: float, world: World) -> str | None:
-    """Why no step should be taken on a rollout, the same on all ranks; None where all is well.
-
-    Args:
-        rollout: this rank's.
-        reward: that scored it.
-        max_unscored: share of the completions that may be unscored.
-        world: all ranks call this.
-    """
-    scores = [score for group in rollout.sampled for score in group.scores]
-    unscored = [score for score in scores if score.total is None]
-    reasons = world.gather([reward.stop_reason] if reward.stop_reason else [])
-    failures = Counter(world.gather([score.failure or "no reason given" for score in unscored]))
-    (total,) = world.sum([len(scores)])
-    if reasons:
-        return reasons[0]
-    if failures.total() > max_unscored * total:
-        listed = ", ".join(f"{failure} {count}" for failure, count in failures.most_common())
-        return (
-            f"batch.max_unscored: {failures.total()} of {total:.0f} completions are unscored ({listed}), more than the "
-            f"share of {max_unscored:g} that is allowed"
-        )
-    return None
-
-
-def stop_early(
-    cfg: GRPOConfig,
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    optimization: Optimization,
-    checkpoints: Checkpoints,
-    world: World,
-    state: TrainState,
-    why: str,
-) -> NoReturn:
-    """End the run on a rollout that should not be trained on, with a checkpoint of the last step that was taken."""
-    # All ranks save or none: a rank that looked for itself might see what another has written meanwhile.
-    (is_kept,) = world.gather([state.step in checkpoints.steps()] if world.is_main else [])
-    if state.step and not is_kept:
-        save(policy, tokenizer, optimization, checkpoints, state, world, score=None, is_due=True)
-    kept = f"a checkpoint of step {state.step} is in {cfg.output_dir}" if state.step else "nothing was trained yet"
-    raise RunStopped(
-        f"step {state.step + 1}: {why}\n  {kept}; go on with the same command{' and resume=true' * bool(state.step)}"
-    )
+        Raises:
+            RunStopped: always; the message says why, and how to resume.
+        """
+        # All ranks save or none: a rank that looked for itself might see what another has written in the meantime.
+        (is_kept,) = self.world.gather([state.step in self.checkpoints.steps()] if self.world.is_main else [])
+        if state.step and not is_kept:
+            self.save(state, score=None, is_due=True)
+        output_dir = self.checkpoints.output_dir
+        kept = f"a checkpoint of step {state.step} is in {output_dir}" if state.step else "nothing was trained yet"
+        again = "the same command and resume=true" if state.step else "the same command"
+        raise RunStopped(f"step {state.step + 1}: {why}\n  {kept}; continue with {again}")
 
 
 @contextmanager
 def barrier_on_exit(world: World) -> Iterator[None]:
-    """Ranks of a stopped run wait for each other: torchrun kills the rest when one has left, rank 0 with its logs too.
+    """Let the ranks of a stopped run wait for each other, after everything else is closed.
 
-    Outside of all that is closed.
+    torchrun kills the remaining ranks as soon as one has left, and rank 0 may still be writing its logs.
     """
     try:
         yield
@@ -210,77 +177,48 @@ def barrier_on_exit(world: World) -> Iterator[None]:
         raise
 
 
-def heldout_score(metrics: dict[str, float], *, max_unscored: float, world: World) -> float | None:
-    """What the best checkpoint is chosen by; None where nothing was measured, or too little of it was scored to choose.
+def unscored_problem(rollout: Rollout, judges_stopped: str | None, max_unscored: float, world: World) -> str | None:
+    """Return why a rollout has too few scores to train on, the same on all ranks; None if it has enough.
 
     Args:
-        metrics: of the step.
-        max_unscored: share of the held-out turns that may be unscored.
-        world: rank 0 says where too many are.
+        rollout: the rollout of this rank.
+        judges_stopped: why the judges cannot score anything more; None while they can.
+        max_unscored: share of the completions that may be unscored.
+        world: all ranks call this.
+    """
+    scores = [score for group in rollout.sampled for score in group.scores]
+    unscored = [score for score in scores if score.total is None]
+    reasons = world.gather([judges_stopped] if judges_stopped else [])
+    failures = Counter(world.gather([score.failure or "no reason given" for score in unscored]))
+    (total,) = world.sum([len(scores)])
+    if reasons:
+        return reasons[0]
+    if failures.total() > max_unscored * total:
+        listed = ", ".join(f"{failure} {count}" for failure, count in failures.most_common())
+        return (
+            f"batch.max_unscored: {failures.total()} of {total:.0f} completions are unscored ({listed}), more than the "
+            f"allowed share of {max_unscored:g}"
+        )
+    return None
+
+
+def judge_costs(pool: JudgePool, world: World) -> dict[str, float]:
+    """Return what judging has cost since the start of this process, summed over ranks; all ranks call this."""
+    costs = pool.metrics()
+    return dict(zip(costs, world.sum(list(costs.values())), strict=True))
+
+
+def best_score(metrics: dict[str, float], *, max_unscored: float, world: World) -> float | None:
+    """Return the score that the best checkpoint is chosen by; None if it was not measured or not reliable.
+
+    Args:
+        metrics: the metrics of the step.
+        max_unscored: share of the held-out responses that may be unscored.
+        world: rank 0 warns if there are more.
     """
     unscored = metrics.get("heldout/unscored", 0.0)
     if unscored <= max_unscored:
         return metrics.get("heldout/score")
     if world.is_main:
-        print(f"held-out turns: {unscored:.0%} are unscored; no best checkpoint is chosen by the others", flush=True)
+        print(f"held-out responses: {unscored:.0%} are unscored; this step cannot be the best checkpoint", flush=True)
     return None
-
-
-def judge_metrics(rewards: Rewards, world: World) -> dict[str, float]:
-    """What judging has cost so far, over all ranks; counted from the start of this process.
-
-    ``judge/...`` for what is trained on, ``heldout/judge/...`` for ``eval.correct`` and ``eval.lenient``.
-    """
-    mine = rewards.training.metrics() | {f"heldout/{name}": cost for name, cost in rewards.heldout.metrics().items()}
-    return dict(zip(mine, world.sum(list(mine.values())), strict=True))
-
-
-def check_overoptimization(
-    watch: OveroptimizationMonitor | None, turns: Sequence[tuple[Problem, Completion]], output_dir: Path, world: World
-) -> dict[str, float]:
-    """The metrics of one gold check, none without a watch; rank 0 prints its warning."""
-    if watch is None:
-        return {}
-    reading = watch.measure(turns, output_dir=output_dir, world=world)
-    if reading.warning and world.is_main:
-        print(reading.warning, flush=True)
-    return reading.metrics
-
-
-def save(
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    optimization: Optimization,
-    checkpoints: Checkpoints,
-    state: TrainState,
-    world: World,
-    *,
-    score: float | None,
-    is_due: bool,
-) -> TrainState:
-    """Checkpoint where one is due, and whenever the held-out score is the best yet.
-
-    Args:
-        policy, tokenizer, optimization: what is saved; rank 0 writes, the others wait.
-        checkpoints: where to.
-        state: after the step.
-        world: all ranks call this.
-        score: held-out score of this step, higher is better; None where none was taken.
-        is_due: by the step's number.
-
-    Returns:
-        The state, with the best score brought up to date.
-    """
-    is_best = score is not None and (state.best_score is None or score > state.best_score)
-    if is_best:
-        state = replace(state, best_score=score, best_step=state.step)
-    if is_best or is_due:
-        if world.is_main:
-            checkpoints.save(
-                state,
-                save_policy=lambda folder: policy.save(folder, tokenizer),
-                optimization=optimization.state_dict(),
-                is_best=is_best,
-            )
-        world.barrier()
-    return state

@@ -1,8 +1,8 @@
 """Checks of the whole gradient path on one real batch, before the first step.
 
-Each has caught a real fault in a published trainer: a temperature the trainer forgot, an EOS masked with the padding,
-prompt tokens in the loss, a reference that was not the starting policy, a reward that its own gold answer does not
-satisfy.
+Each check has caught a real fault in a published trainer: a temperature that the trainer did not apply, an EOS masked
+with the padding, prompt tokens in the loss, a reference other than the starting policy, a reward that the gold answer
+does not satisfy.
 """
 
 from __future__ import annotations
@@ -21,21 +21,25 @@ from rolltune.batch import TrainGroup, pack, train_group
 from rolltune.model.batch_invariant import is_batch_invariant
 from rolltune.model.policy import Policy
 from rolltune.prompts import worked_response
-from rolltune.types import Group, Microbatch, Reward
+from rolltune.types import Group, Reward, RolloutMicrobatch
 
-# |trainer - sampler| log-prob: (mean, max) over tokens. fp32 differs by the order of summation alone; bf16 keeps 8 bits
-# of each logit, so single unlikely tokens may be far off while the mean stays small; fp16 keeps 11, and vLLM's was seen
-# 1.4e-2 off in the mean. Of batch-invariant models nothing differs.
+# Limits on |trainer - sampler| log-prob: (mean, max) over tokens. In fp32 only the order of summation differs. bf16
+# keeps 8
+# bits of each logit, so single unlikely tokens may be far off while the mean stays small. fp16 keeps 11 bits; vLLM in
+# fp16
+# was seen 1.4e-2 off in the mean. Batch-invariant models must agree exactly.
 TOLERANCE = {"exact": (0.0, 0.0), "float32": (1e-4, 1e-2), "float16": (0.02, 0.3), "bfloat16": (0.05, 1.0)}
 KL_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-3 / 8}
 
 
 class SelfTestError(ValueError):
-    """The run would have trained on something wrong; the message says what."""
+    """The run would have trained on something wrong; the message names the failed checks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
+    """The result of one check."""
+
     name: str
     passed: bool
     detail: str
@@ -55,38 +59,42 @@ def run_selftest(
     with_reference: bool,
     starts_as_reference: bool,
 ) -> list[Check]:
-    """Check the gradient path on the shortest of ``groups`` that holds a stopped completion, if one does.
+    """Check the gradient path on the shortest of ``groups``, preferably one with a completion that ended by itself.
 
     Args:
-        policy: before the step.
-        groups: sampled with the policy's current weights.
-        tokenizer: the policy's.
-        rewards: the text-only rewards by name; each must give its full marks to the gold turn.
-        answer_format: how a right turn is written, with ``{solution}`` and ``{answer}``.
-        temperature: the one that was sampled with.
-        dtype: of the policy; sets the tolerances.
-        sampler_dtype: the sampler's option, None where it has none: its log-probs are held to the coarser of the two.
+        policy: the policy before the step.
+        groups: groups sampled with the policy's current weights.
+        tokenizer: the policy's tokenizer.
+        rewards: the text-only rewards by name; each must give its full marks to the gold response.
+        answer_format: form of a correct response, with ``{solution}`` and ``{answer}``.
+        temperature: the sampling temperature.
+        dtype: the policy's dtype, which sets the tolerances.
+        sampler_dtype: the sampler's own dtype option; None if it has none. The coarser of the two dtypes sets the
+            tolerance of the comparison with the sampler.
         with_reference: whether the loss has a KL term.
         starts_as_reference: whether the policy has not been trained since the reference was frozen.
+
+    Returns:
+        The results of all checks, passed or not.
     """
     group = min(groups, key=lambda g: (not any(c.finish_reason == "stop" for c in g.completions), _tokens(g)))
     trained = train_group(group, [1.0] * len(group.completions))
-    (row,) = pack([trained], max_tokens=10**9, device=next(policy.model.parameters()).device)
+    (microbatch,) = pack([trained], max_tokens=10**9, device=next(policy.model.parameters()).device)
     was_training = policy.model.training
-    policy.model.eval()  # adapters may have dropout; the sampler has it off as well
+    policy.model.eval()  # adapters may have dropout, which is off in the sampler too
     sampled_in = max((name for name in (dtype, sampler_dtype) if name in TOLERANCE), key=TOLERANCE.__getitem__)
     try:
-        logprobs, _ = policy.logprobs(row, temperature=temperature)
+        logprobs, _ = policy.logprobs(microbatch, temperature=temperature)
         checks = [
-            _check_ratio(logprobs, row, "exact" if is_batch_invariant(policy.causal_lm) else sampled_in),
-            _check_plain_forward(policy, trained, row, logprobs, temperature, dtype),
-            _check_tokens(group, row),
-            _check_eos(group, row, tokenizer),
-            _check_text(group, row, tokenizer),
-            *_check_overoptimization(groups, rewards, answer_format),
+            _check_ratio(logprobs, microbatch, "exact" if is_batch_invariant(policy.causal_lm) else sampled_in),
+            _check_plain_forward(policy, trained, microbatch, logprobs, temperature, dtype),
+            _check_tokens(group, microbatch),
+            _check_eos(group, microbatch, tokenizer),
+            _check_text(group, microbatch, tokenizer),
+            *_check_gold_answers(groups, rewards, answer_format),
         ]
         if with_reference:
-            reference = policy.reference_logprobs(row, temperature=temperature)
+            reference = policy.reference_logprobs(microbatch, temperature=temperature)
             checks.append(_check_reference(logprobs, reference, dtype, starts_as_reference))
     finally:
         policy.model.train(was_training)
@@ -94,15 +102,15 @@ def run_selftest(
 
 
 def print_selftest(checks: Sequence[Check], group: Group, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
-    """Print the checks and one example, its trained tokens marked; raise SelfTestError if a check failed."""
-    table = Table("", "self-test", "seen", title=None, show_edge=False, pad_edge=False)
+    """Print the results and one example with its trained tokens marked; raise SelfTestError if a check failed."""
+    table = Table("", "self-test", "result", title=None, show_edge=False, pad_edge=False)
     for check in checks:
         table.add_row("[green]ok[/]" if check.passed else "[red]FAILED[/]", check.name, Text(check.detail))
     console.print(table)
     completion = group.completions[0]
     prompt_tail = tokenizer.decode(list(group.prompt.token_ids[-60:]))
     trained = str(tokenizer.decode(list(completion.token_ids[:200])))
-    console.print("one example, trained tokens in green (the prompt's end is not trained):", style="dim")
+    console.print("one example, trained tokens in green (the end of the prompt, in grey, is not trained):", style="dim")
     console.print(
         Text.assemble(
             (f"...{prompt_tail}", "dim"), (trained, "green"), "" if len(completion.token_ids) <= 200 else "..."
@@ -120,10 +128,10 @@ def _tokens(group: Group) -> int:
     return sum(len(completion.token_ids) for completion in group.completions)
 
 
-def _check_ratio(logprobs: Tensor, row: Microbatch, dtype: str) -> Check:
-    gap = (logprobs - row.sampler_logprobs).abs()
+def _check_ratio(logprobs: Tensor, microbatch: RolloutMicrobatch, dtype: str) -> Check:
+    gap = (logprobs - microbatch.sampler_logprobs).abs()
     mean, largest = TOLERANCE[dtype]
-    ratio = torch.exp(logprobs - row.sampler_logprobs).mean().item()
+    ratio = torch.exp(logprobs - microbatch.sampler_logprobs).mean().item()
     return Check(
         name="sampler and trainer give the same log-probs (ratio 1)",
         passed=gap.mean().item() <= mean and gap.max().item() <= largest,
@@ -133,9 +141,9 @@ def _check_ratio(logprobs: Tensor, row: Microbatch, dtype: str) -> Check:
 
 
 def _check_plain_forward(
-    policy: Policy, trained: TrainGroup, row: Microbatch, logprobs: Tensor, temperature: float, dtype: str
+    policy: Policy, trained: TrainGroup, microbatch: RolloutMicrobatch, logprobs: Tensor, temperature: float, dtype: str
 ) -> Check:
-    """The packed row and the chunked head against the model's own logits on one completion alone."""
+    """Compare packing and the chunked head with the model's own logits of one completion."""
     sequence = max(trained.sequences, key=lambda s: len(s.token_ids))
     number = trained.sequences.index(sequence)
     ids = torch.tensor([trained.prompt.token_ids + sequence.token_ids], device=logprobs.device)
@@ -146,8 +154,8 @@ def _check_plain_forward(
         logits[t].masked_fill_(outside, -torch.inf)
     targets = torch.tensor(sequence.token_ids, device=logprobs.device)
     plain = torch.log_softmax(logits / temperature, dim=-1).gather(-1, targets[:, None]).squeeze(-1)
-    packed = logprobs[row.target_sequence_index == number]
-    name = "packed rows give the model's own log-probs"
+    packed = logprobs[microbatch.target_sequence_index == number]
+    name = "packed sequences give the model's own log-probs"
     if len(packed) != len(targets):
         return Check(name=name, passed=False, detail=f"{len(packed)} trained tokens in a completion of {len(targets)}")
     gap = (plain - packed).abs()
@@ -159,40 +167,37 @@ def _check_plain_forward(
     )
 
 
-def _check_tokens(group: Group, row: Microbatch) -> Check:
+def _check_tokens(group: Group, microbatch: RolloutMicrobatch) -> Check:
     sampled = [token for completion in group.completions for token in completion.token_ids]
-    same = row.target_ids.tolist() == sampled
-    prompt_predictors = (row.sequence_index[row.predictor_index] == -1).sum().item()
+    same = microbatch.target_ids.tolist() == sampled
+    prompt_predictors = (microbatch.sequence_index[microbatch.predictor_index] == -1).sum().item()
     return Check(
-        name="prompt tokens are not trained, sampled tokens all are",
+        name="all sampled tokens are trained, prompt tokens are not",
         passed=same and prompt_predictors == len(group.completions),
-        detail=f"{len(row.target_ids)} trained of {len(sampled)} sampled, "
-        f"{len(group.prompt.token_ids)} prompt tokens stand once for {len(group.completions)} completions",
+        detail=f"{len(microbatch.target_ids)} of {len(sampled)} sampled tokens are trained; "
+        f"{len(group.prompt.token_ids)} prompt tokens are shared by {len(group.completions)} completions",
     )
 
 
-def _check_eos(group: Group, row: Microbatch, tokenizer: PreTrainedTokenizerBase) -> Check:
+def _check_eos(group: Group, microbatch: RolloutMicrobatch, tokenizer: PreTrainedTokenizerBase) -> Check:
     stopped = [i for i, c in enumerate(group.completions) if c.finish_reason == "stop"]
+    sequences = microbatch.target_sequence_index
     last = [
-        row.target_ids[row.target_sequence_index == i][-1:].tolist() == [group.completions[i].token_ids[-1]]
-        for i in stopped
+        microbatch.target_ids[sequences == i][-1:].tolist() == [group.completions[i].token_ids[-1]] for i in stopped
     ]
     token = tokenizer.decode([group.completions[stopped[0]].token_ids[-1]]) if stopped else ""
     detail = f"the last trained token of {len(stopped)} stopped completions is the one that stopped them ({token!r})"
-    return Check(
-        name="EOS is trained",
-        passed=all(last),
-        detail=detail if stopped else "no completion in this batch stopped: nothing to check (raise max_new_tokens?)",
-    )
+    if not stopped:
+        detail = "not checked: no completion in this batch ended by itself; raise sampling.max_new_tokens?"
+    return Check(name="EOS is trained", passed=all(last), detail=detail)
 
 
-def _check_text(group: Group, row: Microbatch, tokenizer: PreTrainedTokenizerBase) -> Check:
+def _check_text(group: Group, microbatch: RolloutMicrobatch, tokenizer: PreTrainedTokenizerBase) -> Check:
     wrong = 0
     for i, completion in enumerate(group.completions):
-        decoded = str(
-            tokenizer.decode(row.target_ids[row.target_sequence_index == i].tolist(), skip_special_tokens=True)
-        )
-        wrong += group.prompt.prefill + decoded != completion.text
+        trained = microbatch.target_ids[microbatch.target_sequence_index == i].tolist()
+        decoded = tokenizer.decode(trained, skip_special_tokens=True)
+        wrong += f"{group.prompt.prefill}{decoded}" != completion.text
     return Check(
         name="trained tokens decode to the text that was rewarded",
         passed=wrong == 0,
@@ -201,12 +206,12 @@ def _check_text(group: Group, row: Microbatch, tokenizer: PreTrainedTokenizerBas
 
 
 def full_marks(reward: Reward) -> float | None:
-    """What a reward gives a turn that is entirely right: 1.0, or what its function states as ``full_marks``."""
+    """Return what a reward gives a correct response: its attribute ``full_marks`` (None: unknown), or else 1.0."""
     return getattr(getattr(reward, "func", reward), "full_marks", 1.0)
 
 
-def _check_overoptimization(groups: Sequence[Group], rewards: Mapping[str, Reward], answer_format: str) -> list[Check]:
-    """Every reward gives its full marks to the gold turn; one that has none (None) is not asked."""
+def _check_gold_answers(groups: Sequence[Group], rewards: Mapping[str, Reward], answer_format: str) -> list[Check]:
+    """Check that every reward gives its full marks to the gold response; a reward without full marks is not checked."""
     checks = []
     for name, reward in rewards.items():
         full = full_marks(reward)
@@ -214,12 +219,12 @@ def _check_overoptimization(groups: Sequence[Group], rewards: Mapping[str, Rewar
             continue
         totals = {g.problem.id: reward(g.problem, worked_response(g.problem, answer_format)).total for g in groups}
         short = {problem: total for problem, total in totals.items() if total != full}
-        detail = f"{full:g} on all {len(totals)} gold turns"
+        detail = f"{full:g} on all {len(totals)} gold responses"
         if short:
             problem, total = next(iter(short.items()))
             detail = (
-                f"{total} instead of {full:g} on {len(short)} of {len(totals)} gold turns, first {problem}: "
-                "make answer_format write what the reward wants"
+                f"{total} instead of {full:g} on {len(short)} of {len(totals)} gold responses, first {problem}: "
+                "change answer_format to the form that the reward expects"
             )
         checks.append(Check(name=f"reward `{name}` gives the gold answer full marks", passed=not short, detail=detail))
     return checks

@@ -42,8 +42,6 @@ def trainer_logprobs(model: PreTrainedModel | PeftModel, prompt: tuple[int, ...]
         predictor_index=torch.arange(start - 1, start + count - 1, device=device),
         target_ids=torch.tensor(written, device=device),
         target_sequence_index=torch.zeros(count, dtype=torch.int64, device=device),
-        advantages=torch.zeros(count, device=device),
-        sampler_logprobs=torch.zeros(count, device=device),
         num_sequences=1,
     )
     training = [module for module in model.modules() if module.training]
