@@ -1,7 +1,9 @@
-"""The values that cross module borders, from a problem to a gradient.
+"""The values that pass from module to module, from a problem to a gradient.
 
-Light on purpose: rewards and data sets import this module and nothing heavier. Up to :class:`Group` everything
-is plain Python; tensors begin at :class:`Microbatch` (the name ``torch`` below is needed by type checkers alone).
+    Problem -> Prompt -> Completion -> Score -> Group -> Microbatch -> LossInputs
+
+Rewards and data sets import this module and nothing heavier. Everything up to :class:`Group` is plain Python; tensors
+begin at :class:`Microbatch` (only type checkers import torch here).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Message(TypedDict):
-    """One turn of a conversation, as chat templates take it."""
+    """One message of a conversation, in the form that chat templates take."""
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -25,17 +27,17 @@ class Message(TypedDict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """One row of a data set: what is asked, and what is known of the answer.
+    """One record of a data set: a question, and what is known about its answer.
 
     Example:
         >>> Problem(id="gsm8k/train/0", messages=({"role": "user", "content": "2 + 2?"},), answer="4")
 
     Attributes:
-        id: unique and stable within the data set; names the problem in logs and seeds its samples.
-        messages: the conversation up to the turn that the model writes.
-        answer: the gold answer in canonical form (``"1800"``, not ``"$1,800"``); None where none is known.
-        solution: a worked solution in plain text, for SFT and few-shot turns; None where none is known.
-        rubric: what a judge is to look for in an answer; None where there is none.
+        id: unique and stable name within the data set; it names the problem in logs and seeds its samples.
+        messages: the conversation before the model's response.
+        answer: the gold answer in canonical form (``"1800"``, not ``"$1,800"``); None if unknown.
+        solution: a worked solution in plain text, for SFT and few-shot examples; None if unknown.
+        rubric: the criteria for judges; None if the problem has none.
     """
 
     id: str
@@ -47,12 +49,12 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """A problem as the policy sees it.
+    """The tokens that the policy continues.
 
     Attributes:
-        token_ids: the rendered chat template, generation prompt and prefill included.
-        prefill: the text of the assistant's turn that is already in ``token_ids``. Rewards see it in front of
-            what the model wrote, so a prefilled ``<think>`` is not asked for twice.
+        token_ids: the rendered chat template, with generation prompt and prefill.
+        prefill: the start of the response, already in ``token_ids``. Rewards see it before the text that the model
+            wrote, so that a prefilled ``<think>`` counts.
     """
 
     token_ids: tuple[int, ...]
@@ -61,10 +63,10 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """The distribution that is sampled from, and when to stop.
+    """The distribution to sample from, and when to stop.
 
-    The log-probs of a sample are those of exactly this distribution: logits / temperature, then the top-k and
-    top-p support, then renormalised. ``temperature=0`` is greedy decoding, whose log-probs are all 0.
+    The log-probs of a sample are those of exactly this distribution: logits / temperature, restricted to the top-k and
+    top-p support, renormalised. ``temperature=0`` is greedy decoding, whose log-probs are all 0.
 
     Attributes:
         temperature: >= 0.
@@ -88,7 +90,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRequest:
-    """One prompt and the seeds of the completions wanted for it (one completion a seed)."""
+    """One prompt, and one seed for each completion wanted."""
 
     prompt: Prompt
     seeds: tuple[int, ...]
@@ -96,20 +98,20 @@ class SampleRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """What the sampler wrote: ids, log-probs and text leave it together and are never made again from text.
+    """The output of a sampler. Token ids, log-probs and text stay together; text is never tokenized again.
 
     Example:
         >>> Completion(token_ids=(19, 2), logprobs=(-0.1, -0.02), finish_reason="stop", policy_version=3, text="4")
 
     Attributes:
-        token_ids: sampled tokens only, the EOS included where the model wrote one.
-        logprobs: of each sampled token, under the distribution it was sampled from.
+        token_ids: the sampled tokens, including EOS if the model wrote one.
+        logprobs: log-prob of each sampled token under the distribution it was sampled from.
         finish_reason: "stop" for EOS or a stop string, "length" for a completion cut at ``max_new_tokens``.
-        policy_version: number of optimizer steps behind the weights that wrote this.
-        text: the whole assistant turn for the rewards: the prompt's prefill, then the decoded completion
-            without special tokens.
-        support: of each sampled token, the ids that top-k and top-p left to draw from, in ascending order, itself
-            among them; None where nothing was truncated.
+        policy_version: number of optimizer steps behind the weights that wrote the completion.
+        text: the whole response, for the rewards: the prompt's prefill, then the decoded completion without special
+            tokens.
+        support: for each sampled token the ids that top-k and top-p kept, ascending, the token itself among them; None
+            if the distribution was not truncated.
     """
 
     token_ids: tuple[int, ...]
@@ -122,17 +124,17 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """What a reward says of one completion.
+    """The result of a reward for one completion.
 
     Example:
         >>> Score(total=0.0, failure="no_answer")
 
     Attributes:
-        total: the reward. None means unscored (a judge was down, a checker ran out of time), which is never the same as
-            0: an unscored completion leaves its group.
-        parts: named components behind the total, for the curves; an unscored part is None.
-        failure: why no value could be parsed, in one or two snake_case words that name a curve; None if it could.
-        notes: text behind the parts, such as a judge's reasons, for the sample tables.
+        total: the reward. None means unscored (a judge was down, a verifier ran out of time), which is never the same
+            as 0: an unscored completion leaves its group.
+        parts: named components of the total, for the curves; an unscored part is None.
+        failure: why no value could be parsed, in one or two snake_case words that name a curve; None if it was parsed.
+        notes: text for the sample tables, such as a judge's reasons.
     """
 
     total: float | None
@@ -142,10 +144,10 @@ class Score:
 
 
 class Reward(Protocol):
-    """A function of a problem and of the assistant's turn.
+    """A function of a problem and a response.
 
-    A reward that needs more than the text (a token count, the finish reason) takes a keyword argument named
-    ``completion``; the rest of its keyword arguments are its options and come from the config.
+    A reward that needs more than the text (a token count, the finish reason) has a keyword argument named
+    ``completion``; its other keyword arguments are options, set in the config.
     """
 
     def __call__(self, problem: Problem, text: str, /) -> Score: ...
@@ -153,7 +155,7 @@ class Reward(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """The completions of one problem with their scores, in the same order."""
+    """The completions of one problem and their scores, in the same order."""
 
     problem: Problem
     prompt: Prompt
@@ -161,7 +163,7 @@ class Group:
     scores: tuple[Score, ...]
 
     def scored(self) -> Group:
-        """The same group without its unscored completions."""
+        """Return the group without its unscored completions."""
         keep = [i for i, score in enumerate(self.scores) if score.total is not None]
         return Group(
             problem=self.problem,
@@ -172,7 +174,7 @@ class Group:
 
     @property
     def rewards(self) -> list[float]:
-        """Totals of a group in which everything is scored."""
+        """The totals of a group whose completions are all scored."""
         rewards = [score.total for score in self.scores if score.total is not None]
         assert len(rewards) == len(self.scores), "call scored() first"
         return rewards
@@ -254,16 +256,16 @@ class LossTotals:
 
 @dataclass(frozen=True, kw_only=True)
 class LossInputs:
-    """Per-token tensors of one micro-batch, all float32 [N] but ``sequence_index``.
+    """Per-token tensors of one microbatch, all float32 [N] except ``sequence_index``.
 
     Attributes:
-        logprobs: of the policy under training; carries the gradient.
-        old_logprobs: of the policy that the ratio is taken to (no gradient).
-        advantages: one value a completion, repeated on its tokens.
-        sequence_index: int64 [N], 0 .. num_sequences - 1.
-        num_sequences: completions in the micro-batch.
-        reference_logprobs: of the frozen reference; None where the loss has no KL term.
-        importance_weights: stop-gradient weights for sampler/trainer mismatch; None means 1.
+        logprobs: log-probs of the policy under training; carries the gradient.
+        old_logprobs: log-probs of the policy that the ratio is taken to; no gradient.
+        advantages: one value per completion, repeated on its tokens.
+        sequence_index: int64 [N], the completion of each token, 0 .. num_sequences - 1.
+        num_sequences: completions in the microbatch.
+        reference_logprobs: log-probs of the frozen reference; None if the loss has no KL term.
+        importance_weights: weights for the sampler/trainer mismatch, no gradient; None means 1.
     """
 
     logprobs: Tensor
@@ -278,9 +280,8 @@ class LossInputs:
 class Loss(Protocol):
     """An objective: per-token tensors to (scalar, metrics).
 
-    The scalar is this micro-batch's share of the loss, already divided by the step's totals: the sum of it
-    over micro-batches and ranks is the loss. Metrics are sums over the micro-batch's tokens, for whoever
-    logs them to divide.
+    The scalar is this microbatch's share of the loss, already divided by the step's totals; its sum over microbatches
+    and ranks is the loss. Metrics are sums over the microbatch's tokens; the caller divides them.
     """
 
     @property

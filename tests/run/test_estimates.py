@@ -97,7 +97,7 @@ def test_full_training_in_float32(memory):
             "gradients": 4 * PARAMETERS,
             "AdamW moments": 8 * PARAMETERS,
             "frozen reference": 4 * PARAMETERS,
-            "activations of a micro-batch": 100 * 2 * ACTIVATIONS * 4,
+            "activations of a microbatch": 100 * 2 * ACTIVATIONS * 4,
             "keys and values while sampling": 50 * 2 * 2 * 16 * 4,  # tokens, keys and values, layers, 2 heads of 8
         }
     )
@@ -126,7 +126,7 @@ def test_lora_trains_fp32_adapters_and_has_its_reference_for_nothing(memory):
             "weights": 2 * PARAMETERS + 4 * 4 * LINEAR_FEATURES,
             "gradients": 4 * 4 * LINEAR_FEATURES,
             "AdamW moments": 8 * 4 * LINEAR_FEATURES,
-            "activations of a micro-batch": 100 * 2 * ACTIVATIONS * 2,
+            "activations of a microbatch": 100 * 2 * ACTIVATIONS * 2,
             "keys and values while sampling": 50 * 2 * 2 * 16 * 2,
         }
     )
@@ -136,7 +136,7 @@ def test_lora_trains_fp32_adapters_and_has_its_reference_for_nothing(memory):
 
 def test_checkpointing_keeps_the_input_of_each_layer_and_one_whole_layer(memory):
     parts = memory(gradient_checkpointing=True)
-    assert parts["activations of a micro-batch"] == pytest.approx(100 * (2 * 32 + ACTIVATIONS) * 4)
+    assert parts["activations of a microbatch"] == pytest.approx(100 * (2 * 32 + ACTIVATIONS) * 4)
 
 
 def test_logits_are_of_a_chunk_never_of_the_micro_batch(tiny_llama, monkeypatch):
@@ -166,7 +166,7 @@ def test_the_peak_counts_training_or_sampling_not_both():
         (line,) = [line for line in console.file.getvalue().splitlines() if line.startswith("peak")]  # pyright: ignore
         return float(line.split()[-1])
 
-    activations, cache = "activations of a micro-batch", "keys and values while sampling"
+    activations, cache = "activations of a microbatch", "keys and values while sampling"
     assert peak({"weights": 1.0, activations: 2.0, cache: 0.5}) == 3.0
     assert peak({"weights": 1.0, activations: 2.0, cache: 5.0}) == 6.0
     assert peak({"weights": 1.0, activations: 2.0}) == 3.0  # sft samples nothing

@@ -1,4 +1,4 @@
-"""Tokens and memory of a run, before any weight is loaded."""
+"""Estimates of tokens and memory, made before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ GIB = 2**30
 
 
 def count_parameters(config, target_modules: str = "all-linear") -> tuple[int, int]:
-    """(all parameters, input and output features of the linear layers that LoRA adapts), from shapes alone."""
+    """Return the number of parameters, and the summed input and output features of the layers that LoRA adapts.
+
+    Both come from the shapes; no weight is loaded.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
@@ -34,33 +37,32 @@ def _context(model: ModelConfig) -> int | None:
 
 
 def check_context(model: ModelConfig, *, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raise ConfigError where prompt and completion do not fit the model's context."""
+    """Raise ConfigError if a prompt and its completion do not fit the model's context."""
     context = _context(model)
     if context is not None and prompt_tokens + max_new_tokens > context:
         raise ConfigError(
             [
-                f"sampling.max_new_tokens: {max_new_tokens}: with prompts of {prompt_tokens} tokens that is beyond the "
-                f"{context} tokens of {model.path}; at most {context - prompt_tokens}"
+                f"sampling.max_new_tokens: {max_new_tokens}: with prompts of {prompt_tokens} tokens this exceeds the context "
+                f"of {model.path}, {context} tokens; at most {context - prompt_tokens} fit"
             ]
         )
 
 
 def check_examples(model: ModelConfig, *, tokens: int, key: str = "data.train", name: str = "") -> None:
-    """Raise ConfigError where the longest example, prompt and turn, does not fit the model's context.
+    """Raise ConfigError if the longest example does not fit the model's context.
 
     Args:
-        model: whose context it is.
-        tokens: of the example.
-        key: where the config has the example's data.
-        name: of the example.
+        model: the model to be trained.
+        tokens: tokens of the example, prompt and response.
+        key: config key of the example's data set.
+        name: id of the example.
     """
     context = _context(model)
     if context is not None and tokens > context:
         raise ConfigError(
             [
-                f"{key}: an example of {tokens} tokens is beyond the {context} tokens of {model.path}"
-                f"{f' ({name})' if name else ''}; "
-                "leave such problems out, or shorten what stands around them (prompt, answer_format)"
+                f"{key}: an example of {tokens} tokens{f' ({name})' if name else ''} exceeds the context of {model.path}, "
+                f"{context} tokens; leave such problems out, or shorten prompt and answer_format"
             ]
         )
 
@@ -74,15 +76,15 @@ def estimate_memory(
     with_reference: bool,
     rearranged_copy: bool = False,
 ) -> dict[str, float]:
-    """GiB of each part of one process. The activations are an estimate (about +-30 %), the rest is counted.
+    """Estimate the memory of one process in GiB, by part. Activations are rough (about +-30 %), the rest is counted.
 
     Args:
         model: the policy.
-        lora: its adapters, if any.
+        lora: its adapters; None for full training.
         microbatch_tokens: tokens in one forward and backward pass.
-        kv_tokens: tokens whose keys and values are held at most while sampling.
-        with_reference: whether a frozen copy is held.
-        rearranged_copy: whether the sampler holds the weights a second time (on a CPU, laid out for its products).
+        kv_tokens: tokens whose keys and values are held while sampling, at most.
+        with_reference: whether the loss has a KL term, which needs a frozen reference.
+        rearranged_copy: whether the sampler holds a second copy of the weights (on CPUs, in the layout of oneDNN).
     """
     config = load_config(model.path)
     text = config.get_text_config()
@@ -92,7 +94,7 @@ def estimate_memory(
     trained_size = 4 if lora else size
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_width = head_dim * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    # Kept for the backward pass in each layer: norms, q, k, v, attention's output, residuals; gate, up, product.
+    # Kept for the backward pass per layer: norms, q, k, v, attention output, residuals; gate, up, their product.
     layer = 8 * text.hidden_size + 2 * kv_width + 4 * text.intermediate_size
     layers = text.num_hidden_layers
     per_token = text.hidden_size * layers + layer if model.gradient_checkpointing else layer * layers
@@ -102,7 +104,7 @@ def estimate_memory(
         "AdamW moments": 2 * trained * (4 if model.master_weights else trained_size),
         "fp32 master weights": trained * 4 if model.master_weights else 0,
         "frozen reference": parameters * size if with_reference and not lora else 0,
-        "activations of a micro-batch": per_token * microbatch_tokens * size,
+        "activations of a microbatch": per_token * microbatch_tokens * size,
         "LM head in fp32": text.vocab_size * text.hidden_size * 4 if model.fp32_head else 0,
         "logits of a chunk": 3 * CHUNK_BYTES["cuda" if torch.cuda.is_available() else "cpu"],
         "keys and values while sampling": 2 * kv_width * layers * kv_tokens * size,
@@ -112,11 +114,14 @@ def estimate_memory(
 
 
 def engine_memory(model: ModelConfig, sampler: Component) -> dict[str, float] | None:
-    """GiB that vLLM takes in the training process; empty where it is in others, None where the sampler is another.
+    """Estimate the memory of vLLM in the training process, in GiB.
 
     Args:
         model: the policy.
-        sampler: of the config.
+        sampler: the config's sampler node.
+
+    Returns:
+        Empty if vLLM runs in other processes; None if the sampler is not vLLM.
     """
     path = "rolltune.samplers.vllm."
     if not sampler["_component_"].startswith(path):
@@ -132,10 +137,13 @@ def engine_memory(model: ModelConfig, sampler: Component) -> dict[str, float] | 
 
 
 def print_memory(parts: dict[str, float], console: Console) -> None:
+    """Print the parts and their peak."""
     table = Table("memory of one process", "GiB", show_edge=False, pad_edge=False)
     for name, gib in parts.items():
         table.add_row(name, f"{gib:.2f}")
-    # Sampling and training take turns, so what is held for one does not add up with what is held for the other.
+    # Sampling and training alternate, so the memory of one does not add to the memory of the other.
     sampling = sum(gib for name, gib in parts.items() if name.endswith("while sampling"))
-    table.add_row("peak, about", f"{sum(parts.values()) - min(parts['activations of a micro-batch'], sampling):.2f}")
+    table.add_row(
+        "peak (approximate)", f"{sum(parts.values()) - min(parts['activations of a microbatch'], sampling):.2f}"
+    )
     console.print(table)
