@@ -1,6 +1,7 @@
 """Parameters and bytes of the tiny Llama, counted by hand."""
 
 import io
+import re
 
 import pytest
 import torch
@@ -177,12 +178,9 @@ def test_context(tiny_llama, monkeypatch):
     check_context(model, prompt_tokens=500, max_new_tokens=12)
     with pytest.raises(ConfigError) as error:
         check_context(model, prompt_tokens=500, max_new_tokens=13)
-    assert str(error.value) == (
-        "sampling.max_new_tokens: 13: with prompts of 500 tokens that is beyond the 512 tokens of "
-        f"{tiny_llama}; at most 12"
-    )
+    assert re.match(r"sampling.max_new_tokens: 13: .*512 tokens; at most 12", str(error.value))
     check_examples(model, tokens=512)
-    with pytest.raises(ConfigError, match=r"data\.train: an example of 513 tokens is beyond the 512 tokens of"):
+    with pytest.raises(ConfigError, match="data.train: an example of 513 tokens .*512 tokens"):
         check_examples(model, tokens=513)
 
     class Endless:

@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 def count_parameters(config, target_modules: str = "all-linear") -> tuple[int, int]:
-    """Return the number of parameters, and the summed input and output features of the layers that LoRA adapts.
+    """Return the number of parameters, and the summed features (in and out) of the layers that LoRA adapts.
 
     Both come from the shapes; no weight is loaded.
     """
@@ -42,8 +42,8 @@ def check_context(model: ModelConfig, *, prompt_tokens: int, max_new_tokens: int
     if context is not None and prompt_tokens + max_new_tokens > context:
         raise ConfigError(
             [
-                f"sampling.max_new_tokens: {max_new_tokens}: with prompts of {prompt_tokens} tokens this exceeds the context "
-                f"of {model.path}, {context} tokens; at most {context - prompt_tokens} fit"
+                f"sampling.max_new_tokens: {max_new_tokens}: with prompts of {prompt_tokens} tokens this exceeds the "
+                f"context of {model.path}, {context} tokens; at most {context - prompt_tokens} fit"
             ]
         )
 
@@ -61,8 +61,8 @@ def check_examples(model: ModelConfig, *, tokens: int, key: str = "data.train", 
     if context is not None and tokens > context:
         raise ConfigError(
             [
-                f"{key}: an example of {tokens} tokens{f' ({name})' if name else ''} exceeds the context of {model.path}, "
-                f"{context} tokens; leave such problems out, or shorten prompt and answer_format"
+                f"{key}: an example of {tokens} tokens{f' ({name})' if name else ''} exceeds the context of "
+                f"{model.path}, {context} tokens; leave such problems out, or shorten prompt and answer_format"
             ]
         )
 
