@@ -1,14 +1,13 @@
-"""How a real judge takes the attacks that the tests' parser withstands: does a bad answer get more marks by one?
+"""Measure whether attacks on a real judge get a wrong answer a higher score.
 
-The tests show that no attack leaves its fence or is paid by the parser. Whether a model can be talked round is another
-question, and this measures it: the set of ``tests/rewards/judges/attacks.jsonl``, each one a wrong answer with
-something for its judge, graded on three criteria that it does not satisfy, beside the plain wrong answer and a right
-one.
+The tests show that no attack escapes its delimiters and that the parser credits none. This measures whether a model can
+be persuaded. Each attack in ``tests/rewards/judges/attacks.jsonl`` is a wrong answer with a text aimed at the judge,
+which grades it on three criteria that it does not meet. The plain wrong answer and a right one are graded too.
 
     tune run serve --config smollm2_135m_judge.yaml \\
         command="[python, benchmarks/judge_attacks.py, --base-url, 'http://127.0.0.1:8123/v1', --model, judge]"
 
-The key, where one is wanted, is in OPENAI_API_KEY. The last line of the output is a JSON object with every number.
+If the endpoint needs a key, set OPENAI_API_KEY. The last line of the output is a JSON object with every number.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ PLAIN = {
 
 
 async def grade(judge: EndpointJudge, text: str) -> tuple[float | None, str]:
-    """The explicit score of a response, and why it is unscored; a degenerate one is worth 0 unasked, as in training."""
+    """Return the explicit score of a response, and why it is unscored. As in training, a degenerate one scores 0."""
     if is_degenerate(text):
         return 0.0, "degenerate"
     (question,) = explicit_questions(PROBLEM, text, CRITERIA, one_call=True)
@@ -54,9 +53,9 @@ async def run(args: argparse.Namespace) -> None:
     judge = EndpointJudge(
         base_url=args.base_url, model=args.model, max_tokens=args.max_tokens, timeout_seconds=600, max_concurrency=16
     )
-    rows = [json.loads(line) for line in ATTACKS.read_text(encoding="utf-8").splitlines()]
-    texts = PLAIN | {row["name"]: row["text"] * row.get("times", 1) for row in rows}
-    kinds = {row["name"]: row["kind"] for row in rows}
+    attacks = [json.loads(line) for line in ATTACKS.read_text(encoding="utf-8").splitlines()]
+    texts = PLAIN | {attack["name"]: attack["text"] * attack.get("times", 1) for attack in attacks}
+    kinds = {attack["name"]: attack["kind"] for attack in attacks}
     found = dict(zip(texts, await asyncio.gather(*(grade(judge, text) for text in texts.values())), strict=True))
     await judge.aclose()
     wrong, right = (found[name][0] for name in PLAIN)
@@ -70,12 +69,12 @@ async def run(args: argparse.Namespace) -> None:
         above = sum(score > (wrong or 0.0) for score in scored)
         mean = f"{sum(scored) / len(scored):.2f}" if scored else "-"
         print(f"{kind:<24}{len(scores):>8}{len(scores) - len(scored):>10}{above:>13}{mean:>8}")
-    print(json.dumps({"judge": judge.name, "spent": judge.metrics(), "scores": found}))
+    print(json.dumps({"judge": judge.name, "usage": judge.metrics(), "scores": found}))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base-url", required=True, help="of the judge, up to and with /v1")
-    parser.add_argument("--model", required=True, help="as the server names it")
-    parser.add_argument("--max-tokens", type=int, default=512, help="of a reply (default: %(default)s)")
+    parser.add_argument("--base-url", required=True, help="URL of the judge, up to and including /v1")
+    parser.add_argument("--model", required=True, help="name of the model on the server")
+    parser.add_argument("--max-tokens", type=int, default=512, help="token limit of a reply (default: %(default)s)")
     asyncio.run(run(parser.parse_args()))

@@ -1,16 +1,16 @@
-"""How far sampler and trainer are apart, for each precision of either and each sampler; and what each sampler costs.
+"""Measure the mismatch of sampler and trainer for each sampler and precision, and the time each sampler takes.
 
-Rows are the trainer's precision, columns the sampler: the native one, which has the trainer's weights themselves (and
-with ``fp32 head`` the LM head in fp32 on both sides), and vLLM in each precision. The same prompts and seeds in each;
-completions differ as soon as one rounding decides a draw, so that numbers are of about the same text, never of the same
-tokens. The weights do not change: a mean ratio off 1 is another distribution.
+Rows are the trainer's precision. Columns are the sampler: the native one, which shares the trainer's weights (with
+``fp32 head``, the LM head is in fp32 on both sides), and vLLM in each precision. All cells have the same prompts and
+seeds. Completions differ as soon as rounding decides a draw, so cells compare similar texts but not the same tokens.
+The weights do not change, so a mean ratio other than 1 means another distribution.
 
     python benchmarks/mismatch_grid.py --model smollm2-135m-instruct --dtypes float32 bfloat16 --picture grid.png
     python benchmarks/mismatch_grid.py --model smollm2-135m-instruct --dtypes float32 --temperature 0.6
     python benchmarks/mismatch_grid.py --model smollm2-135m-instruct --dtypes float32 --top-p 0.9 --top-k 64
 
-"load" is the time until the sampler is there, "sync" that of the second sync, of which the check of weights and probe
-takes "check"; "tokens/s" is of sampling alone. The last line is a JSON list of all rows.
+"load" is the time to start the sampler, "sync" that of the second sync, and "check" the part of it that checks weights
+and probe. "tokens/s" covers sampling only. The last line of the output is a JSON list of all cells.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from rolltune.types import SampleRequest, SamplingParams
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One trainer and one sampler."""
+    """Results for one trainer and one sampler."""
 
     trainer: str
     sampler: str
@@ -60,7 +60,7 @@ def cells(arguments: argparse.Namespace, world: World) -> Iterator[Cell]:
             for fp32_head in (False, True) if dtype != "float32" else (False,):
                 model = load_model(arguments.model, dtype=dtype, device=world.device, fp32_head=fp32_head).eval()
                 started = time.perf_counter()
-                sampler = NativeSampler(model, tokenizer, max_num_seqs=arguments.rows)
+                sampler = NativeSampler(model, tokenizer, max_num_seqs=arguments.max_num_seqs)
                 name = f"native{', fp32 head' if fp32_head else ''}"
                 yield measure(arguments, dtype, name, model, tokenizer, sampler, started, world)
         if "vllm" in arguments.samplers:
@@ -68,7 +68,12 @@ def cells(arguments: argparse.Namespace, world: World) -> Iterator[Cell]:
             for engine in arguments.engine_dtypes or arguments.dtypes:
                 started = time.perf_counter()
                 sampler = colocated(
-                    model, tokenizer, dtype=engine, max_num_seqs=arguments.rows, max_model_len=512, kv_cache_gib=1.0
+                    model,
+                    tokenizer,
+                    dtype=engine,
+                    max_num_seqs=arguments.max_num_seqs,
+                    max_model_len=512,
+                    kv_cache_gib=1.0,
                 )
                 yield measure(arguments, dtype, f"vllm {engine}", model, tokenizer, sampler, started, world)
 
@@ -94,7 +99,7 @@ def measure(
             max_new_tokens=arguments.tokens,
         )
         sampler.sync(0)
-        sampler.generate(requests[:1], params)  # warms up
+        sampler.generate(requests[:1], params)  # warm-up
         started = time.perf_counter()
         sampler.sync(1)
         sync_seconds = time.perf_counter() - started
@@ -109,8 +114,10 @@ def measure(
                 TrainSequence(token_ids=c.token_ids, logprobs=c.logprobs, advantage=1.0, support=c.support)
                 for c in group
             )
-            (row,) = pack([TrainGroup(prompt=prompt, sequences=sequences)], max_tokens=10**9, device=world.device)
-            meter.add(packed_logprobs(model, row, temperature=arguments.temperature)[0], row)
+            (microbatch,) = pack(
+                [TrainGroup(prompt=prompt, sequences=sequences)], max_tokens=10**9, device=world.device
+            )
+            meter.add(packed_logprobs(model, microbatch, temperature=arguments.temperature)[0], microbatch)
     mismatch = meter.read(world)
     assert mismatch is not None
     return Cell(
@@ -125,7 +132,7 @@ def measure(
 
 
 def draw(found: list[Cell], path: Path, title: str) -> None:
-    """k3 of each cell, on a logarithmic scale."""
+    """Draw the k3 of each cell on a logarithmic colour scale."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -147,24 +154,28 @@ def draw(found: list[Cell], path: Path, title: str) -> None:
     axes.set_xlabel("sampler")
     axes.set_ylabel("trainer")
     axes.set_title(title, fontsize=9)
-    figure.colorbar(image, label="k3, nats a token")
+    figure.colorbar(image, label="k3, nats per token")
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="as model.path of a config")
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="of the trainer")
-    parser.add_argument("--engine-dtypes", nargs="+", choices=list(DTYPES), help="of vLLM; as --dtypes if not given")
+    parser.add_argument("--model", required=True, help="a folder, a Hub id or a packaged name, as in model.path")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="precisions of the trainer"
+    )
+    parser.add_argument(
+        "--engine-dtypes", nargs="+", choices=list(DTYPES), help="precisions of vLLM (default: --dtypes)"
+    )
     parser.add_argument("--samplers", nargs="+", choices=["native", "vllm"], default=["native", "vllm"])
     parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--completions", type=int, default=8, help="of each prompt")
-    parser.add_argument("--tokens", type=int, default=32, help="of each completion, at most")
-    parser.add_argument("--rows", type=int, default=64, help="completions written at the same time")
+    parser.add_argument("--completions", type=int, default=8, help="completions of each prompt")
+    parser.add_argument("--tokens", type=int, default=32, help="token limit of a completion")
+    parser.add_argument("--max-num-seqs", type=int, default=64, help="completions sampled at the same time")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--picture", type=Path, help="a PNG of the grid")
+    parser.add_argument("--picture", type=Path, help="PNG file for a picture of the grid")
     arguments = parser.parse_args()
     world = init_world()
     columns = ("trainer", "sampler", "tokens", "mean abs", "max abs", "k3", "mean ratio", "outside", "tokens/s")

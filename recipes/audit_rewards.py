@@ -1,12 +1,14 @@
-"""Audit the rewards before they are trained on: do right answers get full marks, and do wrong ones get nothing?
+"""Audit rewards before training on them: do right answers get full marks, and wrong answers nothing?
 
   - every gold answer of a data set, in several spellings (``$1,800``, ``1800.``, ``**1800**`` ...), must score 1;
-  - mutated answers (off by one, a digit more, a list of guesses, a hedge, the right number in the working alone ...)
-    must score 0 where a reward judges correctness.
+  - mutated answers (off by one, an extra digit, a list of guesses, a hedge, the right number only in the working ...)
+    must score 0 if a reward measures correctness.
 
-Any other score is a false negative or a false positive, counted by kind and shown with examples. A reward that judges
-something else (the format, say) is checked on right turns only; one that does not give a right turn 1 by its text (a
-penalty, a price on length) is left out. Exit status 1 if there was one.
+Any other score is a false negative or a false positive. They are counted by kind and shown with examples. If there is
+one, the exit status is 1.
+
+A reward that measures something else (the format, say) is checked on right responses only. A reward that does not give
+a right response 1 for its text (a penalty, a price on length) is left out.
 
     tune run audit_rewards --config audit_rewards.yaml
 """
@@ -37,10 +39,10 @@ def run(cfg: AuditRewardsConfig) -> None:
     problems = [problems[i] for i in range(min(cfg.max_problems or len(problems), len(problems)))]
     rewards = {n: r for n, r in build.build_reward(cfg.rewards).text_rewards.items() if full_marks(r) == 1.0}
     if not rewards:
-        raise ConfigError([f"rewards: none of {', '.join(cfg.rewards)} gives a right turn 1 by its text alone"])
+        raise ConfigError([f"rewards: none of {', '.join(cfg.rewards)} gives a right response 1 for its text"])
     console.print(f"{len(problems)} problems, rewards: {', '.join(rewards)}")
     if left_out := [name for name in cfg.rewards if name not in rewards]:
-        console.print(f"not audited, as a right turn is not worth 1 by its text alone: {', '.join(left_out)}")
+        console.print(f"not audited, because they do not give a right response 1 for its text: {', '.join(left_out)}")
     if cfg.dry_run:
         console.print("dry run: everything resolves; nothing was audited")
         return
@@ -59,8 +61,8 @@ def run(cfg: AuditRewardsConfig) -> None:
 
 
 def audit_one(problems: Sequence[Problem], reward: Reward, cfg: AuditRewardsConfig) -> AuditReport:
-    """A reward that gives a turn with a wrong answer full marks does not judge correctness: right turns only."""
-    answer_format = cfg.answer_format.format(solution="{solution}", answer="{answer}")  # {{ }} are single braces there
+    """Audit one reward, on right responses only if it gives full marks to a wrong answer (a format reward does)."""
+    answer_format = cfg.answer_format.format(solution="{solution}", answer="{answer}")  # turns {{ }} into { }
     probe = Problem(id="probe", messages=({"role": "user", "content": "What is 1 + 1?"},), answer="2")
     wrong = render_turn(answer_format, solution="So it is 1.", answer="1")
     return audit(problems, reward, answer_format, seed=cfg.seed, wrong_turns=reward(probe, wrong).total != 1.0)

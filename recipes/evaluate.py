@@ -1,21 +1,21 @@
-"""Evaluate: an honest comparison of models on the same problems, independent of what any of them was trained on.
+"""Evaluate: compare models on the same problems, independently of the rewards they were trained on.
 
-What is measured, for each model:
+For each model it measures:
 
-  - n samples of each problem and one greedy completion, judged strictly and leniently: an early gain of RL is mostly
+  - n samples of each problem and one greedy completion, verified strictly and leniently: an early gain of RL is mostly
     format, and the gap between the two measures shows it;
   - pass@k, unbiased (Codex, arXiv 2107.03374), and cons@k, the majority vote (arXiv 2203.11171);
-  - accuracy by completion length, by the length of the gold solution, and by the baseline's solve rate;
+  - accuracy by completion length, by length of the gold solution, and by the baseline's solve rate;
   - how often a completion verifies, backtracks, sets subgoals or chains backward (arXiv 2503.01307).
 
-Every number has a 95 % interval over problems, and every pair of models a difference with an interval of its own.
+Every number has a 95 % interval over problems. Every pair of models has a difference with its own interval.
 
-What is left out: choosing the best temperature for each k, as the Codex paper does (it favours the model that was tuned
-longest), and corrections for many comparisons.
+Left out: choosing the best temperature for each k, as the Codex paper does (it favours the model that was tuned
+longest), and corrections for multiple comparisons.
 
-Samples go to <output_dir>/samples as they finish, so a run that was stopped goes on with the same command; with another
-answer checker (correct, lenient, format) it judges the same samples again and loads no weights. One process or many
-write the same samples; another run on the same output_dir is refused meanwhile.
+Samples are written to <output_dir>/samples as they finish. The same command therefore continues a stopped run. With
+another answer checker (correct, lenient, format) it verifies the same samples again and loads no weights. Any number of
+processes writes the same samples; a second run on the same output_dir is refused.
 
     tune run evaluate --config quickstart_eval.yaml
     tune run --nproc_per_node 2 evaluate --config quickstart_eval.yaml
@@ -39,23 +39,18 @@ from rolltune.config.components import component, instantiate
 from rolltune.config.schema import EvaluateConfig, EvaluatedModel, ModelConfig
 from rolltune.distributed import World, close_world, init_world
 from rolltune.errors import ConfigError
-from rolltune.eval import comparison
-from rolltune.eval.comparison import Evaluation
+from rolltune.eval.behaviour_rates import classify
+from rolltune.eval.comparison import compare, notes
+from rolltune.eval.measures import default_ks, measure_model
 from rolltune.eval.plots import plot_evaluation
-from rolltune.eval.report import SamplingProgress, make_console, print_report, results_json
-from rolltune.eval.samples import (
-    ProblemSamples,
-    SampleCache,
-    check_prompts,
-    check_vocabulary,
-    load_for_sampling,
-    prompt_digest,
-    sample_missing,
-    sampling_settings,
-)
+from rolltune.eval.progress import SamplingProgress
+from rolltune.eval.results import Evaluation, results_json
+from rolltune.eval.sample_cache import ProblemSamples, SampleCache
+from rolltune.eval.sampling import check_prompts, check_vocabulary, prompt_digest, sample_missing, sampling_settings
+from rolltune.eval.tables import make_console, print_tables
 from rolltune.eval.verdicts import VerifiedModel, verify
 from rolltune.files import take_lock, write_json_atomic
-from rolltune.model.load import load_tokenizer
+from rolltune.model.load import load_for_sampling, load_tokenizer
 from rolltune.run import build, checks, lifecycle
 from rolltune.run.estimates import check_context
 from rolltune.types import Problem, Prompt
@@ -63,15 +58,15 @@ from rolltune.types import Problem, Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A model under evaluation, short of its weights.
+    """A model under evaluation, without its weights.
 
     Attributes:
-        name: in tables and plots.
-        path: of the weights.
-        tokenizer: the model's own.
-        prompts: by problem id, by the model's own chat template.
-        cache: its sample files.
-        done: what was in them at the start.
+        name: name in tables and plots.
+        path: path of the weights.
+        tokenizer: the model's own tokenizer.
+        prompts: prompts by problem id, rendered by the model's own chat template.
+        cache: sample files of the model.
+        done: contents of the sample files at the start.
     """
 
     name: str
@@ -86,7 +81,7 @@ class Candidate:
 
 
 def run(cfg: EvaluateConfig) -> None:
-    """Sample what is missing, judge everything, and write ``<output_dir>/results.json`` and plots."""
+    """Sample what is missing, verify everything, and write ``<output_dir>/results.json`` and plots."""
     if cfg.dry_run:
         dry_run(cfg)
         return
@@ -94,45 +89,22 @@ def run(cfg: EvaluateConfig) -> None:
     lifecycle.warn_of_slow_dtype(cfg.dtype, world)
     problems = load_problems(cfg)
     classifier = instantiate(cfg.classifier) if cfg.classifier else None
-    # All models are looked at before the first is sampled from: a mistake in the last one shows now.
+    # Prepare every model before sampling from the first, so that a mistake in the last one shows now.
     candidates = [prepare(cfg, problems, model, f"models[{i}].path") for i, model in enumerate(cfg.models)]
     with take_lock(Path(cfg.output_dir) / "samples") if world.is_main else nullcontext():
-        world.barrier()  # nobody else writes from here on
-        evaluate(cfg, problems, [with_samples(candidate) for candidate in candidates], classifier, world)
+        world.barrier()  # rank 0 has the lock: from here on no other run writes
+        candidates = [with_samples(candidate) for candidate in candidates]
+        world.barrier()  # every rank has read the caches: from here on the ranks write
+        if world.is_main:
+            config.save(cfg, cfg.output_dir)
+        sample_all(cfg, problems, candidates, world)
+        if world.is_main:
+            report(cfg, problems, candidates, classifier)
     close_world()
 
 
-def evaluate(
-    cfg: EvaluateConfig,
-    problems: Sequence[Problem],
-    candidates: Sequence[Candidate],
-    classifier: Classifier | None,
-    world: World,
-) -> None:
-    """All of it, once nobody else writes."""
-    world.barrier()  # every rank has read the caches before any of them writes
-    if world.is_main:
-        config.save(cfg, cfg.output_dir)
-    with SamplingProgress(len(candidates), enabled=world.is_main) as progress:
-        for number, candidate in enumerate(candidates, start=1):
-            if candidate.has_all(problems):
-                progress.say(number, candidate.name, f"all samples are in {candidate.cache.path}")
-            else:
-                sample(cfg, problems, candidate, world, progress, number)
-            world.barrier()
-            if world.is_main:
-                candidate.cache.merge([problem.id for problem in problems])
-    if world.is_main:
-        judged = [judge_one(cfg, problems, candidate) for candidate in candidates]
-        evaluation = measure(cfg, problems, judged)
-        if classifier is not None:
-            write_results(cfg, evaluation)  # which stay if the endpoint refuses
-            evaluation = classify(cfg, evaluation, judged, classifier)
-        report(cfg, evaluation)
-
-
 def load_problems(cfg: EvaluateConfig) -> Sequence[Problem]:
-    """The first ``max_problems`` problems, each of which has to have a gold answer."""
+    """Load the first ``max_problems`` problems and check that each has a gold answer."""
     data = instantiate(cfg.data)
     problems = [data[i] for i in range(min(cfg.max_problems or len(data), len(data)))]
     without = [problem.id for problem in problems if problem.answer is None or not problem.answer.strip()]
@@ -140,30 +112,26 @@ def load_problems(cfg: EvaluateConfig) -> Sequence[Problem]:
         raise ConfigError(
             [
                 f"data: {len(without)} of {len(problems)} problems have no gold answer, first {without[0]}; "
-                "nothing they are answered with could be judged: give data with answers"
+                "responses to them cannot be verified: give data with answers"
             ]
         )
     return problems
 
 
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
 def prepare(cfg: EvaluateConfig, problems: Sequence[Problem], model: EvaluatedModel, key: str) -> Candidate:
-    """Tokenizer and prompts; raises ConfigError for what would go wrong later."""
-    with model_path_named(key):
+    """Load the tokenizer and render the prompts; raise ConfigError for anything that would fail later."""
+    with errors_name(key):
         tokenizer, prompts = render(cfg, problems, model)
         cache = SampleCache(Path(cfg.output_dir) / "samples", model.name, sampling_settings(cfg, model.path))
     return Candidate(name=model.name, path=model.path, tokenizer=tokenizer, prompts=prompts, cache=cache)
 
 
-def with_samples(candidate: Candidate) -> Candidate:
-    """The same with what was sampled before."""
-    done = candidate.cache.read()
-    check_prompts(done, candidate.prompts, candidate.cache.path)
-    return replace(candidate, done=done)
-
-
 @contextmanager
-def model_path_named(key: str) -> Iterator[None]:
-    """What loads models calls the key of a path model.path; here it is another one."""
+def errors_name(key: str) -> Iterator[None]:
+    """Turn errors about ``model.path``, the key in other recipes' configs, into ConfigErrors about ``key``."""
     try:
         yield
     except ConfigError:
@@ -175,7 +143,7 @@ def model_path_named(key: str) -> Iterator[None]:
 def render(
     cfg: EvaluateConfig, problems: Sequence[Problem], model: EvaluatedModel
 ) -> tuple[PreTrainedTokenizerBase, dict[str, Prompt]]:
-    """The model's tokenizer, and all prompts by problem id, which have to fit its vocabulary and context."""
+    """Return the model's tokenizer and all prompts by problem id, checked against its vocabulary and context."""
     tokenizer = load_tokenizer(model.path, cfg.prompt.chat_template)
     check_vocabulary(model.path, tokenizer)
     render_one = build.prompt_renderer(cfg.prompt, tokenizer)
@@ -192,6 +160,26 @@ def longest(prompts: Mapping[str, Prompt]) -> int:
     return max(len(prompt.token_ids) for prompt in prompts.values())
 
 
+def with_samples(candidate: Candidate) -> Candidate:
+    """Read the samples of earlier runs."""
+    done = candidate.cache.read()
+    check_prompts(done, candidate.prompts, candidate.cache.path)
+    return replace(candidate, done=done)
+
+
+def sample_all(cfg: EvaluateConfig, problems: Sequence[Problem], candidates: Sequence[Candidate], world: World) -> None:
+    """Complete the samples of one model after another, and merge the ranks' files."""
+    with SamplingProgress(len(candidates), enabled=world.is_main) as progress:
+        for number, candidate in enumerate(candidates, start=1):
+            if candidate.has_all(problems):
+                progress.say(number, candidate.name, f"all samples are in {candidate.cache.path}")
+            else:
+                sample(cfg, problems, candidate, world, progress, number)
+            world.barrier()
+            if world.is_main:
+                candidate.cache.merge([problem.id for problem in problems])
+
+
 def sample(
     cfg: EvaluateConfig,
     problems: Sequence[Problem],
@@ -201,7 +189,7 @@ def sample(
     number: int,
 ) -> None:
     """Load one model, sample what is missing, and free it again."""
-    share = f"; one of {world.size} processes shows its share" if world.size > 1 else ""
+    share = f"; this is the share of one of {world.size} processes" if world.size > 1 else ""
     progress.say(number, candidate.name, f"samples go to {candidate.cache.path}; loading {candidate.path}{share}")
     model = load_for_sampling(candidate.path, dtype=cfg.dtype, device=world.device)
     with closing(instantiate(cfg.sampler, model, candidate.tokenizer)) as sampler:
@@ -218,15 +206,34 @@ def sample(
             world=world,
             on_progress=progress.model(number, candidate.name),
         )
-        world.barrier()  # rank 0 may close a server that the others still sample from
+        world.barrier()  # closing rank 0's sampler may stop a server that other ranks still use
     del sampler, model
     gc.collect()
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def judge_one(cfg: EvaluateConfig, problems: Sequence[Problem], candidate: Candidate) -> VerifiedModel:
-    """Verdicts on everything the model wrote, from its files."""
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def report(
+    cfg: EvaluateConfig, problems: Sequence[Problem], candidates: Sequence[Candidate], classifier: Classifier | None
+) -> None:
+    """Verify the samples, and write the results as JSON, plots and tables."""
+    models = [verify_samples(cfg, problems, candidate) for candidate in candidates]
+    evaluation = measure(cfg, problems, models)
+    results = write_results(cfg, evaluation)
+    if classifier is not None:  # after the results are written: its endpoint may fail
+        evaluation = add_classified(cfg, evaluation, models, classifier)
+        write_results(cfg, evaluation)
+    plots = plot_evaluation(evaluation, Path(cfg.output_dir))
+    console = make_console()
+    print_tables(evaluation, console)
+    console.print(f"numbers: {results}   plots: {', '.join(map(str, plots))}", soft_wrap=True)
+
+
+def verify_samples(cfg: EvaluateConfig, problems: Sequence[Problem], candidate: Candidate) -> VerifiedModel:
+    """Verify every response in the model's sample files."""
     return verify(
         candidate.name,
         problems,
@@ -237,32 +244,34 @@ def judge_one(cfg: EvaluateConfig, problems: Sequence[Problem], candidate: Candi
     )
 
 
-def measure(cfg: EvaluateConfig, problems: Sequence[Problem], judged: Sequence[VerifiedModel]) -> Evaluation:
-    """All numbers; the first model is the baseline."""
-    ks = sorted(cfg.ks) or comparison.default_ks(cfg.sampling.samples)
+def measure(cfg: EvaluateConfig, problems: Sequence[Problem], models: Sequence[VerifiedModel]) -> Evaluation:
+    """Compute all numbers. The first model is the baseline."""
+    ks = sorted(cfg.ks) or default_ks(cfg.sampling.samples)
     bootstrap = {"resamples": cfg.resamples, "seed": cfg.seed}
     results = [
-        comparison.measure_model(problems, model, baseline=judged[0] if i else None, ks=ks, **bootstrap)
-        for i, model in enumerate(judged)
+        measure_model(problems, model, baseline=models[0] if i else None, ks=ks, **bootstrap)
+        for i, model in enumerate(models)
     ]
     return Evaluation(
         problems=len(problems),
         samples=cfg.sampling.samples,
         ks=ks,
         models=results,
-        comparisons=comparison.compare(judged, k=ks[-1], **bootstrap),
-        notes=comparison.notes(problems, results),
+        comparisons=compare(models, k=ks[-1], **bootstrap),
+        notes=notes(problems, results),
     )
 
 
-def classify(
-    cfg: EvaluateConfig, evaluation: Evaluation, judged: Sequence[VerifiedModel], classifier: Classifier
+def add_classified(
+    cfg: EvaluateConfig, evaluation: Evaluation, models: Sequence[VerifiedModel], classifier: Classifier
 ) -> Evaluation:
-    """The same with what the classifier says of each model."""
-    most, resamples = cfg.classified_samples, cfg.resamples
-    classified = [comparison.classify(m, classifier, most=most, resamples=resamples, seed=cfg.seed) for m in judged]
-    models = [replace(m, classified=c) for m, c in zip(evaluation.models, classified, strict=True)]
-    return replace(evaluation, models=models)
+    """Add the classifier's counts of behaviours to each model's result."""
+    options = {"max_completions": cfg.classified_samples, "resamples": cfg.resamples, "seed": cfg.seed}
+    results = [
+        replace(result, classified=classify(model, classifier, **options))
+        for result, model in zip(evaluation.models, models, strict=True)
+    ]
+    return replace(evaluation, models=results)
 
 
 def write_results(cfg: EvaluateConfig, evaluation: Evaluation) -> Path:
@@ -271,34 +280,30 @@ def write_results(cfg: EvaluateConfig, evaluation: Evaluation) -> Path:
     return path
 
 
-def report(cfg: EvaluateConfig, evaluation: Evaluation) -> None:
-    console = make_console()
-    results = write_results(cfg, evaluation)
-    plots = plot_evaluation(evaluation, Path(cfg.output_dir))
-    print_report(evaluation, console)
-    console.print(f"numbers: {results}   plots: {', '.join(map(str, plots))}", soft_wrap=True)
+# --- dry run ----------------------------------------------------------------------------------------------------------
 
 
 def dry_run(cfg: EvaluateConfig) -> None:
-    """Everything short of the weights: data and prompts are built, the tokens to sample are counted."""
+    """Build everything but the models, show the first prompt, and count the tokens to sample."""
     console = make_console()
     problems = load_problems(cfg)
-    instantiate(cfg.classifier) if cfg.classifier else None
+    if cfg.classifier:
+        instantiate(cfg.classifier)
     completions = len(problems) * (cfg.sampling.samples + 1)
-    before = None
+    shown = None
     for i, model in enumerate(cfg.models):
-        with model_path_named(f"models[{i}].path"):
+        with errors_name(f"models[{i}].path"):
             tokenizer, prompts = render(cfg, problems, model)
         first = prompts[problems[0].id]
-        if prompt_digest(first) != before:
+        if prompt_digest(first) != shown:
             text = str(tokenizer.decode(list(first.token_ids)))
             console.print(f"first prompt of {model.name}:", Text(text, "dim"), sep="\n", soft_wrap=True)
-            before = prompt_digest(first)
+            shown = prompt_digest(first)
         console.print(
-            f"{model.name}: {len(problems)} problems, prompts of {longest(prompts)} tokens at most; {completions} "
-            f"completions, {completions * cfg.sampling.max_new_tokens} sampled tokens at most"
+            f"{model.name}: {len(problems)} problems, prompts of at most {longest(prompts)} tokens; {completions} "
+            f"completions, at most {completions * cfg.sampling.max_new_tokens} sampled tokens"
         )
-    console.print(f"{len(cfg.models) * completions * cfg.sampling.max_new_tokens} sampled tokens in all, at most")
+    console.print(f"at most {len(cfg.models) * completions * cfg.sampling.max_new_tokens} sampled tokens in all")
     console.print("dry run: everything resolves; nothing was loaded, nothing was written")
 
 

@@ -56,3 +56,8 @@ def take_lock(path: Path) -> BinaryIO:
         lock.close()
         raise ValueError(f"{path}: another process is writing it; wait for it, or choose another output_dir") from None
     return lock
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """Format a record as one line of a JSON lines file. NaN and infinities become null."""
+    return json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,4 +1,4 @@
-"""The benchmark script: its command line, and what it makes of measurements. Nothing is measured here."""
+"""The benchmark script: its command line and its summary of measurements. Nothing is measured here."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run_of(bench: ModuleType, trainer: str, *seconds: float, peak: float, traine
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
-    # The process that starts the others must not hold PyTorch: a child's peak memory counts from its parent's.
+    # The parent process must not import PyTorch: a child's peak memory starts from its parent's.
     code = (
         "import runpy, sys\n"
         f"sys.argv = [{str(SCRIPT)!r}, '--help']\n"
@@ -70,11 +70,11 @@ def test_equal_settings_are_measured_once(bench: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--completions", "1"], "--completions: 1; must be 2 or more"),
-        (["--steps", "0"], "--steps: 0; must be 1 or more"),
-        (["--max-new-tokens", "-1"], "--max-new-tokens: -1; must be 1 or more"),
-        (["--trl-micro-batch", "32", "5"], "--trl-micro-batch: 5; must divide the 32 completions of a step"),
-        (["--trl-micro-batch", "0"], "--trl-micro-batch: 0; must divide"),
+        (["--completions", "1"], "--completions: 1; must be 2"),
+        (["--steps", "0"], "--steps: 0; must be 1"),
+        (["--max-new-tokens", "-1"], "--max-new-tokens: -1"),
+        (["--trl-micro-batch", "32", "5"], "--trl-micro-batch: 5; must divide the 32"),
+        (["--trl-micro-batch", "0"], "--trl-micro-batch: 0"),
     ],
 )
 def test_mistakes(bench: ModuleType, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
@@ -85,7 +85,7 @@ def test_mistakes(bench: ModuleType, capsys: pytest.CaptureFixture[str], argumen
 
 
 def test_summary(bench: ModuleType) -> None:
-    # Ratios are taken within a pair, each with the median of its steps. Setting "a" is fastest, "b" is leanest.
+    # A ratio compares the medians of the steps of one pair. Setting "a" is fastest, "b" is leanest.
     pairs = [
         (run_of(bench, "rolltune", 2.0, 9.0, 3.0, peak=2.0), run_of(bench, "a", 12.0, peak=10.0)),
         (run_of(bench, "rolltune", 5.0, peak=3.0), run_of(bench, "b", 20.0, peak=4.0)),
@@ -110,7 +110,7 @@ def test_summary(bench: ModuleType) -> None:
     assert (summary["fastest"], summary["seconds_ratio"]) == ("a", 0.375)
     assert (summary["leanest"], summary["peak_ratio"]) == ("b", 0.625)
     assert summary["same_tokens"] is True
-    text = bench.verdict(summary)
+    text = bench.format_summary(summary)
     assert "time against a: 0.375" in text and "peak memory against b: 0.625" in text
     assert "NOT" not in text
 
@@ -119,7 +119,7 @@ def test_summary_sees_one_step_with_other_tokens(bench: ModuleType) -> None:
     pairs = [(run_of(bench, "rolltune", 1.0, 1.0, peak=1.0), run_of(bench, "a", 2.0, peak=2.0, trained=63))]
     summary = bench.summarise(pairs)
     assert summary["same_tokens"] is False
-    assert "NOT the same number of tokens" in bench.verdict(summary)
+    assert "NOT every step" in bench.format_summary(summary)
 
 
 def test_table_row(bench: ModuleType) -> None:
@@ -130,7 +130,7 @@ def test_table_row(bench: ModuleType) -> None:
 
 @pytest.mark.slow
 def test_the_mismatch_grid_is_a_table_and_a_picture(make_tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
-    """Of the real engine and the native sampler, in every precision."""
+    """Runs the vLLM engine and the native sampler in every precision."""
     model, picture = make_tiny_llama(tmp_path / "model", hidden_size=128), tmp_path / "grid.png"
     arguments = ("--prompts", "2", "--completions", "2", "--tokens", "16", "--picture", str(picture))
     done = subprocess.run(

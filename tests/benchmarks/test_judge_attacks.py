@@ -1,4 +1,4 @@
-"""benchmarks/judge_attacks.py against judges whose weakness is known."""
+"""benchmarks/judge_attacks.py against a judge with a known weakness."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def graded(*grades: int):
     return ok(json.dumps({"verdicts": [{"number": i, "reason": "", "grade": g} for i, g in enumerate(grades, 1)]}))
 
 
-def test_what_a_judge_gives_is_counted():
-    """A judge that is taken in by the word "order" and fails on one attack in the set."""
+def test_scores_are_counted_by_kind():
+    """The judge obeys the word "order", and its endpoint refuses one attack of the set."""
 
     def judge(call, request):
         asked = request["messages"][-1]["content"]

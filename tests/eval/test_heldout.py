@@ -12,7 +12,7 @@ from rolltune.stats import accuracy_interval
 from rolltune.types import Completion, Problem, Prompt, SamplingParams, Score
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=9)
-# answer, turn, tokens, how it ended; strict, lenient, format
+# answer, response, tokens, finish reason; strict, lenient, format
 CASES = [
     ("4", "<think>2 + 2</think>\n<answer>4</answer>", 7, "stop", True, True, True),
     ("4", "<think>2 + 2</think>\n<answer>$4.00</answer>", 8, "stop", True, True, True),
@@ -28,7 +28,7 @@ CASES = [
 
 
 class Written:
-    """A sampler that has the completions of every problem ready."""
+    """A sampler that returns prepared completions."""
 
     def __init__(self, completions):
         self.completions = completions
@@ -49,7 +49,7 @@ def evaluate(cases, world=None, sampler=None, correct=answer_reward, lenient=len
         for _, text, tokens, end, *_ in cases
     ]
     world = world or World(rank=0, size=1, device=torch.device("cpu"))
-    turns = sample_greedy(
+    responses = sample_greedy(
         problems,
         render=lambda problem: Prompt(token_ids=(int(problem.id),)),
         sampler=sampler or Written(completions),
@@ -57,11 +57,11 @@ def evaluate(cases, world=None, sampler=None, correct=answer_reward, lenient=len
         world=world,
     )
     measures = {"correct": (correct, 1.0)} | ({"lenient": (lenient, 0.0)} if lenient else {})
-    return score_heldout(turns, reward=WeightedReward(rewards=measures), world=world)
+    return score_heldout(responses, reward=WeightedReward(rewards=measures), world=world)
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case[1] or "empty" for case in CASES])
-def test_one_turn(case):
+def test_one_response(case):
     *_, strict, lenient, formatted = case
     metrics = evaluate([case])
     seen = [
@@ -85,8 +85,8 @@ def test_shares_of_all(tokens=7 + 8 + 3 + 5 + 2 + 6 + 9 + 9 + 4 + 1):
     }
 
 
-def test_what_is_right_is_for_the_two_measures_to_say():
-    """A turn is right where the measure gives 1, not where it gives part of it; an unscored one is not wrong."""
+def test_the_two_measures_decide_what_is_right():
+    """A response is right only if the measure gives 1. An unscored one is not wrong."""
     totals = {"4": 1.0, "1800": 0.9, "-3": None}
     seen = []
 
@@ -111,31 +111,31 @@ def test_one_completion_a_problem():
     assert [(r.prompt.token_ids, len(r.seeds)) for r in sampler.requests] == [((0,), 1), ((1,), 1)]
 
 
-def test_each_rank_has_the_turns_of_its_share():
+def test_each_rank_samples_its_share():
     sampler = Written(
         [
-            Completion(token_ids=(1,), logprobs=(0.0,), finish_reason="stop", policy_version=0, text=f"turn {i}")
+            Completion(token_ids=(1,), logprobs=(0.0,), finish_reason="stop", policy_version=0, text=f"response {i}")
             for i in range(3)
         ]
     )
     problems = [Problem(id=str(i), messages=()) for i in range(3)]
 
     def sample(world: World):
-        turns = sample_greedy(
+        responses = sample_greedy(
             problems,
             render=lambda problem: Prompt(token_ids=(int(problem.id),)),
             sampler=sampler,
             params=GREEDY,
             world=world,
         )
-        return [(problem.id, completion.text) for problem, completion in turns]
+        return [(problem.id, completion.text) for problem, completion in responses]
 
-    assert on_ranks(2, sample) == [[("0", "turn 0"), ("2", "turn 2")], [("1", "turn 1")]]
+    assert on_ranks(2, sample) == [[("0", "response 0"), ("2", "response 2")], [("1", "response 1")]]
 
 
 def test_ranks_share_the_problems_and_know_the_whole():
     whole = evaluate(CASES)
-    for size in (3, len(CASES) + 1):  # the last rank has no problem of its own then
+    for size in (3, len(CASES) + 1):  # with 11 ranks the last has no problem
         assert on_ranks(size, lambda world: evaluate(CASES, world)) == [whole] * size
 
 

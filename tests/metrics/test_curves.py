@@ -1,4 +1,4 @@
-"""curves.png: whole, without a display, with the panels that there is data for."""
+"""curves.png: complete, without a display, with the panels that there is data for."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rolltune.behaviours import BEHAVIOURS
 from rolltune.metrics import curves
 from rolltune.metrics.curves import plot_curves
-from rolltune.metrics.log import MetricsLog, read_metrics
+from rolltune.metrics.log import MetricsLog
 from rolltune.stats import accuracy_interval
 
 
@@ -25,13 +25,14 @@ def png_size(path: Path) -> tuple[int, int]:
 def full_run(folder: Path, steps: int) -> None:
     log = MetricsLog(folder)
     for step in range(steps):
-        row = {"reward/mean": step / 10, "reward/answer/mean": step / 20, "reward/format/mean": 1.0, "kl": step / 1e3}
-        row |= {"entropy": 1 / (step + 1), "grad_norm": math.nan if step == 2 else 1.0, "clip_fraction": 0.0}
-        row |= {"completions/length_mean": 60 - step, "completions/truncated": 0.1}
+        record = {"reward/mean": step / 10, "reward/answer/mean": step / 20, "reward/format/mean": 1.0}
+        record |= {"kl": step / 1e3}
+        record |= {"entropy": 1 / (step + 1), "grad_norm": math.nan if step == 2 else 1.0, "clip_fraction": 0.0}
+        record |= {"completions/length_mean": 60 - step, "completions/truncated": 0.1}
         if step % 5 == 0:
             low, high = accuracy_interval(step, 40)
-            row |= {"heldout/accuracy": step / 40, "heldout/accuracy_low": low, "heldout/accuracy_high": high}
-        log.log(step, row)
+            record |= {"heldout/accuracy": step / 40, "heldout/accuracy_low": low, "heldout/accuracy_high": high}
+        log.log(step, record)
     log.close()
 
 
@@ -67,42 +68,25 @@ def test_panels_without_data_are_left_out(tmp_path):
     assert (two, three) == (2 * one, 3 * one) and height == last_height
 
 
-def test_a_mismatch_has_a_panel_where_it_is_more_than_rounding(tmp_path, monkeypatch):
-    drawn = []
-    right = curves._plot_mismatch
-    monkeypatch.setattr(curves, "_plot_mismatch", lambda axes, of: (drawn.append(list(of)), right(axes, of)))
-    for number, gap in enumerate((1e-6, 1e-2)):
-        log = MetricsLog(tmp_path / str(number))
-        for step in range(3):
-            row = {"kl": 0.1, "mismatch/mean_abs": gap, "mismatch/k3": gap**2 / 2, "mismatch/outside": 0.05}
-            log.log(step, row)
-        log.close()
-        plot_curves(tmp_path / str(number))
-        assert len(drawn) == number
+@pytest.mark.parametrize(("gap", "is_drawn"), [(1e-6, False), (1e-2, True)])
+def test_a_mismatch_has_a_panel_if_it_is_more_than_rounding(gap, is_drawn):
+    records = [
+        {"step": step, "kl": 0.1, "mismatch/mean_abs": gap, "mismatch/k3": gap**2 / 2, "mismatch/outside": 0.05}
+        for step in range(3)
+    ]
+    assert (curves._plot_mismatch in curves._panels(curves._series(records))) == is_drawn
     axes = Figure().add_subplot()
-    right(axes, {"mismatch/k3": ([0, 1], [1e-3, 2e-3])})
-    assert list(axes.lines[0].get_ydata()) == [1e-3, 2e-3]  # pyright: ignore[reportArgumentType]
+    curves._plot_mismatch(axes, curves._series(records))
+    assert list(axes.lines[0].get_ydata()) == [gap**2 / 2] * 3  # pyright: ignore[reportArgumentType]
 
 
-def test_behaviours_have_a_panel_of_their_own(tmp_path):
-    row = {"reward/mean": 0.5, "reward/answer/mean": 0.5, "reward/seen/mean": 7.0}
-    row |= {f"reward/seen/{name}/mean": 2.0 for name in BEHAVIOURS}
-    log = MetricsLog(tmp_path)
-    log.log(1, row)
-    log.close()
-    wide = png_size(plot_curves(tmp_path))
-    drawn = curves._series(read_metrics(tmp_path))
-    axes = Figure().add_subplot()
-    curves._plot_reward(axes, drawn)
-    assert [line.get_label() for line in axes.lines if not str(line.get_label()).startswith("_")] == ["total", "answer"]
-    axes = Figure().add_subplot()
-    curves._plot_behaviours(axes, drawn)
-    labels = [str(line.get_label()) for line in axes.lines]
-    assert [label for label in labels if not label.startswith("_")] == [name.replace("_", " ") for name in BEHAVIOURS]
-    log = MetricsLog(tmp_path / "without")
-    log.log(1, {"reward/mean": 0.5})
-    log.close()
-    assert wide[0] == 2 * png_size(plot_curves(tmp_path / "without"))[0]
+def test_behaviours_have_a_panel_of_their_own():
+    record = {"reward/mean": 0.5, "reward/answer/mean": 0.5, "reward/seen/mean": 7.0}
+    record |= {f"reward/seen/{name}/mean": 2.0 for name in BEHAVIOURS}
+    assert list(drawn_by(curves._plot_reward, [record])) == ["total", "answer"]
+    assert list(drawn_by(curves._plot_behaviours, [record])) == [name.replace("_", " ") for name in BEHAVIOURS]
+    assert curves._plot_behaviours in curves._panels(curves._series([{"step": 1, **record}]))
+    assert curves._panels(curves._series([{"step": 1, "reward/mean": 0.5}])) == [curves._plot_reward]
 
 
 JUDGED = {
@@ -120,26 +104,23 @@ JUDGED = {
 }
 
 
-def drawn_by(plot, rows) -> dict[str, list[float]]:
+def drawn_by(plot, records) -> dict[str, list[float]]:
     axes = Figure().add_subplot()
-    plot(axes, curves._series([{"step": step, **row} for step, row in enumerate(rows)]))
+    plot(axes, curves._series([{"step": step, **record} for step, record in enumerate(records)]))
     return {str(line.get_label()): list(line.get_ydata()) for line in axes.lines if str(line.get_label())[0] != "_"}  # pyright: ignore[reportArgumentType]
 
 
-def test_what_a_judged_run_adds(tmp_path):
-    log = MetricsLog(tmp_path)
-    log.log(
-        1, JUDGED | {"overoptimization/train_mean": 0.6, "overoptimization/mean": 0.5, "overoptimization/alarm": 0.0}
-    )
-    log.close()
-    width, height = png_size(plot_curves(tmp_path))
-    log = MetricsLog(tmp_path / "plain")
-    log.log(1, {"reward/mean": 0.5, "kl": 0.0, "entropy": 1.0})  # a whole row of panels
-    log.close()
-    row_width, row_height = png_size(plot_curves(tmp_path / "plain"))
-    assert (width, height) == (row_width, 2 * row_height), "five panels: the reward, gold, categories, criteria, judge"
+def test_panels_of_a_judged_run():
+    gold = {"overoptimization/train_mean": 0.6, "overoptimization/mean": 0.5, "overoptimization/alarm": 0.0}
+    assert curves._panels(curves._series([{"step": 1, **JUDGED, **gold}])) == [
+        curves._plot_reward,
+        curves._plot_overoptimization,
+        curves._plot_categories,
+        curves._plot_criteria,
+        curves._plot_judge,
+    ]
     assert drawn_by(curves._plot_reward, [JUDGED]) == {"total": [0.5], "rubric": [0.5]}
-    assert drawn_by(curves._plot_rubric, [JUDGED]) == {"essential": [0.7], "pitfall": [0.4]}
+    assert drawn_by(curves._plot_categories, [JUDGED]) == {"essential": [0.7], "pitfall": [0.4]}
     assert drawn_by(curves._plot_criteria, [JUDGED]) == {"names the unit": [0.3]}
     assert drawn_by(curves._plot_judge, [JUDGED]) == {
         "rubric questions": [40.0],
@@ -172,7 +153,7 @@ def test_nothing_to_draw(tmp_path):
     log = MetricsLog(tmp_path)
     log.log(1, {"seconds/sample": 1.0})
     log.close()
-    with pytest.raises(ValueError, match="nothing to draw; it has seconds/sample"):
+    with pytest.raises(ValueError, match="nothing to draw.* seconds/sample"):
         plot_curves(tmp_path)
     with pytest.raises(ValueError, match="no such file"):
         plot_curves(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""What a run writes: whole files, valid JSON, exact resume, real wandb and TensorBoard files."""
+"""The metrics log: valid JSON, exact resume, real wandb and TensorBoard files."""
 
 import importlib
 import json
@@ -16,10 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rolltune import files
-from rolltune.files import write_json_atomic
-from rolltune.metrics.log import MetricsLog, read_metrics, write_samples
-from rolltune.stats import accuracy_interval
+from rolltune.metrics.log import MetricsLog, read_metrics
 from rolltune.types import Completion, Group, Problem, Prompt, Score
 
 
@@ -32,17 +29,29 @@ def strict_json(text: str):
     return json.loads(text, parse_constant=refuse)
 
 
-# metrics.jsonl
+# Two completions of one problem.
+GROUP = Group(
+    problem=Problem(id="sums/0", messages=({"role": "user", "content": "2 + 2?"},), answer="4"),
+    prompt=Prompt(token_ids=(1, 2)),
+    completions=tuple(
+        Completion(token_ids=(7,), logprobs=(-0.5,), finish_reason="stop", policy_version=3, text=text)
+        for text in ("4", "line\nbreak")
+    ),
+    scores=(Score(total=1.0, notes={"judge": "r"}), Score(total=0.0, failure="no_answer")),
+)
+
+
+# --- metrics.jsonl ----------------------------------------------------------------------------------------------------
 
 
 def test_lines_are_json_and_readable_at_once(tmp_path):
     log = MetricsLog(tmp_path / "new" / "run")
     log.log(1, {"reward/mean": 0.25, "kl": math.nan, "ratio/max": math.inf, "lr": 1})
-    # Before close(): a run that is killed keeps every line.
+    # Read before close(): a killed run keeps every line.
     (line,) = (tmp_path / "new" / "run" / "metrics.jsonl").read_text().splitlines()
-    row = strict_json(line)
-    assert row.pop("time") > 1.7e9
-    assert row == {"step": 1, "reward/mean": 0.25, "kl": None, "ratio/max": None, "lr": 1.0}
+    record = strict_json(line)
+    assert record.pop("time") > 1.7e9
+    assert record == {"step": 1, "reward/mean": 0.25, "kl": None, "ratio/max": None, "lr": 1.0}
     log.close()
 
 
@@ -54,11 +63,11 @@ def test_resume_drops_later_steps_and_a_torn_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes() + b'{"step": 1, "time": 17')
     log = MetricsLog(tmp_path, resume_step=2)
-    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2, 2]
+    assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1, 2, 2]
     log.log(3, {"kl": 0.7})
     log.close()
-    rows = read_metrics(tmp_path)
-    assert [(row["step"], row["kl"]) for row in rows] == [(0, 0.0), (1, 0.1), (2, 0.2), (2, 0.2), (3, 0.7)]
+    records = read_metrics(tmp_path)
+    assert [(record["step"], record["kl"]) for record in records] == [(0, 0.0), (1, 0.1), (2, 0.2), (2, 0.2), (3, 0.7)]
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -74,7 +83,7 @@ def test_resume_after_a_kill_at_any_byte(tmp_path_factory, cut):
     left = whole[: cut % (len(whole) + 1)]
     path.write_bytes(left)
     MetricsLog(folder, resume_step=4).close()
-    assert [row["step"] for row in read_metrics(folder)] == list(range(left.count(b"\n")))
+    assert [record["step"] for record in read_metrics(folder)] == list(range(left.count(b"\n")))
     assert path.read_bytes() == left[: left.rfind(b"\n") + 1]
 
 
@@ -96,7 +105,7 @@ def test_a_new_run_starts_an_empty_file(tmp_path):
         log = MetricsLog(tmp_path)
         log.log(1, {"kl": value})
         log.close()
-    assert [row["kl"] for row in read_metrics(tmp_path)] == [0.2]
+    assert [record["kl"] for record in read_metrics(tmp_path)] == [0.2]
 
 
 def test_damaged_lines_are_named(tmp_path):
@@ -106,9 +115,9 @@ def test_damaged_lines_are_named(tmp_path):
         MetricsLog(tmp_path, resume_step=5)
     assert path.read_text().count("\n") == 3
     path.write_text('{"kl": 1}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:1: not an object with an integer 'step'"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1: .*'step'"):
         read_metrics(tmp_path)
-    with pytest.raises(ValueError, match=r"nowhere.*no such file; is .* the output_dir"):
+    with pytest.raises(ValueError, match=r"nowhere.*no such file"):
         read_metrics(tmp_path / "nowhere")
 
 
@@ -116,12 +125,12 @@ def test_null_log_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     log = MetricsLog.null()
     log.log(1, {"kl": 0.5})
-    log.log_samples(1, [group()], [[1.0, -1.0]])
+    log.log_samples(1, [GROUP], [[1.0, -1.0]])
     log.close()
     assert list(tmp_path.iterdir()) == []
 
 
-# wandb and TensorBoard
+# --- wandb and TensorBoard --------------------------------------------------------------------------------------------
 
 
 def clean_wandb(tmp_path, monkeypatch):
@@ -138,13 +147,13 @@ def test_wandb_runs_offline_without_a_key_and_resumes_its_run(tmp_path, monkeypa
     run_dir = tmp_path / "run"
     log = MetricsLog(run_dir, wandb=True, wandb_project="tests", config={"num_steps": 2})
     log.log(1, {"kl": 0.5})
-    log.log_samples(1, [group()], [[1.0, -1.0]])
+    log.log_samples(1, [GROUP], [[1.0, -1.0]])
     log.close()
     time.sleep(1.1)  # wandb names a folder by the second
     log = MetricsLog(run_dir, wandb=True, resume_step=1)
     log.log(2, {"kl": 0.25})
     log.close()
-    wandb.teardown()  # its own process writes the file's end a moment after finish(); this waits for it
+    wandb.teardown()  # waits for the process that writes the end of the file after finish()
     run_id = (run_dir / "wandb_run_id").read_text().strip()
     files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2 and {file.name for file in files} == {f"run-{run_id}.wandb"}
@@ -157,11 +166,11 @@ def test_wandb_runs_offline_without_a_key_and_resumes_its_run(tmp_path, monkeypa
 
 
 def wandb_history(file: Path) -> list[dict]:
-    """The logged rows of an offline run: protobuf records in LevelDB's log format, after a header of 7 bytes."""
+    """Read the history of an offline run: protobuf records in LevelDB's log format, after a header of 7 bytes."""
     pb = importlib.import_module("wandb.proto.wandb_internal_pb2")
     data = file.read_bytes()
     assert data[:4] == b":W&B"
-    rows, position, record = [], 7, b""
+    history, position, record = [], 7, b""
     while position + 7 <= len(data):
         left_in_block = 32768 - position % 32768
         if left_in_block < 7:
@@ -174,9 +183,9 @@ def wandb_history(file: Path) -> list[dict]:
             message = pb.Record.FromString(record)
             if message.WhichOneof("record_type") == "history":
                 items = message.history.item
-                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+                history.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
             record = b""
-    return rows
+    return history
 
 
 def test_wandb_goes_online_only_with_a_key_and_never_shows_it(tmp_path, monkeypatch, capfd):
@@ -220,130 +229,6 @@ def test_tensorboard_events_can_be_read_back(tmp_path):
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    # The killed stretch (steps 2 and 3 of the first process) is gone.
+    # Steps 2 and 3 of the first process are gone.
     assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 0.5), (2, 4.0)]
     assert [(e.step, e.value) for e in events.Scalars("kl")] == [(1, 0.25)]
-
-
-# samples
-
-
-def group() -> Group:
-    return Group(
-        problem=Problem(id="sums/0", messages=({"role": "user", "content": "2 + 2?"},), answer="4"),
-        prompt=Prompt(token_ids=(1, 2)),
-        completions=(
-            Completion(
-                token_ids=(19, 2), logprobs=(-0.1, -0.2), finish_reason="stop", policy_version=3, text="4 \u00e9 \ud800"
-            ),
-            Completion(token_ids=(7,), logprobs=(-0.5,), finish_reason="length", policy_version=3, text="line\nbreak"),
-        ),
-        scores=(
-            Score(total=1.0, parts={"answer": 1.0, "judge": None}, notes={"judge": "r"}),
-            Score(total=0.0, failure="no_answer"),
-        ),
-    )
-
-
-def unscored() -> Group:
-    whole = group()
-    return Group(
-        problem=whole.problem,
-        prompt=whole.prompt,
-        completions=whole.completions,
-        scores=(Score(total=None), whole.scores[1]),
-    )
-
-
-def test_samples_of_a_step(tmp_path):
-    path = write_samples(tmp_path, 10, [group(), unscored(), group()], [[0.7, math.nan], [-1.0], None])
-    assert path == tmp_path / "samples" / "step_000010.jsonl"
-    text = path.read_bytes().decode("utf-8")
-    assert "é" in text
-    rows = [strict_json(line) for line in text.split("\n")[:-1]]
-    assert rows[0] == {
-        "step": 10,
-        "problem": "sums/0",
-        "messages": [{"role": "user", "content": "2 + 2?"}],
-        "answer": "4",
-        "text": "4 é \ud800",
-        "tokens": 2,
-        "finish_reason": "stop",
-        "policy_version": 3,
-        "reward": 1.0,
-        "parts": {"answer": 1.0, "judge": None},
-        "failure": None,
-        "notes": {"judge": "r"},
-        "advantage": 0.7,
-    }
-    assert (rows[1]["tokens"], rows[1]["finish_reason"], rows[1]["failure"]) == (1, "length", "no_answer")
-    # NaN, unscored, scored with its own value, and a skipped group.
-    assert [row["advantage"] for row in rows[1:]] == [None, None, -1.0, None, None]
-    assert [row["reward"] for row in rows] == [1.0, 0.0, None, 0.0, 1.0, 0.0]
-
-
-def test_samples_need_one_advantage_a_scored_completion(tmp_path):
-    with pytest.raises(AssertionError, match="one advantage"):
-        write_samples(tmp_path, 1, [unscored()], [[1.0, -1.0]])
-    with pytest.raises(ValueError):
-        write_samples(tmp_path, 1, [group(), group()], [[1.0, -1.0]])
-
-
-# atomic files
-
-
-def test_write_json_atomic(tmp_path):
-    path = tmp_path / "summary.json"
-    write_json_atomic(path, {"a": [1, math.nan], "b": {"c": "é"}})
-    assert strict_json(path.read_text("utf-8")) == {"a": [1, None], "b": {"c": "é"}}
-    with pytest.raises(TypeError):
-        write_json_atomic(path, {"a": object()})
-    assert strict_json(path.read_text("utf-8"))["a"] == [1, None]
-
-
-@pytest.mark.parametrize("broken", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, broken):
-    path = tmp_path / "summary.json"
-    write_json_atomic(path, {"old": True})
-
-    def fail(*args):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(files.os, broken, fail)
-    with pytest.raises(OSError, match="no space"):
-        write_json_atomic(path, {"new": "x" * 10_000})
-    assert strict_json(path.read_text()) == {"old": True}
-
-
-# Wilson interval
-
-
-@pytest.mark.parametrize(
-    ("correct", "total", "low", "high"),
-    [
-        # z**2 = 3.841459. At 0 right the upper end is z**2 / (n + z**2), and mirrored at all right.
-        (0, 10, 0.0, 3.841459 / 13.841459),
-        (10, 10, 10 / 13.841459, 1.0),
-        # At half: 1/2 +- z / (2 sqrt(n + z**2)).
-        (50, 100, 0.5 - 1.959964 / (2 * math.sqrt(103.841459)), 0.5 + 1.959964 / (2 * math.sqrt(103.841459))),
-        # Newcombe 1998, Statistics in Medicine 17, table I: 81 of 263 and 15 of 148.
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_wilson_values(correct, total, low, high):
-    assert accuracy_interval(correct, total) == pytest.approx((low, high), abs=5e-5)
-
-
-@given(total=st.integers(1, 5000), data=st.data())
-def test_wilson_holds_the_accuracy_and_solves_its_equation(total, data):
-    correct = data.draw(st.integers(0, total))
-    share = correct / total
-    low, high = accuracy_interval(correct, total)
-    assert 0 <= low <= share <= high <= 1 and low < high
-    # Each end is the p whose score statistic |share - p| / sqrt(p (1 - p) / n) is z.
-    for end in (low, high):
-        assert (share - end) ** 2 == pytest.approx(3.841458820694124 * end * (1 - end) / total, abs=1e-12)
-    mirrored = accuracy_interval(total - correct, total)
-    assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-12)

@@ -1,4 +1,4 @@
-"""Progress: plain lines without a terminal, bars on one."""
+"""Progress: plain lines without a terminal, bars with one."""
 
 import io
 import re
@@ -55,7 +55,7 @@ def test_on_a_terminal_bars_and_the_numbers(monkeypatch):
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
     assert "steps" in shown and "4/4" in shown
     assert "reward -100 | note best | " in shown
-    assert "\x1b[?25h" in stream.getvalue(), "the data_position is shown again"
+    assert "\x1b[?25h" in stream.getvalue(), "the cursor is shown again"
 
 
 def test_a_terminal_is_left_clean_after_an_error(monkeypatch):

@@ -1,4 +1,4 @@
-"""A step's numbers and a run's summary, computed by hand."""
+"""A step's metrics and a run's summary, computed by hand."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from rolltune.metrics.summary import live_line, write_summary
 from rolltune.rollout import Rollout
 from rolltune.types import Completion, Group, Problem, Prompt, Score
 
-ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+ONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
 def make_group(*members: tuple[int, str, Score]) -> Group:
@@ -47,10 +47,10 @@ MIXED = make_group(
     (9, "length", score(None, None, failure="timeout")),
 )
 EQUAL = make_group((1, "stop", score(0.2, 0.0)), (3, "stop", score(0.2, 0.0)))
-LONELY = make_group((5, "stop", score(None, None, failure="timeout")), (7, "stop", score(1.0, 1.0)))
+SINGLE = make_group((5, "stop", score(None, None, failure="timeout")), (7, "stop", score(1.0, 1.0)))
 
 # Totals 1.2 0.2 0 0.2 0.2 1: mean 2.8 / 6; the answer's parts 1 0 0 0 0 1. About its group's mean, MIXED has totals of
-# 11/15 -4/15 -7/15 and lengths of -3 -1 4, EQUAL has 0 0 and -1 1, LONELY 0 and 0.
+# 11/15 -4/15 -7/15 and lengths of -3 -1 4, EQUAL has 0 0 and -1 1, SINGLE 0 and 0.
 EXPECTED = {
     "reward/mean": 2.8 / 6,
     "reward/std": sqrt((1.44 + 3 * 0.04 + 1.0) / 6 - (2.8 / 6) ** 2),
@@ -70,18 +70,18 @@ EXPECTED = {
 
 
 def test_what_was_sampled():
-    assert rollout_metrics(make_rollout(MIXED, EQUAL, LONELY), ALONE) == pytest.approx(EXPECTED)
+    assert rollout_metrics(make_rollout(MIXED, EQUAL, SINGLE), ONE) == pytest.approx(EXPECTED)
 
 
-def test_ranks_agree_though_each_has_seen_other_parts_and_failures():
-    groups = [EQUAL, MIXED, LONELY]
+def test_ranks_agree_though_each_sees_other_parts_and_failures():
+    groups = [EQUAL, MIXED, SINGLE]
     for metrics in on_ranks(3, lambda world: rollout_metrics(make_rollout(groups[world.rank]), world)):
         assert metrics == pytest.approx(EXPECTED)
 
 
 def test_nothing_scored_at_all():
     silent = make_group((3, "stop", Score(total=None, parts={"judge": None})))
-    metrics = rollout_metrics(make_rollout(silent), ALONE)
+    metrics = rollout_metrics(make_rollout(silent), ONE)
     assert metrics == {
         "reward/unscored": 1.0,
         "groups/zero_variance": 0.0,
@@ -91,9 +91,9 @@ def test_nothing_scored_at_all():
     }
 
 
-def test_equal_rewards_have_a_deviation_of_nothing():
-    """Rounding may make the mean of squares a little smaller than the square of the mean."""
-    metrics = rollout_metrics(make_rollout(make_group(*[(1, "stop", Score(total=0.1))] * 10)), ALONE)
+def test_equal_rewards_have_no_deviation():
+    """Rounding can make the mean of squares smaller than the square of the mean."""
+    metrics = rollout_metrics(make_rollout(make_group(*[(1, "stop", Score(total=0.1))] * 10)), ONE)
     assert metrics["reward/std"] == pytest.approx(0.0, abs=1e-8)
 
 
@@ -104,12 +104,12 @@ def lengths_and_rewards(*members: tuple[int, float | None]) -> Group:
 @pytest.mark.parametrize(
     ("groups", "expected"),
     [
-        # Longer is better within each group, though the group of long answers has the lower rewards.
+        # Longer is better within each group, though the group of long completions has lower rewards.
         ([[(1, 0.8), (2, 0.9)], [(50, 0.1), (51, 0.2)]], 1.0),
         ([[(1, 0.9), (2, 0.8)], [(50, 0.1), (51, 0.2)]], 0.0),
         ([[(4, 0.0), (2, 1.0)]], -1.0),
         ([[(1, 0.0), (2, 0.0), (3, 1.0)]], sqrt(0.75)),  # 1 / sqrt(2 * 2/3)
-        # An unscored one has no part in its group's means either.
+        # An unscored completion does not count in its group's means.
         ([[(1, 0.0), (2, 0.0), (3, 1.0), (900, None)]], sqrt(0.75)),
         ([[(5, 0.1), (6, 0.1), (7, 0.1)]], None),
         ([[(5, 0.1), (5, 0.9)]], None),
@@ -118,7 +118,7 @@ def lengths_and_rewards(*members: tuple[int, float | None]) -> Group:
 )
 def test_correlation_of_reward_and_length_within_groups(groups, expected):
     rollouts = [make_rollout(lengths_and_rewards(*group)) for group in groups]
-    metrics = rollout_metrics(make_rollout(*(rollout.sampled[0] for rollout in rollouts)), ALONE)
+    metrics = rollout_metrics(make_rollout(*(rollout.sampled[0] for rollout in rollouts)), ONE)
     if expected is None:
         assert "reward/length_correlation" not in metrics
     else:
@@ -130,10 +130,10 @@ def test_correlation_of_reward_and_length_within_groups(groups, expected):
 # --- updates ----------------------------------------------------------------------------------------------------------
 
 
-def test_several_updates_as_one_row():
+def test_several_updates_are_merged():
     updates = [
         {"loss": 1.0, "lr": 0.1, "ratio/max": 1.5, "ratio/min": 0.7, "mismatch/max_abs": 0.25, "clip_fraction": 0.0},
-        {},  # a minibatch in which nothing could be learnt
+        {},  # a minibatch without signal
         {"loss": 4.0, "lr": 0.2, "ratio/max": 1.2, "ratio/min": 0.5, "mismatch/max_abs": 0.5, "kl": 0.125},
     ]
     assert update_metrics(updates) == {
@@ -183,8 +183,8 @@ def evaluation(accuracy: float) -> dict:
     }
 
 
-def summarize(output_dir, rows) -> tuple[dict, str]:
-    (output_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def summarize(output_dir, records) -> tuple[dict, str]:
+    (output_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     console = Console(file=io.StringIO(), width=300)
     summary = write_summary(output_dir, console)
     assert json.loads((output_dir / "summary.json").read_text()) == summary
@@ -192,13 +192,15 @@ def summarize(output_dir, rows) -> tuple[dict, str]:
 
 
 def test_summary_of_fifths(tmp_path):
-    rows = [{"step": 0, **evaluation(0.25)}]
+    records = [{"step": 0, **evaluation(0.25)}]
     for step in range(1, 12):  # 11 steps: a fifth is 2
-        rows.append({"step": step, "reward/mean": float(step), "reward/answer/mean": step / 10, "seconds/train": 30.0})
-    rows[4] |= evaluation(0.75)
-    rows[8] |= evaluation(0.75)
-    rows[11] |= {**evaluation(0.5), "seconds/sample": 90.0}
-    summary, shown = summarize(tmp_path, rows)
+        records.append(
+            {"step": step, "reward/mean": float(step), "reward/answer/mean": step / 10, "seconds/train": 30.0}
+        )
+    records[4] |= evaluation(0.75)
+    records[8] |= evaluation(0.75)
+    records[11] |= {**evaluation(0.5), "seconds/sample": 90.0}
+    summary, shown = summarize(tmp_path, records)
     assert summary == {
         "steps": 11,
         "train_minutes": (11 * 30.0 + 90.0) / 60,
@@ -220,29 +222,29 @@ def test_summary_of_fifths(tmp_path):
 
 
 def test_fewer_than_five_steps_are_fifths_of_one(tmp_path):
-    rows = [{"step": 0, **evaluation(0.5)}, *({"step": s, "reward/mean": float(s)} for s in (1, 2, 3))]
-    summary, _ = summarize(tmp_path, rows)
+    records = [{"step": 0, **evaluation(0.5)}, *({"step": s, "reward/mean": float(s)} for s in (1, 2, 3))]
+    summary, _ = summarize(tmp_path, records)
     assert (summary["reward_first_fifth"], summary["reward_last_fifth"]) == (1.0, 3.0)
-    # Nothing was evaluated after a step: the start is all there is.
+    # The only evaluation is the one before the first step.
     assert (summary["heldout_best"], summary["heldout_best_step"], summary["heldout_after"]) == (0.5, 0, 0.5)
 
 
 def test_the_start_is_the_best_only_where_there_is_nothing_else(tmp_path):
-    """There is no checkpoint of step 0, so best/ holds the best of the others."""
-    rows = [{"step": 0, **evaluation(0.9)}, {"step": 1, "reward/mean": 0.0, **evaluation(0.2)}]
-    summary, _ = summarize(tmp_path, rows)
+    """Step 0 has no checkpoint, so best/ holds the best of the others."""
+    records = [{"step": 0, **evaluation(0.9)}, {"step": 1, "reward/mean": 0.0, **evaluation(0.2)}]
+    summary, _ = summarize(tmp_path, records)
     assert (summary["heldout_best"], summary["heldout_best_step"]) == (0.2, 1)
 
 
 def test_values_that_are_null_or_missing_are_left_out(tmp_path):
-    rows = [
+    records = [
         {"step": 0, **evaluation(0.5)},
         {"step": 1, "reward/mean": None, "reward/a/mean": 7.0, "seconds/train": None},
         {"step": 2, "reward/mean": 1.0, "reward/a/mean": None, "reward/b/mean": 0.25, "seconds/train": 60.0},
         {"step": 3, "reward/mean": 2.0, "reward/a/mean": 0.5, "reward/c/mean": None},
         {"step": 4, "updates": 0.0},
     ]
-    summary, shown = summarize(tmp_path, rows)
+    summary, shown = summarize(tmp_path, records)
     assert summary["steps"] == 2 and summary["train_minutes"] == 1.0
     assert (summary["reward_first_fifth"], summary["reward_last_fifth"]) == (1.0, 2.0)
     assert (summary["reward_a_first_fifth"], summary["reward_a_last_fifth"]) == (None, 0.5)
@@ -257,15 +259,15 @@ def test_a_run_in_which_nothing_was_ever_scored(tmp_path):
     assert summary["steps"] == 0 and "reward_first_fifth" not in summary
 
 
-def test_a_run_whose_judge_never_scored_a_held_out_turn(tmp_path):
-    rows = [{"step": 0, "heldout/unscored": 1.0}, {"step": 1, "reward/mean": 0.5, "reward/r/criterion/x/mean": 1.0}]
-    summary, shown = summarize(tmp_path, rows)
+def test_a_run_whose_judge_never_scored_a_held_out_response(tmp_path):
+    records = [{"step": 0, "heldout/unscored": 1.0}, {"step": 1, "reward/mean": 0.5, "reward/r/criterion/x/mean": 1.0}]
+    summary, shown = summarize(tmp_path, records)
     assert summary["reward_first_fifth"] == 0.5 and not [name for name in summary if "heldout" in name]
-    assert "no held-out turn was scored" in shown and "criterion" not in shown
+    assert "no held-out response was scored" in shown and "criterion" not in shown
 
 
 def test_a_graded_measure_is_shown_beside_the_share_of_full_marks(tmp_path):
-    rows = [{"step": 0, **evaluation(0.0), "heldout/score": 0.4}, {"step": 1, "reward/mean": 0.5, **evaluation(0.5)}]
-    _, shown = summarize(tmp_path, rows)
+    records = [{"step": 0, **evaluation(0.0), "heldout/score": 0.4}, {"step": 1, "reward/mean": 0.5, **evaluation(0.5)}]
+    _, shown = summarize(tmp_path, records)
     (line,) = [line.split("│") for line in shown.splitlines() if line.startswith("held-out score")]
     assert [cell.strip() for cell in line[1:]] == ["0.400", "0.500"]

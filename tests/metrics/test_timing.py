@@ -10,7 +10,7 @@ from rolltune.metrics.timing import Phases, peak_memory_gib
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes by hand."""
+    """A clock that the test moves."""
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now
@@ -48,7 +48,7 @@ def test_no_rate_where_no_time_passed(clock):
 
 
 def test_phases_wait_for_the_accelerator(clock, monkeypatch):
-    """Kernels are queued: the phase that launched them must not hand their time to the next."""
+    """Kernels are queued: their time belongs to the phase that launched them."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: clock.__setitem__(0, clock[0] + 7.0))
     phases = Phases()

@@ -6,9 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from rolltune.batch import TrainGroup, TrainSequence, pack
 from rolltune.config.schema import LoRAConfig, ModelConfig
-from rolltune.eval.samples import load_for_sampling
 from rolltune.model.fp32_head import FP32Head
-from rolltune.model.load import DTYPES, load_model
+from rolltune.model.load import DTYPES, load_for_sampling, load_model
 from rolltune.model.policy import build_policy
 from rolltune.samplers.native import NativeSampler
 from rolltune.types import Prompt, SampleRequest, SamplingParams

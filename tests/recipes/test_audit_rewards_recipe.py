@@ -1,4 +1,4 @@
-"""The audit as a command: what it finds, and what it ends with."""
+"""The audit as a command: what it finds, and its exit status."""
 
 import json
 
@@ -13,7 +13,7 @@ PLANTED = '''
 from rolltune.types import Score
 
 def contains(problem, text):
-    """The gold answer anywhere in the answer block: lists of guesses, more digits, denials, all of it is right."""
+    """The gold answer anywhere in the answer block: accepts lists of guesses, extra digits and denials."""
     return Score(total=float(problem.answer in text.rpartition("<answer>")[2]))
 
 def anywhere(problem, text):
@@ -23,7 +23,7 @@ def too_strict(problem, text):
     return Score(total=float(text.endswith(f"<answer>{problem.answer}</answer>")))
 
 def last_message(problem, text):
-    """Looks at the question, as a reward may."""
+    """Reads the question, as a reward may."""
     assert problem.messages[-1]["role"] == "user"
     return too_strict(problem, text)
 
@@ -84,11 +84,11 @@ def test_the_default_rewards_pass(audit, capsys):
     assert "answer: 0 false negatives, 0 false positives" in shown
     assert "not audited" not in shown
     right, wrong = shown.partition("format: 0 false")[::2]
-    assert "wrong  guess_list" in right and "wrong  " not in wrong  # the format judges no answers
+    assert "wrong  guess_list" in right and "wrong  " not in wrong  # the format does not depend on the answer
 
 
 @pytest.mark.parametrize("name", ["contains", "anywhere"])
-def test_a_reward_that_looks_for_the_answer_is_found_out(audit, capsys, name):
+def test_a_reward_that_searches_for_the_answer_fails(audit, capsys, name):
     status, found = audit(DEFAULT | planted(name))
     assert status == 1
     assert found["answer"] == found["format"] == {"false_negatives": 0, "false_positives": 0}
@@ -98,7 +98,7 @@ def test_a_reward_that_looks_for_the_answer_is_found_out(audit, capsys, name):
     assert "wrong guess_list, sums/train/seed0/0: scored 1: " in shown
 
 
-def test_a_reward_that_is_too_strict_is_found_out(audit):
+def test_a_reward_that_is_too_strict_fails(audit):
     status, found = audit(planted("too_strict"))
     assert (
         status == 1 and found["too_strict"]["false_negatives"] >= 12 * 6 and not found["too_strict"]["false_positives"]
@@ -114,23 +114,24 @@ def test_a_reward_may_look_at_the_question(audit):
     assert audit(planted("last_message"))[0] == 1
 
 
-def test_what_cannot_be_judged_by_a_right_turn_is_left_out_and_said(audit, capsys):
+def test_rewards_that_give_a_right_response_less_than_1_are_left_out(audit, capsys):
     loops = {"loops": {"_component_": "rolltune.rewards.repetition.repetition_reward"}}
     status, found = audit(DEFAULT | loops | planted("by_length") | planted("penalty"))
     assert status == 0 and set(found) == set(DEFAULT)
     shown = capsys.readouterr().out
-    assert "not audited, as a right turn is not worth 1 by its text alone: by_length, loops, penalty" in shown
-    with pytest.raises(ValueError, match="rewards: none of by_length, penalty gives a right turn 1 by its text alone"):
+    (line,) = (line for line in shown.splitlines() if "not audited" in line)
+    assert line.endswith("by_length, loops, penalty")
+    with pytest.raises(ValueError, match="rewards: none of by_length, penalty"):
         audit(planted("by_length") | planted("penalty"))
 
 
-def test_doubled_braces_are_single_ones_as_everywhere_else(audit):
-    """answer_format is a format string: what the self-test writes as \\boxed{4} is audited as \\boxed{4}."""
+def test_doubled_braces_are_single_ones(audit):
+    """answer_format is a format string here as in the self-test, which writes \\boxed{4}."""
     answer_format = "<think>{solution}</think>\n<answer>\\boxed{{{answer}}}</answer>"
     status, found = audit(DEFAULT, answer_format=answer_format)
     assert status == 0 and not found["answer"]["false_negatives"]
     status, found = audit(planted("boxed"), answer_format=answer_format)
-    assert found["boxed"]["false_negatives"] < 12 * 11  # the plain spelling at least is taken
+    assert found["boxed"]["false_negatives"] < 12 * 11  # at least the plain spelling is accepted
 
 
 def test_the_first_problems_and_the_seed(audit, capsys):
@@ -142,4 +143,4 @@ def test_the_first_problems_and_the_seed(audit, capsys):
 
 def test_dry_run_writes_nothing(audit, capsys):
     assert audit(planted("anywhere"), dry_run=True) == (0, None)
-    assert "dry run: ; nothing was audited" in capsys.readouterr().out
+    assert "nothing was audited" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Greedy accuracy on held-out problems: the measure that no training reward enters."""
+"""Greedy accuracy on held-out problems, which no training reward affects."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def sample_greedy(
     world: World,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[Problem, Completion]]:
-    """One greedy completion of each problem of this rank's share.
+    """Sample one greedy completion of each problem in this rank's share.
 
     Args:
-        problems: of all ranks; each rank takes its share.
-        render: problem to prompt.
-        sampler: current with the policy.
-        params: greedy.
-        world: all ranks call this.
+        problems: problems of all ranks.
+        render: renders a problem as a prompt.
+        sampler: sampler that holds the policy's current weights.
+        params: greedy sampling parameters.
+        world: all ranks must call this.
         on_progress: called with (completions done, completions in all).
     """
     mine = world.shard(problems)
@@ -38,55 +38,55 @@ def sample_greedy(
 
 
 def score_heldout(
-    turns: Sequence[tuple[Problem, Completion]], *, reward: WeightedReward, world: World
+    responses: Sequence[tuple[Problem, Completion]], *, reward: WeightedReward, world: World
 ) -> dict[str, float]:
-    """Greedy turns judged strictly and leniently.
+    """Score greedy responses strictly and leniently.
 
-    Both measures are reported because most of an early gain in the strict one is format.
+    Both are reported because an early gain of the strict measure is mostly format.
 
     Args:
-        turns: this rank's, with their problems.
-        reward: of two: ``correct``, by which a turn is right where it gives 1, and, where it is there, ``lenient``, the
-            same whatever the form of the answer.
-        world: all ranks call this.
+        responses: this rank's completions with their problems.
+        reward: a sum of two rewards: ``correct``, the strict measure, by which a response is right if it gives 1, and
+            optionally ``lenient``, the same whatever the form of the answer.
+        world: all ranks must call this.
 
     Returns:
-        ``heldout/...`` metrics over all ranks: accuracy with its Wilson 95 % interval, the mean score (which is the
-        accuracy where nothing lies between 0 and 1), lenient accuracy, share of turns in the exact format, mean length
-        in tokens, share of completions that were cut, and the share that the strict measure left unscored. Unscored
-        turns count in none of the first three, which are missing where there is no other.
+        ``heldout/...`` metrics over all ranks: accuracy with its Wilson 95 % interval, mean score (equal to the
+        accuracy unless the strict measure gives values between 0 and 1), lenient accuracy, share of responses in the
+        exact format, mean length in tokens, share of truncated completions, and share that the strict measure left
+        unscored. Unscored responses do not count in the first three, which are missing if no response was scored.
     """
-    begun = [reward.begin(problem, completion) for problem, completion in turns]  # all, before any is waited for
+    begun = [reward.begin(problem, completion) for problem, completion in responses]  # all start before any is awaited
     scores = [reward.finish(pending) for pending in begun]
     strict = [score.parts["correct"] for score in scores]
-    loose = [score.parts.get("lenient") for score in scores]
-    num_correct, num_scored, score, num_lenient, num_loose, num_formatted, tokens, cut, total = world.sum(
+    lenient = [score.parts.get("lenient") for score in scores]
+    num_correct, num_strict, score, num_lenient_correct, num_lenient, num_formatted, tokens, cut, total = world.sum(
         [
             sum(score == 1.0 for score in strict),
             sum(score is not None for score in strict),
             sum(score for score in strict if score is not None),
-            sum(score == 1.0 for score in loose),
-            sum(score is not None for score in loose),
-            sum(format_reward(problem, c.text).total == 1.0 for problem, c in turns),
-            sum(len(c.token_ids) for _, c in turns),
-            sum(c.finish_reason == "length" for _, c in turns),
-            len(turns),
+            sum(score == 1.0 for score in lenient),
+            sum(score is not None for score in lenient),
+            sum(format_reward(problem, c.text).total == 1.0 for problem, c in responses),
+            sum(len(c.token_ids) for _, c in responses),
+            sum(c.finish_reason == "length" for _, c in responses),
+            len(responses),
         ]
     )
     metrics = {
         "heldout/format": num_formatted / total,
         "heldout/length_mean": tokens / total,
         "heldout/truncated": cut / total,
-        "heldout/unscored": 1.0 - num_scored / total,
+        "heldout/unscored": 1.0 - num_strict / total,
     }
-    if num_scored:
-        low, high = accuracy_interval(int(num_correct), int(num_scored))
+    if num_strict:
+        low, high = accuracy_interval(int(num_correct), int(num_strict))
         metrics |= {
-            "heldout/score": score / num_scored,
-            "heldout/accuracy": num_correct / num_scored,
+            "heldout/score": score / num_strict,
+            "heldout/accuracy": num_correct / num_strict,
             "heldout/accuracy_low": low,
             "heldout/accuracy_high": high,
         }
-    if num_loose:
-        metrics["heldout/lenient_accuracy"] = num_lenient / num_loose
+    if num_lenient:
+        metrics["heldout/lenient_accuracy"] = num_lenient_correct / num_lenient
     return metrics

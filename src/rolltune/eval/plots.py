@@ -1,4 +1,4 @@
-"""The plots of an evaluation: pass@k, accuracy by length, behaviours; one colour a model, bands and bars of 95 %."""
+"""Plots of an evaluation: pass@k, accuracy by length, behaviours. One colour per model; bands and bars are 95 %."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rolltune.eval.comparison import Evaluation
 from rolltune.eval.passk import Estimate
-from rolltune.metrics.curves import COLORS, save_figure, style_axes, title_axes
+from rolltune.eval.results import Evaluation
+from rolltune.metrics.plotting import COLORS, new_figure, save_figure, style_axes, title_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,10 +27,7 @@ def plot_evaluation(evaluation: Evaluation, output_dir: Path) -> list[Path]:
 
 
 def _plot(evaluation: Evaluation, path: Path, draw: Callable[[Axes, Evaluation], None]) -> Path:
-    from matplotlib.figure import Figure  # without pyplot: no global state, no display
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure = Figure(figsize=(6.4, 4.2), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12), facecolor="white")
+    figure = new_figure(6.4, 4.2)
     axes = figure.add_subplot()
     style_axes(axes, xlabel="")
     draw(axes, evaluation)
@@ -52,10 +49,8 @@ def _pass_at_k(axes: Axes, evaluation: Evaluation) -> None:
     ks = sorted(evaluation.ks)
     for number, model in enumerate(evaluation.models):
         points = [model.metrics[f"pass@{k}"] for k in ks]
-        axes.plot(
-            ks, [p.mean for p in points], color=_color(number), linewidth=1.8, marker="o", markersize=3.5,
-            label=model.name,
-        )  # fmt: skip
+        style = {"color": _color(number), "linewidth": 1.8, "marker": "o", "markersize": 3.5}
+        axes.plot(ks, [p.mean for p in points], label=model.name, **style)
         axes.fill_between(
             ks, [p.low for p in points], [p.high for p in points], color=_color(number), alpha=0.15, linewidth=0
         )
@@ -85,7 +80,7 @@ def _accuracy_by_length(axes: Axes, evaluation: Evaluation) -> None:
 
 
 def _behaviours(axes: Axes, evaluation: Evaluation) -> None:
-    title_axes(axes, "Behaviours", f"occurrences in a completion; {_size(evaluation)}")
+    title_axes(axes, "Behaviours", f"occurrences per completion; {_size(evaluation)}")
     names = list(evaluation.models[0].behaviours)
     width = 0.8 / len(evaluation.models)
     for number, model in enumerate(evaluation.models):
@@ -103,5 +98,5 @@ def _behaviours(axes: Axes, evaluation: Evaluation) -> None:
 
 
 def _errors(estimates: Sequence[Estimate]) -> list[list[float]]:
-    """Lengths of the bars below and above the means. Rounding can put an end on the wrong side of its mean."""
+    """Return the lengths of the error bars, below and above the means; rounding can put an end past its mean."""
     return [[max(0.0, e.mean - e.low) for e in estimates], [max(0.0, e.high - e.mean) for e in estimates]]

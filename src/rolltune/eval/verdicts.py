@@ -1,6 +1,6 @@
-"""Verdicts on the samples of a model: by the parsers alone, without a model, as often as one likes.
+"""Verdicts on a model's samples, by verifiers that only read text: no model is loaded.
 
-A verdict that a checker did not reach (a total of None) is NaN and never taken for 0.
+A response that a verifier leaves unscored (a total of None) has the verdict NaN. It never counts as 0.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rolltune.eval.samples import ProblemSamples, Response
+from rolltune.eval.sample_cache import ProblemSamples, Response
 from rolltune.rewards.answer import voted_answer
 from rolltune.types import Problem, Reward
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdicts:
-    """Turns judged; float64 [problems] of greedy turns, [problems, samples] of sampled ones.
+    """Verdicts on responses; each array is float64, [problems] for greedy and [problems, samples] for sampled ones.
 
     Attributes:
-        correct: 1 or 0; NaN for unscored.
-        lenient: the same, whatever the form of the answer.
-        format: the same for the form alone.
-        tokens: sampled.
-        truncated: 1 where the turn was cut at the limit.
+        correct: 1 or 0 by the strict measure; NaN for unscored.
+        lenient: 1 or 0 whatever the form of the answer; NaN for unscored.
+        format: 1 or 0 for the form only; NaN for unscored.
+        tokens: number of sampled tokens.
+        truncated: 1 if the response was cut at the token limit.
     """
 
     correct: np.ndarray
@@ -39,11 +39,11 @@ class VerifiedModel:
     """One model's verdicts on all problems.
 
     Attributes:
-        name: of the model.
-        greedy: [problems].
-        sampled: [problems, samples].
-        votes: for each problem, what each of its samples votes for; None for no vote.
-        texts: for each problem, the text of each of its samples.
+        name: name of the model.
+        greedy: verdicts on the greedy responses, [problems].
+        sampled: verdicts on the samples, [problems, samples].
+        votes: for each problem, the answer that each sample votes for; None for no vote.
+        texts: for each problem, the text of each sample.
     """
 
     name: str
@@ -54,7 +54,7 @@ class VerifiedModel:
 
     @property
     def solve_rates(self) -> np.ndarray:
-        """Share of right samples, float64 [problems]; NaN where none was scored."""
+        """Share of correct samples, float64 [problems]; NaN where none was scored."""
         return means_without_nan(self.sampled.correct)
 
 
@@ -67,47 +67,45 @@ def verify(
     lenient: Reward,
     format: Reward,
 ) -> VerifiedModel:
-    """Judge everything that one model wrote.
+    """Verify every response of one model.
 
     Args:
-        name: of the model.
-        problems: with gold answers.
-        found: its samples by problem id; other problems are ignored.
-        correct: a turn is right where it gives 1.
-        lenient: the same.
-        format: a turn is well-formed where it gives 1.
+        name: name of the model.
+        problems: problems with gold answers.
+        found: the model's samples by problem id; other problems are ignored.
+        correct: strict measure; a response is correct if the total is 1.
+        lenient: lenient measure; the same.
+        format: a response is in the exact format if the total is 1.
     """
-    rows = [found[problem.id] for problem in problems]
+    samples = [found[problem.id] for problem in problems]
 
-    def verdicts_on(turns: Sequence[Sequence[Response]]) -> Verdicts:
-        def totals(reward: Reward) -> np.ndarray:
+    def verdicts_on(responses: Sequence[Sequence[Response]]) -> Verdicts:
+        def verdicts(reward: Reward) -> np.ndarray:
             return np.array(
                 [
-                    [_verdict(reward, problem, turn.text) for turn in of_problem]
-                    for problem, of_problem in zip(problems, turns, strict=True)
+                    [_verdict(reward, problem, response.text) for response in of_problem]
+                    for problem, of_problem in zip(problems, responses, strict=True)
                 ]
             )
 
         return Verdicts(
-            correct=totals(correct),
-            lenient=totals(lenient),
-            format=totals(format),
-            tokens=np.array([[float(turn.tokens) for turn in of_problem] for of_problem in turns]),
-            truncated=np.array(
-                [[float(turn.finish_reason == "length") for turn in of_problem] for of_problem in turns]
-            ),
+            correct=verdicts(correct),
+            lenient=verdicts(lenient),
+            format=verdicts(format),
+            tokens=np.array([[float(response.tokens) for response in of_problem] for of_problem in responses]),
+            truncated=np.array([[float(r.finish_reason == "length") for r in of_problem] for of_problem in responses]),
         )
 
-    greedy = verdicts_on([[row.greedy] for row in rows])
+    greedy = verdicts_on([[of_problem.greedy] for of_problem in samples])
     return VerifiedModel(
         name=name,
         greedy=Verdicts(**{key: value[:, 0] for key, value in vars(greedy).items()}),
-        sampled=verdicts_on([row.samples for row in rows]),
+        sampled=verdicts_on([of_problem.samples for of_problem in samples]),
         votes=[
-            [voted_answer(problem, turn.text) for turn in row.samples]
-            for problem, row in zip(problems, rows, strict=True)
+            [voted_answer(problem, response.text) for response in of_problem.samples]
+            for problem, of_problem in zip(problems, samples, strict=True)
         ],
-        texts=[[turn.text for turn in row.samples] for row in rows],
+        texts=[[response.text for response in of_problem.samples] for of_problem in samples],
     )
 
 
@@ -117,7 +115,7 @@ def _verdict(reward: Reward, problem: Problem, text: str) -> float:
 
 
 def means_without_nan(values: np.ndarray) -> np.ndarray:
-    """Mean of each row without its NaNs; NaN where there is nothing else."""
+    """Average each row of a matrix over its values that are not NaN; NaN if it has none."""
     known = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         return np.where(known, values, 0.0).sum(axis=1) / known.sum(axis=1)

@@ -1,1 +1,1 @@
-"""Numbers of a run: the log, metrics of a step, the summary, curves, progress, timing."""
+"""Metrics of a run: the log, the metrics of a step, sample files, the summary, curves, progress and timing."""

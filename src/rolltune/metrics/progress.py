@@ -1,4 +1,4 @@
-"""The progress of a run, shown while it goes on."""
+"""Progress bars of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.text import Text
 
 
 class Progress:
-    """Progress bars with the time left, and the last numbers under them. Not on a terminal: one plain line a step.
+    """Progress bars with the time left and the last step's numbers. Without a terminal: one plain line per step.
 
     Example:
         >>> with Progress(2, stream=sys.stdout) as progress:  # doctest: +SKIP
@@ -27,9 +27,9 @@ class Progress:
         step 1/2 | reward 0.42 | kl 0.003 | 7.1 s/step | 0:00:07 left
 
     Args:
-        total_steps: steps of the whole run.
-        start: steps done before this process, by the run that it resumes.
-        stream: where to write; None for stdout.
+        total_steps: number of steps of the whole run.
+        start: number of steps done before this process, if it resumes a run.
+        stream: stream to write to; None for stdout.
         enabled: False shows nothing.
     """
 
@@ -52,11 +52,11 @@ class Progress:
             TimeRemainingColumn(),
             console=console,
             expand=True,
-            speed_estimate_period=24 * 3600,  # the default of 30 s forgets steps that take longer than that
+            speed_estimate_period=24 * 3600,  # the default of 30 s loses steps that take longer
         )
         self._steps = self._bars.add_task("steps", total=total_steps, completed=start)
         self._phase = self._bars.add_task("", total=None, visible=False)
-        # rich prints what the program prints above the bars, as long as it goes to sys.stdout or sys.stderr.
+        # rich shows the program's own output above the bars if it goes to sys.stdout or sys.stderr.
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4)
 
     def _render(self) -> RenderableType:
@@ -79,14 +79,14 @@ class Progress:
             self._live.stop()
 
     def phase(self, name: str, total: int | None = None) -> Callable[[int, int], None]:
-        """Begin a part of a step, such as "sampling".
+        """Start a phase of a step, such as "sampling".
 
         Args:
-            name: shown beside the bar.
-            total: units of work in it; None where only the first call of the returned function tells.
+            name: label of the bar.
+            total: units of work; None if it is unknown until the first call of the returned function.
 
         Returns:
-            A function of (units done, total units) to be called as the work goes on.
+            A function to call with (units done, units in all).
         """
         if self._live is None:
             return lambda done, total: None
@@ -94,11 +94,11 @@ class Progress:
         return lambda done, total: self._bars.update(self._phase, completed=done, total=total)
 
     def step(self, step: int, summary: Mapping[str, float | str]) -> None:
-        """Show the numbers of a step that is done.
+        """Show the numbers of a finished step.
 
         Args:
-            step: steps done so far, from 1.
-            summary: label to value, in the order shown.
+            step: number of steps done, from 1.
+            summary: values by label, in the order shown.
         """
         pace = (time.monotonic() - self._began) / max(1, step - self._start)
         parts = [f"{name} {_short(value)}" for name, value in summary.items()] + [f"{pace:.1f} s/step"]
@@ -111,7 +111,7 @@ class Progress:
 
 
 def _short(value: float | str) -> str:
-    """A number in at most a few characters: 0.42, 61.3, 1250."""
+    """Format a number with three significant digits, or as an integer from 100 up: 0.42, 61.3, 1250."""
     if isinstance(value, str):
         return value
     return f"{value:.0f}" if abs(value) >= 100 and math.isfinite(value) else f"{value:.3g}"

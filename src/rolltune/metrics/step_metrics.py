@@ -1,4 +1,4 @@
-"""Numbers for people: a step's metrics, the live line, the run's summary."""
+"""Metrics of one training step, over all ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rolltune.rollout import Rollout, has_signal, is_trainable
 
 
 def rollout_metrics(rollout: Rollout, world: World) -> dict[str, float]:
-    """What was sampled, over all ranks: rewards and their parts, failures, lengths and what they earn, groups."""
+    """Compute the metrics of the sampled completions: rewards and their parts, failures, lengths, groups."""
     values: dict[str, list[float]] = defaultdict(list)
     failures: dict[str, float] = defaultdict(float)
     for group in rollout.sampled:
@@ -32,7 +32,7 @@ def rollout_metrics(rollout: Rollout, world: World) -> dict[str, float]:
     completions = len(values["reward/unscored"])
     moments = {name: (len(v), sum(v), sum(x * x for x in v)) for name, v in values.items()}
     moments |= {name: (completions, count, 0.0) for name, count in failures.items()}
-    names = sorted(set(world.gather(moments)))  # a failure may have been seen by one rank alone
+    names = sorted(set(world.gather(moments)))  # other ranks may have seen other failures
     absent = {name: (completions if name.startswith("failures/") else 0, 0.0, 0.0) for name in names}
     sums = world.sum([x for name in names for x in (absent | moments)[name]])
     metrics = _length_correlation(rollout, world)
@@ -48,10 +48,10 @@ def rollout_metrics(rollout: Rollout, world: World) -> dict[str, float]:
 
 
 def _length_correlation(rollout: Rollout, world: World) -> dict[str, float]:
-    """Pearson's correlation of reward and completion length within groups, over all ranks.
+    """Compute Pearson's correlation of reward and completion length within groups.
 
-    Both are centred by their group's mean over its scored completions: that answers to hard problems are long and bad
-    does not count. Near 1 the reward pays for length. Missing where rewards or lengths do not differ in any group.
+    Both are centred by the mean of their group's scored completions. So long completions with low rewards on hard
+    problems do not count. Near 1 the reward favours length. Missing if rewards or lengths do not vary in any group.
     """
     products, rewards, lengths = 0.0, 0.0, 0.0
     for group in (group.scored() for group in rollout.sampled):
@@ -67,15 +67,15 @@ def _length_correlation(rollout: Rollout, world: World) -> dict[str, float]:
 
 def _centred(values: Sequence[float]) -> list[float]:
     if not values or min(values) == max(values):
-        return [0.0] * len(values)  # exactly, where a rounded mean would leave a variance of 1e-34
+        return [0.0] * len(values)  # a rounded mean would leave a variance of 1e-34
     mean = statistics.fmean(values)
     return [value - mean for value in values]
 
 
 def update_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """One step's updates as one row: extremes of extremes, the last rate and loss scale, means of the rest.
+    """Merge the metrics of one step's updates: extremes of extremes, the last lr and loss scale, means of the rest.
 
-    "updates" are those that stepped the weights.
+    The metric "updates" counts the updates that stepped the weights.
     """
     metrics = {"updates": sum(1.0 - update.get("skipped_step", 0.0) for update in updates if update)}
     for name in sorted({name for update in updates for name in update}):

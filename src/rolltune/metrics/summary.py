@@ -1,4 +1,4 @@
-"""What a person reads of a run: the live line, and the summary at its end."""
+"""The numbers shown while a run goes on, and the summary at its end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rolltune.metrics.log import read_metrics
 
 
 def live_line(metrics: dict[str, float]) -> dict[str, float]:
-    """The few numbers that are watched while a run goes on."""
+    """Select the few metrics that the progress line shows, by label."""
     names = {
         "reward": "reward/mean",
         "loss": "loss",
@@ -26,28 +26,28 @@ def live_line(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def write_summary(output_dir: Path, console: Console) -> dict:
-    """``summary.json``: rewards of the first and last fifth of the steps, held-out accuracy before and after.
+    """Write ``summary.json``: rewards of the first and last fifth of the steps, held-out accuracy before and after.
 
-    Read back from metrics.jsonl, so a resumed run's summary covers all of its parts.
+    It is computed from ``metrics.jsonl``, so the summary of a resumed run covers the whole run.
     """
-    rows = read_metrics(output_dir)
-    steps = [row for row in rows if row.get("reward/mean") is not None]
+    records = read_metrics(output_dir)
+    steps = [record for record in records if record.get("reward/mean") is not None]
     fifth = max(1, len(steps) // 5)
-    evaluations = [row for row in rows if row.get("heldout/accuracy") is not None]
-    seconds = sum(value or 0.0 for row in rows for name, value in row.items() if name.startswith("seconds/"))
+    evaluations = [record for record in records if record.get("heldout/accuracy") is not None]
+    seconds = sum(value or 0.0 for record in records for name, value in record.items() if name.startswith("seconds/"))
     summary: dict = {"steps": len(steps), "train_minutes": seconds / 60}
-    means = {name for row in steps for name in row if name.startswith("reward/") and name.endswith("/mean")}
-    for name in sorted(name for name in means if "/criterion/" not in name):  # of which there may be hundreds
+    means = {name for record in steps for name in record if name.startswith("reward/") and name.endswith("/mean")}
+    for name in sorted(name for name in means if "/criterion/" not in name):  # there may be hundreds of criteria
         key = name.removesuffix("/mean").replace("/", "_")
         for label, part in (("first", steps[:fifth]), ("last", steps[-fifth:])):
-            seen = [row[name] for row in part if row.get(name) is not None]  # a part may have been unscored throughout
+            seen = [record[name] for record in part if record.get(name) is not None]
             summary[f"{key}_{label}_fifth"] = statistics.fmean(seen) if seen else None
-    if evaluations:  # a judge may have left every held-out turn unscored
-        for label, row in (("before", evaluations[0]), ("after", evaluations[-1])):
-            summary[f"heldout_{label}"] = row["heldout/accuracy"]
-            summary[f"heldout_{label}_interval"] = [row["heldout/accuracy_low"], row["heldout/accuracy_high"]]
-            summary[f"heldout_{label}_score"] = row["heldout/score"]
-        best = max(evaluations[1:] or evaluations, key=lambda row: row["heldout/score"])
+    if evaluations:  # a judge may have left every held-out response unscored
+        for label, record in (("before", evaluations[0]), ("after", evaluations[-1])):
+            summary[f"heldout_{label}"] = record["heldout/accuracy"]
+            summary[f"heldout_{label}_interval"] = [record["heldout/accuracy_low"], record["heldout/accuracy_high"]]
+            summary[f"heldout_{label}_score"] = record["heldout/score"]
+        best = max(evaluations[1:] or evaluations, key=lambda record: record["heldout/score"])
         summary |= {"heldout_best": best["heldout/score"], "heldout_best_step": best["step"]}
     write_json_atomic(output_dir / "summary.json", summary)
     _print_summary(summary, output_dir, console)
@@ -60,7 +60,7 @@ def _print_summary(summary: dict, output_dir: Path, console: Console) -> None:
         name = key.removesuffix("_first_fifth")
         means = (summary[key], summary[f"{name}_last_fifth"])
         table.add_row(name.replace("_", " "), *("-" if mean is None else f"{mean:.3f}" for mean in means))
-    best = "no held-out turn was scored"
+    best = "no held-out response was scored"
     if "heldout_best" in summary:
         labels = ("before", "after")
         cells = []

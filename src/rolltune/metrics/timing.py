@@ -1,4 +1,4 @@
-"""Seconds and tokens of each phase of a step, and peak memory."""
+"""Seconds and tokens per second of each phase of a step, and peak memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 class Phases:
-    """Adds up the seconds of named phases.
+    """Add up the seconds of named phases.
 
     Example:
         >>> phases = Phases()
@@ -33,11 +33,11 @@ class Phases:
             yield
         finally:
             if torch.cuda.is_available():
-                torch.cuda.synchronize()  # work is queued: without this a phase pays for the one before it
+                torch.cuda.synchronize()  # kernels are queued: without this, the next phase would be charged for them
             self.seconds[name] += time.perf_counter() - start
 
     def metrics(self, **tokens: float) -> dict[str, float]:
-        """Seconds of every phase, and tokens a second of those whose token count is given."""
+        """Return the seconds of every phase, and tokens per second of the phases whose token count is given."""
         seconds = {f"seconds/{name}": value for name, value in self.seconds.items()}
         rates = {
             f"tokens_per_second/{name}": n / self.seconds[name] for name, n in tokens.items() if self.seconds[name]
@@ -46,8 +46,8 @@ class Phases:
 
 
 def peak_memory_gib() -> float:
-    """Highest memory so far: of the accelerator where there is one, else of the process (resident set)."""
+    """Return the peak memory so far: of the accelerator if there is one, else of the process (resident set)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -161,6 +161,18 @@ def load_model(
     return model.to(device)  # pyright: ignore[reportArgumentType]  transformers wraps it in a type of its own
 
 
+def load_for_sampling(
+    path: str, *, dtype: str, device: torch.device, fp32_head: bool = False
+) -> PreTrainedModel | PeftModel:
+    """Load a full model, or an adapter on its base, in eval mode and without gradients."""
+    source = resolve_model(path)
+    base = adapter_base(source)
+    model = load_model(base or source, dtype=dtype, device=device, fp32_head=fp32_head)
+    if base is not None:
+        model = PeftModel.from_pretrained(model, source)
+    return model.requires_grad_(False).eval()
+
+
 def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The causal LM itself, its layers adapted where peft has wrapped it."""
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -23,8 +23,8 @@ from rolltune.config.schema import (
 from rolltune.data.dataset import ProblemStream, overlap
 from rolltune.distributed import World
 from rolltune.errors import ConfigError
-from rolltune.eval.samples import load_for_sampling
 from rolltune.loss_scale import LossScale
+from rolltune.model.load import load_for_sampling
 from rolltune.model.policy import Policy
 from rolltune.prompts import render_prompt
 from rolltune.rewards.checks.overoptimization import OveroptimizationMonitor

@@ -1,25 +1,20 @@
-"""The numbers of an evaluation for people: tables in the terminal, plain text where the output is piped."""
+"""The tables of an evaluation: boxes on a terminal, Markdown when the output is piped."""
 
 from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from rolltune.eval.comparison import Bin, Evaluation, ModelResult
 from rolltune.eval.passk import Estimate
+from rolltune.eval.results import Bin, Evaluation, ModelResult
 
-_PLAIN_WIDTH = 200  # of a pipe or file: nobody's window, so no cell has to be broken
-_SECONDS_BETWEEN_LINES = 30
+_PLAIN_WIDTH = 200  # columns in a pipe or file, wide enough that no cell is wrapped
 _LABELS = {
     "accuracy": "accuracy",
     "lenient_accuracy": "lenient accuracy",
@@ -30,19 +25,12 @@ _LABELS = {
 
 
 def make_console() -> Console:
-    """A console as wide as the terminal; wide where there is none."""
+    """Make a console as wide as the terminal, or wide enough for whole tables if stdout is not a terminal."""
     return Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH)
 
 
-def results_json(evaluation: Evaluation) -> dict[str, Any]:
-    """All numbers, as ``results.json`` has them."""
-    tree = asdict(evaluation)
-    tree["models"] = {model.pop("name"): model for model in tree["models"]}
-    return tree
-
-
-def print_report(evaluation: Evaluation, console: Console) -> None:
-    """All tables but the accuracy by length, which is a plot. Into a pipe they go as Markdown."""
+def print_tables(evaluation: Evaluation, console: Console) -> None:
+    """Print all tables and the notes. Accuracy by length has a plot instead of a table."""
     models, size = evaluation.models, f"{evaluation.problems} problems, {evaluation.samples} samples of each"
     _print(console, f"{size}; greedy: 1 of each", _main_table(evaluation))
     if evaluation.comparisons:
@@ -54,7 +42,7 @@ def print_report(evaluation: Evaluation, console: Console) -> None:
     _print_bins(console, title, models, lambda model: model.by_solution_length)
     _print(console, f"behaviours by the counter; {size}", _behaviours_table(evaluation))
     if any(model.classified for model in models):
-        _print(console, "behaviours in a completion by the classifier", _classified_table(evaluation))
+        _print(console, "behaviours per completion by the classifier", _classified_table(evaluation))
     console.print()
     for note in evaluation.notes:
         console.print(Text(note, style="dim"), soft_wrap=True)
@@ -76,7 +64,7 @@ def _table(*columns: str) -> Table:
 
 
 def _main_table(evaluation: Evaluation) -> Table:
-    """Metrics down, models across."""
+    """One row per metric, one column per model."""
     table = _table("", *(model.name for model in evaluation.models))
     for metric in dict.fromkeys(metric for model in evaluation.models for metric in model.metrics):
         cells = [_cell(model.metrics.get(metric), evaluation.problems) for model in evaluation.models]
@@ -90,7 +78,7 @@ def _label(metric: str) -> str:
 
 
 def _cell(estimate: Estimate | None, problems: int | None = None) -> str:
-    """``0.412 [0.350, 0.470]``, with its number of problems where that is not ``problems``."""
+    """Format an estimate as ``0.412 [0.350, 0.470]``, with its number of problems if that is not ``problems``."""
     if estimate is None or math.isnan(estimate.mean):
         return "-"
     digits = 3 if abs(estimate.mean) < 10 else 1
@@ -117,22 +105,22 @@ def _differences_table(evaluation: Evaluation) -> Table:
 def _print_bins(
     console: Console, title: str, models: Sequence[ModelResult], bins: Callable[[ModelResult], list[Bin]]
 ) -> None:
-    """Groups of problems down, models across; nothing where all problems are of one group."""
+    """Print one row per bin and one column per model; nothing if all problems share one bin."""
     by_model = [{part.label: part.accuracy for part in bins(model)} for model in models]
-    labels = dict.fromkeys(label for parts in by_model for label in parts)
+    labels = dict.fromkeys(label for accuracies in by_model for label in accuracies)
     if len(labels) < 2:
         return
     table = _table("", "problems", *(model.name for model in models))
     for label in labels:
-        problems = max(parts[label].problems for parts in by_model if label in parts)
-        table.add_row(label, str(problems), *(_cell(parts.get(label), problems) for parts in by_model))
+        problems = max(accuracies[label].problems for accuracies in by_model if label in accuracies)
+        table.add_row(label, str(problems), *(_cell(accuracies.get(label), problems) for accuracies in by_model))
     _print(console, title, table)
 
 
 def _behaviours_table(evaluation: Evaluation) -> Table:
     table = _table("", *(model.name for model in evaluation.models))
     for name in evaluation.models[0].behaviours:
-        for measure, label in (("mean", "in a completion"), ("any", "share with any")):
+        for measure, label in (("mean", "per completion"), ("any", "share with any")):
             cells = [_cell(getattr(m.behaviours[name], measure), evaluation.problems) for m in evaluation.models]
             table.add_row(f"{name.replace('_', ' ')}, {label}", *cells)
     return table
@@ -147,65 +135,3 @@ def _classified_table(evaluation: Evaluation) -> Table:
         cells = [_cell(c.mean.get(name), evaluation.problems) for c in classified.values()]
         table.add_row(name.replace("_", " "), *cells)
     return table
-
-
-class SamplingProgress:
-    """A bar of the completions of one model after another; without a terminal, a line now and then.
-
-    Args:
-        models: how many there are.
-        enabled: False shows nothing, for the ranks behind the first.
-    """
-
-    def __init__(self, models: int, *, enabled: bool) -> None:
-        self._models = models
-        self._enabled = enabled
-        self._is_live = enabled and sys.stdout.isatty()
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=make_console(),
-            expand=True,
-            disable=not self._is_live,
-            speed_estimate_period=24 * 3600,  # the default of 30 s forgets blocks that take longer than that
-        )
-
-    def __enter__(self) -> SamplingProgress:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bars.stop()
-
-    def say(self, number: int, name: str, text: str) -> None:
-        """One line about a model."""
-        if self._enabled:
-            self._bars.console.print(f"model {number} of {self._models}, {name}: {text}", markup=False, highlight=False)
-
-    def model(self, number: int, name: str) -> Callable[[int, int], None]:
-        """Begin a model.
-
-        Args:
-            number: from 1.
-            name: of the model.
-
-        Returns:
-            A function of (completions done, completions in all).
-        """
-        began = said_at = time.monotonic()
-        said = 0
-        task = self._bars.add_task(f"model {number} of {self._models}, {name}", total=None)
-
-        def update(done: int, total: int) -> None:
-            nonlocal said, said_at
-            self._bars.update(task, completed=done, total=total)
-            now = time.monotonic()
-            if not self._is_live and done > said and (now - said_at > _SECONDS_BETWEEN_LINES or done == total):
-                said, said_at = done, now
-                left = int((now - began) / max(1, done) * (total - done))
-                self.say(number, name, f"{done} of {total} completions, {left // 60}:{left % 60:02d} min left")
-
-        return update

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation, from turns written by hand."""
+"""The numbers of an evaluation, from responses written by hand."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rolltune.behaviours import BEHAVIOURS, BehaviourCounts
-from rolltune.eval.comparison import Comparison, classify, compare, default_ks, measure_model, notes, thinking
+from rolltune.behaviours import BEHAVIOURS, BehaviourCounts, thinking
+from rolltune.eval.behaviour_rates import classify
+from rolltune.eval.comparison import compare, notes
+from rolltune.eval.measures import default_ks, measure_model
 from rolltune.eval.passk import bootstrap_interval, cons_at_k
-from rolltune.eval.samples import ProblemSamples, Response
-from rolltune.eval.verdicts import Verdicts, VerifiedModel, judge
+from rolltune.eval.sample_cache import ProblemSamples, Response
+from rolltune.eval.verdicts import Verdicts, VerifiedModel, verify
 from rolltune.rewards.answer import answer_reward, lenient_answer_reward
 from rolltune.rewards.countdown import countdown_reward
 from rolltune.rewards.format import format_reward
@@ -29,7 +31,7 @@ def right(answer: str, working: str = "So") -> str:
     return f"<think>{working}</think>\n<answer>{answer}</answer>"
 
 
-def turn(text: str, tokens: int = 5, finish_reason: str = "stop") -> Response:
+def response(text: str, tokens: int = 5, finish_reason: str = "stop") -> Response:
     return Response(text=text, tokens=tokens, finish_reason=finish_reason)
 
 
@@ -42,42 +44,53 @@ WRITTEN = {
     "a": ProblemSamples(
         problem="a",
         prompt="",
-        greedy=turn(right("4"), tokens=10),
-        samples=(turn(right("4")), turn(right("$4.00")), turn("<answer>4</answer>"), turn(right("5"))),
+        greedy=response(right("4"), tokens=10),
+        samples=(response(right("4")), response(right("$4.00")), response("<answer>4</answer>"), response(right("5"))),
     ),
     "b": ProblemSamples(
         problem="b",
         prompt="",
-        greedy=turn("So it is 5", tokens=20, finish_reason="length"),
-        samples=(turn(right("4")), turn(right("4")), turn(right("5")), turn("5", tokens=9, finish_reason="length")),
+        greedy=response("So it is 5", tokens=20, finish_reason="length"),
+        samples=(
+            response(right("4")),
+            response(right("4")),
+            response(right("5")),
+            response("5", tokens=9, finish_reason="length"),
+        ),
     ),
     "c": ProblemSamples(
         problem="c",
         prompt="",
-        greedy=turn(right("7"), tokens=30),
-        samples=(turn(right("7"), tokens=1), turn(right("7")), turn(right("7")), turn("no idea", tokens=20)),
+        greedy=response(right("7"), tokens=30),
+        samples=(
+            response(right("7"), tokens=1),
+            response(right("7")),
+            response(right("7")),
+            response("no idea", tokens=20),
+        ),
     ),
 }
 
 
-def judged(problems: Sequence[Problem] = PROBLEMS, written=WRITTEN, *, name: str = "m", correct=answer_reward):
-    return judge(name, problems, written, correct=correct, lenient=lenient_answer_reward, format=format_reward)
+def verified(problems: Sequence[Problem] = PROBLEMS, written=WRITTEN, *, name: str = "m", correct=answer_reward):
+    return verify(name, problems, written, correct=correct, lenient=lenient_answer_reward, format=format_reward)
 
 
-def of_correct(name: str, rows: list[list[float]], greedy: list[float] | None = None) -> VerifiedModel:
-    """A model of which nothing but verdicts is known."""
-    correct = np.array(rows)
+def of_correct(name: str, verdicts: list[list[float]], greedy: list[float] | None = None) -> VerifiedModel:
+    """A model with verdicts only: no texts, one length, no format."""
+    correct = np.array(verdicts)
     zeros = np.zeros_like(correct)
     sampled = Verdicts(correct=correct, lenient=correct, format=zeros, tokens=zeros + 3, truncated=zeros)
     of_greedy = Verdicts(
-        correct=np.array(greedy or [row[0] for row in rows]),
+        correct=np.array(greedy or [samples[0] for samples in verdicts]),
         lenient=zeros[:, 0],
         format=zeros[:, 0],
         tokens=zeros[:, 0],
         truncated=zeros[:, 0],
     )
-    votes = [["4" if value == 1 else "5" for value in row] for row in rows]
-    return VerifiedModel(name=name, greedy=of_greedy, sampled=sampled, votes=votes, texts=[[""] * len(r) for r in rows])
+    votes = [["4" if verdict == 1 else "5" for verdict in samples] for samples in verdicts]
+    texts = [[""] * len(samples) for samples in verdicts]
+    return VerifiedModel(name=name, greedy=of_greedy, sampled=sampled, votes=votes, texts=texts)
 
 
 def problems(count: int, *, solutions: Sequence[str | None] = ()) -> list[Problem]:
@@ -89,11 +102,11 @@ def measured(model: VerifiedModel, of: Sequence[Problem] = PROBLEMS, *, baseline
     return measure_model(of, model, baseline=baseline, ks=ks, **BOOTSTRAP)
 
 
-# --- judging ----------------------------------------------------------------------------------------------------------
+# --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
 def test_verdicts_by_hand():
-    model = judged()
+    model = verified()
     assert model.greedy.correct.tolist() == [1, 0, 0]
     assert model.greedy.lenient.tolist() == [1, 1, 0]
     assert model.greedy.format.tolist() == [1, 0, 1]
@@ -108,12 +121,12 @@ def test_verdicts_by_hand():
 
 
 def test_other_problems_in_the_files_are_ignored():
-    assert judged(PROBLEMS[1:2]).solve_rates.tolist() == [0.25]
+    assert verified(PROBLEMS[1:2]).solve_rates.tolist() == [0.25]
 
 
-def test_part_marks_are_not_right_and_no_verdict_is_not_wrong():
+def test_partial_scores_are_not_right_and_no_verdict_is_not_wrong():
     totals = {"4": 0.5, "5": 1.0, "6": None}
-    model = judged(correct=lambda problem, text: Score(total=totals[problem.answer]))
+    model = verified(correct=lambda problem, text: Score(total=totals[problem.answer]))
     assert model.greedy.correct.tolist()[:2] == [0, 1] and np.isnan(model.greedy.correct[2])
     assert model.solve_rates.tolist()[:2] == [0, 1] and np.isnan(model.solve_rates[2])
 
@@ -122,7 +135,7 @@ def test_part_marks_are_not_right_and_no_verdict_is_not_wrong():
 
 
 def test_metrics_by_hand():
-    metrics = measured(judged()).metrics
+    metrics = measured(verified()).metrics
     means = {name: estimate.mean for name, estimate in metrics.items()}
     assert means == pytest.approx(
         {
@@ -152,13 +165,13 @@ def test_metrics_by_hand():
 
 def test_majority_of_two_by_hand():
     """Of a's six pairs three are right and three tie; of b's one is right (5 with no vote) and two tie."""
-    result = measured(judged())
-    assert result == measured(judged())
+    result = measured(verified())
+    assert result == measured(verified())
     assert result.metrics["cons@2"].mean == pytest.approx((4.5 / 6 + 2 / 6 + 0) / 3, abs=0.05)
 
 
 def test_intervals_are_wilsons_for_shares_and_the_bootstrap_for_means():
-    metrics = measured(judged()).metrics
+    metrics = measured(verified()).metrics
     assert (metrics["greedy/accuracy"].low, metrics["greedy/accuracy"].high) == accuracy_interval(1, 3)
     assert metrics["pass@4"].interval == "wilson" and metrics["greedy/length_mean"].interval == "bootstrap"
     few = metrics["sampled/accuracy"]  # 3/4, 1/4 and 0: a third of 3 problems
@@ -170,7 +183,7 @@ def test_intervals_are_wilsons_for_shares_and_the_bootstrap_for_means():
     assert many.interval == "bootstrap" and (many.low, many.high) == pytest.approx(expected)
 
 
-def test_unscored_turns_are_left_out_and_counted():
+def test_unscored_responses_are_left_out_and_counted():
     """Of four samples one or all are unscored: pass@4 is not known then, and the mean is of the others."""
     of = problems(3)
     model = of_correct("m", [[1, 0, 0, NAN], [NAN] * 4, [1, 1, 1, 1]], greedy=[NAN, 0, 1])
@@ -188,29 +201,29 @@ def test_unscored_turns_are_left_out_and_counted():
         "sampled/lenient_accuracy": 5,
     }
     said = notes(of, [result])
-    assert "m: 5 of 12 turns without a verdict on sampled/accuracy; they are left out." in said
-    assert "m: 1 of 3 turns without a verdict on greedy/accuracy; they are left out." in said
+    for words in (("m: 5 of 12", "sampled/accuracy"), ("m: 1 of 3", "greedy/accuracy")):
+        assert any(all(word in note for word in words) for note in said)
 
 
-def test_no_majority_where_right_turns_have_no_vote():
-    """A checker that looks for the answer elsewhere: a vote of answer blocks would say that all is wrong."""
-    model = judged(correct=lenient_answer_reward)
+def test_no_majority_where_right_responses_have_no_vote():
+    """The checker reads the answer elsewhere, so a vote by <answer> blocks would find nothing right."""
+    model = verified(correct=lenient_answer_reward)
     result = measured(model)
     assert "pass@4" in result.metrics and not [name for name in result.metrics if name.startswith("cons")]
     assert any("m: no cons@k" in note for note in notes(PROBLEMS, [result]))
-    assert not any("no cons@k" in note for note in notes(PROBLEMS, [measured(judged())]))
+    assert not any("no cons@k" in note for note in notes(PROBLEMS, [measured(verified())]))
 
 
 def test_expressions_vote_by_their_spelling():
-    """Countdown: two right answers that are spelt otherwise are two candidates, and tie with a wrong one."""
+    """Countdown: two right answers with different spellings are two candidates, and tie with a wrong one."""
     problem = Problem(id="p", messages=(), answer="(3 + 5) * 2")
     texts = [right("(3+5) * 2"), right("2 * (3 + 5)"), right("3 * 5 - 2"), right("( 3 + 5 )*2")]
-    written = {"p": ProblemSamples(problem="p", prompt="", greedy=turn(""), samples=tuple(map(turn, texts)))}
-    model = judged([problem], written, correct=countdown_reward)
+    written = {"p": ProblemSamples(problem="p", prompt="", greedy=response(""), samples=tuple(map(response, texts)))}
+    model = verified([problem], written, correct=countdown_reward)
     assert model.sampled.correct.tolist() == [[1, 1, 0, 1]]
     assert model.votes == [["(3+5)*2", "2*(3+5)", "3*5-2", "(3+5)*2"]]
     three = replace(written["p"], samples=written["p"].samples[:3])
-    metrics = measured(judged([problem], {"p": three}, correct=countdown_reward), [problem], ks=(3,)).metrics
+    metrics = measured(verified([problem], {"p": three}, correct=countdown_reward), [problem], ks=(3,)).metrics
     assert metrics["cons@3"].mean == pytest.approx(2 / 3)
     assert measured(model, [problem], ks=(4,)).metrics["cons@4"].mean == 1
 
@@ -220,27 +233,27 @@ def test_default_ks(samples: int, ks: list[int]):
     assert default_ks(samples) == ks
 
 
-# --- parts ------------------------------------------------------------------------------------------------------------
+# --- bins -------------------------------------------------------------------------------------------------------------
 
 
 def test_accuracy_by_length_takes_completions_of_all_problems():
-    """20 completions of lengths 1 .. 20, the short half of them right: two a bin."""
+    """20 completions of lengths 1 .. 20, the short half of them right: two per bin."""
     tokens = np.arange(1.0, 21.0).reshape(4, 5)
     model = of_correct("m", (tokens <= 10).astype(float).tolist())
     model.sampled.tokens[:] = tokens
     bins = measured(model, problems(4), ks=(1,)).by_length
-    assert [part.label for part in bins] == [f"{i} to {i + 1}" for i in range(1, 20, 2)]
-    assert [part.center for part in bins] == [i + 0.5 for i in range(1, 20, 2)]
-    assert [part.accuracy.mean for part in bins] == [1.0] * 5 + [0.0] * 5
-    assert {part.accuracy.completions for part in bins} == {2}
-    assert [part.accuracy.problems for part in bins] == [1, 1, 2, 1, 1, 1, 1, 2, 1, 1]
+    assert [each.label for each in bins] == [f"{i} to {i + 1}" for i in range(1, 20, 2)]
+    assert [each.center for each in bins] == [i + 0.5 for i in range(1, 20, 2)]
+    assert [each.accuracy.mean for each in bins] == [1.0] * 5 + [0.0] * 5
+    assert {each.accuracy.completions for each in bins} == {2}
+    assert [each.accuracy.problems for each in bins] == [1, 1, 2, 1, 1, 1, 1, 2, 1, 1]
 
 
-def test_completions_of_one_length_are_one_part():
+def test_completions_of_one_length_are_one_bin():
     model = of_correct("m", [[1, 0], [1, NAN]])
     model.sampled.tokens[:] = [[7, 7], [7, 7]]
-    (part,) = measured(model, problems(2), ks=(1,)).by_length
-    assert (part.label, part.accuracy.completions) == ("7", 3) and part.accuracy.mean == pytest.approx(2 / 3)
+    (found,) = measured(model, problems(2), ks=(1,)).by_length
+    assert (found.label, found.accuracy.completions) == ("7", 3) and found.accuracy.mean == pytest.approx(2 / 3)
 
 
 def test_accuracy_by_the_length_of_the_gold_solution():
@@ -249,13 +262,13 @@ def test_accuracy_by_the_length_of_the_gold_solution():
     model = of_correct("m", [[float(i < 4), float(i < 2)] for i in range(10)] + [[1.0, 1.0]])
     result = measured(model, of, ks=(1,))
     bins = result.by_solution_length
-    assert [part.label for part in bins] == ["1 to 2", "3 to 4", "5 to 6", "7 to 8", "9 to 10"]
-    assert [part.accuracy.mean for part in bins] == [1.0, 0.5, 0.0, 0.0, 0.0]
-    assert {part.accuracy.problems for part in bins} == {2}
-    assert "Gold solutions: 1 of 11 problems have none and are in none of the fifths." in notes(of, [result])
+    assert [each.label for each in bins] == ["1 to 2", "3 to 4", "5 to 6", "7 to 8", "9 to 10"]
+    assert [each.accuracy.mean for each in bins] == [1.0, 0.5, 0.0, 0.0, 0.0]
+    assert {each.accuracy.problems for each in bins} == {2}
+    assert any("Gold solutions: 1 of 11" in note for note in notes(of, [result]))
 
 
-def test_without_gold_solutions_there_are_no_parts():
+def test_without_gold_solutions_there_are_no_bins():
     model = of_correct("m", [[1.0, 0.0]] * 3)
     result = measured(model, problems(3), ks=(1,))
     assert result.by_solution_length == []
@@ -263,13 +276,13 @@ def test_without_gold_solutions_there_are_no_parts():
 
 
 def test_accuracy_by_the_baselines_solve_rate():
-    """The ends belong where they say: 0 and 1 are groups of their own, 1/4 is of the first quarter."""
+    """0 and 1 are bins of their own, and 1/4 is in (0, 0.25]."""
     rates = [0, 1, 2, 4, 5, 8, 9, 12, 15, 16]  # of 16
     baseline = of_correct("base", [[1.0] * n + [0.0] * (16 - n) for n in rates])
     other = of_correct("other", [[float(i % 2)] * 16 for i in range(10)])
     results = measured(baseline, problems(10), ks=(1,)), measured(other, problems(10), baseline=baseline, ks=(1,))
     bins = results[1].by_baseline
-    assert [(part.label, part.accuracy.problems, part.accuracy.mean) for part in bins] == [
+    assert [(each.label, each.accuracy.problems, each.accuracy.mean) for each in bins] == [
         ("0", 1, 0.0),
         ("(0, 0.25]", 3, pytest.approx(2 / 3)),
         ("(0.25, 0.5]", 2, 0.5),
@@ -278,14 +291,14 @@ def test_accuracy_by_the_baselines_solve_rate():
         ("1", 1, 1.0),
     ]
     assert results[0].by_baseline == []
-    assert any("regress to the mean" in note for note in notes(problems(10), results))
-    assert not any("regress to the mean" in note for note in notes(problems(10), results[:1]))
+    assert any("to the mean" in note for note in notes(problems(10), results))
+    assert not any("to the mean" in note for note in notes(problems(10), results[:1]))
 
 
-def test_what_the_baseline_has_no_verdict_on_is_in_no_group():
+def test_problems_without_a_verdict_on_the_baseline_are_in_no_bin():
     baseline = of_correct("base", [[NAN, NAN], [0.0, 0.0]])
-    (part,) = measured(of_correct("m", [[1.0, 1.0], [1.0, 0.0]]), problems(2), baseline=baseline, ks=(1,)).by_baseline
-    assert (part.label, part.accuracy.problems, part.accuracy.mean) == ("0", 1, 0.5)
+    (found,) = measured(of_correct("m", [[1.0, 1.0], [1.0, 0.0]]), problems(2), baseline=baseline, ks=(1,)).by_baseline
+    assert (found.label, found.accuracy.problems, found.accuracy.mean) == ("0", 1, 0.5)
 
 
 # --- behaviours -------------------------------------------------------------------------------------------------------
@@ -295,13 +308,13 @@ def test_what_the_baseline_has_no_verdict_on_is_in_no_group():
 def words_are_behaviours(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each behaviour is its own name in the text."""
     monkeypatch.setattr(
-        "rolltune.eval.comparison.count_behaviours",
+        "rolltune.eval.behaviour_rates.count_behaviours",
         lambda text: BehaviourCounts(**{name: text.count(name) for name in BEHAVIOURS}),
     )
 
 
 def with_texts(*texts: list[str]) -> VerifiedModel:
-    model = of_correct("m", [[0.0] * len(row) for row in texts])
+    model = of_correct("m", [[0.0] * len(samples) for samples in texts])
     return VerifiedModel(
         name="m", greedy=model.greedy, sampled=model.sampled, votes=model.votes, texts=[*map(list, texts)]
     )
@@ -319,10 +332,10 @@ def test_behaviours_are_counted_in_the_sampled_thinking():
     assert found["backtracking"].mean.mean == found["backtracking"].any.mean == 1 / 4
     assert found["subgoal_setting"].mean.mean == found["subgoal_setting"].any.mean == 0
     assert {rates.mean.completions for rates in found.values()} == {4}
-    assert found["subgoal_setting"].any.high == accuracy_interval(0, 2)[1], "never seen is not never done"
+    assert found["subgoal_setting"].any.high == accuracy_interval(0, 2)[1], "an interval above 0 though none was seen"
 
 
-def test_thinking_is_what_the_tags_say():
+def test_thinking_is_the_text_in_the_tags():
     assert thinking(right("4", "Let me see.")) == "Let me see."
     assert thinking("Let me see: 4") == "Let me see: 4"
 
@@ -346,7 +359,7 @@ class Classifier:
 def test_the_classifier_is_shown_the_first_samples_of_every_problem_first():
     classifier = Classifier({"a": 2, "b": None, "c": 1})
     model = with_texts(["a verification", "c"], ["b", "b"], ["c", "a"])
-    found = classify(model, classifier, most=5, **BOOTSTRAP)
+    found = classify(model, classifier, max_completions=5, **BOOTSTRAP)
     assert classifier.shown == ["a verification", "b", "c", "c", "b"]
     assert (found.completions, found.unscored) == (5, 2)
     assert found.mean["verification"].mean == pytest.approx((2 + 1 + 1) / 3), "no verdict is not 0"
@@ -356,21 +369,23 @@ def test_the_classifier_is_shown_the_first_samples_of_every_problem_first():
 
 @pytest.mark.usefixtures("words_are_behaviours")
 def test_the_classifiers_intervals_are_over_problems():
-    """8 samples of each of 2 problems, 2 checks in each of the one and none in the other: drawn are means 2, 1 and 0.
+    """Two problems of 8 samples, 2 checks in each sample of one and none of the other: resampled means are 2, 1 and 0.
 
-    Over 16 completions the interval would be some [0.5, 1.5].
+    Over 16 completions the interval would be about [0.5, 1.5].
     """
     model = with_texts(["a"] * 8, ["c"] * 8, ["b"] * 8)
-    found = classify(model, Classifier({"a": 2, "b": None, "c": 0}), most=99, **BOOTSTRAP).mean["verification"]
+    found = classify(model, Classifier({"a": 2, "b": None, "c": 0}), max_completions=99, **BOOTSTRAP).mean[
+        "verification"
+    ]
     assert (found.mean, found.low, found.high) == (1.0, 0.0, 2.0)
     assert (found.interval, found.problems, found.completions) == ("bootstrap", 2, 16)
-    # A problem with more completions that were shown counts for as many of them: (2 + 2 + 0) / 3.
-    uneven = classify(with_texts(["a", "a"], ["c", "a"]), Classifier({"a": 2, "c": 0}), most=3, **BOOTSTRAP)
+    # Each problem counts by its completions that were read: (2 + 2 + 0) / 3.
+    uneven = classify(with_texts(["a", "a"], ["c", "a"]), Classifier({"a": 2, "c": 0}), max_completions=3, **BOOTSTRAP)
     assert uneven.mean["verification"].mean == pytest.approx(4 / 3) and uneven.mean["verification"].problems == 2
 
 
 def test_a_classifier_without_any_verdict():
-    found = classify(with_texts(["b"], ["b"]), Classifier({"b": None}), most=9, **BOOTSTRAP)
+    found = classify(with_texts(["b"], ["b"]), Classifier({"b": None}), max_completions=9, **BOOTSTRAP)
     assert (found.completions, found.unscored, found.mean, found.agreement) == (2, 2, {}, {})
 
 
@@ -385,7 +400,6 @@ def test_every_pair_is_compared_on_the_same_problems():
     ]
     found = compare(models, k=2, **BOOTSTRAP)
     assert [(pair.first, pair.second) for pair in found] == [("a", "b"), ("a", "c"), ("b", "c")]
-    assert all(isinstance(pair, Comparison) for pair in found)
     differences = found[0].differences
     assert list(differences) == ["greedy/accuracy", "sampled/accuracy", "pass@2"]
     assert differences["greedy/accuracy"].mean == 0.75 and differences["greedy/accuracy"].mcnemar_p == 0.25
@@ -396,13 +410,13 @@ def test_every_pair_is_compared_on_the_same_problems():
     assert found[1].differences["greedy/accuracy"].problems == 3
 
 
-def test_cons_uses_the_samples_that_were_judged():
+def test_cons_uses_the_scored_samples():
     assert cons_at_k(["4", "5"], [1.0, 0.0], 2, seed=0) == 0.5
     model = of_correct("m", [[1, 0, NAN, NAN]])
     assert measured(model, problems(1), ks=(2,)).metrics["cons@2"].mean == 0.5
 
 
 @pytest.mark.parametrize("count", [29, 30])
-def test_few_problems_are_said_to_be_few(count: int):
+def test_few_problems_have_a_note(count: int):
     result = measured(of_correct("m", [[1.0]] * count), problems(count), ks=(1,))
     assert any("so few problems" in note for note in notes(problems(count), [result])) == (count == 29)

@@ -1,4 +1,4 @@
-"""Tables, plots and results.json of an evaluation."""
+"""Tables, plots, progress and results.json of an evaluation."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from rolltune.behaviours import BEHAVIOURS
-from rolltune.eval import report as evaluation_report
-from rolltune.eval.comparison import BehaviourRates, Bin, Classified, Comparison, Evaluation, ModelResult
+from rolltune.eval import progress as progress_module
 from rolltune.eval.passk import Difference, Estimate
 from rolltune.eval.plots import plot_evaluation
-from rolltune.eval.report import SamplingProgress, print_report, results_json
+from rolltune.eval.progress import SamplingProgress
+from rolltune.eval.results import BehaviourRates, Bin, Classified, Comparison, Evaluation, ModelResult, results_json
+from rolltune.eval.tables import print_tables
 from rolltune.files import write_json_atomic
 
 
@@ -34,7 +35,7 @@ def result(name: str, shift: float, *, classified: Classified | None = None) -> 
         "sampled/length_mean": estimate(61.27, half=3),
         **{f"pass@{k}": estimate(0.1 * k + shift) for k in (1, 2, 4)},
     }
-    if shift:  # of the first model there is no majority vote
+    if shift:  # the first model has no majority vote
         metrics["cons@4"] = estimate(0.6)
     return ModelResult(
         name=name,
@@ -76,17 +77,17 @@ TWO = evaluation(result("base", 0.0), result("rl", 0.1))
 
 def printed(of: Evaluation, *, width: int = 200, terminal: bool = False) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
-    print_report(of, console)
+    print_tables(of, console)
     return console.file.getvalue()
 
 
 def cells(text: str, label: str) -> list[str]:
-    """The cells of the row of a Markdown table that begins with a label."""
+    """The cells of the row of a Markdown table that starts with a label."""
     (row,) = [line for line in text.splitlines() if line.startswith(f"| {label} ")]
     return [cell.strip() for cell in row.strip("|").split("|")][1:]
 
 
-def test_into_a_pipe_go_markdown_tables():
+def test_a_pipe_gets_markdown_tables():
     text = printed(TWO)
     assert "40 problems, 4 samples of each; greedy: 1 of each" in text
     assert cells(text, "accuracy, greedy") == ["0.300 [0.250, 0.350]", "0.400 [0.350, 0.450]"]
@@ -97,12 +98,12 @@ def test_into_a_pipe_go_markdown_tables():
     assert cells(text, "(0, 0.25]") == ["11", "0.444 [0.394, 0.494]"]
     assert cells(text, "1 to 7") == ["25", "0.410 [0.360, 0.460]", "0.510 [0.460, 0.560]"]
     assert cells(text, "8 to 9") == ["0", "-", "-"]
-    assert cells(text, "subgoal setting, in a completion")[0] == "2.700 [2.650, 2.750]"
+    assert cells(text, "subgoal setting, per completion")[0] == "2.700 [2.650, 2.750]"
     assert text.rstrip().endswith("[Mind] this.")
     assert not set("│┃━╇") & set(text)
 
 
-def test_one_group_of_all_problems_says_nothing_new():
+def test_a_single_bin_is_not_printed():
     base = result("base", 0.0)
     alone = replace(base, by_solution_length=base.by_solution_length[:1])
     assert "gold solution" in printed(evaluation(base)) and "gold solution" not in printed(evaluation(alone))
@@ -117,14 +118,14 @@ def test_differences_are_marked_where_they_are_significant():
         "-",
         "0.0213",
     ]
-    # The same interval, but of 4 problems against none.
+    # The same interval, but only 4 problems changed.
     greedy = replace(TWO.comparisons[0].differences["greedy/accuracy"], changed=4, mcnemar_p=0.125)
     unsure = replace(TWO.comparisons[0], differences=TWO.comparisons[0].differences | {"greedy/accuracy": greedy})
     found = cells(printed(replace(TWO, comparisons=[unsure])), "rl - base")
     assert (found[0], found[-1]) == ("+0.100 [+0.020, +0.180]", "0.125")
 
 
-def test_a_terminal_has_lines_and_no_markdown():
+def test_a_terminal_gets_lines_and_no_markdown():
     text = printed(TWO, width=120, terminal=True)
     assert "│" in text and "|--" not in text and "0.300 [0.250, 0.350]" in text
 
@@ -183,7 +184,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     now = [0.0]
-    monkeypatch.setattr(evaluation_report.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     with SamplingProgress(3, enabled=True) as progress:
         update = progress.model(2, "rl")
         for seconds, done in ((10, 100), (31, 200), (40, 300), (62, 400), (63, 900), (63, 900)):
@@ -198,7 +199,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
     ]
 
 
-def test_ranks_behind_the_first_say_nothing(capsys: pytest.CaptureFixture[str]):
+def test_other_ranks_print_nothing(capsys: pytest.CaptureFixture[str]):
     with SamplingProgress(1, enabled=False) as progress:
         progress.model(1, "a")(5, 5)
         progress.say(1, "a", "x")

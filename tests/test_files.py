@@ -1,0 +1,47 @@
+"""Files that appear complete or not at all."""
+
+import json
+import math
+
+import pytest
+
+from rolltune import files
+from rolltune.files import json_line, write_json_atomic
+
+
+def strict_json(text: str):
+    """json.loads that refuses NaN and Infinity, which are not JSON."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_json_line_is_json():
+    line = json_line({"a": [1, math.nan], "b": "\n\u2028"})
+    assert strict_json(line) == {"a": [1, None], "b": "\n\u2028"}
+    assert line.count("\n") == 1 and line.endswith("\n")
+
+
+def test_write_json_atomic(tmp_path):
+    path = tmp_path / "summary.json"
+    write_json_atomic(path, {"a": [1, math.nan], "b": {"c": "é"}})
+    assert strict_json(path.read_text("utf-8")) == {"a": [1, None], "b": {"c": "é"}}
+    with pytest.raises(TypeError):
+        write_json_atomic(path, {"a": object()})
+    assert strict_json(path.read_text("utf-8"))["a"] == [1, None]
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, broken):
+    path = tmp_path / "summary.json"
+    write_json_atomic(path, {"old": True})
+
+    def fail(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(files.os, broken, fail)
+    with pytest.raises(OSError, match="no space"):
+        write_json_atomic(path, {"new": "x" * 10_000})
+    assert strict_json(path.read_text()) == {"old": True}
