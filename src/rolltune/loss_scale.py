@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch.amp.grad_scaler import GradScaler
 
 
@@ -35,8 +34,5 @@ class LossScale(GradScaler):
             raise ValueError(f"init_scale: {init_scale}; must be a power of two, >= 1")
         if growth_interval < 1:
             raise ValueError(f"growth_interval: {growth_interval}; must be >= 1")
-        # On the CPU, whatever the device of the loss: reading the scale then waits for no GPU. Gradients are scaled
-        # where they are.
+        # GradScaler needs a device only to disable itself without CUDA. Its tensors are on the device of the loss.
         super().__init__("cpu", init_scale=float(init_scale), growth_interval=growth_interval)
-        # GradScaler creates the scale when it is first used. A rank without microbatches would step before that.
-        self.scale(torch.zeros(()))

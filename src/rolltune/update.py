@@ -63,6 +63,11 @@ class Optimization:
     max_grad_norm: float
     loss_scale: LossScale | None = None
 
+    def __post_init__(self) -> None:
+        if self.loss_scale is not None:
+            # GradScaler creates its scale when it first scales. A rank without microbatches would step before that.
+            self.loss_scale.scale(self.weights.masters[0].new_zeros(()))
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of the scaled loss to those that are there."""
         (loss if self.loss_scale is None else self.loss_scale.scale(loss)).backward()
