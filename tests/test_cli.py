@@ -1,4 +1,4 @@
-"""``tune``: from any folder, with bundled recipes and configs and with the user's own."""
+"""``tune``, called from any folder, with bundled recipes and configs and with the user's own."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def run_main(*arguments: str) -> int:
 
 
 def test_tune_on_the_path_is_ours(tmp_path: Path):
-    """torchtune's wheel writes bin/tune too."""
+    """torchtune's wheel also installs a bin/tune."""
     for name in ("tune", "rolltune"):
         done = tune("--version", cwd=tmp_path, command=(str(TUNE.with_name(name)),))
         assert (done.returncode, done.stdout) == (0, "rolltune 0.1.0\n"), done.stderr
@@ -191,7 +191,7 @@ def test_torchrun(tmp_path: Path):
     for rank in (0, 1):
         assert f"who=one dry_run=False rank={rank} of 2" in done.stdout
     assert f"cwd={tmp_path}" in done.stdout
-    assert done.stdout.count("# ") == 1 and f"# {tmp_path}/one.yaml" in done.stdout, "rank 0 alone prints the config"
+    assert done.stdout.count("# ") == 1 and f"# {tmp_path}/one.yaml" in done.stdout, "only rank 0 prints the config"
     assert "OMP_NUM_THREADS" not in done.stderr
     done = tune(*launch, "two.yaml", "status=7", cwd=tmp_path)
     assert done.returncode == 7 and "failed with exit code 7" in done.stderr and "Traceback" not in done.stderr
@@ -230,7 +230,7 @@ def test_local_file_wins_over_bundled_config(bundle: Path, capsys):
     out = capsys.readouterr().out
     assert "who=local" in out and out.startswith(f"# {bundle / 'here' / 'small.yaml'}\n")
     assert run_main("run", "tiny", "--config", "small") == 0
-    assert "who=bundled" in capsys.readouterr().out, "the bare name is the bundled one's"
+    assert "who=bundled" in capsys.readouterr().out, "the name without .yaml is the bundled config's"
     assert run_main("run", "tiny", "--config", str(bundle / "configs" / "small.yaml")) == 0
     assert "who=bundled" in capsys.readouterr().out
 
@@ -420,7 +420,7 @@ def test_recipe_of_a_config(tmp_path: Path, text: str, recipe: str | None):
 
 
 def test_reading_ends_early(tmp_path: Path):
-    """``tune cat ... | head`` is no error to show."""
+    """``tune ... | head`` prints no error."""
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(

@@ -113,8 +113,8 @@ def test_gradients_are_unscaled_before_they_are_clipped():
     assert parameter.tolist() == torch.tensor([-0.6, -0.8]).half().tolist()
 
 
-def test_small_gradients_survive_by_scaling_alone():
-    """1e-8 is less than half of fp16's smallest number: 0 without a scale, and right to 11 bits with one."""
+def test_small_gradients_only_survive_with_a_scale():
+    """1e-8 is below half of fp16's smallest number: it becomes 0 without a scale, and is right to 11 bits with one."""
     for scale, expected in ((None, 0.0), (LossScale(), -1e-2)):
         parameter = half(0.0)
         optimization = make_optimization([parameter], scale=scale, lr=1e6)
@@ -128,7 +128,7 @@ def everything(policy, optimization):
 
 
 @pytest.mark.parametrize("lora", [None, LoRAConfig(rank=4, alpha=8.0)], ids=["full", "lora"])
-def test_a_skipped_step_leaves_all_as_it_was_but_the_scale(tiny_llama, lora):
+def test_a_skipped_step_changes_only_the_scale(tiny_llama, lora):
     policy = make_policy(tiny_llama, "float16", lora)
     optimization = make_optimization(
         policy.trainable_parameters,
@@ -165,20 +165,20 @@ def test_a_skipped_step_leaves_all_as_it_was_but_the_scale(tiny_llama, lora):
 
 
 def test_at_a_scale_of_one_it_raises(tiny_llama):
-    """No scale is to blame then. 2^3 is halved three times before."""
+    """Then scaling did not cause the overflow. Before that 2^3 is halved three times."""
     parameter = half(1.0)
     optimization = make_optimization([parameter], scale=LossScale(init_scale=8))
     for scale in (8, 4, 2):
         parameter.grad = torch.full_like(parameter, math.nan)
         assert optimization.step(WORLD)["loss_scale"] == scale
     parameter.grad = torch.full_like(parameter, math.nan)
-    with pytest.raises(FloatingPointError, match="the gradient norm is nan: the weights were left as they were"):
+    with pytest.raises(FloatingPointError, match="the gradient norm is nan"):
         optimization.step(WORLD)
     assert parameter.item() == optimization.weights.masters[0].item() == 1.0
 
 
-def test_all_ranks_skip_where_one_overflows():
-    """And a sum that is more than fp16 holds is no overflow: it is taken in fp32."""
+def test_all_ranks_skip_if_one_overflows():
+    """A sum that fp16 cannot represent is not an overflow, because gradients are summed in fp32."""
 
     def run(gradients):
         def on_rank(world):
@@ -210,12 +210,12 @@ def test_gradients_are_those_of_fp32(tiny_llama, fp32_head):
         start = make_policy(tiny_llama, dtype).trainable_parameters
         gradients[dtype] = [(a.float() - b).detach() / 0.1 for a, b in zip(start, masters, strict=True)]
         norm = torch.cat([gradient.flatten() for gradient in gradients[dtype]]).norm().item()
-        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5), "of the true gradients, whatever the scale"
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5), "the norm is that of the unscaled gradients"
     for exact, rounded in zip(gradients["float32"], gradients["float16"], strict=True):
         assert (rounded - exact).norm() < 0.02 * exact.norm()
 
 
-def test_without_a_scale_nothing_is_logged_of_it(tiny_llama):
+def test_without_a_scale_no_scale_is_logged(tiny_llama):
     policy = make_policy(tiny_llama, "bfloat16")
     optimization = make_optimization(policy.trainable_parameters)
     rows, totals = make_rows(policy)
