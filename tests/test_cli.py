@@ -1,4 +1,4 @@
-"""``tune``: from any folder, with bundled recipes and configs and with the user's own."""
+"""``tune``, called from any folder, with bundled recipes and configs and with the user's own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import yaml
 from repo import ROOT
 
 from rolltune import cli
+from rolltune.cli import catalog, launch
 from rolltune.config import validate
 from rolltune.config.components import locate
 
@@ -61,7 +62,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     header = "# tune run tiny --config small.yaml\n#\n# The smallest, by Dr. Small. It has\n# two sentences.\n\n"
     (tmp_path / "configs" / "small.yaml").write_text(f"{header}who: bundled\n")
     (tmp_path / "configs" / "wide.yaml").write_text("# tune run --nproc_per_node 2 other --config wide.yaml\na: 1\n")
-    monkeypatch.setattr(cli, "PACKAGE", tmp_path)
+    monkeypatch.setattr(catalog, "PACKAGE", tmp_path)
     monkeypatch.setattr(sys, "argv", ["tune"])
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path / "here")
@@ -80,7 +81,7 @@ def run_main(*arguments: str) -> int:
 
 
 def test_tune_on_the_path_is_ours(tmp_path: Path):
-    """torchtune's wheel writes bin/tune too."""
+    """torchtune's wheel also installs a bin/tune."""
     for name in ("tune", "rolltune"):
         done = tune("--version", cwd=tmp_path, command=(str(TUNE.with_name(name)),))
         assert (done.returncode, done.stdout) == (0, "rolltune 0.1.0\n"), done.stderr
@@ -90,7 +91,14 @@ def test_tune_on_the_path_is_ours(tmp_path: Path):
 
 def test_ls_and_help_import_no_torch(tmp_path: Path):
     code = "import sys; from rolltune.cli import main; status = main(sys.argv[1:]); assert 'torch' not in sys.modules"
-    for arguments in (["ls"], ["ls", "--all"], [], ["run", "--help"], ["run", "grpo", "--help"]):
+    for arguments in (
+        ["ls"],
+        ["ls", "--all"],
+        [],
+        ["run", "--help"],
+        ["run", "grpo", "--help"],
+        ["cat", "--sort", "quickstart"],
+    ):
         done = tune(*arguments, cwd=tmp_path, command=(sys.executable, "-c", code))
         assert done.returncode == 0 and not done.stderr, done.stderr
         assert "grpo" in done.stdout
@@ -103,9 +111,9 @@ def test_every_bundled_recipe_and_config_is_listed(tmp_path: Path):
 
 
 def test_every_bundled_config_opens_with_its_command():
-    names = {recipe.name for recipe in cli.recipes()}
+    names = {recipe.name for recipe in catalog.recipes()}
     assert "grpo" in names
-    for config in cli.configs():
+    for config in catalog.configs():
         with open(config.path) as file:
             first = file.readline()
         assert config.recipe in names, config.path
@@ -115,13 +123,13 @@ def test_every_bundled_config_opens_with_its_command():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.usefixtures("earlier_stages")
 def test_every_bundled_config_is_valid(path: Path):
-    """Keys, types, values, and components that are rolltune's, torchtune's or torch's."""
-    recipe = next(recipe for recipe in cli.recipes() if recipe.name == cli.recipe_of(path))
-    schema = cli.schema_of(recipe.path)
+    """Keys, types and values are valid, and components come from rolltune, torch or transformers."""
+    recipe = next(recipe for recipe in catalog.recipes() if recipe.name == catalog.recipe_of(path))
+    schema = catalog.schema_of(recipe.path)
     assert schema is not None
     validate(schema, path)
     for node in _components(yaml.safe_load(path.read_text())):
-        assert node.split(".")[0] in ("rolltune", "torchtune", "torch")
+        assert node.split(".")[0] in ("rolltune", "torch", "transformers")
         locate(node)
 
 
@@ -134,8 +142,8 @@ def _components(node: object) -> list[str]:
 
 
 def test_every_recipe_names_its_schema():
-    for recipe in cli.recipes():
-        assert cli.schema_of(recipe.path) is not None, recipe.path
+    for recipe in catalog.recipes():
+        assert catalog.schema_of(recipe.path) is not None, recipe.path
 
 
 def test_a_mistake_is_no_traceback(tmp_path: Path):
@@ -156,19 +164,20 @@ def test_copied_recipe_runs(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_torchtunes_own_commands(tmp_path: Path):
-    done = tune("download", "--help", cwd=tmp_path)
-    assert done.returncode == 0 and "usage: tune download" in done.stdout and not done.stderr
+def test_torchtunes_recipes_and_configs(tmp_path: Path):
     listed = tune("ls", "--all", cwd=tmp_path).stdout.split()
     assert listed.index("grpo") < listed.index("lora_finetune_single_device")
     done = tune("cat", "llama3_2/1B_full_single_device", cwd=tmp_path)
     assert done.returncode == 0 and "torchtune.models.llama3_2.llama3_2_1b" in done.stdout
     done = tune("cp", "lora_finetune_single_device", "mine", cwd=tmp_path)
     assert done.returncode == 0 and "class LoRAFinetuneRecipe" in (tmp_path / "mine.py").read_text()
-    done = tune("run", "lora_finetune_single_device", cwd=tmp_path)
-    assert done.returncode == 2 and "The '--config' argument is required" in done.stderr
-    done = tune("validate", "llama3_2/1B_lora_single_device", cwd=tmp_path)
-    assert done.returncode == 0 and "Config is well-formed!" in done.stdout
+
+
+def test_torchtune_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "torchtune", None)
+    monkeypatch.setattr(sys, "argv", ["tune"])
+    with pytest.raises(catalog.UsageError, match='pip install "torchao<0.16" "peft<0.19"'):
+        launch.run_torchtune(["run", "lora_finetune_single_device"])
 
 
 @pytest.mark.slow
@@ -182,7 +191,7 @@ def test_torchrun(tmp_path: Path):
     for rank in (0, 1):
         assert f"who=one dry_run=False rank={rank} of 2" in done.stdout
     assert f"cwd={tmp_path}" in done.stdout
-    assert done.stdout.count("# ") == 1 and f"# {tmp_path}/one.yaml" in done.stdout, "rank 0 alone prints the config"
+    assert done.stdout.count("# ") == 1 and f"# {tmp_path}/one.yaml" in done.stdout, "only rank 0 prints the config"
     assert "OMP_NUM_THREADS" not in done.stderr
     done = tune(*launch, "two.yaml", "status=7", cwd=tmp_path)
     assert done.returncode == 7 and "failed with exit code 7" in done.stderr and "Traceback" not in done.stderr
@@ -221,7 +230,7 @@ def test_local_file_wins_over_bundled_config(bundle: Path, capsys):
     out = capsys.readouterr().out
     assert "who=local" in out and out.startswith(f"# {bundle / 'here' / 'small.yaml'}\n")
     assert run_main("run", "tiny", "--config", "small") == 0
-    assert "who=bundled" in capsys.readouterr().out, "the bare name is the bundled one's"
+    assert "who=bundled" in capsys.readouterr().out, "the name without .yaml is the bundled config's"
     assert run_main("run", "tiny", "--config", str(bundle / "configs" / "small.yaml")) == 0
     assert "who=bundled" in capsys.readouterr().out
 
@@ -251,7 +260,8 @@ def test_exit_code_of_a_recipe_passes_through(bundle: Path, status: int):
         (["run", "tinny", "--config", "small"], "tune run: no recipe tinny; did you mean tiny?"),
         (["run", "./tiny.py", "--config", "small"], "tune run: no recipe file ./tiny.py"),
         (["run", "mine", "--config", "small"], "did you mean mine.py?"),
-        (["run", "tiny", "--config", "smal"], "tune run: no config smal, nor a file of that name; did you mean small?"),
+        (["run", "prime", "--config", "small"], "tune run: recipe prime was renamed to sft"),
+        (["run", "tiny", "--config", "smal"], "tune run: no config or file smal; did you mean small?"),
         (["run", "tiny", "--config", "local"], "did you mean local.yaml?"),
         (["run", "tiny", "--config", "sub/smal.yaml"], "no config file sub/smal.yaml; did you mean small?"),
         (["run", "tiny", "--config"], "--config has no value; configs of tiny: small"),
@@ -264,13 +274,13 @@ def test_exit_code_of_a_recipe_passes_through(bundle: Path, status: int):
         ),
         (["run", "tiny", "--config", "small", "woh=1"], "woh: no such key; did you mean who?"),
         (["run", "--bogus", "tiny"], "tune run: unrecognized arguments: --bogus"),
-        (["cat", "smal"], "tune cat: no config smal, nor a file of that name; did you mean small?"),
+        (["cat", "smal"], "tune cat: no config or file smal; did you mean small?"),
         (["cat", "tiny"], "tune cat: tiny is a recipe, not a config; its configs: small"),
         (["cp", "smal", "."], "tune cp: no recipe or config smal; did you mean small?"),
         (["cp", "small", "no/where.yaml"], "tune cp: no folder no (--make-parents creates it)"),
         (["validate", "plain.yaml"], "plain.yaml does not say which recipe it is for"),
-        (["validate", "none.yaml"], "no config none.yaml, nor a file of that name"),
-        (["validate", "plain.yaml", "--recipe", "tiny"], "its config is of none of rolltune.config.schema's classes"),
+        (["validate", "none.yaml"], "no config or file none.yaml"),
+        (["validate", "plain.yaml", "--recipe", "tiny"], "no config class of rolltune.config.schema"),
         (["vlidate", "plain.yaml"], "invalid choice: 'vlidate'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -286,7 +296,7 @@ def test_mistakes(bundle: Path, capsys, arguments: list[str], fragment: str):
 
 def test_missing_config_of_a_known_recipe_names_its_configs(capsys):
     assert run_main("run", "sft") == 2
-    names = [c.name for c in cli.configs() if c.recipe == "sft"]
+    names = [c.name for c in catalog.configs() if c.recipe == "sft"]
     assert "quickstart_sft" in names
     assert f"--config is missing; configs of sft: {', '.join(names)}" in capsys.readouterr().err
 
@@ -331,6 +341,25 @@ def test_cat_keeps_comments(bundle: Path, capsys):
     assert capsys.readouterr().out == "who: local\n"
 
 
+def test_cat_sorts(bundle: Path, capsys):
+    Path("mine.yaml").write_text("# tune run tiny --config mine.yaml\nwho: ${status}\nlr: 1e-5\na: {d: [1, 2], c: 0}\n")
+    assert run_main("cat", "mine.yaml", "--sort") == 0
+    assert capsys.readouterr().out == "a:\n  c: 0\n  d:\n  - 1\n  - 2\nlr: 1e-5\nwho: ${status}\n"
+
+
+def test_download(monkeypatch: pytest.MonkeyPatch, capsys):
+    def snapshot_download(repo: str, *, local_dir: str | None, ignore_patterns: list[str] | None) -> str:
+        if repo == "org/gated":
+            raise OSError("403: access to org/gated is restricted")
+        return f"{local_dir} without {ignore_patterns}"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert run_main("download", "org/name", "--output-dir", "here", "--ignore-patterns", "original/*") == 0
+    assert capsys.readouterr().out == "downloaded to here without ['original/*']\n"
+    assert run_main("download", "org/gated") == 2
+    assert capsys.readouterr().err == "tune download: org/gated: 403: access to org/gated is restricted\n"
+
+
 def test_cp(bundle: Path, capsys):
     for name, destination, copied in [
         ("tiny", ".", "tiny.py"),
@@ -370,7 +399,7 @@ def test_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
         "my.yaml: 2 mistakes\n  sed: no such key; did you mean seed?\n  max_problems: 0; must be >= 1\n"
     )
     Path("my.yaml").write_text(f"# tune run audit.py --config my.yaml\n{text}")
-    assert cli.recipe_of(Path("my.yaml")) == "audit"
+    assert catalog.recipe_of(Path("my.yaml")) == "audit"
 
 
 @pytest.mark.parametrize(
@@ -387,11 +416,11 @@ def test_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
 )
 def test_recipe_of_a_config(tmp_path: Path, text: str, recipe: str | None):
     (tmp_path / "a.yaml").write_text(text)
-    assert cli.recipe_of(tmp_path / "a.yaml") == recipe
+    assert catalog.recipe_of(tmp_path / "a.yaml") == recipe
 
 
 def test_reading_ends_early(tmp_path: Path):
-    """``tune cat ... | head`` is no error to show."""
+    """``tune ... | head`` prints no error."""
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Training in float16: the scale's way up and down, and what a step does with it."""
+"""Training in float16: how the loss scale moves, and how a step uses it."""
 
 import copy
 import math
@@ -34,14 +34,6 @@ def half(*values: float) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.tensor(values, dtype=torch.float16))
 
 
-def move(scale: LossScale, overflows) -> list[float]:
-    seen = []
-    for overflow in overflows:
-        scale.shrink() if overflow else scale.grow()
-        seen.append(scale.value)
-    return seen
-
-
 def make_rows(policy):
     """A prompt with three completions."""
     generator = torch.Generator().manual_seed(0)
@@ -68,46 +60,37 @@ def make_policy(path, dtype, lora=None, **options):
 # --- the scale --------------------------------------------------------------------------------------------------------
 
 
-def test_trajectory_by_hand():
-    """Doubled after two clean steps, counted from the last change; halved at once; never below 1."""
-    scale = LossScale(initial=4, growth_interval=2)
-    assert move(scale, [0, 0, 0, 1, 0, 0, 1, 1, 0, 1, 1]) == [4, 8, 8, 4, 4, 8, 4, 2, 2, 1, 1]
-    assert not scale.shrink() and scale.value == 1
-
-
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
-def test_trajectory_is_that_of_torch(share):
-    """torch.amp.GradScaler on the same pattern, both steps and scales. It has no floor: here none is reached."""
-    pattern = (torch.rand(100, generator=torch.Generator().manual_seed(5)) < share).tolist()
-    ours = LossScale(initial=2.0**100, growth_interval=3)
-    theirs = torch.amp.GradScaler("cpu", init_scale=2.0**100, growth_interval=3)  # pyright: ignore[reportPrivateImportUsage]
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    theirs.scale(torch.zeros(1))  # it makes its scale when it is first used
+def scales_of(optimization, overflows) -> list[float]:
+    """Take a step for each entry, with a gradient that overflows or not, and return the scale after each."""
+    (parameter,) = optimization.weights.parameters
     seen = []
-    for overflow in pattern:
-        parameter.grad = torch.full((1,), math.inf if overflow else 0.0)
-        theirs.step(optimizer)
-        theirs.update()
-        seen.append(theirs.get_scale())
-    assert move(ours, pattern) == seen
-    assert len(set(seen)) > 5
+    for overflow in overflows:
+        parameter.grad = torch.full_like(parameter, math.inf if overflow else 0.0)
+        assert optimization.step(WORLD)["skipped_step"] == overflow
+        seen.append(optimization.loss_scale.get_scale())
+    return seen
 
 
-@pytest.mark.parametrize("initial", [0.0, 0.5, -2.0, 3.0, 65535.0, math.inf, math.nan])
-def test_only_powers_of_two(initial):
-    with pytest.raises(ValueError, match=f"initial: {initial}; must be a power of two, >= 1"):
-        LossScale(initial=initial)
+def test_trajectory_by_hand():
+    """The scale doubles after two clean steps, counted from its last change, and halves at once."""
+    optimization = make_optimization([half(0.0)], scale=LossScale(init_scale=4, growth_interval=2))
+    assert scales_of(optimization, [0, 0, 0, 1, 0, 0, 1, 1, 0, 1]) == [4, 8, 8, 4, 4, 8, 4, 2, 2, 1]
+
+
+@pytest.mark.parametrize("init_scale", [0.0, 0.5, -2.0, 3.0, 65535.0, math.inf, math.nan])
+def test_only_powers_of_two(init_scale):
+    with pytest.raises(ValueError, match=f"init_scale: {init_scale}; must be a power of two"):
+        LossScale(init_scale=init_scale)
     with pytest.raises(ValueError, match="growth_interval: 0; must be >= 1"):
         LossScale(growth_interval=0)
 
 
 def test_state_comes_back():
-    scale = LossScale(initial=16, growth_interval=3)
-    move(scale, [1, 0, 0])
-    restored = LossScale(initial=4, growth_interval=3)
-    restored.load_state_dict(scale.state_dict())
-    assert move(restored, [0, 0, 0, 0]) == move(scale, [0, 0, 0, 0]) == [16, 16, 16, 32]
+    optimization = make_optimization([half(0.0)], scale=LossScale(init_scale=16, growth_interval=3))
+    scales_of(optimization, [1, 0, 0])
+    restored = make_optimization([half(0.0)], scale=LossScale(init_scale=4, growth_interval=3))
+    restored.load_state_dict(optimization.state_dict())
+    assert scales_of(restored, [0] * 4) == scales_of(optimization, [0] * 4) == [16, 16, 16, 32]
 
 
 # --- a step -----------------------------------------------------------------------------------------------------------
@@ -116,7 +99,7 @@ def test_state_comes_back():
 def test_gradients_are_unscaled_before_they_are_clipped():
     """(3, 4) scaled by 1024 has a norm of 5 and is clipped to (0.6, 0.8), not to a thousandth of that."""
     parameter = half(0.0, 0.0)
-    optimization = make_optimization([parameter], scale=LossScale(initial=1024), lr=1.0, max_grad_norm=1.0)
+    optimization = make_optimization([parameter], scale=LossScale(init_scale=1024), lr=1.0, max_grad_norm=1.0)
     optimization.backward(parameter.float() @ torch.tensor([3.0, 4.0]))
     assert parameter.grad.tolist() == [3072.0, 4096.0]
     metrics = optimization.step(WORLD)
@@ -130,8 +113,8 @@ def test_gradients_are_unscaled_before_they_are_clipped():
     assert parameter.tolist() == torch.tensor([-0.6, -0.8]).half().tolist()
 
 
-def test_small_gradients_survive_by_scaling_alone():
-    """1e-8 is less than half of fp16's smallest number: 0 without a scale, and right to 11 bits with one."""
+def test_small_gradients_only_survive_with_a_scale():
+    """1e-8 is below half of fp16's smallest number: it becomes 0 without a scale, and is right to 11 bits with one."""
     for scale, expected in ((None, 0.0), (LossScale(), -1e-2)):
         parameter = half(0.0)
         optimization = make_optimization([parameter], scale=scale, lr=1e6)
@@ -145,7 +128,7 @@ def everything(policy, optimization):
 
 
 @pytest.mark.parametrize("lora", [None, LoRAConfig(rank=4, alpha=8.0)], ids=["full", "lora"])
-def test_a_skipped_step_leaves_all_as_it_was_but_the_scale(tiny_llama, lora):
+def test_a_skipped_step_changes_only_the_scale(tiny_llama, lora):
     policy = make_policy(tiny_llama, "float16", lora)
     optimization = make_optimization(
         policy.trainable_parameters,
@@ -159,13 +142,14 @@ def test_a_skipped_step_leaves_all_as_it_was_but_the_scale(tiny_llama, lora):
         return update_policy(policy, rows, DAPOLoss(), totals, optimization, WORLD, temperature=1.0)
 
     assert update()["skipped_step"] == 0.0 and policy.version == 1  # Adam has moments now
-    optimization.loss_scale.value = TOO_LARGE
+    optimization.loss_scale.update(TOO_LARGE)
     version, parameters, state = everything(policy, optimization)
     metrics = update()
     assert (metrics["skipped_step"], metrics["loss_scale"]) == (1.0, TOO_LARGE)
     assert "grad_norm" not in metrics and math.isfinite(metrics["loss"])
     assert metrics["lr"] == 0.05
-    assert optimization.loss_scale.state_dict() == {"value": TOO_LARGE / 2, "clean_steps": 0}
+    assert optimization.loss_scale.get_scale() == TOO_LARGE / 2
+    assert optimization.loss_scale.state_dict()["_growth_tracker"] == 0
     after = everything(policy, optimization)
     assert after[0] == version == 1
     assert all(torch.equal(a, b) for a, b in zip(after[1], parameters, strict=True))
@@ -176,14 +160,14 @@ def test_a_skipped_step_leaves_all_as_it_was_but_the_scale(tiny_llama, lora):
     assert all(torch.equal(a, b) for a, b in zip(after[2]["masters"], state["masters"], strict=True))
     assert all(p.grad is None for p in [*policy.model.parameters(), *optimization.weights.masters])
 
-    optimization.loss_scale.value = 2.0**10
+    optimization.loss_scale.update(2.0**10)
     assert update()["skipped_step"] == 0.0 and policy.version == 2
 
 
 def test_at_a_scale_of_one_it_raises(tiny_llama):
-    """No scale is to blame then. 2^3 is halved three times before."""
+    """Then scaling did not cause the overflow. Before that 2^3 is halved three times."""
     parameter = half(1.0)
-    optimization = make_optimization([parameter], scale=LossScale(initial=8))
+    optimization = make_optimization([parameter], scale=LossScale(init_scale=8))
     for scale in (8, 4, 2):
         parameter.grad = torch.full_like(parameter, math.nan)
         assert optimization.step(WORLD)["loss_scale"] == scale
@@ -193,17 +177,17 @@ def test_at_a_scale_of_one_it_raises(tiny_llama):
     assert parameter.item() == optimization.weights.masters[0].item() == 1.0
 
 
-def test_all_ranks_skip_where_one_overflows():
-    """And a sum that is more than fp16 holds is no overflow: it is taken in fp32."""
+def test_all_ranks_skip_if_one_overflows():
+    """A sum that fp16 cannot represent is not an overflow, because gradients are summed in fp32."""
 
     def run(gradients):
         def on_rank(world):
             parameter = half(0.0)
-            optimization = make_optimization([parameter], scale=LossScale(initial=16), lr=1.0)
+            optimization = make_optimization([parameter], scale=LossScale(init_scale=16), lr=1.0)
             if gradients[world.rank] is not None:
                 parameter.grad = torch.tensor([gradients[world.rank]], dtype=torch.float16)
             skipped = optimization.step(world)["skipped_step"]
-            return skipped, optimization.weights.masters[0].item(), optimization.loss_scale.value
+            return skipped, optimization.weights.masters[0].item(), optimization.loss_scale.get_scale()
 
         return on_ranks(2, on_rank)
 
@@ -226,12 +210,12 @@ def test_gradients_are_those_of_fp32(tiny_llama, fp32_head):
         start = make_policy(tiny_llama, dtype).trainable_parameters
         gradients[dtype] = [(a.float() - b).detach() / 0.1 for a, b in zip(start, masters, strict=True)]
         norm = torch.cat([gradient.flatten() for gradient in gradients[dtype]]).norm().item()
-        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5), "of the true gradients, whatever the scale"
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5), "the norm is that of the unscaled gradients"
     for exact, rounded in zip(gradients["float32"], gradients["float16"], strict=True):
         assert (rounded - exact).norm() < 0.02 * exact.norm()
 
 
-def test_without_a_scale_nothing_is_logged_of_it(tiny_llama):
+def test_without_a_scale_no_scale_is_logged(tiny_llama):
     policy = make_policy(tiny_llama, "bfloat16")
     optimization = make_optimization(policy.trainable_parameters)
     rows, totals = make_rows(policy)

@@ -100,7 +100,7 @@ def test_installed_tune_finds_recipes_and_configs(environment: Path, tmp_path: P
     run(environment / "bin" / "tune", "cp", "grpo", ".", cwd=tmp_path)
     assert (tmp_path / "grpo.py").read_bytes() == (ROOT / "recipes" / "grpo.py").read_bytes()
     valid = run(environment / "bin" / "tune", "validate", "quickstart_sft", cwd=tmp_path)
-    assert valid == "quickstart_sft: a valid config of prime\n"
+    assert valid == "quickstart_sft: a valid config of sft\n"
 
 
 @pytest.mark.parametrize("name", FOLDERS)

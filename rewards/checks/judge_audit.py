@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rolltune.eval.passk import ENOUGH_OFF_THE_EDGE, mcnemar_exact
+from rolltune.eval.passk import MIN_VARYING, mcnemar_exact
 from rolltune.rewards.checks.labels import Given
 from rolltune.stats import wilson_interval
 
@@ -326,7 +326,7 @@ def _kappa(scored: Sequence[Given], *, resamples: int, seed: int) -> Measured:
     table = _sums([(g.response, _cell(g)) for g in scored], 4)
     found = _bootstrapped(table, len(scored), cohen_kappa, resamples=resamples, seed=seed)
     erring = len({g.response for g in scored if not g.is_right})
-    if erring >= ENOUGH_OFF_THE_EDGE or math.isnan(found.value):
+    if erring >= MIN_VARYING or math.isnan(found.value):
         return found
     # A bootstrap of a judge that hardly errs has hardly a width: the interval of its accuracy, in units of kappa.
     accuracy, (_, chance) = share(g.is_right for g in scored), _agreement(table.sum(0))

@@ -1,26 +1,31 @@
-"""Files that are whole or not there, and locks: one process at a time writes a folder."""
+"""Atomic writes, and locks that let only one process at a time write a file or folder."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:
-    """Write ``obj`` as indented JSON; a reader sees the old file or the new one, never a part. NaN becomes null."""
+    """Write ``obj`` as indented JSON, atomically. NaN and infinities become null."""
     write_text_atomic(Path(path), json.dumps(finite(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write ``text`` in UTF-8, on the disk when this returns; a reader sees the old file or the new one."""
+    """Write ``text`` in UTF-8. A reader sees the old file or the new one, never a part.
+
+    The text is on the disk when this returns.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
-        # Model text can hold half of a surrogate pair, which UTF-8 cannot; as \udXXX it is the JSON escape for it.
+        # A model's text can hold half of a surrogate pair, which UTF-8 cannot encode. It is written as \udXXX, JSON's
+        # escape for it.
         file.write(text.encode("utf-8", errors="backslashreplace"))
         file.flush()
         os.fsync(file.fileno())
@@ -28,7 +33,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def finite(obj: Any) -> Any:
-    """The same with NaN and infinities as None, in dicts and lists of any depth."""
+    """Replace NaN and infinities by None, in dicts and lists of any depth."""
     if isinstance(obj, Mapping):
         return {key: finite(value) for key, value in obj.items()}
     if isinstance(obj, list | tuple):
@@ -36,26 +41,24 @@ def finite(obj: Any) -> Any:
     return None if isinstance(obj, float) and not math.isfinite(obj) else obj
 
 
-def take_lock(path: Path) -> BinaryIO:
-    """The lock of a file or folder, held until what is returned is closed.
+def take_lock(path: Path) -> AcquireReturnProxy:
+    """Lock a file or folder against other processes that take its lock, until the ``with`` block ends.
 
-    It goes with the process that holds it, however that ends; its file, ``<path>.lock``, stays.
+    The lock file is ``<path>.lock``. The operating system frees the lock when the process that holds it ends, in
+    whatever way. Outside of a ``with`` block ``.lock.release()`` frees it.
 
     Example:
         >>> with take_lock(Path("outputs/traces/traces.jsonl")):  # doctest: +SKIP
         ...     ...
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process, or this one, holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(path.name + ".lock").open("ab")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
+        return FileLock(path.with_name(path.name + ".lock")).acquire(blocking=False)
+    except Timeout:
         raise ValueError(f"{path}: another process is writing it; wait for it, or choose another output_dir") from None
-    return lock
 
 
 def json_line(record: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Confidence intervals and tests for shares of problems."""
+"""Confidence intervals for shares of problems."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 
 
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of an accuracy (Wilson 1927; Brown, Cai and DasGupta 2001, eq. 4).
+    """Compute the 95 % Wilson score interval of an accuracy (Wilson 1927; Brown, Cai and DasGupta 2001, eq. 4).
 
-    Unlike accuracy +- 1.96 standard errors it has a width at 0 and 1, and does not leave [0, 1].
+    Unlike accuracy +- 1.96 standard errors, it has a width at 0 and 1 and stays within [0, 1].
 
     Example:
         >>> low, high = accuracy_interval(8, 10)
@@ -16,8 +16,8 @@ def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
         (0.49, 0.943)
 
     Args:
-        correct: right answers.
-        total: all answers, at least 1.
+        correct: number of right answers.
+        total: number of answers, at least 1.
 
     Returns:
         The lower and the upper end.
@@ -27,7 +27,9 @@ def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
 
 
 def wilson_interval(share: float, total: int) -> tuple[float, float]:
-    """The same of a share that need not be a whole number of ``total``.
+    """Compute :func:`accuracy_interval` for a share that need not be a whole number of ``total``.
+
+    Here by its formula, because ``scipy.stats.binomtest`` only takes whole counts.
 
     Args:
         share: 0 .. 1.
@@ -38,5 +40,5 @@ def wilson_interval(share: float, total: int) -> tuple[float, float]:
     scale = 1 + z**2 / total
     center = (share + z**2 / (2 * total)) / scale
     radius = z / scale * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    # At 0 and at all the end is exactly 0 or 1; the formula misses it by a rounding error.
+    # At shares of 0 and 1 one end is exactly 0 or 1, which the formula misses by a rounding error.
     return (0.0 if share == 0 else center - radius), (1.0 if share == 1 else center + radius)

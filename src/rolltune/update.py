@@ -64,9 +64,14 @@ class Optimization:
     max_grad_norm: float
     loss_scale: LossScale | None = None
 
+    def __post_init__(self) -> None:
+        if self.loss_scale is not None:
+            # GradScaler creates its scale when it first scales. A rank without microbatches would step before that.
+            self.loss_scale.scale(self.weights.masters[0].new_zeros(()))
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of the scaled loss."""
-        (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
+        (loss if self.loss_scale is None else self.loss_scale.scale(loss)).backward()
 
     def step(self, world: World) -> dict[str, float]:
         """Sum gradients over ranks, unscale, clip, step.
@@ -85,15 +90,16 @@ class Optimization:
         world.sum_gradients(self.weights.masters)  # in fp32, even if the weights are held in less
         metrics = {"lr": self.optimizer.param_groups[0]["lr"]}
         if self.loss_scale is not None:
-            metrics |= {"loss_scale": self.loss_scale.value, "skipped_step": 0.0}
-            self.loss_scale.unscale(self.weights.masters)
+            metrics |= {"loss_scale": self.loss_scale.get_scale(), "skipped_step": 0.0}
+            self.loss_scale.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.weights.masters, self.max_grad_norm).item()
         if not math.isfinite(grad_norm):
-            if self.loss_scale is None or not self.loss_scale.shrink():
+            if self.loss_scale is None or metrics["loss_scale"] == 1:
                 raise FloatingPointError(
                     f"the gradient norm is {grad_norm}; the weights were left as they were: lower optimizer.lr, or "
                     "look for the cause in the ratio curves"
                 )
+            self.loss_scale.update()
             self.optimizer.zero_grad(set_to_none=True)
             return metrics | {"skipped_step": 1.0}
         self.optimizer.step()
@@ -102,7 +108,7 @@ class Optimization:
             self.scheduler.step()
         self.weights.write_back()
         if self.loss_scale is not None:
-            self.loss_scale.grow()
+            self.loss_scale.update()
         return metrics | {"grad_norm": grad_norm}
 
     def state_dict(self) -> dict:

@@ -33,7 +33,8 @@ advantage: {_component_: rolltune.advantages.group_zscore}
 loss: {_component_: rolltune.losses.grpo.GRPOLoss, kl_coef: 1e-3}
 optimizer: {_component_: torch.optim.AdamW, lr: 1e-6, betas: [0.9, 0.95]}
 lr_scheduler:
-  _component_: torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup
+  _component_: transformers.get_scheduler
+  name: cosine
   num_warmup_steps: 2
 num_steps: 10
 """
@@ -244,7 +245,7 @@ MISTAKES = [
     ("loss=rolltune.losses.grp.GRPOLoss", "rolltune.losses has no grp; did you mean grpo?"),
     ("loss=roltune.losses.grpo.GRPOLoss", "no module roltune here, on PYTHONPATH or among rolltune"),
     ("loss=losses.grpo.GRPOLoss", "did you mean rolltune.losses.grpo.GRPOLoss?"),
-    ("loss=os.system", "os is not one of rolltune, torchtune, torch, nor a module of yours"),
+    ("loss=os.system", "os is not one of rolltune, torchtune, torch"),
     ("loss=rolltune.losses.grpo", "rolltune.losses.grpo is a module; a class or a function is wanted"),
     ("~loss._component_", "loss: no _component_; it names the class or function"),
     ("loss.beta=0.1", "loss.beta: GRPOLoss takes no such argument; it takes clip_high, clip_low, kl_coef"),
@@ -259,6 +260,7 @@ MISTAKES = [
     ("optimizer.betas=3", "optimizer.betas: 3; a list of 2 is wanted"),
     ("optimizer.lr=0.1x", "optimizer.lr: '0.1x' is a string; a number is wanted"),
     ("optimizer.params=[]", "optimizer.params: the recipe passes it to AdamW; leave it out"),
+    ("lr_scheduler.name=cosin", "lr_scheduler: transformers.get_scheduler: cosin is not a valid SchedulerType"),
     ("lr_scheduler.num_training_steps=5", "lr_scheduler.num_training_steps: the recipe passes it"),
     (
         "lr_scheduler={_component_: torch.optim.lr_scheduler.ConstantLR}",
@@ -536,9 +538,18 @@ def test_float16_has_a_loss_scale_and_master_weights_or_adapters(valid: Path):
     assert problems_of(valid, "model.dtype=float16", "lora.rank=4", f"loss_scale={LOSS_SCALE}") == []
     for wrong, message in (
         ("{_component_: rolltune.losses.grpo.GRPOLoss}", "rolltune.loss_scale.LossScale is wanted"),
-        ("{_component_: rolltune.loss_scale.LossScale, initial: 1000}", "initial: 1000; must be a power of two, >= 1"),
-        ("{_component_: rolltune.loss_scale.LossScale, initial: 0.5}", "initial: 0.5; must be a power of two, >= 1"),
-        ("{_component_: rolltune.loss_scale.LossScale, initial: .inf}", "initial: inf; must be a power of two, >= 1"),
+        (
+            "{_component_: rolltune.loss_scale.LossScale, init_scale: 1000}",
+            "init_scale: 1000; must be a power of two, >= 1",
+        ),
+        (
+            "{_component_: rolltune.loss_scale.LossScale, init_scale: 0.5}",
+            "init_scale: 0.5; must be a power of two, >= 1",
+        ),
+        (
+            "{_component_: rolltune.loss_scale.LossScale, init_scale: .inf}",
+            "init_scale: inf; must be a power of two, >= 1",
+        ),
         ("{_component_: rolltune.loss_scale.LossScale, growth_interval: 0}", "growth_interval: 0; must be >= 1"),
         ("{_component_: rolltune.loss_scale.LossScale, growth: 2}", "loss_scale.growth: LossScale takes no such"),
     ):

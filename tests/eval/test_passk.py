@@ -1,4 +1,4 @@
-"""pass@k, cons@k and intervals against values worked out by hand, brute force and the published formulas."""
+"""pass@k, cons@k and intervals, compared with hand-computed values, brute force and the published formulas."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_pass_at_k_is_the_share_of_all_subsets_with_a_right_one(nck: tuple[int, 
 
 
 def test_pass_at_k_is_unbiased_where_the_plug_in_is_not():
-    """Exactly: the mean over the binomial distribution of c is 1 - (1 - p)^k, for every p."""
+    """The mean over the binomial distribution of c is exactly 1 - (1 - p)^k, for every p."""
     n, k = 6, 3
     for p in (0.1, 0.5, 0.9):
         weights = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
@@ -102,8 +102,8 @@ def test_pass_at_k_out_of_range(n: int, c: int, k: int):
         (["4", "5", "5"], "4", 3, 0.0),
         (["4", "5"], "4", 2, 0.5),  # a tie of a right and a wrong one
         (["4", "5", "6"], "4", 3, 1 / 3),
-        (["4", "4", "5", "5", "6"], "4", 5, 0.5),  # 6 has fewer votes and no share
-        ([None, None, "4"], "4", 3, 1.0),  # who states no answer does not outvote
+        (["4", "4", "5", "5", "6"], "4", 5, 0.5),  # 6 has fewer votes and does not tie
+        ([None, None, "4"], "4", 3, 1.0),  # a sample without an answer does not vote
         ([None, None, None], "4", 3, 0.0),
         (["4", "4", None, "5"], "4", 1, 0.5),
         (["5", "5"], "4", 2, 0.0),
@@ -135,14 +135,14 @@ def test_cons_at_k_is_near_the_mean_over_all_subsets(answers: list[str | None], 
     assert found == pytest.approx(expected, abs=1e-12 if is_exact else 5 * 0.5 / math.sqrt(4000))
 
 
-def test_cons_at_k_is_the_same_for_the_same_seed_alone():
+def test_cons_at_k_depends_on_the_seed():
     answers, correct = ["4", "4", "5", "6", "5", "5"], [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     found = [cons_at_k(answers, correct, 3, seed=seed) for seed in (0, 0, 1)]
     assert found[0] == found[1] != found[2]
 
 
 def test_an_answer_is_as_right_as_its_samples():
-    """A judge of more than the answer may call one sample of an answer right and another wrong."""
+    """A verifier that checks more than the answer may accept one sample of an answer and reject another."""
     assert cons_at_k(["4", "4", "5"], [1.0, 0.0, 0.0], 3, seed=0) == 0.5
     assert cons_at_k(["4", "4", "5"], [1.0, 0.0, 0.0], 1, seed=0) == pytest.approx(1 / 3)
 
@@ -168,7 +168,7 @@ def test_two_problems_by_hand():
 
 
 def test_interval_of_a_normal_mean():
-    """Of many problems it is mean +- 1.96 standard errors."""
+    """With many problems it is the mean +- 1.96 standard errors."""
     values = np.random.default_rng(1).normal(3.0, 2.0, size=400)
     low, high = bootstrap_interval(values, resamples=10_000, seed=0)
     error = values.std() / math.sqrt(400)
@@ -177,7 +177,7 @@ def test_interval_of_a_normal_mean():
 
 
 def test_interval_covers_the_truth_as_often_as_it_says():
-    """200 experiments of 60 problems with 4 samples each, of problems of all difficulties."""
+    """200 experiments with 60 problems of all difficulties and 4 samples per problem."""
     rng = np.random.default_rng(2)
     covered = 0
     for _ in range(200):
@@ -211,14 +211,14 @@ def test_a_share_of_problems_has_wilsons_interval():
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_a_rate_of_nothing_or_all_is_not_certain(value: float):
-    """Eight samples of each of 10 problems, all wrong: at most 10 problems' worth of certainty."""
+    """Eight wrong (or right) samples of each of 10 problems are only as much evidence as 10 problems."""
     measure = Measure(numerators=np.full(10, 8 * value), denominators=np.full(10, 8.0), completions=80)
     (found,) = estimates([measure], resamples=200, seed=0)
     assert (found.mean, found.low, found.high) == (value, *accuracy_interval(round(10 * value), 10))
 
 
 def rates_of(*, right: int, problems: int) -> Measure:
-    """4 samples of each of 50 problems; so many problems have so many right, the others none."""
+    """Make 4 samples of each of 50 problems: ``right`` of 4 are right on ``problems`` problems, else none."""
     return Measure.of(np.array([right / 4] * problems + [0.0] * (50 - problems)), completions=200)
 
 
@@ -254,7 +254,7 @@ def test_other_means_have_a_bootstrap_interval():
 
 
 def test_a_ratio_of_sums_resamples_whole_problems():
-    """Problem 1 has a count of 1 in 1, problem 2 of 0 in 3: drawn are {1,1}, {1,2}, {2,2}: 1, 1/4, 0."""
+    """Problem 1 counts 1 of 1, problem 2 counts 0 of 3. The draws {1,1}, {1,2}, {2,2} give 1, 1/4, 0."""
     measure = Measure(numerators=np.array([1.0, 0.0]), denominators=np.array([1.0, 3.0]), completions=4, is_rate=False)
     (found,) = estimates([measure], resamples=2000, seed=0)
     assert (found.mean, found.low, found.high, found.problems) == (0.25, 0.0, 1.0, 2)
@@ -275,7 +275,7 @@ def test_a_measure_without_any_problem():
 
 
 def test_a_difference_is_of_pairs():
-    """Both models are far from sure, yet on each problem the second is better by the same: no width."""
+    """Both models vary over problems, but their difference is the same on each: the interval has no width."""
     first = np.array([0.0, 0.25, 0.5, 0.75, NAN])
     found = paired_difference(first, first + 0.25, resamples=300, seed=0)
     assert (found.mean, found.low, found.high, found.problems) == (0.25, 0.25, 0.25, 4)
@@ -283,7 +283,7 @@ def test_a_difference_is_of_pairs():
 
 
 def test_verdicts_are_significant_by_their_exact_test():
-    """Of 50 problems 4 (then 5, then 6) are right by the second alone: p = 2 / 2^4, 2 / 2^5, 2 / 2^6."""
+    """Only the second has 4 (then 5, then 6) of 50 problems right: p = 2 / 2^4, 2 / 2^5, 2 / 2^6."""
     none = np.zeros(50)
     for gained, p, is_significant in ((4, 0.125, False), (5, 0.0625, False), (6, 0.03125, True)):
         found = paired_difference(none, np.arange(50) < gained, resamples=2000, seed=0)

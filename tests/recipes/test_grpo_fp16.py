@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from rolltune.run.checkpoint import load_state
 
 # At 2^19 and above gradients of the tiny Llama overflow, at 2^18 they fit; two steps without an overflow double it.
-LOSS_SCALE = {"_component_": "rolltune.loss_scale.LossScale", "initial": 2.0**20, "growth_interval": 2}
+LOSS_SCALE = {"_component_": "rolltune.loss_scale.LossScale", "init_scale": 2.0**20, "growth_interval": 2}
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_steps_are_skipped_until_gradients_fit(run_fp16):
 
 
 def test_after_a_skipped_update_the_next_one_is_the_first(run_fp16):
-    scale = LOSS_SCALE | {"initial": 2.0**19}
+    scale = LOSS_SCALE | {"init_scale": 2.0**19}
     batch = {"prompts_per_step": 4, "num_iterations": 2, "microbatch_tokens": 128}
     row = read_rows(run_fp16(loss_scale=scale, batch=batch, num_steps=1))[1]
     assert row["updates"] == 1.0 and row["skipped_step"] == 0.5 and row["loss_scale"] == 2.0**18

@@ -137,7 +137,8 @@ def test_lora_run_writes_an_adapter(run_grpo, tiny_llama):
 def test_lr_schedule_runs_over_all_updates(run_grpo):
     output_dir = run_grpo(
         lr_scheduler={
-            "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
+            "_component_": "transformers.get_scheduler",
+            "name": "cosine",
             "num_warmup_steps": 2,
         }
     )

@@ -32,7 +32,7 @@ def test_sigkill_at_random_moments(tiny_llama, tmp_path, reward_module, kind):
         "lora": {"lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1}},
         "fp16": {
             "model": {"path": str(tiny_llama), "dtype": "float16", "master_weights": True},
-            "loss_scale": {"_component_": "rolltune.loss_scale.LossScale", "initial": 2.0**20, "growth_interval": 5},
+            "loss_scale": {"_component_": "rolltune.loss_scale.LossScale", "init_scale": 2.0**20, "growth_interval": 5},
         },
     }[kind]
     configs = {}

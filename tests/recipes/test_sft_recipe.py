@@ -115,7 +115,7 @@ def test_float16(run_sft, tiny_llama):
     rows = read_rows(
         run_sft(
             model={"path": str(tiny_llama), "dtype": "float16", "master_weights": True},
-            loss_scale={"_component_": "rolltune.loss_scale.LossScale", "initial": 2.0**19},
+            loss_scale={"_component_": "rolltune.loss_scale.LossScale", "init_scale": 2.0**19},
             eval={"every_n_steps": 1, "max_problems": 4},
         )
     )

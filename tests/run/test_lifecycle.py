@@ -311,10 +311,10 @@ def test_float16_has_a_loss_scale_and_nothing_else_has(policy, tmp_path):
         assert build.build_optimization(cfg, policy(dtype), num_updates=3).loss_scale is None
     cfg.model = ModelConfig(path="org/name", dtype="float16", master_weights=True)
     scale = build.build_optimization(cfg, policy("float16"), num_updates=3).loss_scale
-    assert scale is not None and (scale.value, scale.growth_interval) == (2.0**16, 400)
-    cfg.loss_scale = {"_component_": "rolltune.loss_scale.LossScale", "initial": 8, "growth_interval": 5}
+    assert scale is not None and (scale.get_scale(), scale.get_growth_interval()) == (2.0**16, 400)
+    cfg.loss_scale = {"_component_": "rolltune.loss_scale.LossScale", "init_scale": 8, "growth_interval": 5}
     scale = build.build_optimization(cfg, policy("float16"), num_updates=3).loss_scale
-    assert scale is not None and (scale.value, scale.growth_interval) == (8.0, 5)
+    assert scale is not None and (scale.get_scale(), scale.get_growth_interval()) == (8.0, 5)
 
 
 def test_float16_on_a_cpu_is_warned_of_once(tmp_path, capsys):
@@ -405,7 +405,8 @@ def test_the_schedule_knows_the_number_of_updates(policy, tmp_path):
         tmp_path,
         optimizer=OPTIMIZER | {"lr": 1.0},
         lr_scheduler={
-            "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
+            "_component_": "transformers.get_scheduler",
+            "name": "cosine",
             "num_warmup_steps": 1,
         },
     )

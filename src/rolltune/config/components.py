@@ -10,7 +10,6 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import logging
 import math
 import os
 import pkgutil
@@ -27,10 +26,7 @@ import rolltune
 from rolltune.config.schema import Component
 from rolltune.errors import ConfigError
 
-# torchtune imports torchao, which logs a complaint about optional kernels that are not used here.
-logging.getLogger("torchao").setLevel(logging.ERROR)
-
-ROOTS = ("rolltune", "torchtune", "torch")
+ROOTS = ("rolltune", "torchtune", "torch", "transformers")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false", type(None): "null"}
 _PLURALS = {str: "strings", int: "integers", float: "numbers"}

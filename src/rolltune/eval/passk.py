@@ -1,8 +1,7 @@
-"""Estimates from n samples of each problem, and how sure they are: pass@k, cons@k, bootstrap intervals over problems.
+"""pass@k and cons@k from n samples of each problem, with confidence intervals over problems.
 
-Problems are what is drawn at random, so problems are what is resampled: n samples of one problem are no n problems, and
-an interval that took them for it would be far too narrow. Where a problem has no value for a measure it is NaN and is
-left out.
+The bootstrap resamples problems, because problems are drawn at random. Resampling completions as if they were
+independent would give intervals that are far too narrow. A problem without a value for a measure is NaN and left out.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ import numpy as np
 from rolltune.stats import wilson_interval
 
 CONFIDENCE = 0.95
-ENOUGH_OFF_THE_EDGE = 5  # problems whose rate is not 0 (or not 1), from which on a bootstrap of their mean has a width
-ENOUGH_CHANGED = 6  # problems: of 5, all changed for the better, chance makes as much in 1 case of 16; of 6, in 1 of 32
-SUBSETS = 200  # random subsets behind a cons@k
-_CELLS = 2_000_000  # of a chunk of resamples: bounds memory
+MIN_VARYING = 5  # problems with a rate above 0, and below 1, that a bootstrap of the mean needs
+MIN_CHANGED = 6  # problems: chance alone changes 5 of 5 in the same direction in 1 case of 16, 6 of 6 in 1 of 32
+SUBSETS = 200  # random subsets per cons@k
+_CELLS = 2_000_000  # resamples x problems in memory at once
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that of k samples at least one is right, unbiased, from c right ones among n >= k.
+    """Estimate the probability that at least one of k samples is right, from c right samples among n >= k.
 
-    ``1 - C(n - c, k) / C(n, k)`` (Codex, arXiv 2107.03374, eq. 1) in the stable form given there. ``1 - (1 - c/n)^k``
-    would be biased low.
+    ``1 - C(n - c, k) / C(n, k)`` (Codex, arXiv 2107.03374, eq. 1) in the numerically stable form given there. It is
+    unbiased; ``1 - (1 - c/n)^k`` is biased low.
 
     Example:
         >>> round(pass_at_k(5, 1, 2), 12)
@@ -45,22 +44,22 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def cons_at_k(
     answers: Sequence[str | None], correct: Sequence[float], k: int, *, seed: int, subsets: int = SUBSETS
 ) -> float:
-    """Probability that the majority vote of k samples is right (self-consistency, arXiv 2203.11171).
+    """Estimate the probability that the majority vote of k samples is right (self-consistency, arXiv 2203.11171).
 
-    Mean over subsets of k of the n samples: the one subset where k = n, each sample where k = 1, else ``subsets``
-    random ones, whose noise is small beside that of a mean over problems. A sample that states no answer has no vote;
-    a subset without any vote is wrong. Where several answers have the most votes, the subset counts by the share of
-    these answers that are right, as if one of them were drawn.
+    The mean over subsets of k of the n samples. For k = n there is one subset, for k = 1 each sample is one. Otherwise
+    ``subsets`` random ones are drawn, whose noise is small compared with that of a mean over problems. A sample without
+    an answer does not vote, and a subset without votes is wrong. If several answers tie, the subset counts as the
+    share of them that is right.
 
     Args:
-        answers: what each sample votes for, None for no vote; equal strings are one answer.
+        answers: the answer of each sample, None for no vote; equal strings are one answer.
         correct: 1 or 0 for each sample; an answer is as right as its samples are on average.
-        k: votes, 1 .. n.
-        seed: of the subsets.
-        subsets: how many of them.
+        k: number of votes, 1 .. n.
+        seed: seed of the random subsets.
+        subsets: number of random subsets.
 
     Raises:
-        ValueError: k out of range, or a different number of answers and verdicts.
+        ValueError: k is out of range, or ``answers`` and ``correct`` differ in length.
     """
     n = len(answers)
     if len(correct) != n or not 1 <= k <= n:
@@ -78,13 +77,13 @@ def cons_at_k(
 
 
 def _majority(votes: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """How right the vote of each row is, float [S].
+    """Score the majority vote of each subset, float [S].
 
     Args:
-        votes: int [S, k], -1 for none.
-        right: float [A], how right each answer is.
+        votes: indices of answers, int [S, k]; -1 for no vote.
+        right: share of each answer's samples that are right, float [A].
     """
-    rows, width = len(votes), len(right) + 1  # column 0 counts those without a vote
+    rows, width = len(votes), len(right) + 1  # column 0 counts the samples without a vote
     counts = np.bincount((votes + 1 + width * np.arange(rows)[:, None]).ravel(), minlength=rows * width)
     counts = counts.reshape(rows, width)[:, 1:]
     most = counts.max(axis=1, keepdims=True)
@@ -97,13 +96,13 @@ class Estimate:
     """A number with its 95 % interval.
 
     Attributes:
-        mean: over problems; NaN where there are none.
+        mean: mean over problems; NaN without problems.
         low: lower end of the interval.
-        high: upper end.
-        interval: "wilson" for a share of problems, each of them 0 or 1, and for a rate that fewer than 5 problems keep
-            from being 0 or 1; "bootstrap" for every other mean.
-        problems: that the mean is over.
-        completions: behind it.
+        high: upper end of the interval.
+        interval: "wilson" for a share of problems, each 0 or 1, and for a rate that is 0 (or 1) for all but fewer than
+            5 problems; "bootstrap" for every other mean.
+        problems: number of problems in the mean.
+        completions: number of completions behind the mean.
     """
 
     mean: float
@@ -116,12 +115,12 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """What each problem adds to a mean: the mean is sum(numerators) / sum(denominators).
+    """The contribution of each problem to a mean, which is sum(numerators) / sum(denominators).
 
     Attributes:
         numerators: float64 [problems].
         denominators: float64 [problems]; 0 for a problem that is left out.
-        completions: behind the mean.
+        completions: number of completions behind the mean.
         is_rate: whether each completion adds 0 or 1, as a verdict does and a length does not.
     """
 
@@ -132,7 +131,7 @@ class Measure:
 
     @classmethod
     def of(cls, values: np.ndarray, *, completions: int, is_rate: bool = True) -> Measure:
-        """The mean over problems of one value each; NaN leaves a problem out."""
+        """Take the mean of one value per problem, float [problems]; NaN leaves a problem out."""
         has_value = ~np.isnan(values)
         return cls(
             numerators=np.where(has_value, values, 0.0),
@@ -143,16 +142,15 @@ class Measure:
 
 
 def estimates(measures: Sequence[Measure], *, resamples: int, seed: int) -> list[Estimate]:
-    """Each measure with its 95 % interval, all of them over the same resampled problems.
+    """Estimate each measure with its 95 % interval. All intervals use the same resampled problems.
 
-    A share of problems has Wilson's interval: the bootstrap of problems that are all wrong would have no width, as if
-    ten problems had shown that the eleventh is wrong too. For that reason a rate that is 0 or 1 on all problems but
-    fewer than 5 is treated as such a share as well, however many completions of each problem are behind it.
+    A share of problems gets Wilson's interval, because a bootstrap of problems that are all wrong has no width. So does
+    a rate that is 0 (or 1) for all but fewer than 5 problems, however many completions each problem has.
 
     Args:
-        measures: over the same problems, in the same order.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        measures: measures over the same problems, in the same order.
+        resamples: number of bootstrap resamples.
+        seed: seed of the bootstrap.
     """
     if not measures:
         return []
@@ -167,17 +165,16 @@ def _estimate(measure: Measure, low: float, high: float) -> Estimate:
     problems = int((weights > 0).sum())
     mean = float(values.sum() / weights.sum()) if problems else math.nan
     is_share = np.isin(values, (0, 1)).all() and np.isin(weights, (0, 1)).all()
-    off_the_edge = min((values > 0).sum(), (values < weights).sum())
-    if problems and measure.is_rate and (is_share or off_the_edge < ENOUGH_OFF_THE_EDGE):
+    varying = min((values > 0).sum(), (values < weights).sum())
+    interval = "bootstrap"
+    if problems and measure.is_rate and (is_share or varying < MIN_VARYING):
+        interval = "wilson"
         low, high = wilson_interval(mean, problems)
-        return Estimate(
-            mean=mean, low=low, high=high, interval="wilson", problems=problems, completions=measure.completions
-        )
     return Estimate(
         mean=mean,
         low=float(low),
         high=float(high),
-        interval="bootstrap",
+        interval=interval,
         problems=problems,
         completions=measure.completions,
     )
@@ -186,27 +183,29 @@ def _estimate(measure: Measure, low: float, high: float) -> Estimate:
 def bootstrap_interval(
     values: np.ndarray, *, resamples: int, seed: int, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean over problems. Of fewer than some 30 problems it is a little narrow.
+    """Compute the percentile bootstrap interval of a mean over problems.
+
+    With fewer than about 30 problems it is a little too narrow.
 
     Args:
-        values: float [problems], one a problem; NaN leaves a problem out.
-        resamples: how many times as many problems are drawn with replacement.
-        seed: of the draws.
-        confidence: share of the resampled means inside.
+        values: one value per problem, float [problems]; NaN leaves a problem out.
+        resamples: number of times that as many problems are drawn with replacement.
+        seed: seed of the draws.
+        confidence: share of the resampled means inside the interval.
 
     Raises:
-        ValueError: there is no problem.
+        ValueError: no problem has a value.
     """
     measure = Measure.of(np.asarray(values, dtype=float), completions=0)
     if not measure.denominators.any():
-        raise ValueError("an interval over no problems: one value at least is wanted")
+        raise ValueError("an interval over no problems: at least one value is needed")
     means = _resample(measure.numerators[:, None], measure.denominators[:, None], resamples=resamples, seed=seed)
     ((low,), (high,)) = _percentiles(means, confidence)
     return float(low), float(high)
 
 
 def _percentiles(means: np.ndarray, confidence: float = CONFIDENCE) -> tuple[np.ndarray, np.ndarray]:
-    """Both ends of the interval of each column of [resamples, M]; NaN where a column has no value."""
+    """Compute both ends of the interval of each column of [resamples, M]; NaN for a column without values."""
     ends = np.full((2, means.shape[1]), np.nan)
     known = ~np.isnan(means).all(axis=0)
     if known.any():
@@ -215,9 +214,9 @@ def _percentiles(means: np.ndarray, confidence: float = CONFIDENCE) -> tuple[np.
 
 
 def _resample(numerators: np.ndarray, denominators: np.ndarray, *, resamples: int, seed: int) -> np.ndarray:
-    """Ratios of sums over resampled problems: [problems, M] twice to [resamples, M]; NaN for 0 / 0.
+    """Compute ratios of sums over resampled problems, from [problems, M] twice to [resamples, M]; NaN for 0 / 0.
 
-    The problems that are drawn depend on (seed, number of problems) alone, so columns and calls can be compared.
+    The draws depend only on the seed and the number of problems, so columns and calls are comparable.
     """
     problems = len(numerators)
     rng = np.random.Generator(np.random.Philox(key=seed))
@@ -234,15 +233,15 @@ def _resample(numerators: np.ndarray, denominators: np.ndarray, *, resamples: in
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """What one model has more than another, on the same problems.
+    """The difference between two models on the same problems.
 
     Attributes:
-        mean: second minus first.
-        low: lower end of the 95 % interval, by bootstrap over problems.
-        high: upper end.
-        problems: that both have a value for.
-        changed: those of them where the values differ.
-        mcnemar_p: two-sided exact p of McNemar's test, where every value is 0 or 1; else None.
+        mean: mean of second minus first.
+        low: lower end of the 95 % bootstrap interval over problems.
+        high: upper end of the interval.
+        problems: number of problems for which both models have a value.
+        changed: number of these problems whose values differ.
+        mcnemar_p: two-sided exact p of McNemar's test if every value is 0 or 1, else None.
     """
 
     mean: float
@@ -254,23 +253,23 @@ class Difference:
 
     @property
     def is_significant(self) -> bool:
-        """At the 5 % level: by McNemar's test where there is one, else by an interval without 0.
+        """Test at the 5 % level, by McNemar's p if there is one, else by whether the interval excludes 0.
 
-        The bootstrap of a few changes, all of one sign, excludes 0 however few they are; so 6 at least are wanted.
+        A bootstrap of changes in the same direction excludes 0 however few they are, so at least 6 are required.
         """
         if self.mcnemar_p is not None:
             return self.mcnemar_p < 1 - CONFIDENCE
-        return self.changed >= ENOUGH_CHANGED and (self.low > 0 or self.high < 0)
+        return self.changed >= MIN_CHANGED and (self.low > 0 or self.high < 0)
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray, *, resamples: int, seed: int) -> Difference:
-    """The mean of ``second - first`` over problems. Pairing takes out how hard the problems are.
+    """Estimate the mean of ``second - first`` over problems. Pairing removes the variance of the problems' difficulty.
 
     Args:
-        first: float [problems]; NaN leaves a problem out.
-        second: float [problems], the same problems.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        first: values of one model, float [problems]; NaN leaves a problem out.
+        second: values of the other model on the same problems, float [problems].
+        resamples: number of bootstrap resamples.
+        seed: seed of the bootstrap.
     """
     both = ~(np.isnan(first) | np.isnan(second))
     first, second = first[both], second[both]
@@ -289,14 +288,14 @@ def paired_difference(first: np.ndarray, second: np.ndarray, *, resamples: int, 
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
-    """Two-sided exact p of McNemar's test: of the problems that one alone has right, is either as likely to be the one?
+    """Compute the two-sided exact p of McNemar's test, from the numbers of problems that only one model has right.
 
     Example:
         >>> mcnemar_exact(1, 5)
         0.21875
     """
     discordant = only_first + only_second
-    ways, tail = 1, 1  # C(discordant, i) and their sum; integers, so exact however many there are
+    ways, tail = 1, 1  # C(discordant, i) and the sum of these, as integers: exact for any number of problems
     for i in range(min(only_first, only_second)):
         ways = ways * (discordant - i) // (i + 1)
         tail += ways

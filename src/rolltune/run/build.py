@@ -191,7 +191,9 @@ def build_optimization(cfg: GRPOConfig | SFTConfig, policy: Policy, *, num_updat
     """
     weights = MasterWeights(policy.trainable_parameters, enabled=cfg.model.master_weights)
     optimizer = instantiate(cfg.optimizer, weights.masters)
-    scheduler = instantiate(cfg.lr_scheduler, optimizer, num_training_steps=num_updates) if cfg.lr_scheduler else None
+    scheduler = None
+    if cfg.lr_scheduler:
+        scheduler = instantiate(cfg.lr_scheduler, optimizer=optimizer, num_training_steps=num_updates)
     loss_scale = None
     if cfg.model.dtype == "float16":
         loss_scale = LossScale() if cfg.loss_scale is None else instantiate(cfg.loss_scale)

@@ -543,7 +543,8 @@ def _check_optimization(cfg: GRPOConfig | SFTConfig, num_updates: int) -> Iterat
         yield from _above("optimizer.lr", lr, 0)
     if cfg.lr_scheduler is None:
         return
-    yield from check_component(cfg.lr_scheduler, "lr_scheduler", positional=1, passed=("num_training_steps",))
+    problems = check_component(cfg.lr_scheduler, "lr_scheduler", passed=("optimizer", "num_training_steps"))
+    yield from problems or _schedule_problems(cfg.lr_scheduler, num_updates)
     warmup = cfg.lr_scheduler.get("num_warmup_steps")
     if isinstance(warmup, int):
         yield from _at_least("lr_scheduler.num_warmup_steps", warmup, 0)
@@ -552,6 +553,18 @@ def _check_optimization(cfg: GRPOConfig | SFTConfig, num_updates: int) -> Iterat
                 f"lr_scheduler.num_warmup_steps: {warmup}; the run has {num_updates} optimizer steps in all (num_steps"
                 f"{' x batch.num_iterations x batch.minibatches' if isinstance(cfg, GRPOConfig) else ''})"
             )
+
+
+def _schedule_problems(node: Component, num_updates: int) -> list[str]:
+    """Build the schedule for a throw-away optimizer."""
+    from torch import zeros
+    from torch.optim import SGD
+
+    try:
+        instantiate(node, optimizer=SGD([zeros(1)]), num_training_steps=num_updates)
+    except ConfigError as error:
+        return [f"lr_scheduler: {error.problems[0]}"]
+    return []
 
 
 def _check_loss_scale(node: Component, dtype: str) -> Iterator[str]:

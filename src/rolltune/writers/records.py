@@ -176,13 +176,13 @@ class RecordFile(Generic[R]):
     def __init__(self, path: Path, layout: Layout[R]) -> None:
         self.path = path
         self.layout = layout
-        self._lock = take_lock(path)
+        self._lock = take_lock(path).lock
         try:
             records, size = _read(path, layout) if path.exists() else ([], 0)
             self.done = set(map(layout.key, records))
             self._file = self._open(size)
         except BaseException:
-            self._lock.close()
+            self._lock.release()
             raise
 
     def _open(self, size: int) -> BinaryIO:
@@ -203,7 +203,7 @@ class RecordFile(Generic[R]):
 
     def close(self) -> None:
         self._file.close()
-        self._lock.close()  # the lock goes with it
+        self._lock.release()
 
     def append(self, record: R) -> None:
         """Add a record; it is on the disk when this returns."""
