@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the mean negative log-likelihood of the completion tokens."""
+"""NLL: the mean negative log-likelihood of the completion tokens, for supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from rolltune.types import LossInputs, LossTotals
 
 @dataclass(frozen=True, kw_only=True)
 class NLLLoss:
-    """``-1/N sum_t log pi(y_t)`` over all N trained tokens of the step, so that packing and sharding do not move it.
+    """``-1/N sum_t log pi(y_t)`` over all N completion tokens of the step, however they are packed and sharded.
 
-    Completion tokens alone are trained; advantages and old log-probs are not looked at.
+    Prompt tokens are not trained. Advantages and old log-probs are ignored.
     """
 
     kl_coef: float = 0.0
 
     def __call__(self, inputs: LossInputs, totals: LossTotals) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return this microbatch's share of the loss, without metrics."""
         return token_mean(-inputs.logprobs, totals), {}
