@@ -490,7 +490,7 @@ def test_batch_invariance_is_for_the_native_sampler_on_a_cpu(tmp_path: Path, val
     assert len(found) == 1 and "works on a CPU alone" in found[0]
     (found,) = problems_of(valid, on, "lora.dropout=0.1")
     assert found.endswith("the sampler has no dropout, so lora.dropout must be 0")
-    mine = "rolltune.samplers.sequences.EndOfText"  # another class
+    mine = "rolltune.samplers.sequences.StopCondition"  # another class
     found = problems_of(valid, on, f"sampler={{_component_: {mine}, stop: [], max_new_tokens: 1}}")
     assert found == ["model.batch_invariant: true; the sampler must be rolltune.samplers.native.NativeSampler"]
     path = tmp_path / "sft.yaml"
