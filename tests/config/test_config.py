@@ -270,7 +270,7 @@ MISTAKES = [
         "rewards.length={_component_: rolltune.rewards.length.cosine_length_reward, max_tokens: 9, completion: 1}",
         "rewards.length.completion: the recipe passes it to cosine_length_reward",
     ),
-    ("advantage.eps=0", "advantage.eps: 0, must be > 0"),
+    ("advantage.eps=0", "advantage.eps: 0"),
     (
         "correction={_component_: rolltune.corrections.TokenTIS, max_rato: 2}",
         "correction.max_rato: TokenTIS takes no such argument; did you mean correction.max_ratio?",
