@@ -9,7 +9,7 @@ PINNED = 134958091198789031
 
 
 def test_is_the_same_on_every_machine_and_in_every_process():
-    # Kept by hand: a change here would change what every resumed run samples.
+    # Pinned: a change would change the samples of every resumed run.
     assert derive_seed(0, 1, "sample", "gsm8k/train/7", 3) == PINNED
     code = "from rolltune.seeding import derive_seed; print(derive_seed(0, 1, 'sample', 'gsm8k/train/7', 3))"
     for hash_seed in ("1", "2"):
@@ -19,7 +19,7 @@ def test_is_the_same_on_every_machine_and_in_every_process():
         assert int(done.stdout) == PINNED, done.stderr
 
 
-def test_every_part_counts_and_so_does_its_place():
+def test_every_part_and_its_place_matter():
     parts = list(itertools.product((0, 1, 10, 11), ("a", "ab", "b"), (0, 1, 2)))
     seeds = (
         {derive_seed(*p) for p in parts} | {derive_seed(*p[::-1]) for p in parts} | {derive_seed(*p[:2]) for p in parts}

@@ -1,4 +1,4 @@
-"""One process's share of the work, and sums over all of them."""
+"""Sharding over processes, and sums over all of them."""
 
 import os
 import socket
@@ -30,7 +30,7 @@ def test_shards_cover_everything_once(items, size):
 
 @given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]), st.integers(1, 3))
 def test_every_minibatch_of_a_step_is_spread_evenly(size, minibatches, per_rank):
-    """Groups of a minibatch are neighbours in the step; each rank must have as many of them as any other."""
+    """Groups of a minibatch are consecutive in the step. Each rank must have the same number of them."""
     groups = range(size * minibatches * per_rank)
     for rank in range(size):
         mine = world(rank, size).shard(groups)
@@ -38,7 +38,7 @@ def test_every_minibatch_of_a_step_is_spread_evenly(size, minibatches, per_rank)
         assert counts == [per_rank] * minibatches
 
 
-def test_alone_nothing_is_sent(monkeypatch):
+def test_a_world_of_one_communicates_nothing(monkeypatch):
     for name in ("all_reduce", "all_gather_object", "barrier"):
         monkeypatch.setattr(dist, name, lambda *args, **kwargs: pytest.fail("there is no process group"))
     alone = world(0, 1)
@@ -53,7 +53,7 @@ def test_alone_nothing_is_sent(monkeypatch):
 
 
 def test_gradients_are_summed_in_buckets(monkeypatch):
-    """Every rank has the same gradients here, so that their sum over three is three times each."""
+    """Every rank has the same gradients here, so the sum over three ranks is three times each."""
     sent = []
 
     def all_reduce(tensor):
@@ -67,7 +67,7 @@ def test_gradients_are_summed_in_buckets(monkeypatch):
     half = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
     parameters.insert(3, half)
     for i, parameter in enumerate(parameters, start=1):
-        if i != 2:  # the second one took no part in this rank's rows
+        if i != 2:  # the second one has no gradient on this rank
             parameter.grad = torch.full_like(parameter, float(i)).contiguous()
     parameters[0].grad = torch.arange(4.0).reshape(2, 2).T  # not contiguous
     world(0, 3).sum_gradients(parameters)
@@ -75,7 +75,7 @@ def test_gradients_are_summed_in_buckets(monkeypatch):
     assert torch.equal(parameters[1].grad, torch.zeros(3))
     for i, parameter in enumerate(parameters[2:], start=3):
         assert torch.equal(parameter.grad, torch.full_like(parameter, 3.0 * i)), i
-    # 4 + 3 numbers exceed the bucket, so the third opens another; the bfloat16 one has a bucket of its own.
+    # 4 + 3 numbers exceed the bucket, so the third tensor opens another one; the bfloat16 one has its own bucket.
     assert sent == [(torch.float32, 28), (torch.float32, 4), (torch.bfloat16, 4), (torch.float32, 28)]
 
 
@@ -88,7 +88,7 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
     assert init_world("auto") == world(0, 1)
 
 
-def test_a_gpu_each(monkeypatch):
+def test_each_rank_has_its_own_gpu(monkeypatch):
     chosen = []
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")

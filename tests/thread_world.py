@@ -1,4 +1,4 @@
-"""Several ranks in threads of one process: what they exchange, without a process group."""
+"""Several ranks as threads of one process, without a process group."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ SECONDS = 20.0
 
 
 class Exchange:
-    """One place a rank; what is put there is read by all."""
+    """Collects one item from each rank and returns all of them to every rank."""
 
     def __init__(self, size: int):
         self._barrier = threading.Barrier(size)
-        self._places: list = [None] * size
+        self._items: list = [None] * size
 
     def all_of(self, rank: int, item) -> list:
-        self._places[rank] = item
+        self._items[rank] = item
         self._barrier.wait(SECONDS)
-        everything = list(self._places)
-        self._barrier.wait(SECONDS)  # nobody writes the next time before all have read this one
+        everything = list(self._items)
+        self._barrier.wait(SECONDS)  # no rank writes its next item before all have read these
         return everything
 
     def abort(self) -> None:
@@ -56,7 +56,7 @@ class ThreadWorld(World):
 
 
 def on_ranks(size: int, run: Callable[[World], T]) -> list[T]:
-    """What ``run`` returns on each rank; what it raises there is raised here."""
+    """Return the results of ``run`` on each rank, in rank order; raise the first exception of a rank."""
     exchange, results, errors = Exchange(size), {}, []
 
     def thread(rank: int) -> None:

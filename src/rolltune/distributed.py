@@ -1,7 +1,7 @@
-"""The process group: one process or many take the same path. Data parallel with replicated weights.
+"""Data parallelism with replicated weights. The same code runs with one process or with many.
 
-Every rank holds whole groups of a step's prompts; gradients and metrics are summed over ranks, and since
-losses are divided by global totals already, a sum is all that is needed.
+Each rank works on whole groups of a step. Losses are already divided by totals over all ranks, so gradients and losses
+only have to be summed over ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ BUCKET_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process's place among all of them."""
+    """This process among all processes of the run.
+
+    Attributes:
+        rank: number of this process, 0 .. size - 1.
+        size: number of processes.
+        device: device of this process.
+    """
 
     rank: int
     size: int
@@ -35,14 +41,15 @@ class World:
         return self.rank == 0
 
     def shard(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's items: every ``size``-th, so that each minibatch of a step is spread evenly."""
+        """Return this rank's items: every ``size``-th one, which spreads each minibatch of a step evenly."""
         return items[self.rank :: self.size]
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Element-wise sum over ranks, in float64."""
+        """Sum element-wise over ranks, in float64."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def max(self, values: Sequence[float]) -> list[float]:
+        """Take the element-wise maximum over ranks."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def _reduce(self, values: Sequence[float], op) -> list[float]:
@@ -53,7 +60,7 @@ class World:
         return tensor.tolist()
 
     def gather(self, items: Iterable[T]) -> list[T]:
-        """All ranks' items, in rank order, on every rank."""
+        """Return all ranks' items, in rank order, on every rank."""
         if self.size == 1:
             return list(items)
         parts: list[Any] = [None] * self.size
@@ -61,7 +68,7 @@ class World:
         return [item for part in parts for item in part]
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Sum .grad over ranks in flat buckets. A parameter without a gradient here counts as zero."""
+        """Sum ``.grad`` over ranks, in place and in flat buckets. A parameter without a gradient counts as zero."""
         if self.size == 1:
             return
         bucket: list[Tensor] = []
@@ -90,10 +97,10 @@ def _reduce_bucket(gradients: list[Tensor]) -> None:
 
 
 def init_world(device: str = "auto") -> World:
-    """Join the process group that torchrun set up, or be a world of one.
+    """Join the process group that torchrun has set up; without torchrun, return a world of one.
 
     Args:
-        device: "auto", "cpu" or "cuda".
+        device: "auto" (CUDA if available), "cpu" or "cuda".
     """
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

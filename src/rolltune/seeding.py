@@ -1,4 +1,4 @@
-"""All randomness of a run comes from (seed, step, rank, purpose), so that there is no generator state to save."""
+"""Derive all seeds of a run from (seed, step, purpose, ...), so that a checkpoint needs no generator state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part and on nothing else (no process, platform or hash randomisation).
+    """Return a 63-bit seed that depends only on the parts, not on process, platform or hash randomisation.
 
     Example:
         >>> derive_seed(0, "sample", 3, "gsm8k/train/7", 1) == derive_seed(0, "sample", 3, "gsm8k/train/7", 1)

@@ -1,4 +1,4 @@
-"""Two completions, of 2 tokens and 1 token, small enough to do every loss by hand."""
+"""Two completions, of 2 tokens and 1 token, small enough to compute every loss by hand."""
 
 import math
 

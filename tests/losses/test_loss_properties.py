@@ -1,5 +1,6 @@
-"""What has to hold for every loss."""
+"""Properties of every loss."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -50,7 +51,7 @@ def random_inputs(lengths: list[int], seed: int) -> LossInputs:
 
 
 def select(inputs: LossInputs, sequences: list[int]) -> LossInputs:
-    """A micro-batch of some of the completions, numbered from 0."""
+    """A microbatch of some of the completions, numbered from 0."""
     keep = torch.cat([(inputs.sequence_index == i).nonzero().squeeze(1) for i in sequences])
     tensors = ["logprobs", "old_logprobs", "advantages", "reference_logprobs", "importance_weights"]
     return LossInputs(
@@ -74,7 +75,7 @@ def on_policy(inputs: LossInputs) -> LossInputs:
 
 
 def test_defaults_are_the_published_settings():
-    # Sources in the docstrings; a silent change of one would change every run that does not spell it out.
+    # Sources are in the docstrings. A silent change would change every run that relies on a default.
     assert GRPOLoss() == GRPOLoss(clip_low=0.2, clip_high=0.2, kl_coef=0.04)
     assert DrGRPOLoss(max_completion_tokens=8) == DrGRPOLoss(
         max_completion_tokens=8, clip_low=0.2, clip_high=0.2, kl_coef=0.0
@@ -85,9 +86,39 @@ def test_defaults_are_the_published_settings():
     assert ReinforceLoss() == ReinforceLoss(kl_coef=0.0)
 
 
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        (GRPOLoss, {"clip_low": -0.1}),
+        (GRPOLoss, {"clip_low": 0.0}),
+        (GRPOLoss, {"clip_low": 10.0}),
+        (GRPOLoss, {"clip_high": 0.0}),
+        (GRPOLoss, {"clip_high": math.nan}),
+        (GRPOLoss, {"kl_coef": -0.04}),
+        (GRPOLoss, {"kl_coef": math.inf}),
+        (DrGRPOLoss, {"max_completion_tokens": 0}),
+        (DrGRPOLoss, {"clip_low": -1.0, "max_completion_tokens": 8}),
+        (DrGRPOLoss, {"kl_coef": -1.0, "max_completion_tokens": 8}),
+        (DAPOLoss, {"clip_low": 1.5}),
+        (DAPOLoss, {"clip_high": -0.28}),
+        (DAPOLoss, {"kl_coef": -1.0}),
+        (GSPOLoss, {"clip_low": 0.0}),
+        (GSPOLoss, {"clip_high": -0.0004}),
+        (GSPOLoss, {"kl_coef": -1.0}),
+        (CISPOLoss, {"clip_high": 0.28}),
+        (CISPOLoss, {"kl_coef": -1.0}),
+        (ReinforceLoss, {"kl_coef": -1.0}),
+    ],
+)
+def test_values_out_of_range_are_refused(loss, options):
+    key, value = next(iter(options.items()))
+    with pytest.raises(ValueError, match=f"{key}: {value}"):
+        loss(**options)
+
+
 @pytest.mark.parametrize("loss", all_losses(0.04), ids=name)
 @given(lengths=st.lists(st.integers(1, MAX_TOKENS), min_size=2, max_size=6), seed=st.integers(0, 2**16), data=st.data())
-def test_micro_batches_add_up_to_the_whole(loss, lengths, seed, data):
+def test_microbatches_add_up_to_the_whole(loss, lengths, seed, data):
     inputs = random_inputs(lengths, seed)
     totals = totals_of(inputs)
     order = data.draw(st.permutations(range(len(lengths))))

@@ -62,4 +62,4 @@ def test_aggregations_by_hand(inputs):
     assert terms.token_mean(losses, totals).item() == 9 / 6
     assert terms.sequence_mean_token_mean(losses, inputs, totals).item() == (2 + 5) / 4
     assert terms.sequence_mean_token_sum(losses, totals).item() == 9 / 4
-    assert terms.constant(losses, totals, max_completion_tokens=3).item() == 9 / 12
+    assert terms.sequence_mean_fixed_length(losses, totals, max_completion_tokens=3).item() == 9 / 12

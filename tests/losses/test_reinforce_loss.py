@@ -21,8 +21,3 @@ def test_kl_term_by_hand(inputs, totals, logprobs):
     # 0.1 (-1, 0 | 1/2) / 2 on top
     torch.testing.assert_close(logprobs.grad, torch.tensor([-0.55, -0.5, 1.025]))
     assert metrics["kl"].item() == pytest.approx(0.5, rel=1e-6)
-
-
-def test_mistakes_are_named():
-    with pytest.raises(ValueError, match=r"kl_coef: -1\.0, must be >= 0"):
-        ReinforceLoss(kl_coef=-1.0)

@@ -1,8 +1,8 @@
 """Losses and advantages against TRL's own code.
 
 ``GRPOTrainer._compute_loss`` runs unbound on a stand-in for the trainer that holds the attributes it reads; its
-forward pass is replaced by the log-probs of the test. TRL pads and masks, ours is flat. Importing TRL takes about
-10 seconds, the tests themselves take milliseconds.
+forward pass is replaced by the log-probs of the test. TRL's tensors are padded and masked, ours are flat.
+Importing TRL takes about 10 seconds, the tests take milliseconds.
 """
 
 from collections import defaultdict
@@ -26,7 +26,7 @@ from rolltune.types import Loss, LossInputs, LossTotals
 LENGTHS = (5, 2, 7, 1, 3, 4)
 MAX_TOKENS = 9
 BETA = 0.04
-# The clip ranges are such that with ratios around exp(+-0.4) each loss clips some tokens and leaves others.
+# With ratios around exp(+-0.4) and these clip ranges, each loss clips some tokens but not all.
 CASES = {
     "grpo": {"loss_type": "grpo", "epsilon_low": 0.2, "epsilon_high": 0.2},
     "dr_grpo": {"loss_type": "dr_grpo", "epsilon_low": 0.2, "epsilon_high": 0.2},
@@ -59,7 +59,7 @@ def our_loss(case: str, kl_coef: float) -> Loss:
 
 @dataclass(frozen=True, kw_only=True)
 class Padded:
-    """[B, T] tensors of B completions; garbage where the mask is 0, which no loss may read."""
+    """[B, T] tensors of B completions; arbitrary values where the mask is 0, which no loss may read."""
 
     mask: torch.Tensor
     logprobs: torch.Tensor
@@ -69,7 +69,7 @@ class Padded:
     sequence_weights: torch.Tensor  # [B, 1]
     advantages: torch.Tensor  # [B]
 
-    def rows(self, start: int, end: int) -> "Padded":
+    def completions(self, start: int, end: int) -> "Padded":
         return Padded(**{name: tensor[start:end] for name, tensor in vars(self).items()})
 
 
@@ -124,7 +124,7 @@ def accelerator() -> SimpleNamespace:
 
 
 def trl_value(case: str, beta: float, batch: Padded, weighting: str, *, tokens: int, microbatches: int):
-    """TRL's loss of one micro-batch of an accumulation window, and the metrics that it logs."""
+    """TRL's loss of one microbatch of an accumulation window, and the metrics that it logs."""
     trainer = SimpleNamespace(
         importance_sampling_level="token",
         beta=beta,
@@ -171,8 +171,8 @@ def test_loss_and_gradient_are_trls(case, beta, weighting, microbatches, dtype, 
     batch = random_batch(dtype)
     totals = LossTotals(tokens=sum(LENGTHS), sequences=len(LENGTHS))
     loss = our_loss(case, kl_coef=beta)
-    rows = len(LENGTHS) // microbatches
-    parts = [batch.rows(start, start + rows) for start in range(0, len(LENGTHS), rows)]
+    size = len(LENGTHS) // microbatches
+    parts = [batch.completions(start, start + size) for start in range(0, len(LENGTHS), size)]
 
     ours = [our_value(loss, part, weighting, totals) for part in parts]
     theirs = [
@@ -188,7 +188,7 @@ def test_loss_and_gradient_are_trls(case, beta, weighting, microbatches, dtype, 
     torch.testing.assert_close(our_gradient, their_gradient, rtol=rtol, atol=rtol / 10)
 
     clipped = sum(metrics["clip_fraction"].item() for _, metrics in ours)
-    assert 0 < clipped < totals.tokens, "the batch has to reach both sides of the clipping"
+    assert 0 < clipped < totals.tokens, "some tokens must be clipped, and some not"
 
 
 @pytest.mark.parametrize("case", ["grpo", "dr_grpo", "dapo", "cispo"])
@@ -205,8 +205,8 @@ def test_metrics_are_trls(case):
 def test_gspo_clips_the_completions_that_trl_clips():
     batch = random_batch(torch.float32)
     clipped = []
-    for row, length in enumerate(LENGTHS):
-        one = batch.rows(row, row + 1)
+    for i, length in enumerate(LENGTHS):
+        one = batch.completions(i, i + 1)
         _, ours = our_value(our_loss("gspo", kl_coef=0.0), one, "none", LossTotals(tokens=length, sequences=1))
         _, theirs = trl_value("gspo", 0.0, one, "none", tokens=length, microbatches=1)
         clipped.append(theirs["clip_ratio/region_mean"])

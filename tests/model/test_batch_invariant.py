@@ -1,7 +1,4 @@
-"""Bits that do not depend on the batch: of products, activations, norms and attention, then of a sampler and a trainer.
-
-Equal means equal to the last bit here, wherever nothing else is said.
-"""
+"""Results that are equal to the last bit whatever the batch: products, activations, norms, attention, whole models."""
 
 from __future__ import annotations
 
@@ -20,8 +17,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from rolltune.batch import TrainGroup, TrainSequence, pack
 from rolltune.config.schema import LoRAConfig, ModelConfig
 from rolltune.model.batch_invariant import (
-    PACKED_ATTENTION,
-    batch_invariant_packed_attention,
     check_usable,
     chosen_logprobs,
     elementwise,
@@ -29,6 +24,7 @@ from rolltune.model.batch_invariant import (
     make_batch_invariant,
     product,
 )
+from rolltune.model.batch_invariant_attention import BATCH_INVARIANT_PACKED_ATTENTION, batch_invariant_packed_attention
 from rolltune.model.load import load_model
 from rolltune.model.logprobs import selected_logprobs
 from rolltune.model.packed_attention import packed_attention, packed_layout
@@ -51,7 +47,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
+# --- products and activations -----------------------------------------------------------------------------------------
 
 
 def test_product_by_hand():
@@ -68,22 +64,22 @@ def test_product_by_hand():
     data=st.data(),
     seed=st.integers(0, 9),
 )
-def test_a_row_of_a_product_is_the_same_beside_any_others(rows: int, inner: int, outer: int, data, seed: int):
+def test_a_row_of_a_product_does_not_depend_on_the_others(rows: int, inner: int, outer: int, data, seed: int):
     a, weight = normal(rows, inner, seed=seed), normal(outer, inner, seed=seed + 1)
     torch.set_num_threads(1)
     whole = product(a, weight)
     torch.testing.assert_close(whole, a @ weight.T, atol=1e-3, rtol=1e-4)
     start = data.draw(st.integers(0, rows - 1))
     stop = data.draw(st.integers(start + 1, rows))
-    rearranged = torch.ops.mkldnn._reorder_linear_weight(weight)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     for count in THREADS:
         torch.set_num_threads(count)
         assert torch.equal(product(a[start:stop], weight), whole[start:stop])
-        assert torch.equal(product(a[[start]], rearranged), whole[[start]])
+        assert torch.equal(product(a[[start]], packed), whole[[start]])
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh", "gelu", "relu", "quick_gelu"])
-def test_an_element_of_an_activation_is_the_same_anywhere(name):
+def test_an_element_of_an_activation_does_not_depend_on_the_others(name):
     module, x = ACT2FN[name], normal(33, 1501) * 3
     torch.set_num_threads(1)
     whole = elementwise(module, x)
@@ -97,7 +93,7 @@ def test_an_element_of_an_activation_is_the_same_anywhere(name):
 
 @pytest.mark.parametrize("width", [8, 100, 576, 2048, 3001])
 @pytest.mark.parametrize("name", ["rms", "layer_norm", "softmax", "log_softmax", "cos"])
-def test_rows_of_what_is_left_to_torch_are_the_same_beside_any_others(name, width):
+def test_rows_of_pytorchs_own_kernels_do_not_depend_on_the_others(name, width):
     function = {
         "rms": LlamaRMSNorm(width),
         "layer_norm": nn.LayerNorm(width),
@@ -129,7 +125,7 @@ def test_chosen_logprobs_by_hand():
     torch.testing.assert_close(chosen_logprobs(logits, torch.tensor([1, 1])), torch.tensor([0.5, 0.75]).log())
 
 
-def test_selected_logprobs_are_those_of_the_usual_way_and_so_are_their_gradients():
+def test_selected_logprobs_and_gradients_equal_the_usual_ones():
     hidden, weight = normal(50, 24), normal(70, 24, seed=1)
     targets = torch.arange(50) % 70
     results = []
@@ -165,9 +161,9 @@ GROUPS = groups_of((70, (3, 66, 1)), (1, (4,)), (64, (1, 1)), (65, (130,)), (2, 
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_packed_attention_is_the_usual_one_and_so_are_its_gradients(kv_heads):
-    (row,) = pack(GROUPS, max_tokens=10**6)
-    layout, count = packed_layout(row), len(row.input_ids)
+def test_packed_attention_and_gradients_equal_the_usual_ones(kv_heads):
+    (microbatch,) = pack(GROUPS, max_tokens=10**6)
+    layout, count = packed_layout(microbatch), len(microbatch.input_ids)
     q, k, v = (normal(1, heads, count, 8, seed=i).requires_grad_() for i, heads in enumerate((4, kv_heads, kv_heads)))
     upstream = normal(1, count, 4, 8)
     results = []
@@ -179,11 +175,11 @@ def test_packed_attention_is_the_usual_one_and_so_are_its_gradients(kv_heads):
 
 
 @pytest.mark.parametrize("count", THREADS)
-def test_attention_of_a_group_is_the_same_beside_any_others(count):
+def test_attention_of_a_group_does_not_depend_on_the_others(count):
     torch.set_num_threads(count)
-    (row,) = pack(GROUPS, max_tokens=10**6)
-    q, k, v = (normal(1, heads, len(row.input_ids), 8, seed=i) for i, heads in enumerate((4, 2, 2)))
-    whole, _ = batch_invariant_packed_attention(nn.Module(), q, k, v, None, layout=packed_layout(row))
+    (microbatch,) = pack(GROUPS, max_tokens=10**6)
+    q, k, v = (normal(1, heads, len(microbatch.input_ids), 8, seed=i) for i, heads in enumerate((4, 2, 2)))
+    whole, _ = batch_invariant_packed_attention(nn.Module(), q, k, v, None, layout=packed_layout(microbatch))
     start = 0
     for group in GROUPS:
         (alone,) = pack([group], max_tokens=10**6)
@@ -193,20 +189,20 @@ def test_attention_of_a_group_is_the_same_beside_any_others(count):
         )
         assert torch.equal(out, whole[:, part])
         start = part.stop
-    assert start == len(row.input_ids)
+    assert start == len(microbatch.input_ids)
 
 
 def test_dropout_in_attention_is_refused():
-    (row,) = pack(GROUPS, max_tokens=10**6)
-    x = normal(1, 2, len(row.input_ids), 8)
-    with pytest.raises(ValueError, match=r"model\.batch_invariant: true; the model has a dropout of 0\.1"):
-        batch_invariant_packed_attention(nn.Module(), x, x, x, None, dropout=0.1, layout=packed_layout(row))
+    (microbatch,) = pack(GROUPS, max_tokens=10**6)
+    x = normal(1, 2, len(microbatch.input_ids), 8)
+    with pytest.raises(ValueError, match="dropout of 0.1"):
+        batch_invariant_packed_attention(nn.Module(), x, x, x, None, dropout=0.1, layout=packed_layout(microbatch))
 
 
 # --- sampler and trainer ----------------------------------------------------------------------------------------------
 
 PROMPTS = [tuple(4 + (7 * i + n) % 250 for i in range(n)) for n in (20, 1, 66, 65)]
-STOP = ("a", "b", "c")  # so that rows leave at different times
+STOP = ("a", "b", "c")  # so that sequences end at different times
 REQUESTS = [
     SampleRequest(prompt=Prompt(token_ids=ids), seeds=tuple(100 * len(ids) + i for i in range(2))) for ids in PROMPTS
 ]
@@ -214,7 +210,7 @@ REQUESTS = [
 
 @pytest.fixture(scope="module")
 def tiny_qwen2(tmp_path_factory, tokenizer) -> Path:
-    """Biases on q, k and v, three query heads to a key head, heads of 12, a head of its own."""
+    """Has biases on q, k and v, three query heads a key head, heads of 12, and an untied LM head."""
     folder = tmp_path_factory.mktemp("qwen2")
     torch.manual_seed(1)
     config = Qwen2Config(
@@ -251,7 +247,7 @@ def build(path: Path, lora: LoRAConfig | None = None, *, batch_invariant: bool =
 
 @pytest.fixture(params=["llama", "qwen2", "lora"], scope="module")
 def policies(request, tiny_llama, tiny_qwen2) -> tuple[Policy, Policy]:
-    """One model with the usual kernels and with these."""
+    """One model with the usual kernels and with batch-invariant ones."""
     path = tiny_qwen2 if request.param == "qwen2" else tiny_llama
     lora = LoRAConfig(rank=3, alpha=6.0) if request.param == "lora" else None
     return build(path, lora, batch_invariant=False), build(path, lora)
@@ -295,11 +291,13 @@ def test_the_trainers_logprobs_are_the_samplers(policy, tokenizer, params):
     assert len({len(c.token_ids) for group in groups for c in group}) > 1 or params == TRUNCATED
     for max_tokens, count in ((10**6, 1), (200, 3), (1, 2)):
         torch.set_num_threads(count)
-        for row in pack(train_groups(groups), max_tokens=max_tokens):
-            logprobs, _ = policy.logprobs(row, temperature=params.temperature)
-            assert torch.equal(logprobs, row.sampler_logprobs)
+        for microbatch in pack(train_groups(groups), max_tokens=max_tokens):
+            logprobs, _ = policy.logprobs(microbatch, temperature=params.temperature)
+            assert torch.equal(logprobs, microbatch.sampler_logprobs)
             with torch.no_grad():
-                assert torch.equal(policy.logprobs(row, temperature=params.temperature)[0], row.sampler_logprobs)
+                assert torch.equal(
+                    policy.logprobs(microbatch, temperature=params.temperature)[0], microbatch.sampler_logprobs
+                )
 
 
 @pytest.mark.parametrize("params", [TWENTY, TRUNCATED], ids=["T1", "truncated"])
@@ -314,14 +312,14 @@ def test_completions_do_not_depend_on_the_batch(policy, tokenizer, params):
         torch.set_num_threads(count)
         assert written(policy, tokenizer, params, **options) == whole
     halves = [written(policy, tokenizer, params, requests=REQUESTS[i::2]) for i in range(2)]
-    assert [halves[i % 2][i // 2] for i in range(len(REQUESTS))] == whole  # as two processes share them
+    assert [halves[i % 2][i // 2] for i in range(len(REQUESTS))] == whole  # as two processes would share them
 
 
-def test_logprobs_and_gradients_are_those_of_the_usual_kernels(policies, policy, tokenizer):
-    row, *_ = pack(train_groups(written(policy, tokenizer, TWENTY)), max_tokens=300)
+def test_logprobs_and_gradients_equal_the_usual_kernels(policies, policy, tokenizer):
+    microbatch, *_ = pack(train_groups(written(policy, tokenizer, TWENTY)), max_tokens=300)
     results = []
     for each in policies:
-        logprobs, _ = each.logprobs(row, temperature=1.0)
+        logprobs, _ = each.logprobs(microbatch, temperature=1.0)
         results.append((logprobs.detach(), *torch.autograd.grad(logprobs.mean(), each.trainable_parameters)))
     for usual, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, usual, atol=1e-5, rtol=1e-3)
@@ -329,24 +327,24 @@ def test_logprobs_and_gradients_are_those_of_the_usual_kernels(policies, policy,
 
 def test_the_reference_is_the_policy_to_the_last_bit_at_the_start(tiny_llama, tokenizer):
     policy = build(tiny_llama)
-    row, *_ = pack(train_groups(written(policy, tokenizer, TWENTY)), max_tokens=10**6)
-    assert torch.equal(policy.reference_logprobs(row, temperature=1.0), row.sampler_logprobs)
+    microbatch, *_ = pack(train_groups(written(policy, tokenizer, TWENTY)), max_tokens=10**6)
+    assert torch.equal(policy.reference_logprobs(microbatch, temperature=1.0), microbatch.sampler_logprobs)
 
 
-def test_a_model_is_so_only_if_it_was_asked_for(tiny_llama):
+def test_only_a_model_loaded_as_batch_invariant_is_so(tiny_llama):
     usual = load_model(str(tiny_llama), dtype="float32", device="cpu")
     ours = load_model(str(tiny_llama), dtype="float32", device="cpu", batch_invariant=True)
     assert is_batch_invariant(ours) and not is_batch_invariant(usual)
-    assert ours.config._attn_implementation == PACKED_ATTENTION
+    assert ours.config._attn_implementation == BATCH_INVARIANT_PACKED_ATTENTION
     ids = torch.arange(4, 40)[None]
     torch.testing.assert_close(ours(ids).logits, usual(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_what_cannot_be_so_is_refused(tiny_llama):
-    with pytest.raises(ValueError, match=r"model\.dtype: bfloat16; model\.batch_invariant needs float32"):
+def test_unsupported_types_devices_and_models_are_refused(tiny_llama):
+    with pytest.raises(ValueError, match=r"model\.dtype: bfloat16; .*float32"):
         load_model(str(tiny_llama), dtype="bfloat16", device="cpu", batch_invariant=True)
-    with pytest.raises(ValueError, match=r"model\.batch_invariant: true; works on a CPU alone, device is cuda"):
+    with pytest.raises(ValueError, match=r"model\.batch_invariant: true; .*cuda"):
         check_usable("float32", "cuda:1")
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=10, n_positions=10))
-    with pytest.raises(ValueError, match=r"model\.batch_invariant: true; the model has weights in Conv1D"):
+    with pytest.raises(ValueError, match=r"model\.batch_invariant: true; .*Conv1D"):
         make_batch_invariant(gpt2)

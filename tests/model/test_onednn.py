@@ -1,11 +1,12 @@
+"""Linear layers through oneDNN equal torch's, in training and in sampling, and models are restored."""
+
 import copy
 
 import pytest
 import torch
 from torch import nn
 
-from rolltune.model.cpu.onednn import linear, product, use_onednn
-from rolltune.model.cpu.onednn_linear import onednn_linears
+from rolltune.model.cpu.onednn import linear, product, sampling_linears, use_onednn
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 7), (1, 1, 1), (33, 16, 65), (2, 128, 3)])
@@ -63,13 +64,67 @@ def test_a_model_follows_its_weights_and_its_copies():
     assert model.state_dict().keys() == other.state_dict().keys()
 
 
-def test_sampling_packs_the_weights_of_a_model_in_training_and_gives_them_back():
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def has_bf16_units() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class Doubled(nn.Linear):
+    """A subclass that does more than a product."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("shape", [(5, 7), (1, 1), (64, 130)])
+def test_sampling_products(shape: tuple[int, int], dtype: torch.dtype, tolerance: float, bias: bool, pack: bool):
+    torch.manual_seed(0)
+    linear = nn.Linear(*shape, bias=bias).to(dtype)
+    x = torch.randn(3, 4, shape[0]).to(dtype)
+    with torch.no_grad():
+        expected = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+        with sampling_linears(nn.Sequential(linear), pack=pack):
+            # bf16 goes to oneDNN only on CPUs with the instructions for it.
+            assert ("forward" in linear.__dict__) == (dtype == torch.float32 or has_bf16_units())
+            for part, wanted in ((x, expected), (x[:, -1:], expected[:, -1:]), (x[:0], expected[:0])):
+                y = linear(part)
+                assert y.dtype == dtype
+                torch.testing.assert_close(y.double(), wanted, atol=tolerance, rtol=tolerance)
+    assert "forward" not in linear.__dict__
+
+
+def test_layers_that_do_more_than_a_product_are_not_replaced():
+    hooked = nn.Linear(2, 2)
+    hooked.__dict__["forward"] = forward = lambda x: x
+    with sampling_linears(nn.Sequential(Doubled(2, 2), hooked, nn.Linear(2, 2).double()), pack=True) as _:
+        assert hooked.forward is forward
+    model = nn.Sequential(Doubled(2, 2), nn.Linear(2, 2).double())
+    with sampling_linears(model, pack=True):
+        assert not any("forward" in module.__dict__ for module in model)
+    assert hooked.forward is forward
+
+
+def test_layers_are_restored_after_an_error():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    with pytest.raises(KeyError), sampling_linears(model, pack=True):
+        raise KeyError
+    assert not any("forward" in module.__dict__ for module in model)
+    model(torch.ones(1, 2)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_the_training_forward_is_restored_after_sampling():
     model = nn.Sequential(nn.Linear(64, 64, bias=False))
     use_onednn(model)
     x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     before = model(x)
     forward = model[0].__dict__["forward"]
-    with torch.no_grad(), onednn_linears(model, pack=True):
+    with torch.no_grad(), sampling_linears(model, pack=True):
         assert model[0].__dict__["forward"] is not forward
         torch.testing.assert_close(model(x), before)
     assert model[0].__dict__["forward"] is forward

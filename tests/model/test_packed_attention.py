@@ -1,4 +1,4 @@
-"""Packed attention: its layout by hand, its result against a dense mask, and what it refuses."""
+"""Packed attention: the layout by hand, the result against a dense mask, and unsupported kinds of attention."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from rolltune.model.policy import packed_logprobs
 from rolltune.types import Prompt
 
 
-def make_row(*groups: tuple[int, tuple[int, ...]]):
-    """(prompt length, completion lengths) of each group; a completion's last token does not stand in the row."""
+def make_microbatch(*groups: tuple[int, tuple[int, ...]]):
+    """(prompt length, completion lengths) of each group; a completion's last token is not an input."""
     made = [
         TrainGroup(
             prompt=Prompt(token_ids=tuple(range(10, 10 + prompt))),
@@ -22,49 +22,58 @@ def make_row(*groups: tuple[int, tuple[int, ...]]):
         )
         for prompt, lengths in groups
     ]
-    (row,) = pack(made, max_tokens=10**6)
-    return row
+    (microbatch,) = pack(made, max_tokens=10**6)
+    return microbatch
 
 
-ROW = make_row((3, (3, 2)), (1, (4,)))  # prompts at 0 1 2 and 6, completions at 3 4, 5 and 7 8 9
+MICROBATCH = make_microbatch((3, (3, 2)), (1, (4,)))  # prompts at 0 1 2 and 6, completions at 3 4, 5 and 7 8 9
 
 
 def test_layout_by_hand():
-    layout = packed_layout(ROW)
+    layout = packed_layout(MICROBATCH)
     assert layout.prompts.tolist() == [[0, 1, 2], [6, 0, 0]]
     assert layout.completions.tolist() == [[3, 4, 0], [5, 0, 0], [7, 8, 9]]
     assert layout.prompt_of.tolist() == [0, 0, 1]
     assert layout.length == 6
     causal = [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     assert layout.visible[:, 0].int().tolist() == [
-        [[1, 1, 1, *row] for row in causal],
-        [[1, 1, 1, *row] for row in causal],
-        [[1, 0, 0, *row] for row in causal],
+        [[1, 1, 1, *line] for line in causal],
+        [[1, 1, 1, *line] for line in causal],
+        [[1, 0, 0, *line] for line in causal],
     ]
     # Two prompts of 3 places, then three completions of 3.
     assert layout.restore.tolist() == [0, 1, 2, 6, 7, 9, 3, 12, 13, 14]
 
 
-def allowed(row) -> torch.Tensor:
-    """bool [T, T] from the words of Microbatch's docstring."""
-    i, j = torch.arange(len(row.input_ids))[:, None], torch.arange(len(row.input_ids))[None]
-    own = row.sequence_index[:, None] == row.sequence_index[None]
-    same_segment = row.segment_index[:, None] == row.segment_index[None]
-    return (j <= i) & same_segment & (own | (row.sequence_index == -1)[None])
+def allowed(microbatch) -> torch.Tensor:
+    """bool [T, T], by the definition in Microbatch's docstring."""
+    i, j = torch.arange(len(microbatch.input_ids))[:, None], torch.arange(len(microbatch.input_ids))[None]
+    own = microbatch.sequence_index[:, None] == microbatch.sequence_index[None]
+    same_segment = microbatch.segment_index[:, None] == microbatch.segment_index[None]
+    return (j <= i) & same_segment & (own | (microbatch.sequence_index == -1)[None])
 
 
 @pytest.mark.parametrize(
-    "row",
-    [ROW, make_row((5, (1, 1))), make_row((2, (1,)), (4, (6, 1, 2)), (3, (1,))), make_row((1, (2,)), (1, (2,)))],
+    "microbatch",
+    [
+        MICROBATCH,
+        make_microbatch((5, (1, 1))),
+        make_microbatch((2, (1,)), (4, (6, 1, 2)), (3, (1,))),
+        make_microbatch((1, (2,)), (1, (2,))),
+    ],
     ids=["mixed", "prompt alone", "single tokens", "shortest"],
 )
 @pytest.mark.parametrize("heads", [4, 2], ids=["every head its own keys", "grouped"])
-def test_equals_a_dense_mask_and_so_do_its_gradients(row, heads):
+def test_result_and_gradients_equal_a_dense_mask(microbatch, heads):
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(1, 4, len(row.input_ids), 8, generator=generator, requires_grad=True)
-    k, v = (torch.randn(1, heads, len(row.input_ids), 8, generator=generator, requires_grad=True) for _ in range(2))
-    packed, _ = packed_attention(torch.nn.Module(), q, k, v, None, scaling=0.3, layout=packed_layout(row))
-    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed(row), scale=0.3, enable_gqa=True).transpose(1, 2)
+    q = torch.randn(1, 4, len(microbatch.input_ids), 8, generator=generator, requires_grad=True)
+    k, v = (
+        torch.randn(1, heads, len(microbatch.input_ids), 8, generator=generator, requires_grad=True) for _ in range(2)
+    )
+    packed, _ = packed_attention(torch.nn.Module(), q, k, v, None, scaling=0.3, layout=packed_layout(microbatch))
+    dense = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=allowed(microbatch), scale=0.3, enable_gqa=True
+    ).transpose(1, 2)
     torch.testing.assert_close(packed, dense, rtol=0, atol=1e-6)
     weights = torch.randn(packed.shape, generator=generator)
     ours = torch.autograd.grad((packed * weights).sum(), (q, k, v))
@@ -75,20 +84,22 @@ def test_equals_a_dense_mask_and_so_do_its_gradients(row, heads):
 
 @pytest.mark.parametrize("window", [5, 1])
 def test_refuses_a_window_shorter_than_a_sequence(window):
-    q = torch.zeros(1, 2, len(ROW.input_ids), 4)
-    layout = packed_layout(ROW)
-    with pytest.raises(ValueError, match=f"sliding window of {window} tokens, shorter than a sequence of 6"):
+    q = torch.zeros(1, 2, len(MICROBATCH.input_ids), 4)
+    layout = packed_layout(MICROBATCH)
+    with pytest.raises(ValueError, match=f"window of {window} tokens.*sequence of 6"):
         packed_attention(torch.nn.Module(), q, q, q, None, layout=layout, sliding_window=window)
     for wide in (6, 4096, None):
         packed_attention(torch.nn.Module(), q, q, q, None, layout=layout, sliding_window=wide)
 
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux"])
-def test_refuses_what_it_would_leave_out(name):
-    q = torch.zeros(1, 2, len(ROW.input_ids), 4)
-    with pytest.raises(ValueError, match=f"attention with {name} is not supported by packed rows"):
-        packed_attention(torch.nn.Module(), q, q, q, None, layout=packed_layout(ROW), **{name: torch.tensor(1.0)})
-    packed_attention(torch.nn.Module(), q, q, q, None, layout=packed_layout(ROW), **{name: None})
+def test_refuses_a_softcap_and_sinks(name):
+    q = torch.zeros(1, 2, len(MICROBATCH.input_ids), 4)
+    with pytest.raises(ValueError, match=f"model.path: .*{name}"):
+        packed_attention(
+            torch.nn.Module(), q, q, q, None, layout=packed_layout(MICROBATCH), **{name: torch.tensor(1.0)}
+        )
+    packed_attention(torch.nn.Module(), q, q, q, None, layout=packed_layout(MICROBATCH), **{name: None})
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +123,12 @@ def windowed(tmp_path_factory, tiny_llama):
     return load_model(str(folder), dtype="float32", device="cpu")
 
 
-def test_a_model_with_a_window_takes_short_rows_and_refuses_long_ones(windowed):
-    row = make_row((4, (4, 3)))  # 4 + 3 tokens in the row: within the window
-    logprobs, _ = packed_logprobs(windowed, row, temperature=1.0)
+def test_a_model_with_a_window_accepts_short_sequences_and_refuses_long_ones(windowed):
+    microbatch = make_microbatch((4, (4, 3)))  # 4 + 3 tokens: within the window
+    logprobs, _ = packed_logprobs(windowed, microbatch, temperature=1.0)
     ids = torch.tensor([[*range(10, 14), *range(50, 54)]])
     with torch.no_grad():
         plain = torch.log_softmax(windowed(ids).logits[0, 3:-1], -1).gather(-1, ids[0, 4:, None]).squeeze(-1)
     torch.testing.assert_close(logprobs[:4], plain, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match=r"model\.path: sliding window of 8 tokens, shorter than a sequence of 9"):
-        packed_logprobs(windowed, make_row((4, (6, 3))), temperature=1.0)
+    with pytest.raises(ValueError, match=r"window of 8 tokens.*sequence of 9"):
+        packed_logprobs(windowed, make_microbatch((4, (6, 3))), temperature=1.0)

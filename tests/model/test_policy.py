@@ -16,12 +16,12 @@ LORA = LoRAConfig(rank=4, alpha=8.0)
 
 
 @pytest.fixture(scope="module")
-def row():
+def microbatch():
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(4, 250, (30,), generator=generator).tolist()
     sequence = TrainSequence(token_ids=tuple(ids[8:]), logprobs=(0.0,) * 22, advantage=1.0)
-    (row,) = pack([TrainGroup(prompt=Prompt(token_ids=tuple(ids[:8])), sequences=(sequence,))], max_tokens=100)
-    return row
+    (microbatch,) = pack([TrainGroup(prompt=Prompt(token_ids=tuple(ids[:8])), sequences=(sequence,))], max_tokens=100)
+    return microbatch
 
 
 def build(path, lora=None, **options):
@@ -29,90 +29,90 @@ def build(path, lora=None, **options):
     return build_policy(ModelConfig(path=str(path)), lora, **options)
 
 
-def train_a_little(policy: Policy, row, steps: int = 3) -> None:
+def train_a_little(policy: Policy, microbatch, steps: int = 3) -> None:
     optimizer = torch.optim.SGD(policy.trainable_parameters, lr=0.5)
     for _ in range(steps):
-        (-policy.logprobs(row, temperature=1.0)[0].mean()).backward()
+        (-policy.logprobs(microbatch, temperature=1.0)[0].mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
-def current(policy: Policy, row):
-    return policy.logprobs(row, temperature=1.0)[0].detach()
+def current(policy: Policy, microbatch):
+    return policy.logprobs(microbatch, temperature=1.0)[0].detach()
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_the_reference_is_the_start_and_stays_there(tiny_llama, row, lora):
+def test_the_reference_stays_at_the_start(tiny_llama, microbatch, lora):
     policy = build(tiny_llama, lora)
-    start = current(policy, row)
-    torch.testing.assert_close(policy.reference_logprobs(row, temperature=1.0), start, rtol=0, atol=0)
-    train_a_little(policy, row)
-    assert (current(policy, row) - start).abs().max() > 0.01
-    torch.testing.assert_close(policy.reference_logprobs(row, temperature=1.0), start, rtol=0, atol=0)
+    start = current(policy, microbatch)
+    torch.testing.assert_close(policy.reference_logprobs(microbatch, temperature=1.0), start, rtol=0, atol=0)
+    train_a_little(policy, microbatch)
+    assert (current(policy, microbatch) - start).abs().max() > 0.01
+    torch.testing.assert_close(policy.reference_logprobs(microbatch, temperature=1.0), start, rtol=0, atol=0)
 
 
-def test_lora_after_sft_is_held_to_the_sft_adapter_not_to_the_base(tiny_llama, tokenizer, row, tmp_path):
+def test_the_reference_of_lora_after_sft_is_the_sft_adapter(tiny_llama, tokenizer, microbatch, tmp_path):
     sft = build(tiny_llama, LORA)
-    base = current(sft, row)
-    train_a_little(sft, row)
-    after_sft = current(sft, row)
+    base = current(sft, microbatch)
+    train_a_little(sft, microbatch)
+    after_sft = current(sft, microbatch)
     assert (after_sft - base).abs().max() > 0.01
     sft.save(tmp_path / "sft", tokenizer)
 
     policy = build(tmp_path / "sft", LORA)
-    torch.testing.assert_close(policy.reference_logprobs(row, temperature=1.0), after_sft, rtol=0, atol=1e-6)
-    torch.testing.assert_close(current(policy, row), after_sft, rtol=0, atol=1e-6)
+    torch.testing.assert_close(policy.reference_logprobs(microbatch, temperature=1.0), after_sft, rtol=0, atol=1e-6)
+    torch.testing.assert_close(current(policy, microbatch), after_sft, rtol=0, atol=1e-6)
     before = {name: p.clone() for name, p in policy.model.named_parameters() if ".reference." in name}
     assert before
-    train_a_little(policy, row)
-    assert (current(policy, row) - after_sft).abs().max() > 0.01
-    torch.testing.assert_close(policy.reference_logprobs(row, temperature=1.0), after_sft, rtol=0, atol=1e-6)
+    train_a_little(policy, microbatch)
+    assert (current(policy, microbatch) - after_sft).abs().max() > 0.01
+    torch.testing.assert_close(policy.reference_logprobs(microbatch, temperature=1.0), after_sft, rtol=0, atol=1e-6)
     for name, parameter in policy.model.named_parameters():
         if name in before:
             assert not parameter.requires_grad
             torch.testing.assert_close(parameter, before[name], rtol=0, atol=0)
 
 
-def test_switching_to_the_reference_keeps_the_trainable_set(tiny_llama, tokenizer, row, tmp_path):
+def test_switching_to_the_reference_keeps_the_trainable_set(tiny_llama, tokenizer, microbatch, tmp_path):
     sft = build(tiny_llama, LORA)
     sft.save(tmp_path / "sft", tokenizer)
     policy = build(tmp_path / "sft", LORA)
     names = {name for name, p in policy.model.named_parameters() if p.requires_grad}
     assert names and all(".default." in name for name in names)
-    policy.reference_logprobs(row, temperature=1.0)
+    policy.reference_logprobs(microbatch, temperature=1.0)
     assert {name for name, p in policy.model.named_parameters() if p.requires_grad} == names
 
 
-def test_a_resumed_policy_is_held_to_the_start_of_the_run(tiny_llama, tokenizer, row, tmp_path):
+def test_the_reference_of_a_resumed_policy_is_the_start_of_the_run(tiny_llama, tokenizer, microbatch, tmp_path):
     for name, lora in (("full", None), ("lora", LORA)):
         policy = build(tiny_llama, lora)
-        start = current(policy, row)
-        train_a_little(policy, row)
-        trained = current(policy, row)
+        start = current(policy, microbatch)
+        train_a_little(policy, microbatch)
+        trained = current(policy, microbatch)
         policy.save(tmp_path / name, tokenizer)
         resumed = build(tiny_llama, lora, resume_from=tmp_path / name)
-        torch.testing.assert_close(current(resumed, row), trained, rtol=0, atol=0)
-        torch.testing.assert_close(resumed.reference_logprobs(row, temperature=1.0), start, rtol=0, atol=0)
+        torch.testing.assert_close(current(resumed, microbatch), trained, rtol=0, atol=0)
+        torch.testing.assert_close(resumed.reference_logprobs(microbatch, temperature=1.0), start, rtol=0, atol=0)
 
 
-def test_saved_folders_load_in_plain_transformers_and_peft(tiny_llama, tokenizer, row, tmp_path):
+def test_saved_folders_load_in_plain_transformers_and_peft(tiny_llama, tokenizer, microbatch, tmp_path):
     full = build(tiny_llama)
-    train_a_little(full, row)
+    train_a_little(full, microbatch)
     full.save(tmp_path / "full", tokenizer)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
-    ids = row.input_ids[None]
+    ids = microbatch.input_ids[None]
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, full.causal_lm(ids).logits, atol=1e-5, rtol=1e-5)
 
     lora = build(tiny_llama, LORA)
-    train_a_little(lora, row)
+    train_a_little(lora, microbatch)
     lora.save(tmp_path / "lora", tokenizer)
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), str(tmp_path / "lora"))
     with torch.no_grad():
         torch.testing.assert_close(adapted(ids).logits, lora.causal_lm(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_lora_trains_the_adapter_alone(tiny_llama):
+def test_lora_trains_only_the_adapter(tiny_llama):
     policy = build(tiny_llama, LORA)
     assert all("lora_" in name for name, p in policy.model.named_parameters() if p.requires_grad)
     # Rank 4 on every linear layer of two blocks: 4 * (in + out) each.
@@ -120,11 +120,11 @@ def test_lora_trains_the_adapter_alone(tiny_llama):
     assert sum(p.numel() for p in policy.trainable_parameters) == 2 * sum(4 * (i + o) for i, o in shapes)
 
 
-def test_adapter_without_a_lora_section_says_what_to_do(tiny_llama, tokenizer, tmp_path):
+def test_an_adapter_needs_a_lora_section_with_its_rank(tiny_llama, tokenizer, tmp_path):
     build(tiny_llama, LORA).save(tmp_path / "sft", tokenizer)
-    with pytest.raises(ValueError, match="is a LoRA adapter; give a `lora:` section"):
+    with pytest.raises(ValueError, match="lora: .*is a LoRA adapter"):
         build(tmp_path / "sft")
-    with pytest.raises(ValueError, match="rank 8, alpha 8.0: the adapter .* has rank 4"):
+    with pytest.raises(ValueError, match="lora: rank 8, .*has rank 4"):
         build(tmp_path / "sft", LoRAConfig(rank=8, alpha=8.0))
 
 
@@ -136,12 +136,12 @@ def test_adapters_start_the_same_for_the_same_seed_only(tiny_llama):
     assert not torch.equal(weights(1), weights(2))
 
 
-def test_bfloat16_stays_near_float32(tiny_llama, row):
-    exact = current(build(tiny_llama), row)
+def test_bfloat16_stays_near_float32(tiny_llama, microbatch):
+    exact = current(build(tiny_llama), microbatch)
     half = build_policy(
         ModelConfig(path=str(tiny_llama), dtype="bfloat16"), None, device=CPU, seed=0, with_reference=False
     )
-    rounded = current(half, row)
+    rounded = current(half, microbatch)
     assert rounded.dtype == torch.float32
     assert (rounded - exact).abs().mean() < 0.1
 
@@ -164,7 +164,7 @@ def test_target_modules_by_name_spaces_or_not(tiny_llama):
     ids=["top-p", "top-k", "top-k and top-p"],
 )
 def test_the_trainer_has_the_truncated_samplers_log_probs(tiny_llama, tokenizer, params):
-    """And so has the reference, so that the KL of a policy that has not moved is 0."""
+    """The reference too has the same log-probs, so that the KL of a policy that has not moved is 0."""
     policy = build(tiny_llama)
     prompt = Prompt(token_ids=tuple(tokenizer("<|user|>What is 2 + 2?<|end|><|assistant|>")["input_ids"]))
     (written,) = NativeSampler(policy.model, tokenizer).generate(
@@ -173,12 +173,12 @@ def test_the_trainer_has_the_truncated_samplers_log_probs(tiny_llama, tokenizer,
     sequences = [
         TrainSequence(token_ids=c.token_ids, logprobs=c.logprobs, advantage=1.0, support=c.support) for c in written
     ]
-    (row,) = pack([TrainGroup(prompt=prompt, sequences=tuple(sequences))], max_tokens=10_000)
-    assert len(row.target_ids) > 200
-    ours, entropy = policy.logprobs(row, temperature=params.temperature)
-    torch.testing.assert_close(ours.detach(), row.sampler_logprobs, atol=1e-4, rtol=0)
-    assert torch.exp(ours - row.sampler_logprobs).mean().item() == pytest.approx(1, abs=1e-4)
-    torch.testing.assert_close(policy.reference_logprobs(row, temperature=params.temperature), ours.detach())
-    full, full_entropy = policy.logprobs(replace(row, support=None), temperature=params.temperature)
-    assert torch.exp(full - row.sampler_logprobs).mean().item() < 0.95, "the mass that was kept"
+    (microbatch,) = pack([TrainGroup(prompt=prompt, sequences=tuple(sequences))], max_tokens=10_000)
+    assert len(microbatch.target_ids) > 200
+    ours, entropy = policy.logprobs(microbatch, temperature=params.temperature)
+    torch.testing.assert_close(ours.detach(), microbatch.sampler_logprobs, atol=1e-4, rtol=0)
+    assert torch.exp(ours - microbatch.sampler_logprobs).mean().item() == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(policy.reference_logprobs(microbatch, temperature=params.temperature), ours.detach())
+    full, full_entropy = policy.logprobs(replace(microbatch, support=None), temperature=params.temperature)
+    assert torch.exp(full - microbatch.sampler_logprobs).mean().item() < 0.95, "the kept mass"
     assert (entropy < full_entropy).all()

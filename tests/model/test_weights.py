@@ -16,11 +16,11 @@ def load(folder):
 def test_full_weights_are_those_of_the_checkpoint(tiny_llama):
     found = dict(policy_weights(load(tiny_llama), torch.float32))
     saved = load_file(tiny_llama / "model.safetensors")
-    assert found.keys() == saved.keys()  # the tied head is not among either
+    assert found.keys() == saved.keys()  # neither has the tied head
     assert all(torch.equal(found[name], saved[name]) for name in saved)
 
 
-def test_weights_of_the_right_type_are_no_copies(tiny_llama):
+def test_weights_that_have_the_dtype_are_not_copied(tiny_llama):
     model = load(tiny_llama)
     found = dict(policy_weights(model, torch.float32))
     assert found["model.norm.weight"].data_ptr() == model.model.norm.weight.data_ptr()
@@ -57,7 +57,7 @@ def test_a_low_precision_base_is_merged_in_fp32_and_rounded_once(tiny_llama):
     ("adapter", "why"),
     [
         (LoraConfig(target_modules=["q_proj"], use_dora=True), r"layers\.0\.self_attn\.q_proj: a variant .*\(Dora\)"),
-        (LoraConfig(target_modules=["up_proj"], lora_bias=True), r"layers\.0\.mlp\.up_proj: LoRA's bias"),
+        (LoraConfig(target_modules=["up_proj"], lora_bias=True), r"layers\.0\.mlp\.up_proj: a LoRA bias"),
         (LoraConfig(target_modules=["embed_tokens"]), r"embed_tokens: peft\.tuners\.lora\.layer\.Embedding"),
         (LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]), r"norm: .* \(ModulesToSaveWrapper\)"),
         (
@@ -68,12 +68,11 @@ def test_a_low_precision_base_is_merged_in_fp32_and_rounded_once(tiny_llama):
     ],
     ids=["dora", "bias", "embedding", "saved", "tokens", "ia3"],
 )
-def test_what_is_more_than_plain_lora_is_refused(make_tiny_llama, tmp_path, adapter, why):
+def test_adapters_other_than_plain_lora_are_refused(make_tiny_llama, tmp_path, adapter, why):
     base = load(make_tiny_llama(tmp_path / "biased", mlp_bias=True))
     check_mergeable(base)
     model = get_peft_model(base, adapter)
-    message = rf"^lora: model\..*{why}.* cannot be merged for vLLM; take rolltune\.samplers\.native\.NativeSampler$"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"^lora: model\..*{why}"):
         next(policy_weights(model, torch.float32))
 
 

@@ -98,19 +98,19 @@ def test_the_temperature_is_the_trainers(run_grpo, model):
 
 @pytest.mark.slow
 def test_a_fault_of_a_sync_stops_the_run_before_the_next_step(run_grpo, model, monkeypatch, tmp_path):
-    load = vllm_local.LocalEngine.load
+    load = vllm_local.LocalEngine.load_weights
 
     def faulty(self, weights, version):
         kept = (item for item in weights if not version.endswith(":2") or "o_proj" not in item[0])
         load(self, kept, version)
 
-    monkeypatch.setattr(vllm_local.LocalEngine, "load", faulty)
+    monkeypatch.setattr(vllm_local.LocalEngine, "load_weights", faulty)
     with pytest.raises(RunStopped, match=r"step 3: the weights after 2 .*(?s:.)*o_proj") as stopped:
         run_grpo("faulty", model=model, sampler=COLOCATED, eval={"every_n_steps": 4, "max_problems": 4})
     assert "a checkpoint of step 2" in str(stopped.value)
     state = load_state(max((tmp_path / "faulty" / "checkpoints").glob("step_*")))
     assert (state.step, state.policy_version) == (2, 2)
-    monkeypatch.setattr(vllm_local.LocalEngine, "load", load)
+    monkeypatch.setattr(vllm_local.LocalEngine, "load_weights", load)
     check_mismatch(
         run_grpo(
             "faulty",

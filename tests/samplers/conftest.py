@@ -1,8 +1,9 @@
-"""Tiny models and a tokenizer, built on the spot: no download, a second at most."""
+"""Tiny models and a tokenizer, built in memory within a second; and a saved model for the tests that start vLLM."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,13 +22,15 @@ from transformers import (
     Qwen2Config,
 )
 
+from rolltune.model.load import load_model
+
 VOCAB = 32
 EOS, PAD = 27, 28
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerBase:
-    """Tokens: a .. z (0 .. 25), space (26), <eos> (27), <pad> (28). A model's ids 29 .. 31 mean nothing."""
+def letter_tokenizer() -> PreTrainedTokenizerBase:
+    """Tokens: a .. z (0 .. 25), space (26), <eos> (27), <pad> (28). A model's ids 29 .. 31 decode to nothing."""
     vocab = {character: i for i, character in enumerate("abcdefghijklmnopqrstuvwxyzĠ")}
     backend = Tokenizer(BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
@@ -38,7 +41,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 def build(config: PreTrainedConfig, *, seed: int = 0, std: float = 0.25) -> PreTrainedModel:
-    """Random weights large enough that the distributions are far from uniform and attention matters."""
+    """Build a model with random weights, large enough that distributions are far from uniform and attention matters."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -77,7 +80,7 @@ def make_llama() -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture
 def make_qwen2() -> Callable[..., PreTrainedModel]:
-    """A tiny Qwen2, which has biases on q, k and v and three query heads to a key head."""
+    """A tiny Qwen2, with biases on q, k and v and three query heads a key head."""
     return lambda seed=0, **changes: build(qwen2_config(**changes), seed=seed)
 
 
@@ -88,5 +91,17 @@ def llama(make_llama) -> PreTrainedModel:
 
 @pytest.fixture
 def build_model() -> Callable[..., PreTrainedModel]:
-    """A model of any config, with random weights."""
+    """Build a model of any config with random weights."""
     return build
+
+
+@pytest.fixture(scope="module")
+def vllm_folder(make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny Llama with heads of 32, as vLLM's CPU kernels need."""
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny") / "model", hidden_size=128)
+
+
+@pytest.fixture(scope="module")
+def model(vllm_folder: Path) -> PreTrainedModel:
+    """The policy of the vLLM tests. They change its weights."""
+    return load_model(str(vllm_folder), dtype="float32", device="cpu")

@@ -1,4 +1,4 @@
-"""The draw inverts a cumulative distribution that is worked out here by hand, or in float64."""
+"""Draws, against cumulative distributions computed by hand or in float64."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def test_draw_inverts_the_cumulative_distribution(vocab: int):
     u = torch.rand(16, dtype=torch.float64, generator=generator)
     tokens = draw(p, u)
     cumulative = torch.cat((torch.zeros(16, 1, dtype=torch.float64), p.double().cumsum(-1)), -1)
-    rows = torch.arange(16)
+    sequences = torch.arange(16)
     target = u * cumulative[:, -1]
     # Sums of blocks are fp32: near a border the neighbour may be taken, off by no more than such a sum's rounding.
-    assert (cumulative[rows, tokens] <= target + 1e-6).all()
-    assert (cumulative[rows, tokens + 1] >= target - 1e-6).all()
+    assert (cumulative[sequences, tokens] <= target + 1e-6).all()
+    assert (cumulative[sequences, tokens + 1] >= target - 1e-6).all()
 
 
 def test_each_token_is_drawn_by_the_share_of_uniforms_that_is_its_probability():
@@ -63,7 +63,7 @@ def test_a_token_of_probability_zero_is_never_drawn(weights: list[float], u: flo
 
 @given(st.floats(min_value=1e-45, max_value=1e9))
 def test_the_largest_uniform_times_a_total_is_below_the_total(total: float):
-    """What :func:`draw` relies on: there always is a cumulative weight above the target."""
+    """So there always is a cumulative weight above the target, as :func:`draw` assumes."""
     assert LARGEST * total < total
 
 
@@ -116,18 +116,18 @@ def test_support_by_hand(top_k: int, top_p: float, kept: list[int]):
 
 
 @pytest.mark.parametrize(("top_k", "top_p", "kept"), [(2, 1.0, [1, 3]), (0, 0.81, [0, 1, 2, 3]), (3, 0.74, [1, 3])])
-def test_a_draw_tells_its_support(top_k: int, top_p: float, kept: list[int]):
+def test_a_sample_has_its_support(top_k: int, top_p: float, kept: list[int]):
     params = SamplingParams(temperature=2.0, top_k=top_k, top_p=top_p)
     logits = torch.tensor([P, [1.0, 0.0, 0.0, 0.0, 0.0]]).log().mul(2.0)
     tokens, logprobs, support = sample(logits, f64(LARGEST, LARGEST), params)
     assert support is not None
-    assert [row.nonzero().flatten().tolist() for row in support] == [kept, [0]]
+    assert [mask.nonzero().flatten().tolist() for mask in support] == [kept, [0]]
     assert tokens.tolist() == [3, 0]
     assert logprobs.exp().tolist() == pytest.approx([0.3 / sum(P[i] for i in kept), 1.0])
 
 
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=0.0, top_k=2, top_p=0.5)])
-def test_what_is_not_truncated_has_no_support(params: SamplingParams):
+def test_without_truncation_there_is_no_support(params: SamplingParams):
     assert not params.truncates
     assert sample(torch.tensor([P]), f64(0.5), params)[2] is None
 
@@ -140,13 +140,13 @@ def test_top_p_keeps_a_set_whose_mass_is_exactly_enough():
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("spread", [0.0, 0.5, 5.0])
 def test_nucleus_equals_the_one_found_by_sorting(monkeypatch, top_p: float, spread: float):
-    monkeypatch.setattr(distribution, "NUCLEUS_CANDIDATES", 4)  # so that a wider search is needed
+    monkeypatch.setattr(distribution, "NUCLEUS_CANDIDATES", 4)  # to need a wider search
     p = torch.softmax(spread * torch.randn(8, 300, generator=torch.Generator().manual_seed(1)), -1)
     q = truncate(p, top_k=0, top_p=top_p)
-    for row, got in zip(p.double(), q, strict=True):
-        values, order = row.sort(descending=True, stable=True)
+    for exact, got in zip(p.double(), q, strict=True):
+        values, order = exact.sort(descending=True, stable=True)
         count = int((values.cumsum(-1) < top_p).sum()) + 1
-        expected = torch.zeros_like(row)
+        expected = torch.zeros_like(exact)
         expected[order[:count]] = values[:count] / values[:count].sum()
         assert torch.equal(got.nonzero(), expected.nonzero())
         torch.testing.assert_close(got.double(), expected, atol=1e-7, rtol=1e-5)

@@ -1,19 +1,19 @@
-"""Columns of weights, bit for bit, and what is said of those that differ."""
+"""Fingerprints of weight columns, and descriptions of those that differ."""
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rolltune.samplers.fingerprints import COLUMNS, chosen, differences, fingerprint, weight_fingerprint
+from rolltune.samplers.fingerprints import COLUMNS, differences, fingerprint, sampled_columns, weight_fingerprint
 
 
 @given(width=st.integers(1, 100), start=st.integers(0, 1000))
-def test_all_columns_are_looked_at_over_the_syncs_of_a_run(width, start):
+def test_the_syncs_of_a_run_cover_all_columns(width, start):
     versions = range(start, start + -(-width // COLUMNS) + 1)
-    seen = [column for version in versions for column in chosen(width, version)]
+    seen = [column for version in versions for column in sampled_columns(width, version)]
     assert set(seen) == set(range(width))
-    assert all(chosen(width, v) == sorted(set(chosen(width, v))) for v in versions)
-    assert len(chosen(width, start)) == min(width, COLUMNS)
+    assert all(sampled_columns(width, v) == sorted(set(sampled_columns(width, v))) for v in versions)
+    assert len(sampled_columns(width, start)) == min(width, COLUMNS)
 
 
 def test_the_last_bit_counts():
@@ -26,7 +26,7 @@ def test_the_last_bit_counts():
         assert fingerprint(x) != fingerprint(y)
 
 
-def test_minus_zero_is_zero_and_the_tensor_is_left_alone():
+def test_minus_zero_counts_as_zero_and_the_tensor_is_not_changed():
     x = torch.tensor([0.0, -0.0])
     assert fingerprint(x) == fingerprint(torch.zeros(2))
     assert torch.signbit(x).tolist() == [False, True]
@@ -34,7 +34,7 @@ def test_minus_zero_is_zero_and_the_tensor_is_left_alone():
 
 def test_a_kernels_product_with_a_unit_row_is_a_column():
     weight = torch.randn(5, 20)
-    columns = chosen(20, 3)
+    columns = sampled_columns(20, 3)
     rows = torch.eye(20)[columns]
     assert fingerprint((rows @ weight.T).T) == weight_fingerprint(weight, 3)
 
@@ -54,4 +54,4 @@ def test_differences_name_the_weight_and_whose_values_it_has():
 def test_another_precision_is_one_line():
     ours, theirs = fingerprint(torch.ones(2)), fingerprint(torch.ones(2, dtype=torch.bfloat16))
     (line,) = differences({"a": ours, "b": ours}, {"a": theirs, "b": theirs})
-    assert line.startswith("they are bfloat16 there and float32 here; start the server with that dtype")
+    assert "engine's are bfloat16" in line and "policy's float32" in line

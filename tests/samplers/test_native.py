@@ -48,14 +48,14 @@ def reference_logprobs(model: nn.Module, prompt: Sequence[int], completion: Comp
 
 
 def reference(model: nn.Module, prompt: Sequence[int], completion: Completion, params: SamplingParams):
-    """The same with the supports."""
+    """Log-probs as in :func:`reference_logprobs`, each with its support."""
     ids = torch.tensor([[*prompt, *completion.token_ids]])
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].double()
     logprobs = torch.log_softmax(logits / params.temperature, -1)
     result = []
-    for row, token in zip(logprobs, completion.token_ids, strict=True):
-        values, order = row.sort(descending=True, stable=True)
+    for exact, token in zip(logprobs, completion.token_ids, strict=True):
+        values, order = exact.sort(descending=True, stable=True)
         if params.top_k:
             values, order = values[: params.top_k], order[: params.top_k]
             values = values - values.logsumexp(0)
@@ -69,7 +69,7 @@ def reference(model: nn.Module, prompt: Sequence[int], completion: Completion, p
 
 @contextmanager
 def recorded(model: nn.Module):
-    """Shapes of input_ids of every forward pass."""
+    """Record the shapes of input_ids of every forward pass."""
     shapes: list[tuple[int, ...]] = []
     hook = model.register_forward_pre_hook(
         lambda _m, _a, k: shapes.append(tuple(k["input_ids"].shape)), with_kwargs=True
@@ -82,14 +82,14 @@ def ids_of(groups: list[tuple[Completion, ...]]) -> list[list[tuple[int, ...]]]:
     return [[completion.token_ids for completion in group] for group in groups]
 
 
-# --- what is written --------------------------------------------------------------------------------------------------
+# --- completions ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("maker", ["make_llama", "make_qwen2"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_greedy_is_what_transformers_generates(request, tokenizer, maker: str, tied: bool):
+def test_greedy_is_what_transformers_generates(request, letter_tokenizer, maker: str, tied: bool):
     model = request.getfixturevalue(maker)(tie_word_embeddings=tied)
-    sampler = NativeSampler(model, tokenizer)
+    sampler = NativeSampler(model, letter_tokenizer)
     groups = sampler.generate(requests(2), SamplingParams(temperature=0.0, top_k=5, max_new_tokens=40))
     for ids, group in zip(PROMPTS, groups, strict=True):
         expected = model.generate(
@@ -124,9 +124,9 @@ def rounding(params: SamplingParams) -> float:
     ids=["T1", "T0.6", "top-k", "top-p", "top-k and top-p"],
 )
 @pytest.mark.parametrize("maker", ["make_llama", "make_qwen2"])
-def test_logprobs_are_those_of_a_plain_forward_pass(request, tokenizer, maker: str, params: SamplingParams):
+def test_logprobs_are_those_of_a_plain_forward_pass(request, letter_tokenizer, maker: str, params: SamplingParams):
     model = request.getfixturevalue(maker)()
-    groups = NativeSampler(model, tokenizer, max_num_seqs=7, prefill_tokens=20).generate(requests(4), params)
+    groups = NativeSampler(model, letter_tokenizer, max_num_seqs=7, prefill_tokens=20).generate(requests(4), params)
     lengths = set()
     for ids, group in zip(PROMPTS, groups, strict=True):
         for completion in group:
@@ -134,15 +134,15 @@ def test_logprobs_are_those_of_a_plain_forward_pass(request, tokenizer, maker: s
             expected, support = zip(*reference(model, ids, completion, params), strict=True)
             assert completion.logprobs == pytest.approx(expected, abs=rounding(params))
             assert completion.support == (support if params.truncates else None)
-    assert len(lengths) > 3, "the rows should have left at different times"
+    assert len(lengths) > 3, "the sequences should have ended at different times"
 
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize(("dtype", "room"), [(torch.bfloat16, 1), (torch.float16, 1 / 8)])
-def test_half_precision_stays_near_a_plain_forward_pass(make_llama, tokenizer, lora: bool, dtype, room: float):
+def test_half_precision_stays_near_a_plain_forward_pass(make_llama, letter_tokenizer, lora: bool, dtype, room: float):
     model = make_llama().to(dtype)
     policy = (with_lora(model) if lora else model).eval()
-    groups = NativeSampler(policy, tokenizer).generate(requests(4), SamplingParams(max_new_tokens=20))
+    groups = NativeSampler(policy, letter_tokenizer).generate(requests(4), SamplingParams(max_new_tokens=20))
     errors = []
     for ids, group in zip(PROMPTS, groups, strict=True):
         for completion in group:
@@ -162,11 +162,11 @@ def with_lora(model: PreTrainedModel) -> PeftModel:
     return policy
 
 
-def test_adapters_of_a_peft_model_take_part_and_dropout_does_not(make_llama, tokenizer):
+def test_adapters_of_a_peft_model_are_used_without_dropout(make_llama, letter_tokenizer):
     model = make_llama()
-    bare = NativeSampler(model, tokenizer).generate(requests(3), SamplingParams(max_new_tokens=20))
+    bare = NativeSampler(model, letter_tokenizer).generate(requests(3), SamplingParams(max_new_tokens=20))
     policy = with_lora(model).train()
-    adapted = NativeSampler(policy, tokenizer).generate(requests(3), SamplingParams(max_new_tokens=20))
+    adapted = NativeSampler(policy, letter_tokenizer).generate(requests(3), SamplingParams(max_new_tokens=20))
     assert ids_of(bare) != ids_of(adapted)
     policy.eval()
     for ids, group in zip(PROMPTS, adapted, strict=True):
@@ -176,8 +176,8 @@ def test_adapters_of_a_peft_model_take_part_and_dropout_does_not(make_llama, tok
 
 
 @pytest.mark.parametrize("pack_weights", [False, True])
-def test_weights_are_always_current(llama, tokenizer, pack_weights: bool):
-    sampler = NativeSampler(llama, tokenizer, pack_weights=pack_weights)
+def test_weights_are_always_current(llama, letter_tokenizer, pack_weights: bool):
+    sampler = NativeSampler(llama, letter_tokenizer, pack_weights=pack_weights)
     params = SamplingParams(max_new_tokens=12)
     before = sampler.generate(requests(3), params)
     with torch.no_grad():
@@ -194,11 +194,11 @@ def test_weights_are_always_current(llama, tokenizer, pack_weights: bool):
             assert completion.logprobs == pytest.approx(expected, abs=rounding(params))
 
 
-def test_sampled_frequencies_follow_the_exact_distribution(llama, tokenizer):
+def test_sampled_frequencies_follow_the_exact_distribution(llama, letter_tokenizer):
     """Chi-square of the first two tokens of 3000 completions against the model's probabilities."""
     n, params = 3000, SamplingParams(temperature=1.5, max_new_tokens=2)
     request = SampleRequest(prompt=Prompt(token_ids=PROMPTS[0]), seeds=tuple(range(n)))
-    (group,) = NativeSampler(llama, tokenizer, max_num_seqs=500).generate([request], params)
+    (group,) = NativeSampler(llama, letter_tokenizer, max_num_seqs=500).generate([request], params)
     with torch.no_grad():
         first = torch.softmax(llama(torch.tensor([PROMPTS[0]])).logits[0, -1] / 1.5, -1)
         second = torch.softmax(llama(torch.tensor([[*PROMPTS[0], t] for t in range(32)])).logits[:, -1] / 1.5, -1)
@@ -217,17 +217,17 @@ def test_sampled_frequencies_follow_the_exact_distribution(llama, tokenizer):
     assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5
 
 
-def test_noise_belongs_to_the_seed_alone(make_qwen2, tokenizer):
+def test_completions_depend_only_on_their_seeds(make_qwen2, letter_tokenizer):
     """Other requests, their order, max_num_seqs, prefill_tokens and max_new_tokens change nothing in a completion."""
     model = make_qwen2()
     params = SamplingParams(temperature=1.2, max_new_tokens=25)
-    wanted = ids_of(NativeSampler(model, tokenizer).generate(requests(5), params))
+    wanted = ids_of(NativeSampler(model, letter_tokenizer).generate(requests(5), params))
     assert len({ids for group in wanted for ids in group}) > 20
 
     for max_num_seqs, prefill_tokens in ((1, 1), (3, 10), (8, 8192), (1000, 40)):
-        sampler = NativeSampler(model, tokenizer, max_num_seqs=max_num_seqs, prefill_tokens=prefill_tokens)
+        sampler = NativeSampler(model, letter_tokenizer, max_num_seqs=max_num_seqs, prefill_tokens=prefill_tokens)
         assert ids_of(sampler.generate(requests(5), params)) == wanted
-    sampler = NativeSampler(model, tokenizer, max_num_seqs=6)
+    sampler = NativeSampler(model, letter_tokenizer, max_num_seqs=6)
     assert ids_of(sampler.generate(requests(5)[::-1], params)) == wanted[::-1]
     for request, group in zip(requests(5), wanted, strict=True):
         alone = SampleRequest(prompt=request.prompt, seeds=request.seeds[3:4])
@@ -236,8 +236,8 @@ def test_noise_belongs_to_the_seed_alone(make_qwen2, tokenizer):
     assert short == [[ids[:4] for ids in group] for group in wanted]
 
 
-def test_the_global_generators_are_neither_used_nor_moved(llama, tokenizer):
-    sampler, params = NativeSampler(llama, tokenizer), SamplingParams(max_new_tokens=10)
+def test_the_global_generators_are_neither_used_nor_moved(llama, letter_tokenizer):
+    sampler, params = NativeSampler(llama, letter_tokenizer), SamplingParams(max_new_tokens=10)
     torch.manual_seed(0)
     state = torch.get_rng_state()
     first = sampler.generate(requests(2), params)
@@ -246,47 +246,47 @@ def test_the_global_generators_are_neither_used_nor_moved(llama, tokenizer):
     assert sampler.generate(requests(2), params) == first
 
 
-# --- how it is written ------------------------------------------------------------------------------------------------
+# --- batching ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 4, 64])
-def test_each_prompt_is_read_once_and_rows_leave_when_they_end(llama, tokenizer, max_num_seqs: int):
-    sampler = NativeSampler(llama, tokenizer, max_num_seqs=max_num_seqs)
+def test_each_prompt_is_prefilled_once_and_finished_sequences_leave(llama, letter_tokenizer, max_num_seqs: int):
+    sampler = NativeSampler(llama, letter_tokenizer, max_num_seqs=max_num_seqs)
     with recorded(llama) as shapes:
         groups = sampler.generate(requests(6), SamplingParams(max_new_tokens=50))
     completions = [completion for group in groups for completion in group]
     assert len({len(c.token_ids) for c in completions}) > 5
-    decoding = [rows for rows, tokens in shapes if tokens == 1 and rows >= 1]
-    # A prompt's last token is the input of its completions' first step; "ab" alone also makes a [1, 1] of one token.
-    read = sum(tokens for rows, tokens in shapes if rows == 1 and tokens > 1)
-    read += sum(decoding) - sum(len(c.token_ids) for c in completions)
-    assert read == sum(len(ids) - 1 for ids in PROMPTS)
+    decoding = [batch for batch, tokens in shapes if tokens == 1]
+    # A prompt's last token is the input of its completions' first step; the prefill of "ab" alone is also [1, 1].
+    prefilled = sum(tokens for batch, tokens in shapes if batch == 1 and tokens > 1)
+    prefilled += sum(decoding) - sum(len(c.token_ids) for c in completions)
+    assert prefilled == sum(len(ids) - 1 for ids in PROMPTS)
     assert max(decoding) == min(max_num_seqs, len(completions))
     assert len(decoding) >= max(len(c.token_ids) for c in completions)
 
 
-def test_prompts_are_read_in_bounded_packs(llama, tokenizer):
-    sampler = NativeSampler(llama, tokenizer, prefill_tokens=30)
+def test_prefill_passes_are_bounded(llama, letter_tokenizer):
+    sampler = NativeSampler(llama, letter_tokenizer, prefill_tokens=30)
     with recorded(llama) as shapes:
         sampler.generate(requests(2), SamplingParams(max_new_tokens=1))
-    # Lengths without the last token, longest first: 31 | 18 + 7 + 1; the prompt of one token is not read at all.
+    # Lengths without the last token, longest first: 31 | 18 + 7 + 1; the prompt of one token needs no prefill.
     assert shapes == [(1, 31), (1, 26), (10, 1)]
 
 
-def test_a_prompt_is_held_once_however_many_completions_it_has(llama, tokenizer):
+def test_a_prompt_is_cached_once_however_many_completions_it_has(llama, letter_tokenizer):
     held = []
     llama.register_forward_pre_hook(lambda _m, _a, kwargs: held.append(kwargs.get("past_key_values")), with_kwargs=True)
-    sampler = NativeSampler(llama, tokenizer)
+    sampler = NativeSampler(llama, letter_tokenizer)
     held.clear()
     sampler.generate(requests(9), SamplingParams(max_new_tokens=5))
     layer = held[0].layers[1]
-    assert layer.prompt.values.shape == (5, 2, 64, 8)
+    assert layer.prompts.values.shape == (5, 2, 64, 8)
     assert layer.own.values.shape == (45, 2, 64, 8)
-    assert layer.prompt.keys.shape == (5, 2, 8, 64)
+    assert layer.prompts.keys.shape == (5, 2, 8, 64)
 
 
-def test_waiting_rows_take_the_places_of_finished_ones(llama, tokenizer):
-    sampler = NativeSampler(llama, tokenizer, max_num_seqs=8)
+def test_waiting_sequences_replace_finished_ones(llama, letter_tokenizer):
+    sampler = NativeSampler(llama, letter_tokenizer, max_num_seqs=8)
     with recorded(llama) as shapes:
         groups = sampler.generate(requests(20), SamplingParams(temperature=1.5, max_new_tokens=60))
     lengths = [len(completion.token_ids) for group in groups for completion in group]
@@ -296,18 +296,18 @@ def test_waiting_rows_take_the_places_of_finished_ones(llama, tokenizer):
     assert steps < 1.4 * sum(lengths) / 8 + max(lengths)
 
 
-def test_only_the_last_position_goes_through_the_head(llama, tokenizer):
+def test_only_the_last_position_goes_through_the_head(llama, letter_tokenizer):
     shapes: list[tuple[int, ...]] = []
     llama.get_output_embeddings().register_forward_pre_hook(lambda _m, args: shapes.append(tuple(args[0].shape)))
-    sampler = NativeSampler(llama, tokenizer)
+    sampler = NativeSampler(llama, letter_tokenizer)
     shapes.clear()
     sampler.generate(requests(2), SamplingParams(max_new_tokens=2))
     assert all(tokens == 1 for _, tokens, _ in shapes)
 
 
-def test_progress_counts_completions(llama, tokenizer):
+def test_progress_counts_completions(llama, letter_tokenizer):
     calls = []
-    NativeSampler(llama, tokenizer, max_num_seqs=3).generate(
+    NativeSampler(llama, letter_tokenizer, max_num_seqs=3).generate(
         requests(4), SamplingParams(max_new_tokens=30), on_progress=lambda done, total: calls.append((done, total))
     )
     done = [d for d, _ in calls]
@@ -317,7 +317,7 @@ def test_progress_counts_completions(llama, tokenizer):
     assert done[0] < 20
 
 
-def test_completions_are_handed_over_as_they_end(llama, tokenizer):
+def test_completions_are_reported_as_they_finish(llama, letter_tokenizer):
     seen: dict[tuple[int, int], Completion] = {}
     done: list[int] = []
 
@@ -325,18 +325,18 @@ def test_completions_are_handed_over_as_they_end(llama, tokenizer):
         assert (request, sample) not in seen
         seen[request, sample] = completion
 
-    groups = NativeSampler(llama, tokenizer, max_num_seqs=3).generate(
+    groups = NativeSampler(llama, letter_tokenizer, max_num_seqs=3).generate(
         requests(4),
         SamplingParams(max_new_tokens=30),
         on_progress=lambda _done, _total: done.append(len(seen)),
         on_completion=take,
     )
     assert seen == {(i, j): completion for i, group in enumerate(groups) for j, completion in enumerate(group)}
-    assert 0 < done[0] < 20  # some of them long before the last
+    assert 0 < done[0] < 20  # some long before the last
 
 
-def test_requests_may_be_empty(llama, tokenizer):
-    sampler, params = NativeSampler(llama, tokenizer), SamplingParams(max_new_tokens=3)
+def test_requests_may_be_empty(llama, letter_tokenizer):
+    sampler, params = NativeSampler(llama, letter_tokenizer), SamplingParams(max_new_tokens=3)
     assert sampler.generate([], params) == []
     some = [SampleRequest(prompt=Prompt(token_ids=PROMPTS[0]), seeds=()), *requests(2)]
     groups = sampler.generate(some, params)
@@ -344,11 +344,11 @@ def test_requests_may_be_empty(llama, tokenizer):
     assert groups[1:] == sampler.generate(requests(2), params)
 
 
-# --- where it ends ----------------------------------------------------------------------------------------------------
+# --- stopping ---------------------------------------------------------------------------------------------------------
 
 
 def scripted(model: PreTrainedModel, script: Sequence[int], start: int) -> None:
-    """From now on a row at position ``start + i`` writes ``script[i]``."""
+    """From now on a sequence at position ``start + i`` generates ``script[i]``."""
     positions: list[torch.Tensor] = []
     model.register_forward_pre_hook(lambda _m, _a, kwargs: positions.append(kwargs["position_ids"]), with_kwargs=True)
 
@@ -362,34 +362,34 @@ def scripted(model: PreTrainedModel, script: Sequence[int], start: int) -> None:
     head.register_forward_hook(replace)
 
 
-def written(model, tokenizer, text_ids: Sequence[int], params: SamplingParams, prefill: str = "") -> Completion:
-    sampler = NativeSampler(model, tokenizer)
+def written(model, letter_tokenizer, text_ids: Sequence[int], params: SamplingParams, prefill: str = "") -> Completion:
+    sampler = NativeSampler(model, letter_tokenizer)
     scripted(model, text_ids, len(PROMPTS[0]) - 1)
     ((completion,),) = sampler.generate(requests(1, PROMPTS[:1], prefill), params)
     return completion
 
 
-def test_eos_is_kept_and_left_out_of_the_text(llama, tokenizer):
+def test_eos_is_kept_and_left_out_of_the_text(llama, letter_tokenizer):
     c = written(
-        llama, tokenizer, [*letters("four"), EOS, *letters("more")], SamplingParams(max_new_tokens=20), "<think>"
+        llama, letter_tokenizer, [*letters("four"), EOS, *letters("more")], SamplingParams(max_new_tokens=20), "<think>"
     )
     assert c.token_ids == (*letters("four"), EOS)
     assert len(c.logprobs) == 5
     assert (c.finish_reason, c.text) == ("stop", "<think>four")
 
 
-def test_every_eos_of_the_generation_config_ends_a_completion(llama, tokenizer):
+def test_every_eos_of_the_generation_config_ends_a_completion(llama, letter_tokenizer):
     llama.generation_config.eos_token_id = [30, 31]
-    c = written(llama, tokenizer, [*letters("ab"), 31, *letters("cd")], SamplingParams(max_new_tokens=20))
+    c = written(llama, letter_tokenizer, [*letters("ab"), 31, *letters("cd")], SamplingParams(max_new_tokens=20))
     assert (c.token_ids, c.finish_reason, c.text) == ((0, 1, 31), "stop", "ab")
-    d = written(llama, tokenizer, [*letters("ab"), EOS, *letters("cd")], SamplingParams(max_new_tokens=20))
+    d = written(llama, letter_tokenizer, [*letters("ab"), EOS, *letters("cd")], SamplingParams(max_new_tokens=20))
     assert (d.token_ids, d.finish_reason) == ((0, 1, EOS), "stop")
 
 
-def test_the_length_limit_is_not_a_stop_but_eos_on_it_is(llama, tokenizer):
-    c = written(llama, tokenizer, letters("abcdefgh"), SamplingParams(max_new_tokens=5))
+def test_the_length_limit_is_not_a_stop_but_eos_on_it_is(llama, letter_tokenizer):
+    c = written(llama, letter_tokenizer, letters("abcdefgh"), SamplingParams(max_new_tokens=5))
     assert (c.token_ids, c.finish_reason, c.text) == (letters("abcde"), "length", "abcde")
-    d = written(llama, tokenizer, [*letters("abcd"), EOS], SamplingParams(max_new_tokens=5))
+    d = written(llama, letter_tokenizer, [*letters("abcd"), EOS], SamplingParams(max_new_tokens=5))
     assert (d.token_ids, d.finish_reason) == ((*letters("abcd"), EOS), "stop")
 
 
@@ -403,32 +403,32 @@ def test_the_length_limit_is_not_a_stop_but_eos_on_it_is(llama, tokenizer):
         (("this is a rather long text up to",), "this is a rather long text up to"),
     ],
 )
-def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(llama, tokenizer, stop, text: str):
+def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(llama, letter_tokenizer, stop, text: str):
     script = "this is a rather long text up to the end and not farther"
-    c = written(llama, tokenizer, letters(script), SamplingParams(max_new_tokens=len(script), stop=stop))
+    c = written(llama, letter_tokenizer, letters(script), SamplingParams(max_new_tokens=len(script), stop=stop))
     assert c.token_ids == letters(text)
     assert c.text == text
     assert c.finish_reason == ("length" if stop == ("zzz",) else "stop")
 
 
-def test_a_stop_string_in_the_prompt_or_prefill_does_not_count(llama, tokenizer):
+def test_a_stop_string_in_the_prompt_or_prefill_does_not_count(llama, letter_tokenizer):
     params = SamplingParams(max_new_tokens=3, stop=("two", "prefill"))
-    c = written(llama, tokenizer, letters("abc"), params, prefill="prefill")
+    c = written(llama, letter_tokenizer, letters("abc"), params, prefill="prefill")
     assert (c.text, c.finish_reason) == ("prefillabc", "length")
 
 
-def test_a_stop_string_is_found_across_a_special_token(llama, tokenizer):
+def test_a_stop_string_is_found_across_a_special_token(llama, letter_tokenizer):
     script = [*letters("st"), 28, *letters("op"), *letters("more")]
-    c = written(llama, tokenizer, script, SamplingParams(max_new_tokens=20, stop=("stop",)))
+    c = written(llama, letter_tokenizer, script, SamplingParams(max_new_tokens=20, stop=("stop",)))
     assert (c.token_ids, c.text) == (tuple(script[:5]), "stop")
 
 
-def test_ids_beyond_the_tokenizer_can_be_sampled_and_decode_to_nothing(llama, tokenizer):
-    c = written(llama, tokenizer, [0, 31, 1], SamplingParams(max_new_tokens=3, stop=("no",)))
+def test_ids_beyond_the_tokenizer_can_be_sampled_and_decode_to_nothing(llama, letter_tokenizer):
+    c = written(llama, letter_tokenizer, [0, 31, 1], SamplingParams(max_new_tokens=3, stop=("no",)))
     assert (c.token_ids, c.text) == ((0, 31, 1), "ab")
 
 
-# --- what it leaves behind --------------------------------------------------------------------------------------------
+# --- side effects -----------------------------------------------------------------------------------------------------
 
 
 def state_of(model: nn.Module) -> tuple:
@@ -441,7 +441,7 @@ def state_of(model: nn.Module) -> tuple:
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_the_model_is_left_as_it_was(make_llama, tokenizer, implementation: str, lora: bool):
+def test_the_model_is_restored(make_llama, letter_tokenizer, implementation: str, lora: bool):
     model = make_llama(attention_dropout=0.1)
     model.config._attn_implementation = implementation
     policy = with_lora(model) if lora else model
@@ -449,7 +449,7 @@ def test_the_model_is_left_as_it_was(make_llama, tokenizer, implementation: str,
     model.model.layers[0].mlp.eval()  # modules need not all be in the same mode
     next(policy.parameters()).requires_grad_(False)
     before = state_of(policy)
-    sampler = NativeSampler(policy, tokenizer)
+    sampler = NativeSampler(policy, letter_tokenizer)
     assert state_of(policy) == before
     sampler.generate(requests(2), SamplingParams(max_new_tokens=5))
     assert state_of(policy) == before
@@ -462,7 +462,7 @@ def test_the_model_is_left_as_it_was(make_llama, tokenizer, implementation: str,
     assert state_of(policy) == before
 
 
-def test_the_model_can_be_trained_afterwards(llama, tokenizer):
+def test_the_model_can_be_trained_afterwards(llama, letter_tokenizer):
     def gradients() -> list[torch.Tensor]:
         llama.zero_grad()
         llama.train()
@@ -471,7 +471,7 @@ def test_the_model_can_be_trained_afterwards(llama, tokenizer):
         return [parameter.grad.clone() for parameter in llama.parameters()]
 
     before = gradients()
-    groups = NativeSampler(llama, tokenizer).generate(requests(2), SamplingParams(max_new_tokens=8))
+    groups = NativeSampler(llama, letter_tokenizer).generate(requests(2), SamplingParams(max_new_tokens=8))
     after = gradients()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     logprobs = torch.tensor(groups[0][0].logprobs, requires_grad=True)
@@ -479,8 +479,8 @@ def test_the_model_can_be_trained_afterwards(llama, tokenizer):
     assert logprobs.grad is not None
 
 
-def test_autograd_in_another_thread_is_left_alone(llama, tokenizer):
-    """no_grad belongs to a thread: a judge in another one may train while completions are written."""
+def test_autograd_in_another_thread_is_not_affected(llama, letter_tokenizer):
+    """no_grad belongs to a thread: another thread may train while completions are generated."""
     seen = []
 
     def progress(_done: int, _total: int) -> None:
@@ -488,11 +488,11 @@ def test_autograd_in_another_thread_is_left_alone(llama, tokenizer):
         thread.start()
         thread.join()
 
-    NativeSampler(llama, tokenizer).generate(requests(1), SamplingParams(max_new_tokens=2), on_progress=progress)
+    NativeSampler(llama, letter_tokenizer).generate(requests(1), SamplingParams(max_new_tokens=2), on_progress=progress)
     assert seen and all(seen)
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 SIZES = {
     "vocab_size": 32,
@@ -515,52 +515,52 @@ SIZES = {
         (GptOssConfig(**SIZES, num_local_experts=2), "GptOssForCausalLM.*sinks"),
     ],
 )
-def test_attention_of_another_kind_is_refused(build_model, tokenizer, config, reason: str):
+def test_attention_of_another_kind_is_refused(build_model, letter_tokenizer, config, reason: str):
     model = build_model(config)
     implementation = model.config._attn_implementation
     with pytest.raises(ValueError, match=reason):
-        NativeSampler(model, tokenizer)
+        NativeSampler(model, letter_tokenizer)
     assert model.config._attn_implementation == implementation
     assert torch.is_grad_enabled()
 
 
-def test_recurrent_layers_are_refused(build_model, tokenizer):
+def test_recurrent_layers_are_refused(build_model, letter_tokenizer):
     config = Lfm2Config(**{**SIZES, "layer_types": ["conv", "full_attention"]})
     with pytest.raises(ValueError, match="Lfm2ForCausalLM"):
-        NativeSampler(build_model(config), tokenizer)
+        NativeSampler(build_model(config), letter_tokenizer)
 
 
-def test_encoder_decoders_are_refused(tokenizer):
+def test_encoder_decoders_are_refused(letter_tokenizer):
     config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     with pytest.raises(ValueError, match="encoder-decoder"):
-        NativeSampler(T5ForConditionalGeneration(config), tokenizer)
+        NativeSampler(T5ForConditionalGeneration(config), letter_tokenizer)
 
 
-def test_a_model_whose_logits_come_out_different_is_refused(llama, tokenizer):
-    """Whatever the reason: here a layer that remembers, and so adds something of the tokens before."""
+def test_a_model_whose_logits_come_out_different_is_refused(llama, letter_tokenizer):
+    """Here because a layer remembers earlier passes and adds something of them."""
     memory = []
     llama.model.layers[0].mlp.register_forward_hook(
         lambda _m, _a, out: (memory.append(out.mean()), out + sum(memory[:-1], torch.tensor(0.0)))[1]
     )
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*logits come out different"):
-        NativeSampler(llama, tokenizer)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*logits differ"):
+        NativeSampler(llama, letter_tokenizer)
 
 
-def test_a_sliding_window_is_a_limit_on_the_length(build_model, tokenizer):
+def test_a_sliding_window_is_a_limit_on_the_length(build_model, letter_tokenizer):
     model = build_model(MistralConfig(**SIZES, sliding_window=40))
-    sampler = NativeSampler(model, tokenizer)
+    sampler = NativeSampler(model, letter_tokenizer)
     longest = len(PROMPTS[3])
     sampler.generate(requests(1), SamplingParams(max_new_tokens=40 - longest))
     with pytest.raises(ValueError, match=f"max_new_tokens: {41 - longest}.*40 tokens"):
         sampler.generate(requests(1), SamplingParams(max_new_tokens=41 - longest))
 
 
-def test_the_context_is_a_limit_on_the_length(make_llama, tokenizer):
-    sampler = NativeSampler(make_llama(max_position_embeddings=40), tokenizer)
+def test_the_context_is_a_limit_on_the_length(make_llama, letter_tokenizer):
+    sampler = NativeSampler(make_llama(max_position_embeddings=40), letter_tokenizer)
     with pytest.raises(ValueError, match="40 tokens"):
         sampler.generate(requests(1), SamplingParams(max_new_tokens=30))
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 36}
-    sampler = NativeSampler(make_llama(rope_parameters=rope), tokenizer)
+    sampler = NativeSampler(make_llama(rope_parameters=rope), letter_tokenizer)
     with pytest.raises(ValueError, match="36 tokens"):
         sampler.generate(requests(1), SamplingParams(max_new_tokens=10))
 
@@ -576,22 +576,22 @@ def test_the_context_is_a_limit_on_the_length(make_llama, tokenizer):
         SamplingParams(stop=("a", "")),
     ],
 )
-def test_params_out_of_range_are_refused(llama, tokenizer, params: SamplingParams):
+def test_params_out_of_range_are_refused(llama, letter_tokenizer, params: SamplingParams):
     with pytest.raises(ValueError, match=r"^sampling\.\w+: "):
-        NativeSampler(llama, tokenizer).generate(requests(1), params)
+        NativeSampler(llama, letter_tokenizer).generate(requests(1), params)
 
 
-def test_options_and_prompts_are_checked(llama, tokenizer):
+def test_options_and_prompts_are_checked(llama, letter_tokenizer):
     with pytest.raises(ValueError, match=r"sampler\.max_num_seqs: 0"):
-        NativeSampler(llama, tokenizer, max_num_seqs=0)
+        NativeSampler(llama, letter_tokenizer, max_num_seqs=0)
     with pytest.raises(ValueError, match=r"sampler\.prefill_tokens: -1"):
-        NativeSampler(llama, tokenizer, prefill_tokens=-1)
+        NativeSampler(llama, letter_tokenizer, prefill_tokens=-1)
     with pytest.raises(ValueError, match="request 1 has no tokens"):
-        NativeSampler(llama, tokenizer).generate(requests(1, [PROMPTS[0], ()]), SamplingParams())
+        NativeSampler(llama, letter_tokenizer).generate(requests(1, [PROMPTS[0], ()]), SamplingParams())
 
 
-def test_diverged_weights_stop_the_run(llama, tokenizer):
-    sampler = NativeSampler(llama, tokenizer)
+def test_diverged_weights_stop_the_run(llama, letter_tokenizer):
+    sampler = NativeSampler(llama, letter_tokenizer)
     with torch.no_grad():
         llama.model.norm.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="diverged"):

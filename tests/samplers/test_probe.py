@@ -1,4 +1,4 @@
-"""The probe's trainer side against plain transformers."""
+"""The trainer's scores of the probe, against plain transformers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""DAPO: every token weighs the same, and more room to rise than to fall."""
+"""DAPO: every token has the same weight, and the clip range is wider above 1 than below."""
 
 from dataclasses import dataclass
 
@@ -23,17 +23,17 @@ class DAPOLoss:
 
         L = 1/N sum_i sum_t [ -min(r_it A_i, clip(r_it, 1 - clip_low, 1 + clip_high) A_i) + kl_coef k3_it ]
 
-    N counts the tokens of the step, over all groups, as in TRL and verl; the paper writes it for one group. The
-    method's other parts are not in the loss: dynamic sampling is ``batch.dynamic_sampling_rounds``, soft overlong
+    N is the number of tokens in the step, over all groups, as in TRL and verl; the paper writes it for one group. The
+    method's other parts are not in the loss: dynamic sampling is ``batch.dynamic_sampling_rounds``, and soft overlong
     punishment is a reward.
 
     Attributes:
         clip_low: in (0, 1].
-        clip_high: > 0; above ``clip_low`` it lets unlikely tokens rise ("clip-higher").
+        clip_high: > 0; larger than ``clip_low``, it lets unlikely tokens rise ("clip-higher").
         kl_coef: >= 0; 0 (as in the paper) needs no reference model.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value is out of range.
     """
 
     clip_low: float = 0.2
@@ -45,7 +45,7 @@ class DAPOLoss:
         check_kl_coef(self.kl_coef)
 
     def __call__(self, inputs: LossInputs, totals: LossTotals) -> tuple[Tensor, dict[str, Tensor]]:
-        """This micro-batch's share of the loss; metrics "clip_fraction" (clipped tokens) and "kl" (sum of k3)."""
+        """Return this microbatch's share of the loss, and metrics "clip_fraction" (tokens) and "kl" (sum of k3)."""
         ratios = importance_ratio(inputs.logprobs, inputs.old_logprobs)  # [N]
         policy_losses, clipped = clipped_policy_loss(
             ratios, inputs.advantages, clip_low=self.clip_low, clip_high=self.clip_high

@@ -1,4 +1,4 @@
-"""GRPO: the clipped loss with a KL penalty, every completion weighing the same."""
+"""GRPO: PPO's clipped loss with a KL penalty, where every completion has the same weight."""
 
 from dataclasses import dataclass
 
@@ -24,8 +24,8 @@ class GRPOLoss:
         L = 1/S sum_i 1/|o_i| sum_t [ -min(r_it A_i, clip(r_it, 1 - clip_low, 1 + clip_high) A_i) + kl_coef k3_it ]
         r_it = pi(o_it) / pi_old(o_it)
 
-    S counts the completions of the step. The paper gives the KL coefficient but no clip range: 0.2 is
-    PPO's. DeepSeek-R1 uses a range of 10, which is ``clip_low=1, clip_high=10``.
+    S is the number of completions in the step. The paper gives the KL coefficient but no clip range; 0.2 is PPO's.
+    DeepSeek-R1 uses a range of 10, which is ``clip_low=1, clip_high=10`` here.
 
     Attributes:
         clip_low: in (0, 1].
@@ -33,7 +33,7 @@ class GRPOLoss:
         kl_coef: >= 0; 0 needs no reference model.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value is out of range.
     """
 
     clip_low: float = 0.2
@@ -45,7 +45,7 @@ class GRPOLoss:
         check_kl_coef(self.kl_coef)
 
     def __call__(self, inputs: LossInputs, totals: LossTotals) -> tuple[Tensor, dict[str, Tensor]]:
-        """This micro-batch's share of the loss; metrics "clip_fraction" (clipped tokens) and "kl" (sum of k3)."""
+        """Return this microbatch's share of the loss, and metrics "clip_fraction" (tokens) and "kl" (sum of k3)."""
         ratios = importance_ratio(inputs.logprobs, inputs.old_logprobs)  # [N]
         policy_losses, clipped = clipped_policy_loss(
             ratios, inputs.advantages, clip_low=self.clip_low, clip_high=self.clip_high

@@ -1,4 +1,4 @@
-"""GSPO: one ratio a completion, clipped as a whole."""
+"""GSPO: one importance ratio a completion, clipped as a whole."""
 
 from dataclasses import dataclass
 
@@ -25,13 +25,13 @@ class GSPOLoss:
         L = 1/S sum_i [ -min(s_i A_i, clip(s_i, 1 - clip_low, 1 + clip_high) A_i) + kl_coef mean_t k3_it ]
         s_i = exp( 1/|o_i| sum_t log(pi(o_it) / pi_old(o_it)) )
 
-    S counts the completions of the step. The gradient of s_i reaches every token of the completion with the same
+    S is the number of completions in the step. The gradient of s_i reaches every token of the completion with the same
     weight, s_i A_i / |o_i|. verl's per-token form (GSPO-token, eq. 13-14) has the same value and, with one advantage
-    a completion, the same gradient. The two part only where importance weights differ within a completion: here, as in
-    TRL, the completion's mean weight multiplies all of its tokens.
+    a completion, the same gradient. The two differ only if importance weights vary within a completion: here, as in
+    TRL, all tokens of a completion are multiplied by its mean weight.
 
-    The ranges are small because s_i is a geometric mean: single tokens move far more than it does. With one optimizer
-    step per rollout s_i is 1 and GSPO is GRPO.
+    The clip ranges are small because s_i is a geometric mean, which moves far less than single tokens. With one
+    optimizer step per rollout s_i is 1, and GSPO equals GRPO.
 
     Attributes:
         clip_low: in (0, 1].
@@ -39,7 +39,7 @@ class GSPOLoss:
         kl_coef: >= 0; 0 needs no reference model.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value is out of range.
     """
 
     clip_low: float = 3e-4
@@ -51,12 +51,12 @@ class GSPOLoss:
         check_kl_coef(self.kl_coef)
 
     def __call__(self, inputs: LossInputs, totals: LossTotals) -> tuple[Tensor, dict[str, Tensor]]:
-        """This micro-batch's share of the loss; metrics "clip_fraction" and "kl" (sum of k3).
+        """Return this microbatch's share of the loss, and metrics "clip_fraction" and "kl" (sum of k3).
 
-        A clipped completion counts with all of its tokens, so that "clip_fraction" is a number of tokens here too.
+        A clipped completion counts with all of its tokens, so that "clip_fraction" counts tokens as in other losses.
         """
         log_ratios = sequence_means(inputs.logprobs - inputs.old_logprobs, inputs.sequence_index, inputs.num_sequences)
-        ratios = torch.exp(log_ratios)[inputs.sequence_index]  # [num_sequences] to [N]
+        ratios = torch.exp(log_ratios)[inputs.sequence_index]  # [num_sequences] -> [N]
         policy_losses, clipped = clipped_policy_loss(
             ratios, inputs.advantages, clip_low=self.clip_low, clip_high=self.clip_high
         )

@@ -1,8 +1,9 @@
-"""The parts that the losses share: ratio, clipping, KL penalty, and the ways to add tokens up.
+"""Building blocks of the losses: importance ratio, clipping, KL penalty and aggregation over tokens.
 
-Everything is flat: N trained tokens of a micro-batch, without padding or mask. All of it runs in the precision
-of the inputs, which :class:`rolltune.types.LossInputs` says is float32. No function divides by a count of its
-own micro-batch: the denominators of a step come in with :class:`rolltune.types.LossTotals`.
+Tensors are flat, over the N trained tokens of a microbatch, without padding or mask. Everything is computed in the
+precision of the inputs (float32, see :class:`rolltune.types.LossInputs`). Aggregations divide by the totals of the
+optimizer step in :class:`rolltune.types.LossTotals`, never by a count of the microbatch, so that the shares of all
+microbatches add up to the loss.
 """
 
 import math
@@ -14,24 +15,24 @@ from rolltune.types import LossInputs, LossTotals
 
 
 def importance_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """pi / pi_old of each token; carries the gradient of ``logprobs``. All [N]."""
+    """Return pi / pi_old of each token [N], with the gradient of ``logprobs`` [N]."""
     return torch.exp(logprobs - old_logprobs)
 
 
 def clipped_policy_loss(
     ratios: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
-    """PPO's clipped loss, ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` (arXiv 1707.06347, eq. 7).
+    """Compute PPO's clipped loss, ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` (arXiv 1707.06347, eq. 7).
 
     Args:
         ratios: [N].
         advantages: [N].
-        clip_low: how far below 1 a ratio still counts.
-        clip_high: how far above 1 a ratio still counts.
+        clip_low: distance of the lower bound from 1.
+        clip_high: distance of the upper bound from 1.
 
     Returns:
-        The loss of each token, [N], and a bool [N]: True where the ratio has left the interval on the side that the
-        advantage pushes it to, so that the token has no gradient (what TRL counts as clipped).
+        The loss of each token [N], and bool [N]: True if the ratio has left the interval in the direction in which the
+        advantage pushes it, so that the token has no gradient (TRL's count of clipped tokens).
     """
     low, high = 1 - clip_low, 1 + clip_high
     losses = -torch.minimum(ratios * advantages, ratios.clamp(low, high) * advantages)
@@ -40,27 +41,28 @@ def clipped_policy_loss(
 
 
 def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(pi || pi_ref) on the sampled token: ``d = log(pi_ref / pi); exp(d) - d - 1``.
+    """Estimate KL(pi || pi_ref) on each sampled token by Schulman's k3: ``exp(d) - d - 1``, ``d = log(pi_ref / pi)``.
 
-    DeepSeekMath (arXiv 2402.03300), eq. 4. Never negative; its mean over samples of pi is the KL divergence. All [N].
+    DeepSeekMath (arXiv 2402.03300), eq. 4. It is never negative, and its mean over samples of pi is the KL divergence.
+    Arguments and result are [N].
     """
     difference = reference_logprobs - logprobs
-    # expm1: near the reference, exp(d) - 1 - d cancels to noise of 1e-7 in float32, and k3 is about d^2 / 2.
+    # expm1, because near the reference k3 is about d^2 / 2, and exp(d) - d - 1 would cancel to float32 noise of 1e-7.
     return torch.expm1(difference) - difference
 
 
 def token_losses(policy_losses: Tensor, inputs: LossInputs, *, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """The whole loss of each token: the policy term times the importance weights, plus ``kl_coef * k3``.
+    """Compute the loss of each token: the policy term times the importance weights, plus ``kl_coef * k3``.
 
-    The weights correct for the sampler's distribution in the policy term alone, as in TRL.
+    As in TRL, the importance weights apply only to the policy term.
 
     Args:
         policy_losses: [N].
-        inputs: ``reference_logprobs`` are read where ``kl_coef`` > 0, and have to be there.
+        inputs: must have ``reference_logprobs`` if ``kl_coef`` > 0.
         kl_coef: 0 leaves the KL term out.
 
     Returns:
-        Losses [N], and the metric "kl" (sum of k3) where there is a KL term.
+        Losses [N], and the metric "kl" (sum of k3) if there is a KL term.
     """
     losses = policy_losses
     if inputs.importance_weights is not None:
@@ -73,45 +75,45 @@ def token_losses(policy_losses: Tensor, inputs: LossInputs, *, kl_coef: float) -
 
 
 def sequence_sums(values: Tensor, sequence_index: Tensor, num_sequences: int) -> Tensor:
-    """Sum of ``values`` [N] over the tokens of each completion, [num_sequences]."""
+    """Sum ``values`` [N] over the tokens of each completion -> [num_sequences]."""
     return values.new_zeros(num_sequences).index_add(0, sequence_index, values)
 
 
 def sequence_means(values: Tensor, sequence_index: Tensor, num_sequences: int) -> Tensor:
-    """Mean of ``values`` [N] over the tokens of each completion, [num_sequences]; 0 for one without tokens."""
+    """Average ``values`` [N] over the tokens of each completion -> [num_sequences]; 0 for one without tokens."""
     lengths = sequence_sums(torch.ones_like(values), sequence_index, num_sequences)
     return sequence_sums(values, sequence_index, num_sequences) / lengths.clamp(min=1)
 
 
 def token_mean(losses: Tensor, totals: LossTotals) -> Tensor:
-    """Every token of the step weighs the same: ``sum / tokens`` (DAPO). [N] to a scalar."""
+    """Give every token of the step the same weight: ``sum / tokens`` (DAPO). [N] -> scalar."""
     return losses.sum() / totals.tokens
 
 
 def sequence_mean_token_mean(losses: Tensor, inputs: LossInputs, totals: LossTotals) -> Tensor:
-    """Every completion weighs the same, whatever its length: the mean of the completions' means (GRPO)."""
+    """Give every completion the same weight: the mean over completions of the mean over tokens (GRPO)."""
     return sequence_means(losses, inputs.sequence_index, inputs.num_sequences).sum() / totals.sequences
 
 
 def sequence_mean_token_sum(losses: Tensor, totals: LossTotals) -> Tensor:
-    """Mean over completions of the sum over tokens: log-probs added up are those of whole completions (RLOO)."""
+    """Take the mean over completions of the sum over tokens, as for log-probs of whole completions (RLOO)."""
     return losses.sum() / totals.sequences
 
 
-def constant(losses: Tensor, totals: LossTotals, *, max_completion_tokens: int) -> Tensor:
-    """A denominator that does not depend on lengths: ``sum / (sequences * max_completion_tokens)`` (Dr. GRPO)."""
+def sequence_mean_fixed_length(losses: Tensor, totals: LossTotals, *, max_completion_tokens: int) -> Tensor:
+    """Divide by the same length for every completion: ``sum / (sequences * max_completion_tokens)`` (Dr. GRPO)."""
     return losses.sum() / (totals.sequences * max_completion_tokens)
 
 
 def check_clip_range(*, clip_low: float, clip_high: float) -> None:
-    """Raises ValueError unless ratios are kept in a proper interval around 1."""
+    """Raise ValueError unless the bounds are an interval around 1."""
     if not 0 < clip_low <= 1:
-        raise ValueError(f"clip_low: {clip_low}, must be in (0, 1] (1: no lower bound)")
+        raise ValueError(f"clip_low: {clip_low}; must be in (0, 1] (1: no lower bound)")
     if not clip_high > 0:
-        raise ValueError(f"clip_high: {clip_high}, must be > 0")
+        raise ValueError(f"clip_high: {clip_high}; must be > 0")
 
 
 def check_kl_coef(kl_coef: float) -> None:
-    """Raises ValueError for a negative or infinite KL coefficient."""
+    """Raise ValueError for a KL coefficient that is negative or not finite."""
     if not 0 <= kl_coef < math.inf:
-        raise ValueError(f"kl_coef: {kl_coef}, must be >= 0 (0: no KL term)")
+        raise ValueError(f"kl_coef: {kl_coef}; must be >= 0 and finite (0: no KL term)")

@@ -1,1 +1,1 @@
-"""The policy: loading, log-probs, packed attention, the weights that samplers are sent."""
+"""The policy model: loading, log-probs, packed attention, the KV cache, and exporting weights to samplers."""

@@ -1,9 +1,8 @@
-"""An LM head that multiplies in fp32, over a model held in bf16 or fp16.
+"""An LM head that multiplies in fp32, for a model held in bf16 or fp16.
 
-The head's product is the last thing that is rounded before the softmax, and its rounding lands in every log-prob: a
-bf16 logit of 20 is a multiple of 1/8. With fp32 products of the same weights, what sampler and trainer still differ by
-comes from the hidden states alone. MiniMax-M1 (arXiv 2506.13585) did so when its sampler's probabilities were not its
-trainer's.
+The head's product is the last rounding before the softmax, and it reaches every log-prob: a bf16 logit of 20 is a
+multiple of 1/8. With fp32 products of the same weights, sampler and trainer differ only by their hidden states.
+MiniMax-M1 (arXiv 2506.13585) did this when its sampler's probabilities differed from its trainer's.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 
 
 class FP32Head(nn.Linear):
-    """``x.float() @ weight.float().T``, without a bias; the weight stays what it is, tied or not."""
+    """``x.float() @ weight.float().T``, without a bias. The weight keeps its precision, tied or not."""
 
     def __init__(self, weight: Tensor):
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -25,7 +24,7 @@ class FP32Head(nn.Linear):
 
 
 def use_fp32_head(model: PreTrainedModel) -> None:
-    """Put an :class:`FP32Head` in the place of the model's head: all that asks the model for logits gets fp32 ones."""
+    """Replace the model's LM head by an :class:`FP32Head`, so that all logits of the model are fp32."""
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear)
     model.set_output_embeddings(FP32Head(head.weight))

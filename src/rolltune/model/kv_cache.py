@@ -1,11 +1,11 @@
-"""Keys and values of prompts, shared by their completions, and attention over both.
+"""KV cache in which the completions of a prompt share the prompt's keys and values, and attention over it.
 
-A prompt's keys and values are held once however many completions it has (cascade attention): a completion attends to
-its prompt's and to its own, and the two results are merged into what one softmax over all of them would give. The
-queries of all of a prompt's completions are multiplied by its keys in one matrix product.
+Each prompt's keys and values are stored once, however many completions it has (cascade attention). A completion
+attends to its prompt and to its own tokens in two products, and the two results are merged into the result of one
+softmax over all keys. The queries of all completions of a prompt go into one matrix product with the prompt's keys.
 
-transformers calls :meth:`SharedPromptCache.update` in each attention layer, and then the attention function that is
-registered here as ``rolltune_shared_prompt``.
+transformers calls :meth:`SharedPromptCache.update` in each attention layer, then the attention function registered
+here as :data:`SHARED_PROMPT_ATTENTION`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-ATTENTION = "rolltune_shared_prompt"
-# Added to the scores of slots that hold nothing. Not -inf, as a row may have an empty prompt: softmax would give NaN.
-NOTHING = -1e30
-# Arguments that some models hand to their attention function, and that change its result.
-REFUSED = {"softcap": "a softcap on attention scores", "s_aux": "attention sinks", "position_bias": "a position bias"}
+SHARED_PROMPT_ATTENTION = "rolltune_shared_prompt"
+# Added to the scores of masked keys. Not -inf: a prompt may have no cached keys at all, and softmax over -inf is NaN.
+MASKED = -1e30
+# Arguments that some models pass to their attention function and that change its result.
+UNSUPPORTED = {
+    "softcap": "a softcap on attention scores",
+    "s_aux": "attention sinks",
+    "position_bias": "a position bias",
+}
 
 
-class Segment(NamedTuple):
-    """Tokens ``start`` to ``end`` of a packed row are the prompt of ``slot``."""
+class PromptSpan(NamedTuple):
+    """Tokens ``start`` to ``end`` of a prefill pass belong to the prompt in ``slot``."""
 
     slot: int
     start: int
@@ -35,69 +39,80 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillPlan:
-    """One forward pass over prompts, packed behind one another in one row [1, T]."""
+    """One forward pass over several prompts, concatenated into a batch of one, [1, T].
 
-    segments: tuple[Segment, ...]
-    prompts: int
-    longest: int
+    Attributes:
+        spans: the prompts of this pass, in order.
+        num_prompts: prompt slots in use, including those of earlier passes.
+        prompt_length: longest prompt in any slot, in tokens.
+    """
+
+    spans: tuple[PromptSpan, ...]
+    num_prompts: int
+    prompt_length: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodePlan:
-    """One forward pass over one new token of each of R rows [R, 1].
+    """One forward pass over one new token of each of B sequences, [B, 1].
 
     Attributes:
-        rows: int64 [R]; 0 .. R - 1.
-        lengths: int64 [R]; tokens that a row has in its own slots, the new one not counted.
-        own_length: the longest of ``lengths``, the new token counted.
-        own_bias: float32 [R, 1, 1, own_length], 0 or NOTHING; None where all rows are equally long.
-        prompts: number of prompt slots P.
-        prompt_length: the longest prompt in them.
-        prompt_bias: float32 [P, 1, 1, prompt_length], 0 or NOTHING.
-        cells: int64 [P * G]; the rows of each prompt, G cells a prompt. What stands in a spare cell does not matter.
-        cell_of_row: int64 [R]; each row's cell.
+        slots: int64 [B]; 0 .. B - 1.
+        lengths: int64 [B]; tokens in each sequence's own slot, without the new one.
+        own_length: the longest of ``lengths``, with the new token.
+        own_bias: float32 [B, 1, 1, own_length], 0 or MASKED; None if all sequences are equally long.
+        num_prompts: prompt slots in use, P.
+        prompt_length: longest prompt in any slot, in tokens.
+        prompt_bias: float32 [P, 1, 1, prompt_length], 0 or MASKED.
+        group_index: int64 [P * G]; the sequences of each prompt, padded with any sequence to G a prompt. Gathers
+            per-sequence tensors by prompt.
+        ungroup_index: int64 [B]; the position of each sequence in ``group_index``. Undoes the gathering.
     """
 
-    rows: Tensor
+    slots: Tensor
     lengths: Tensor
     own_length: int
     own_bias: Tensor | None
-    prompts: int
+    num_prompts: int
     prompt_length: int
     prompt_bias: Tensor
-    cells: Tensor
-    cell_of_row: Tensor
+    group_index: Tensor
+    ungroup_index: Tensor
 
 
 class KVSlots:
     """One layer's keys [slots, heads, D, length] and values [slots, heads, length, D].
 
-    Keys lie transposed, which is the faster layout for the product with a few queries.
+    Keys are stored transposed, the faster layout for a product with few queries.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, dtype: torch.dtype):
-        """Empty, for keys and values like these [B, heads, T, D]."""
+        """Create an empty store for keys and values shaped like these, [B, heads, T, D]."""
         self.keys = keys.new_zeros((0, keys.shape[1], keys.shape[3], 0), dtype=dtype)
         self.values = values.new_zeros((0, values.shape[1], 0, values.shape[3]), dtype=dtype)
 
     def reserve(self, slots: int, length: int) -> None:
-        """Make room, keeping what is there. New room is zero: it is multiplied, though by 0, before it is written."""
-        have, had = self.values.shape[0], self.values.shape[2]
-        if slots > have or length > had:
-            slots = max(slots, have * 3 // 2) if slots > have else have
-            length = max(length, 2 * had, 64) if length > had else had
+        """Grow to at least ``slots`` x ``length``, keeping the contents.
+
+        New room is zeroed: attention multiplies it by weights of 0 before anything is written to it.
+        """
+        old_slots, old_length = self.values.shape[0], self.values.shape[2]
+        if slots > old_slots or length > old_length:
+            slots = max(slots, old_slots * 3 // 2) if slots > old_slots else old_slots
+            length = max(length, 2 * old_length, 64) if length > old_length else old_length
             heads, dim = self.values.shape[1], self.values.shape[3]
             self.keys = _enlarged(self.keys, (slots, heads, self.keys.shape[2], length))
             self.values = _enlarged(self.values, (slots, heads, length, dim))
 
     def move(self, sources: list[int], targets: list[int]) -> None:
+        """Copy slots ``sources`` over slots ``targets``."""
         self.keys[targets] = self.keys[sources]
         self.values[targets] = self.values[sources]
 
     def attend(
         self, queries: Tensor, slots: int, length: int, bias: Tensor | None, scaling: float
     ) -> tuple[Tensor, Tensor]:
-        """Attention of ``queries`` [slots, heads, M, D] to the slots' first ``length`` keys.
+        """Attend from ``queries`` [slots, heads, M, D] to the first ``length`` keys of each slot.
 
         Returns:
             (output [slots, heads, M, D], log-sum-exp of the scores [slots, heads, M, 1]), both float32.
@@ -105,26 +120,31 @@ class KVSlots:
         scores = _product(queries, self.keys[:slots, :, :, :length])
         scores = scores.mul_(scaling) if bias is None else torch.add(bias, scores, alpha=scaling)
         weights = scores.softmax(-1)
-        # The largest weight is exp(0) / sum.
+        # The largest weight is exp(0) / sum, so the log-sum-exp follows without another pass over the scores.
         lse = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log_()
         return _product(weights.to(self.values.dtype), self.values[:slots, :, :length]), lse
 
 
 @dataclass
 class LayerCache:
-    """One layer's slots: of prompts, and of each row's own tokens (of which the first is the prompt's last)."""
+    """One layer's keys and values.
 
-    prompt: KVSlots
+    Attributes:
+        prompts: one slot a prompt, without the prompt's last token.
+        own: one slot a sequence: the prompt's last token, then the completion.
+    """
+
+    prompts: KVSlots
     own: KVSlots
 
 
 class SharedPromptCache:
-    """Stands in for a transformers cache: ``past_key_values`` of a forward pass whose ``plan`` was set before it.
+    """Replaces a transformers cache as ``past_key_values``. Set ``plan`` before each forward pass.
 
     Attributes:
-        layers: by layer number, made by the first forward pass.
-        plan: what the tokens of the coming forward pass are.
-        window: the shortest sliding window that a layer asked for; sequences must not be longer.
+        layers: caches by layer number, created by the first forward pass.
+        plan: the meaning of the tokens in the next forward pass.
+        window: shortest sliding window that a layer asked for, in tokens; sequences must not be longer.
     """
 
     def __init__(self) -> None:
@@ -132,130 +152,136 @@ class SharedPromptCache:
         self.plan: PrefillPlan | DecodePlan | None = None
         self.window: int | None = None
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_args, **_kwargs) -> tuple[BoundLayer, BoundLayer]:
-        """Called by an attention layer between RoPE and attention. It hands on what it gets back, in place of keys
-        and values, to the attention function, which therefore finds all it needs in it."""
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_args, **_kwargs
+    ) -> tuple[CacheUpdate, CacheUpdate]:
+        """Return, in place of keys and values, an object that carries the layer's cache to the attention function.
+
+        An attention layer calls this between RoPE and attention and passes the result on as keys and values.
+        """
         if layer_idx not in self.layers:
             # The CPU multiplies fp32 as fast as bf16 at these sizes, and scores keep their last bits.
             dtype = torch.float32 if keys.device.type == "cpu" else keys.dtype
             self.layers[layer_idx] = LayerCache(KVSlots(keys, values, dtype), KVSlots(keys, values, dtype))
-        bound = BoundLayer(self, self.layers[layer_idx], keys, values)
-        return bound, bound
+        update = CacheUpdate(self, self.layers[layer_idx], keys, values)
+        return update, update
 
     def get_seq_length(self, _layer_idx: int = 0) -> int:
-        return 0  # only asked for positions, which are given
+        return 0  # transformers derives positions from it, but the sampler passes positions
 
 
-class BoundLayer(NamedTuple):
-    """A layer's cache with the new tokens' keys [B, kv_heads, T, D] and values."""
+class CacheUpdate(NamedTuple):
+    """A layer's cache and its new tokens' keys and values [B, kv_heads, T, D]."""
 
     cache: SharedPromptCache
     layer: LayerCache
     keys: Tensor
     values: Tensor
 
-    def write_prompt(self, segment: Segment) -> None:
-        slot, start, end = segment
-        slots = self.layer.prompt
-        slots.keys[slot, :, :, : end - start] = self.keys[0, :, start:end].mT
-        slots.values[slot, :, : end - start] = self.values[0, :, start:end]
+    def write_prompt(self, span: PromptSpan) -> None:
+        slot, start, end = span
+        prompts = self.layer.prompts
+        prompts.keys[slot, :, :, : end - start] = self.keys[0, :, start:end].mT
+        prompts.values[slot, :, : end - start] = self.values[0, :, start:end]
 
-    def write_rows(self, plan: DecodePlan) -> None:
+    def write_new_tokens(self, plan: DecodePlan) -> None:
         own = self.layer.own
-        own.keys[plan.rows, :, :, plan.lengths] = self.keys[:, :, 0].to(own.keys.dtype)
-        own.values[plan.rows, :, plan.lengths] = self.values[:, :, 0].to(own.values.dtype)
+        own.keys[plan.slots, :, :, plan.lengths] = self.keys[:, :, 0].to(own.keys.dtype)
+        own.values[plan.slots, :, plan.lengths] = self.values[:, :, 0].to(own.values.dtype)
 
 
 def shared_prompt_attention(
     module: nn.Module,
     query: Tensor,
-    key: BoundLayer,
-    value: BoundLayer,
+    key: CacheUpdate,
+    value: CacheUpdate,
     attention_mask: Tensor | None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """The attention function of transformers' ``AttentionInterface``: query [B, H, T, D] to [B, T, H, D]."""
-    scale = scaling_of(query, key, attention_mask, **kwargs)
+    """Attend to the cache, as transformers' ``AttentionInterface`` asks: query [B, H, T, D] -> [B, T, H, D]."""
+    scaling = resolve_scaling(query, key, attention_mask, **kwargs)
     if isinstance(key.cache.plan, PrefillPlan):
-        return _prefill(query, key, key.cache.plan, scale), None
+        return _prefill(query, key, key.cache.plan, scaling), None
     assert isinstance(key.cache.plan, DecodePlan)
-    return _decode(query, key, key.cache.plan, scale), None
+    return _decode(query, key, key.cache.plan, scaling), None
 
 
-def scaling_of(
+def resolve_scaling(
     query: Tensor,
-    key: BoundLayer,
+    key: CacheUpdate,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **kwargs,
 ) -> float:
-    """What a layer's scores are multiplied by; notes its window and raises ValueError where it asks for more."""
-    for name, meaning in REFUSED.items():
+    """Check a layer's attention arguments, record its sliding window, and return the factor of its scores.
+
+    Raises:
+        ValueError: the layer asks for a kind of attention in :data:`UNSUPPORTED`.
+    """
+    for name, meaning in UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"it has {meaning}")
-    assert attention_mask is None and isinstance(key, BoundLayer)
+    assert attention_mask is None and isinstance(key, CacheUpdate)
     if sliding_window is not None:
         key.cache.window = min(sliding_window, key.cache.window or sliding_window)
     return float(query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
-AttentionInterface.register(ATTENTION, shared_prompt_attention)
+AttentionInterface.register(SHARED_PROMPT_ATTENTION, shared_prompt_attention)
 
 
-def _prefill(query: Tensor, new: BoundLayer, plan: PrefillPlan, scaling: float) -> Tensor:
-    """Causal attention within each prompt. query [1, H, T, D] to [1, T, H, D]."""
-    slots = new.layer.prompt
-    slots.reserve(plan.prompts, plan.longest)
+def _prefill(query: Tensor, update: CacheUpdate, plan: PrefillPlan, scaling: float) -> Tensor:
+    """Attend causally within each prompt and store its keys and values. query [1, H, T, D] -> [1, T, H, D]."""
+    update.layer.prompts.reserve(plan.num_prompts, plan.prompt_length)
     outputs = []
-    for segment in plan.segments:
-        new.write_prompt(segment)
-        tokens = slice(segment.start, segment.end)
-        queries, keys, values = query[:, :, tokens], new.keys[:, :, tokens], new.values[:, :, tokens]
+    for span in plan.spans:
+        update.write_prompt(span)
+        tokens = slice(span.start, span.end)
+        queries, keys, values = query[:, :, tokens], update.keys[:, :, tokens], update.values[:, :, tokens]
         outputs.append(
             F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling, enable_gqa=True)
         )
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _decode(query: Tensor, new: BoundLayer, plan: DecodePlan, scaling: float) -> Tensor:
-    """Attention of one new token a row to its prompt and its own tokens. query [R, H, 1, D] to [R, 1, H, D]."""
-    rows, heads, _, dim = query.shape
-    kv_heads, dtype = new.keys.shape[1], new.layer.own.keys.dtype
-    group = heads // kv_heads  # query heads that share a key head
-    prompt, own = new.layer.prompt, new.layer.own
-    prompt.reserve(plan.prompts, plan.prompt_length)
-    own.reserve(rows, plan.own_length)
-    new.write_rows(plan)
+def _decode(query: Tensor, update: CacheUpdate, plan: DecodePlan, scaling: float) -> Tensor:
+    """Attend from each sequence's new token to its prompt and its own tokens. query [B, H, 1, D] -> [B, 1, H, D]."""
+    batch, heads, _, dim = query.shape
+    kv_heads, dtype = update.keys.shape[1], update.layer.own.keys.dtype
+    share = heads // kv_heads  # query heads that share a key head
+    prompts, own = update.layer.prompts, update.layer.own
+    prompts.reserve(plan.num_prompts, plan.prompt_length)
+    own.reserve(batch, plan.own_length)
+    update.write_new_tokens(plan)
 
-    query = query.reshape(rows, kv_heads, group, dim).to(dtype)
-    own_out, own_lse = own.attend(query, rows, plan.own_length, plan.own_bias, scaling)
+    query = query.reshape(batch, kv_heads, share, dim).to(dtype)
+    own_out, own_lse = own.attend(query, batch, plan.own_length, plan.own_bias, scaling)
 
-    by_prompt = query.index_select(0, plan.cells).view(plan.prompts, -1, kv_heads, group, dim).transpose(1, 2)
-    cells = by_prompt.shape[2]
-    out, lse = prompt.attend(
-        by_prompt.reshape(plan.prompts, kv_heads, cells * group, dim),
-        plan.prompts,
+    grouped = query.index_select(0, plan.group_index).view(plan.num_prompts, -1, kv_heads, share, dim).transpose(1, 2)
+    group = grouped.shape[2]  # G
+    prompt_out, prompt_lse = prompts.attend(
+        grouped.reshape(plan.num_prompts, kv_heads, group * share, dim),
+        plan.num_prompts,
         plan.prompt_length,
         plan.prompt_bias,
         scaling,
     )
 
-    def by_row(x: Tensor) -> Tensor:  # [P, kv_heads, G * group, D] to [R, kv_heads, group, D]
-        x = x.view(plan.prompts, kv_heads, cells, group, -1).transpose(1, 2)
-        return x.reshape(-1, kv_heads, group, x.shape[-1]).index_select(0, plan.cell_of_row)
+    def ungroup(x: Tensor) -> Tensor:  # [P, kv_heads, G * share, D] -> [B, kv_heads, share, D]
+        x = x.view(plan.num_prompts, kv_heads, group, share, -1).transpose(1, 2)
+        return x.reshape(-1, kv_heads, share, x.shape[-1]).index_select(0, plan.ungroup_index)
 
-    # softmax over both = each part weighted by its share of exp(lse)
-    share = torch.sigmoid(by_row(lse) - own_lse)
-    out = torch.lerp(own_out, by_row(out), share)
-    return out.to(new.values.dtype).view(rows, 1, heads, -1)
+    # A softmax over both sets of keys weights each part by its share of exp(lse).
+    out = torch.lerp(own_out, ungroup(prompt_out), torch.sigmoid(ungroup(prompt_lse) - own_lse))
+    return out.to(update.values.dtype).view(batch, 1, heads, -1)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Batched matrix product [N, heads, M, K] x [N, heads, K, L] in float32, of low-precision factors too."""
+    """Multiply [N, heads, M, K] x [N, heads, K, L] into float32, whatever the precision of the factors."""
     shape = (*a.shape[:3], b.shape[3])
     a, b = a.flatten(0, 1), b.flatten(0, 1)
-    # fp16/bf16 only comes here on CUDA; without out_dtype the scores would be rounded to it.
+    # fp16 and bf16 occur only on CUDA; without out_dtype the scores would be rounded to them.
     product = torch.bmm(a, b) if a.dtype == torch.float32 else torch.bmm(a, b, out_dtype=torch.float32)
     return product.view(shape)
 

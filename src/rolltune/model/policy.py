@@ -1,8 +1,8 @@
-"""The trained model and its frozen reference: full or LoRA, log-probs of packed rows, saving in Hugging Face format."""
+"""The policy and its frozen reference model: full or LoRA training, log-probs, saving in Hugging Face format."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,30 +15,30 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rolltune.config.schema import LoRAConfig, ModelConfig
 from rolltune.model.batch_invariant import is_batch_invariant, make_batch_invariant
 from rolltune.model.fp32_head import FP32Head
-from rolltune.model.load import adapter_base, load_model, resolve_model
+from rolltune.model.load import adapter_base, load_model, resolve_model, unwrapped
 from rolltune.model.logprobs import selected_logprobs
 from rolltune.model.packed_attention import packed_layout
 from rolltune.seeding import derive_seed
 from rolltune.types import Microbatch
 
 REFERENCE_ADAPTER = "reference"
-# A mask of four dimensions is passed on as it is; packed attention looks at the layout instead. Without it transformers
-# would build a [T, T] mask of its own from the positions.
+# transformers passes a four-dimensional mask on unchanged, and packed attention ignores it in favour of the layout.
+# Without one, transformers would build a [T, T] mask from the positions.
 _NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
 class Policy:
-    """A causal LM under training, and what it is held to.
+    """A causal LM under training, with its frozen reference model.
 
-    The frozen reference is the model as it stood before the first step:
+    The reference is the model before the first step:
       - full training: a second, frozen copy of the weights;
-      - LoRA on a full model: the same weights with the adapter switched off;
-      - LoRA that goes on from an SFT adapter: a frozen copy of that adapter, never the bare base model (which is what
-        a switched-off adapter would give).
+      - LoRA on a full model: the same weights with the adapter disabled;
+      - LoRA that continues an SFT adapter: a frozen copy of that adapter. Disabling the adapter would give the base
+        model instead.
 
     Attributes:
-        model: what is sampled from and trained: the causal LM, wrapped by peft where LoRA is used.
-        version: optimizer steps taken; completions carry it.
+        model: the causal LM that is trained and sampled from, wrapped by peft if LoRA is used.
+        version: optimizer steps taken.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, reference: PreTrainedModel | None):
@@ -48,29 +48,28 @@ class Policy:
 
     @property
     def causal_lm(self) -> PreTrainedModel:
-        model = self.model
-        return model.get_base_model() if isinstance(model, PeftModel) else model  # pyright: ignore[reportReturnType]
+        return unwrapped(self.model)
 
     @property
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def logprobs(self, microbatch: Microbatch, *, temperature: float) -> tuple[Tensor, Tensor]:
-        """(log-probs, entropy) of the trained tokens, float32 [N]; the log-probs carry a gradient.
+        """Return (log-probs, entropy) of the trained tokens, float32 [N]; only the log-probs carry a gradient.
 
-        Of the distribution that was sampled from: where top-k or top-p left tokens out, of the softmax over the rest.
+        If top-k or top-p truncated the sampler's distribution, the softmax runs over the tokens that they kept.
         """
         return packed_logprobs(self.causal_lm, microbatch, temperature=temperature)
 
     @torch.no_grad()
     def reference_logprobs(self, microbatch: Microbatch, *, temperature: float) -> Tensor:
-        """Log-probs of the trained tokens under the frozen reference, float32 [N].
+        """Return log-probs of the trained tokens under the frozen reference, float32 [N].
 
-        Renormalised over what top-k and top-p left to the *policy*, S, like the policy's own. The tokens come from
-        pi_S, so k3 is unbiased for KL(pi_S || ref_S): at least 0, and 0 at the start. With the reference over the full
-        vocabulary (as in NeMo-RL) the mean of its ratio would be ref(S) < 1, and a policy that never moved would have a
-        KL. The price: what goes on outside of S is not seen, so a token that the policy's nucleus has lost is not
-        brought back by the reference.
+        They are renormalised over S, the tokens that top-k and top-p left to the policy, like the policy's own. Tokens
+        are drawn from pi_S, so k3 is an unbiased estimate of KL(pi_S || ref_S): never negative, and 0 at the start.
+        With the reference over the full vocabulary (as in NeMo-RL) the mean ratio would be ref(S) < 1, and a policy
+        that never moved would have a KL. Drawback: the KL term ignores tokens outside S, so the reference does not
+        bring back a token that has left the policy's nucleus.
         """
         with self._as_reference() as reference:
             return packed_logprobs(reference, microbatch, temperature=temperature)[0]
@@ -92,7 +91,7 @@ class Policy:
                 yield self.causal_lm
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """A folder that plain transformers (or peft, for LoRA) loads, the tokenizer beside the weights."""
+        """Write weights (the adapter, for LoRA) and tokenizer to a folder that transformers (or peft) loads."""
         if isinstance(self.model, PeftModel):
             self.model.save_pretrained(str(folder), selected_adapters=["default"])
         else:
@@ -101,15 +100,15 @@ class Policy:
 
 
 def packed_logprobs(model: PreTrainedModel, microbatch: Microbatch, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropy of a packed row's trained tokens; the LM head runs on those tokens alone.
+    """Compute log-probs and entropy of a microbatch's trained tokens. The LM head runs on these tokens only.
 
     Args:
         model: a causal LM loaded by :func:`rolltune.model.load.load_model`, which gives it packed attention.
         microbatch: T tokens, N of them trained.
-        temperature: the one that was sampled with; logits are divided by it.
+        temperature: the sampling temperature, by which logits are divided.
 
     Returns:
-        float32 [N], float32 [N]; of the softmax over the row's support where it has one.
+        (log-probs, entropy), both float32 [N], under the softmax over the microbatch's support if it has one.
     """
     decoder = getattr(model, model.base_model_prefix)
     hidden = decoder(
@@ -143,24 +142,22 @@ def build_policy(
     with_reference: bool,
     resume_from: Path | None = None,
 ) -> Policy:
-    """Load the policy, and its frozen reference where the loss needs one.
+    """Load the policy, and its frozen reference if the loss needs one.
 
     Args:
-        config: where the weights come from, and their precision.
-        lora: None trains every weight. A ``config.path`` that is an adapter folder goes on training that adapter.
-        device: where both live.
-        seed: of the adapter's initialisation.
+        config: path and precision of the weights.
+        lora: the adapter to train; None trains all weights. If ``config.path`` is an adapter folder, training continues
+            that adapter.
+        device: device of both models.
+        seed: seed of the adapter's initialisation.
         with_reference: whether :meth:`Policy.reference_logprobs` will be called.
-        resume_from: a checkpoint's policy folder, whose weights take the place of those at ``config.path`` in the
-            policy, never in the reference.
+        resume_from: a checkpoint's policy folder. Its weights replace those at ``config.path`` in the policy, never in
+            the reference.
+
+    Raises:
+        ValueError: the model cannot be loaded, or ``lora`` does not fit the adapter at ``config.path``.
     """
     start = resolve_model(config.path)
-    base = adapter_base(start)
-    if base is not None and lora is None:
-        raise ValueError(
-            f"lora: {config.path} is a LoRA adapter; give a `lora:` section with its rank to go on training it"
-        )
-    trained = str(resume_from) if resume_from else start
     load = partial(
         load_model,
         dtype=config.dtype,
@@ -168,36 +165,50 @@ def build_policy(
         fp32_head=config.fp32_head,
         batch_invariant=config.batch_invariant,
     )
-    if lora is None:
-        model = load(trained)
-        reference = load(start) if with_reference else None
-        if reference is not None:
-            reference.requires_grad_(False).eval()
+    reference = None
+    if lora is not None:
+        model = _load_with_lora(load, start, config, lora, seed, with_reference, resume_from)
+    elif adapter_base(start) is not None:
+        raise ValueError(f"lora: {config.path} is a LoRA adapter; give a `lora:` section with its rank to train it")
     else:
-        reference = None
-        model = load(base or start)
-        if base is not None or resume_from is not None:
-            model = PeftModel.from_pretrained(model, trained, is_trainable=True)
-            _check_rank(model, lora, config.path)
-        else:
-            torch.manual_seed(derive_seed(seed, "lora"))
-            model = get_peft_model(model, lora_config(lora))
-        assert isinstance(model, PeftModel)
-        if base is not None and with_reference:
-            model.load_adapter(start, REFERENCE_ADAPTER)
-            model.set_adapter("default")
-            _freeze_reference_adapter(model)
-        if config.batch_invariant:
-            make_batch_invariant(model)  # the adapters' layers
+        model = load(str(resume_from) if resume_from else start)
+        if with_reference:
+            reference = load(start).requires_grad_(False).eval()
     if config.gradient_checkpointing:
-        causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-        assert isinstance(causal_lm, PreTrainedModel)
-        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     return Policy(model, reference)
 
 
-def lora_config(lora: LoRAConfig) -> LoraConfig:
+def _load_with_lora(
+    load: Callable[[str], PreTrainedModel],
+    start: str,
+    config: ModelConfig,
+    lora: LoRAConfig,
+    seed: int,
+    with_reference: bool,
+    resume_from: Path | None,
+) -> PeftModel:
+    base = adapter_base(start)
+    model = load(base or start)
+    if base is not None or resume_from is not None:
+        model = PeftModel.from_pretrained(model, str(resume_from) if resume_from else start, is_trainable=True)
+        _check_rank(model, lora, config.path)
+    else:
+        torch.manual_seed(derive_seed(seed, "lora"))
+        model = get_peft_model(model, _lora_config(lora))
+    assert isinstance(model, PeftModel)
+    if base is not None and with_reference:
+        model.load_adapter(start, REFERENCE_ADAPTER)
+        model.set_adapter("default")
+        _freeze_reference_adapter(model)
+    if config.batch_invariant:
+        make_batch_invariant(model)  # again, for the adapters' layers
+    return model
+
+
+def _lora_config(lora: LoRAConfig) -> LoraConfig:
+    """Translate the config section ``lora`` into peft's class."""
     modules = (
         lora.target_modules
         if lora.target_modules == "all-linear"
@@ -205,7 +216,7 @@ def lora_config(lora: LoRAConfig) -> LoraConfig:
     )
     return LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  peft divides by the rank: any number does
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  peft divides it by the rank, so a float works
         lora_dropout=lora.dropout,
         target_modules=modules,
         task_type="CAUSAL_LM",
@@ -216,13 +227,13 @@ def _check_rank(model: PeftModel, lora: LoRAConfig, path: str) -> None:
     loaded = model.peft_config["default"]
     if (loaded.r, float(loaded.lora_alpha)) != (lora.rank, float(lora.alpha)):  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError(
-            f"lora: rank {lora.rank}, alpha {lora.alpha}: the adapter at {path} has rank {loaded.r}, "  # pyright: ignore[reportAttributeAccessIssue]
-            f"alpha {loaded.lora_alpha}; give the same"  # pyright: ignore[reportAttributeAccessIssue]
+            f"lora: rank {lora.rank}, alpha {lora.alpha}; the adapter at {path} has rank {loaded.r}, "  # pyright: ignore[reportAttributeAccessIssue]
+            f"alpha {loaded.lora_alpha}; give the same values"  # pyright: ignore[reportAttributeAccessIssue]
         )
 
 
 def _freeze_reference_adapter(model: PeftModel) -> None:
-    """peft makes the active adapter trainable whenever it is switched; the reference never is."""
+    """Make only the policy's adapter trainable: peft makes whichever adapter becomes active trainable."""
     for name, parameter in model.named_parameters():
         if f".{REFERENCE_ADAPTER}." in name:
             parameter.requires_grad_(False)

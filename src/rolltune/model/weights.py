@@ -1,4 +1,4 @@
-"""The policy's weights as another engine loads them: Hugging Face names, LoRA merged, one tensor at a time."""
+"""Export the policy's weights to an inference engine: Hugging Face names, LoRA merged, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from rolltune.model.load import unwrapped
 
 @torch.no_grad()
 def policy_weights(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every weight by the name that it has in a checkpoint of the full model.
+    """Yield every weight under its name in a checkpoint of the full model.
 
-    A LoRA layer gives ``W + scale * B @ A``, added in fp32 and rounded once. Tied weights come once, under the name of
-    the input embeddings. At most one merged tensor exists at a time beside the model.
+    A LoRA layer yields ``W + scale * B @ A``, added in fp32 and rounded once. Tied weights come once, under the name of
+    the input embeddings. At most one merged tensor exists at a time.
 
     Args:
         model: the policy, wrapped by peft or not; its active adapter is merged.
-        dtype: what the tensors are given in; those that have it already are the model's own, not copies.
+        dtype: dtype of the tensors. Weights that have it already are yielded without a copy.
 
     Raises:
-        ValueError: an adapter is of a kind that :func:`check_mergeable` names.
+        ValueError: an adapter cannot be merged, see :func:`check_mergeable`.
     """
     check_mergeable(model)
     causal_lm = unwrapped(model)
@@ -45,17 +45,17 @@ def policy_weights(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> It
 
 
 def check_mergeable(model: PreTrainedModel | PeftModel) -> None:
-    """Raise ValueError where adapters are more than plain LoRA of linear layers, which is all that is merged here."""
+    """Raise ValueError if an adapter is not plain LoRA on a linear layer, the only kind that is merged here."""
     for name, module in unwrapped(model).named_modules():
         if why := _not_mergeable(module):
             raise ValueError(
-                f"lora: {name}: {why} cannot be merged for vLLM; take rolltune.samplers.native.NativeSampler"
+                f"lora: {name}: {why} cannot be merged for vLLM; use rolltune.samplers.native.NativeSampler"
             )
 
 
 def _not_mergeable(module: torch.nn.Module) -> str | None:
     if isinstance(module, AuxiliaryTrainingWrapper):
-        return f"what peft trains beside LoRA ({type(module).__name__})"
+        return f"a module that peft trains besides LoRA ({type(module).__name__})"
     if not isinstance(module, BaseTunerLayer):
         return None
     if type(module) is not LoraLinear:
@@ -64,12 +64,12 @@ def _not_mergeable(module: torch.nn.Module) -> str | None:
         if variant := module.lora_variant.get(adapter):
             return f"a variant of LoRA ({type(variant).__name__.removesuffix('LinearVariant')})"
         if module.lora_bias.get(adapter):
-            return "LoRA's bias"
+            return "a LoRA bias"
     return None
 
 
 def weight_shapes(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> list[tuple[str, torch.dtype, torch.Size]]:
-    """Name, type and shape of what :func:`policy_weights` gives, in its order; nothing is merged."""
+    """Return name, dtype and shape of the tensors of :func:`policy_weights`, in its order, without merging."""
     causal_lm = unwrapped(model)
     return [
         (name.replace(".base_layer.", "."), dtype, parameter.shape)
@@ -87,7 +87,7 @@ def _merged(layer: LoraLinear, weight: Tensor) -> Tensor:
 
 
 def tied_names(model: PreTrainedModel | PeftModel) -> dict[str, str]:
-    """Of a head that is tied: its name, and the name that its weight comes under."""
+    """Return {name of a tied head's weight: name of the embeddings' weight}; empty if the head is not tied."""
     causal_lm = unwrapped(model)
     head, embeddings = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
     if head is None or head.weight is not embeddings.weight:

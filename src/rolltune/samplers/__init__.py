@@ -1,4 +1,4 @@
-"""Samplers write completions and their log-probs; all of them follow one protocol."""
+"""Samplers generate completions and their log-probs. They all implement one protocol, :class:`Sampler`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from rolltune.types import Completion, SampleRequest, SamplingParams
 
 
 class Sampler(Protocol):
-    """Prompts in, completions out.
+    """Generates completions of prompts.
 
-    A config builds one with ``(model, tokenizer, **options)``: the policy that is trained, and its tokenizer.
+    A config builds one with ``(model, tokenizer, **options)``: the policy's model and its tokenizer.
     """
 
     def sync(self, version: int) -> None:
-        """Take on the policy's current weights, which are those after ``version`` optimizer steps.
+        """Take over the policy's current weights, those after ``version`` optimizer steps.
 
-        All ranks call this. Nothing may be sampled before the first call.
+        All ranks call this, and they call it before the first :meth:`generate`.
 
         Raises:
-            SyncError: the weights did not arrive as they are; all ranks raise it.
+            SyncError: the weights did not arrive unchanged. All ranks raise it.
         """
         ...
 
@@ -32,20 +32,23 @@ class Sampler(Protocol):
         on_progress: Callable[[int, int], None] | None = None,
         on_completion: Callable[[int, int, Completion], None] | None = None,
     ) -> list[tuple[Completion, ...]]:
-        """One tuple a request, in its order, with one completion a seed, in the order of the seeds.
+        """Generate one completion for each seed of each request.
 
-        Completions carry their support wherever ``params`` truncate: the trainer's softmax has to be over the same
-        tokens. A sampler that cannot tell it raises ValueError, or leaves it None, which training refuses.
+        Completions carry their support if ``params`` truncate, because the trainer's softmax must run over the same
+        tokens. A sampler that does not know the support raises ValueError, or leaves it None, which training refuses.
 
         Args:
             requests: prompts of any lengths, with any number of seeds.
-            params: the distribution that is sampled from, and when to stop.
-            on_progress: called with (completions done, completions in all) when some are done.
-            on_completion: called once with each completion, (request's number, seed's number, completion), as early as
-                it is there, so that a judge can read it while others are still being written. Returns at once.
+            params: the sampling distribution and the stopping conditions.
+            on_progress: called with (completions done, completions in all) as they finish.
+            on_completion: called once with each completion as (request index, seed index, completion), as soon as it
+                is finished, so that scoring can start while others are still generated. It must return at once.
+
+        Returns:
+            One tuple a request, in order, with one completion a seed, in order.
         """
         ...
 
     def close(self) -> None:
-        """Free what it holds and stop what it has started. Nothing is sampled afterwards."""
+        """Free all resources and stop all processes that the sampler started. It cannot be used afterwards."""
         ...

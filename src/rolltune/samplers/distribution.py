@@ -1,4 +1,4 @@
-"""The distribution that is sampled from, and a draw from it with one uniform number."""
+"""The sampling distribution (temperature, top-k, top-p), and draws from it with one uniform number each."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from torch import Tensor
 from rolltune.model.batch_invariant import chosen_logprobs
 from rolltune.types import SamplingParams
 
-# A draw sums blocks of so many tokens first, so that only one block has to be summed token by token. It divides the
-# usual vocabulary sizes (32000, 49152, 128256, 151936, 256000), which are then never padded.
+# A draw first sums blocks of this many tokens, so that only one block is summed token by token. It divides the usual
+# vocabulary sizes (32000, 49152, 128256, 151936, 256000), which therefore need no padding.
 BLOCK = 128
-NUCLEUS_CANDIDATES = 1024  # a nucleus is looked for among so many tokens first, as sorting a vocabulary is slow
+NUCLEUS_CANDIDATES = 1024  # the nucleus is first searched among this many tokens: sorting a vocabulary is slow
 
 
 def sample(
     logits: Tensor, uniforms: Tensor, params: SamplingParams, *, batch_invariant: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One token a row, with its log-prob under exactly the distribution that it was drawn from, and its support.
+    """Draw one token a sequence, with its log-prob under exactly the distribution that it was drawn from.
 
     Args:
-        logits: [R, V], float32 or lower; overwritten where it is float32.
-        uniforms: float64 [R], in [0, 1).
+        logits: [B, V], float32 or lower; overwritten if it is float32.
+        uniforms: float64 [B], in [0, 1).
         params: temperature (0 takes the most probable token, with log-prob 0), top_k and top_p.
-        batch_invariant: compute log-probs as the trainer of a batch-invariant model does.
+        batch_invariant: whether to compute log-probs as the trainer of a batch-invariant model does.
 
     Returns:
-        int64 [R], float32 [R], and bool [R, V]: what top_k and top_p left to draw from; None where they leave all.
+        Tokens int64 [B], log-probs float32 [B], and the support bool [B, V]: the tokens that top_k and top_p kept, None
+        if they keep all.
     """
     if params.temperature == 0:
         tokens = logits.argmax(-1)
@@ -37,7 +38,7 @@ def sample(
     if params.truncates:
         probabilities = truncate(probabilities, top_k=params.top_k, top_p=params.top_p)
     support = probabilities > 0 if params.truncates else None
-    if batch_invariant and support is not None:  # truncate's own sum would depend on the number of rows
+    if batch_invariant and support is not None:  # the sum in truncate depends on the batch size
         probabilities = torch.softmax(logits.masked_fill_(~support, -torch.inf), dim=-1)
     tokens = draw(probabilities, uniforms)
     if batch_invariant:
@@ -48,13 +49,16 @@ def sample(
 def truncate(probabilities: Tensor, *, top_k: int, top_p: float) -> Tensor:
     """Keep the most probable tokens, and renormalise.
 
-    The k most probable tokens are kept, then of the renormalised k the smallest set of most probable tokens
-    whose mass is at least ``top_p``. Of equally probable tokens the lower id is kept first.
+    First top-k, then top-p on the renormalised k: the smallest set of most probable tokens whose mass is at least
+    ``top_p``. Of equally probable tokens the lower id is kept first.
 
     Args:
-        probabilities: float32 [R, V].
-        top_k: 0 keeps all.
+        probabilities: float32 [B, V].
+        top_k: number of tokens kept; 0 keeps all.
         top_p: in (0, 1]; 1 keeps all.
+
+    Returns:
+        float32 [B, V], 0 for tokens that were not kept.
     """
     vocab = probabilities.shape[-1]
     width = min(top_k or NUCLEUS_CANDIDATES, vocab)
@@ -77,38 +81,41 @@ def truncate(probabilities: Tensor, *, top_k: int, top_p: float) -> Tensor:
 
 
 def _ranked(probabilities: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The ``width`` largest probabilities of each row in descending order, and their cumulative sums in float64."""
-    ranked = probabilities.topk(width).values  # which of two equal tokens topk would take is not defined
+    """Return the ``width`` largest probabilities, descending [B, width], and their cumulative sums in float64."""
+    ranked = probabilities.topk(width).values  # not its indices: which of two equal tokens it takes is undefined
     return ranked, ranked.cumsum(-1, dtype=torch.float64)
 
 
 def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """Invert the cumulative distribution: the first token whose cumulative probability is above ``uniforms``.
+    """Invert the cumulative distribution: return the first token whose cumulative probability exceeds ``uniforms``.
 
-    A token of probability 0 is never returned, whatever rounding does to the sums.
+    A token of probability 0 is never returned, however the sums are rounded.
 
     Args:
-        probabilities: float32 [R, V], of any positive total.
-        uniforms: float64 [R], in [0, 1).
+        probabilities: float32 [B, V], with any positive total.
+        uniforms: float64 [B], in [0, 1).
 
     Returns:
-        int64 [R].
+        Tokens int64 [B].
     """
-    rows, vocab = probabilities.shape
+    batch, vocab = probabilities.shape
     blocks = F.pad(probabilities, (0, -vocab % BLOCK)) if vocab % BLOCK else probabilities
-    blocks = blocks.view(rows, -1, BLOCK)
+    blocks = blocks.view(batch, -1, BLOCK)
     block, uniforms = _first_above(blocks.sum(-1), uniforms)
-    token, _ = _first_above(blocks[torch.arange(rows, device=blocks.device), block], uniforms)
-    # NaN probabilities may point into the padding; whatever token they give, its log-prob is NaN.
+    token, _ = _first_above(blocks[torch.arange(batch, device=blocks.device), block], uniforms)
+    # NaN probabilities may point into the padding; the token that results has a log-prob of NaN.
     return (block * BLOCK + token).clamp_(max=vocab - 1)
 
 
 def _first_above(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """The first item of each row [R, N] whose cumulative weight is above ``uniforms`` x total, and how far into
-    that item the point lies, in [0, 1)."""
+    """Find the first item of weights [B, N] whose cumulative weight exceeds ``uniforms`` x total.
+
+    Returns:
+        Its index int64 [B], and the position of the point within the item, float64 [B] in [0, 1).
+    """
     cumulative = weights.cumsum(-1, dtype=torch.float64)
-    # A float64 below 1 is at most 1 - 2^-53, and so its product with the total is below the total after rounding too.
-    # Hence there is a first sum above the target; as the one in front is not, the item between them has a weight.
+    # A float64 below 1 is at most 1 - 2^-53, so its product with the total is below the total even after rounding. So
+    # some sum exceeds the target. The sum before the first such sum does not, so the item between has a weight > 0.
     target = uniforms[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True)
     index.clamp_(max=weights.shape[-1] - 1)  # only NaN weights need it

@@ -1,4 +1,4 @@
-"""What a vLLM sampler asks of an engine, be it in this process or behind a URL."""
+"""The interface between a vLLM sampler and its engine, in this process or behind a URL."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from typing import Protocol
 
 from torch import Tensor
 
-BUCKET_BYTES = 256 * 2**20  # of weights that are on their way at a time
+from rolltune.types import SamplingParams
+
+BUCKET_BYTES = 256 * 2**20  # weights in transfer at a time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRequest:
-    """One completion that is wanted.
+    """A request for one completion.
 
     Attributes:
-        token_ids: of the prompt.
-        params: fields of vLLM's SamplingParams; JSON values alone.
-        salt: keys and values are shared among requests of one salt, never across.
+        token_ids: the prompt.
+        params: fields of vLLM's SamplingParams, as JSON values.
+        cache_salt: requests share keys and values only with requests of the same salt.
     """
 
     token_ids: tuple[int, ...]
     params: dict[str, int | float | bool | list[int] | list[str]]
-    salt: str
+    cache_salt: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,54 +33,61 @@ class EngineOutput:
     """One completion.
 
     Attributes:
-        candidates: for each token the log-probs that were asked for, by token id; the sampled one is among them.
+        token_ids: sampled tokens.
+        logprobs: for each token, the requested log-probs by token id, the sampled token's included.
         finish_reason: vLLM's.
-        versions: of the weights that wrote it, as the engine itself has them; one, but for an update in between.
-        cached_tokens: tokens of the prompt whose keys and values were there before; None where it is not told.
+        weight_versions: versions of the weights that generated it, as reported by the engine; more than one if an
+            update came in between.
+        cached_tokens: prompt tokens whose keys and values were in the cache; None if not reported.
     """
 
     token_ids: tuple[int, ...]
-    candidates: tuple[dict[int, float], ...]
+    logprobs: tuple[dict[int, float], ...]
     finish_reason: str | None
-    versions: tuple[str, ...]
+    weight_versions: tuple[str, ...]
     cached_tokens: int | None
+
+    @property
+    def token_logprobs(self) -> tuple[float, ...]:
+        """Log-prob of each sampled token."""
+        return tuple(logprobs[token] for logprobs, token in zip(self.logprobs, self.token_ids, strict=True))
 
 
 class Engine(Protocol):
-    """All calls are one at a time, from one thread.
+    """A vLLM engine. Its methods are called one at a time, from one thread.
 
     Attributes:
-        replicas: engines behind this one, of which request i goes to number i modulo that.
+        num_replicas: engines behind this one; request i goes to replica i modulo ``num_replicas``.
     """
 
     @property
-    def replicas(self) -> int: ...
+    def num_replicas(self) -> int: ...
 
     def is_asleep(self) -> bool:
-        """Whether weights are not where they can be loaded to, or nothing would be scheduled."""
+        """Whether weights cannot be loaded or requests would not be scheduled."""
         ...
 
-    def load(self, weights: Iterator[tuple[str, Tensor]], version: str) -> None:
-        """Take on weights, as :func:`rolltune.model.weights.policy_weights` gives them, under the name ``version``."""
+    def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: str) -> None:
+        """Load the weights of :func:`rolltune.model.weights.policy_weights` under the name ``version``."""
         ...
 
     def reset_cache(self) -> bool:
-        """Drop all keys and values of earlier requests; False if some are still in use."""
+        """Drop the keys and values of earlier requests. Return False if some are still in use."""
         ...
 
     def fingerprints(self, version: int) -> dict[str, str] | None:
         """See :meth:`rolltune.samplers.vllm_worker.WorkerExtension.weight_fingerprints`.
 
-        None where several workers hold parts of the weights, which cannot be compared with whole ones.
+        None if several workers hold parts of the weights, which cannot be compared with whole ones.
         """
         ...
 
-    def write(self, requests: Sequence[EngineRequest], on_done: Callable[[int, EngineOutput], None]) -> None:
-        """Write all of them; ``on_done`` is called with each one's number and output as soon as it is there."""
+    def generate(self, requests: Sequence[EngineRequest], on_output: Callable[[int, EngineOutput], None]) -> None:
+        """Generate all completions. Calls ``on_output`` with (request index, output) as soon as each is finished."""
         ...
 
     def sleep(self) -> None:
-        """Make room for the training, where the engine can; the next :meth:`wake` brings all back."""
+        """Free memory for training, if the engine can, until :meth:`wake`."""
         ...
 
     def wake(self) -> None: ...
@@ -86,8 +95,27 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def buckets(weights: Iterator[tuple[str, Tensor]], max_bytes: int = BUCKET_BYTES) -> Iterator[list[tuple[str, Tensor]]]:
-    """Weights in lists of at most ``max_bytes``; a larger one has a list of its own."""
+def engine_params(params: SamplingParams, *, seed: int, eos: Sequence[int], vocab_size: int) -> dict:
+    """Translate sampling parameters into fields of vLLM's SamplingParams."""
+    return {
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "max_tokens": params.max_new_tokens,
+        "seed": seed,
+        # In addition to the sampled token's. vLLM keeps all of several equally probable tokens at the end of a top-k.
+        "logprobs": min(params.top_k + max(16, params.top_k // 4), vocab_size) if params.truncates else 0,
+        "stop": list(params.stop),
+        "stop_token_ids": list(eos),
+        "ignore_eos": True,  # the model's EOS tokens are in stop_token_ids
+        "detokenize": bool(params.stop),
+    }
+
+
+def weight_buckets(
+    weights: Iterator[tuple[str, Tensor]], max_bytes: int = BUCKET_BYTES
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """Split weights into buckets of at most ``max_bytes``; a larger weight has its own bucket."""
     bucket: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in weights:

@@ -1,8 +1,8 @@
-"""What an engine has loaded against what the policy has: single columns of every weight, bit for bit.
+"""Compare the weights in an engine with the policy's: a few columns of every weight, bit for bit.
 
-An engine may fuse weights, and pack them for its kernels so that they cannot be read any more. But a kernel's product
-with a row that is 1 in place j and 0 elsewhere is column j of its weight, to the last bit. Which columns are looked at
-depends on the version, so that over the syncs of a run all of them are.
+An engine may fuse weights, or pack them for its kernels so that they cannot be read back. But the product of a packed
+weight and a row that is 1 in place j and 0 elsewhere is column j of the weight, to the last bit. The version selects
+the columns, so that the syncs of a run cover all of them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 COLUMNS = 8  # of each weight in each sync
 
 
-def chosen(width: int, version: int) -> list[int]:
-    """Columns of a weight with ``width`` input features, ascending: consecutive ones, further on in each version."""
+def sampled_columns(width: int, version: int) -> list[int]:
+    """Return the columns to compare of a weight with ``width`` input features, ascending; each version moves on."""
     count = min(COLUMNS, width)
     return sorted((version * count + i) % width for i in range(count))
 
 
 def fingerprint(values: Tensor) -> str:
-    """Of a tensor's bits, in its own precision, wherever it is; -0 counts as 0. It starts with the type's name."""
+    """Return "dtype:hash" of a tensor's bits, from any device; -0 counts as 0."""
     dtype = str(values.dtype).removeprefix("torch.")
     values = values.detach().to("cpu", copy=True).contiguous().add_(0.0)
     data = values.flatten().view(torch.uint8).numpy().tobytes()
@@ -31,18 +31,18 @@ def fingerprint(values: Tensor) -> str:
 
 
 def weight_fingerprint(weight: Tensor, version: int) -> str:
-    """Of the chosen columns of a matrix [N, K], or of a whole vector."""
+    """Return the fingerprint of a version's columns of a matrix [N, K], or of a whole vector."""
     if weight.ndim == 2:
-        weight = weight[:, chosen(weight.shape[1], version)]
+        weight = weight[:, sampled_columns(weight.shape[1], version)]
     return fingerprint(weight)
 
 
 def differences(expected: Mapping[str, str], loaded: Mapping[str, str]) -> list[str]:
-    """One line for each weight that the engine does not have as it should, in the order of ``expected``.
+    """Describe each weight that differs in the engine, one line a weight, in the order of ``expected``.
 
     Args:
-        expected: name to fingerprint, of the policy.
-        loaded: likewise, of the engine; a packed copy of a weight stands beside it under "name (packed)".
+        expected: the policy's fingerprints by weight name.
+        loaded: the engine's; a packed copy of a weight has its own entry, "name (packed)".
     """
     found: dict[str, list[tuple[str, str]]] = {}
     for key, value in loaded.items():
@@ -50,8 +50,8 @@ def differences(expected: Mapping[str, str], loaded: Mapping[str, str]) -> list[
     theirs, ours = ({value.partition(":")[0] for value in prints.values()} for prints in (loaded, expected))
     if theirs.isdisjoint(ours):
         return [
-            f"they are {_listed(theirs)} there and {_listed(ours)} here; start the server with that dtype, or give its "
-            "own as sampler.dtype"
+            f"the engine's are {_listed(theirs)}, the policy's {_listed(ours)}; start the server with the policy's "
+            "dtype, or set sampler.dtype to the server's"
         ]
     lines = []
     for name, value in expected.items():

@@ -1,4 +1,4 @@
-"""What the ranks of a training say to each other about an engine."""
+"""Communication between the ranks of a training run that share an inference engine."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ T = TypeVar("T")
 
 
 def num_ranks() -> int:
-    """Processes of the training. vLLM makes a group of one where there is none, which does not count."""
+    """Return the number of training processes. A process group of one that vLLM has created does not count."""
     return int(os.environ.get("WORLD_SIZE", 1)) if dist.is_initialized() else 1
 
 
-def first_message(message: str) -> str:
-    """The first rank's message that is not empty, on every rank; a barrier, too."""
+def this_rank() -> int:
+    return dist.get_rank() if num_ranks() > 1 else 0
+
+
+def first_error(message: str) -> str:
+    """Return the first rank's message that is not empty, on every rank. Also a barrier."""
     if num_ranks() == 1:
         return message
     messages: list[str] = [""] * num_ranks()
@@ -24,11 +28,8 @@ def first_message(message: str) -> str:
     return next((m for m in messages if m), "")
 
 
-def this_rank() -> int:
-    return dist.get_rank() if num_ranks() > 1 else 0
-
-
-def from_rank_0(value: T) -> T:
+def broadcast(value: T) -> T:
+    """Return rank 0's value on every rank."""
     if num_ranks() == 1:
         return value
     values = [value]

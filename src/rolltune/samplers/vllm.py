@@ -1,9 +1,9 @@
-"""Samplers that write with vLLM: in the training process, or in servers apart from it.
+"""Build samplers that generate with vLLM, in the training process or on servers.
 
     sampler: {_component_: rolltune.samplers.vllm.colocated, kv_cache_gib: 8.0}
     sampler: {_component_: rolltune.samplers.vllm.served, base_urls: ["http://127.0.0.1:8123"]}
 
-What both do, and what is checked of them, is in :mod:`rolltune.samplers.vllm_sampler`.
+Both are a :class:`rolltune.samplers.vllm_sampler.VLLMSampler`; :mod:`rolltune.samplers.vllm_sync` checks their weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rolltune.model.fp32_head import FP32Head
 from rolltune.model.load import DTYPES, unwrapped
 from rolltune.model.weights import check_mergeable, weight_shapes
 from rolltune.samplers import probe
-from rolltune.samplers.ranks import from_rank_0, this_rank
+from rolltune.samplers.ranks import broadcast, this_rank
 from rolltune.samplers.vllm_sampler import VLLMSampler
 
 
@@ -39,7 +39,7 @@ def colocated(
     sleep: bool = True,
     options: dict[str, Any] | None = None,
 ) -> VLLMSampler:
-    """An engine in the training process, one in each rank.
+    """Build a sampler with an engine in the training process, one in each rank.
 
     Example:
         >>> sampler = colocated(model, tokenizer, kv_cache_gib=1.0)  # doctest: +SKIP
@@ -47,15 +47,15 @@ def colocated(
     Args:
         model: the policy.
         tokenizer: its tokenizer.
-        dtype: of the engine's weights and activations; None: as the policy's.
-        max_num_seqs: completions written at the same time.
-        max_model_len: tokens of a prompt and its completion; None: the model's context.
+        dtype: dtype of the engine's weights and activations; None: the policy's.
+        max_num_seqs: completions generated at the same time.
+        max_model_len: longest prompt with its completion, in tokens; None: the model's context.
         kv_cache_gib: memory for keys and values.
-        sleep: on a GPU, leave weights and cache to the CPU's memory while the policy is trained.
+        sleep: on a GPU, free the engine's GPU memory while the policy is trained; its weights move to CPU memory.
         options: further arguments of vLLM's ``LLM``, such as ``{enforce_eager: true}``.
 
     Raises:
-        ValueError: vLLM is not installed, or in another version than the supported one; an option is out of range.
+        ValueError: vLLM is not installed or has an unsupported version, or an option is out of range.
     """
     from rolltune.samplers.vllm_local import LocalEngine
 
@@ -64,7 +64,7 @@ def colocated(
     engine_dtype = DTYPES[dtype] if dtype else unwrapped(model).dtype
     if (parts := (options or {}).get("tensor_parallel_size", 1)) != 1:
         raise ValueError(
-            f"sampler.options.tensor_parallel_size: {parts}; in the process each rank has an engine of its own: take "
+            f"sampler.options.tensor_parallel_size: {parts}; must be 1, because each rank has its own engine; use "
             "rolltune.samplers.vllm.served"
         )
     engine = LocalEngine(
@@ -93,7 +93,7 @@ def served(
     options: list[str] | None = None,
     log: str = "outputs/vllm_server.log",
 ) -> VLLMSampler:
-    """Servers apart from the training; all ranks share them.
+    """Build a sampler whose engines are servers outside of the training process, shared by all ranks.
 
     Example:
         >>> sampler = served(model, tokenizer, base_urls=["http://127.0.0.1:8123"])  # doctest: +SKIP
@@ -101,33 +101,34 @@ def served(
     Args:
         model: the policy.
         tokenizer: its tokenizer.
-        base_urls: of servers that ``tune run serve ... takes_weights=files`` has started with the policy's model; None:
-            one is started on this machine, and ends with the run. A server listens for its own machine, unless
-            ``options=[--host, 0.0.0.0]`` lets others reach it, who may change its weights then.
-        transfer: the way of the weights, see :mod:`rolltune.samplers.vllm_server`.
-        folder: for "files", one that trainer and servers see; None: this machine's memory.
-        dtype: of the servers' weights; None: as the policy's. Servers that were found must have it.
-        max_num_seqs: completions written at the same time by each.
-        max_model_len: tokens of a prompt and its completion; None: the model's context.
-        kv_cache_gib: memory for keys and values; of the server that is started, like ``options`` and ``log``.
-        options: further ones of vLLM's server: ``["--tensor-parallel-size", "2"]``. Where workers hold parts of the
-            weights, a sync is checked by its probe and version alone.
-        log: the file that takes what it writes.
+        base_urls: URLs of servers started by ``tune run serve ... takes_weights=files`` with the policy's model; None:
+            start a server on this machine that ends with the run. A server listens only on its own machine, unless
+            ``options=[--host, 0.0.0.0]`` lets others reach it; they could then change its weights.
+        transfer: how weights travel, see :mod:`rolltune.samplers.vllm_server`.
+        folder: for "files", a folder that trainer and servers share; None: this machine's memory.
+        dtype: dtype of the servers' weights; None: the policy's. Servers in ``base_urls`` must have it.
+        max_num_seqs: completions generated at the same time by each server.
+        max_model_len: longest prompt with its completion, in tokens; None: the model's context.
+        kv_cache_gib: memory for keys and values. Like ``options`` and ``log``, only for a server that is started here.
+        options: further options of vLLM's server, such as ``["--tensor-parallel-size", "2"]``. If several workers hold
+            parts of the weights, a sync checks only probe and version.
+        log: path of the server's log.
 
     Raises:
-        ValueError: vLLM is not installed, or in another version than the supported one; an option is out of range.
-        EngineError: the server did not start, or one that was named does not answer.
+        ValueError: vLLM is not installed or has an unsupported version, or an option is out of range.
+        EngineError: the server did not start, or a server in ``base_urls`` does not answer.
     """
     from rolltune.samplers.vllm_server import ServerEngine
 
     length = _check_options(model, dtype, max_num_seqs, max_model_len, kv_cache_gib)
     if base_urls is not None and not base_urls:
-        raise ValueError("sampler.base_urls: none; give one at least, or null for a server of the run's own")
+        raise ValueError("sampler.base_urls: []; give at least one URL, or null to start a server for this run")
     if transfer not in serving.TRANSFERS:
-        raise ValueError(f"sampler.transfer: {transfer}; one of {', '.join(serving.TRANSFERS)} is wanted")
+        raise ValueError(f"sampler.transfer: {transfer}; must be one of {', '.join(serving.TRANSFERS)}")
     if transfer == "nccl" and base_urls is not None and len(base_urls) > 1:
         raise ValueError(
-            f"sampler.base_urls: {len(base_urls)} servers; weights go by nccl to one alone: give one, or take files"
+            f"sampler.base_urls: {len(base_urls)} servers; nccl supports only one: give one, or set sampler.transfer "
+            "to files"
         )
     engine_dtype = DTYPES[dtype] if dtype else unwrapped(model).dtype
     exits = ExitStack()
@@ -151,7 +152,7 @@ def served(
                 )
             )
             base_urls = [server.base_url.removesuffix("/v1")]
-        urls = from_rank_0([url.rstrip("/").removesuffix("/v1") for url in base_urls or []])
+        urls = broadcast([url.rstrip("/").removesuffix("/v1") for url in base_urls or []])
         engine = ServerEngine(
             urls,
             transfer=transfer,
@@ -177,27 +178,27 @@ def _check_options(
     max_model_len: int | None,
     kv_cache_gib: float,
 ) -> int:
-    """Raise ValueError for a value out of range; returns the tokens of a prompt and its completion."""
+    """Raise ValueError for a value out of range, and return the longest prompt with its completion, in tokens."""
     check_mergeable(model)
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"sampler.dtype: {dtype}; one of {', '.join(DTYPES)} is wanted")
-    for name, value, is_right, wanted in (
+        raise ValueError(f"sampler.dtype: {dtype}; must be one of {', '.join(DTYPES)}")
+    for name, value, is_valid, accepted in (
         ("max_num_seqs", max_num_seqs, max_num_seqs >= 1, ">= 1"),
         ("kv_cache_gib", kv_cache_gib, kv_cache_gib > 0, "> 0"),
     ):
-        if not is_right:
-            raise ValueError(f"sampler.{name}: {value}; must be {wanted}")
+        if not is_valid:
+            raise ValueError(f"sampler.{name}: {value}; must be {accepted}")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # pyright: ignore
     length = max_model_len or context
     if length is None:
-        raise ValueError("sampler.max_model_len: null; the model's config has no context length: give one")
+        raise ValueError("sampler.max_model_len: null; the model's config has no context length, so give one")
     if length <= 2 * probe.NEW_TOKENS or (context is not None and length > context):
         raise ValueError(f"sampler.max_model_len: {length}; must be in {2 * probe.NEW_TOKENS + 1} .. {context}")
     return length
 
 
 def _model_folder(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """A temporary folder with all of a model but its weights, which an engine is given by the first sync."""
+    """Write config and tokenizer to a temporary folder. The weights come with the first sync."""
     causal_lm = unwrapped(model)
     folder = Path(tempfile.mkdtemp(prefix="rolltune-engine-"))
     config = type(causal_lm.config).from_dict(causal_lm.config.to_dict())

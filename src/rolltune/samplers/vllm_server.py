@@ -1,9 +1,9 @@
-"""vLLM behind URLs: servers that a run starts for itself, or finds, and gives its weights to.
+"""vLLM servers behind URLs, started by the run or before it, that receive the run's weights.
 
-Control goes over the routes that vLLM has for RL (``VLLM_SERVER_DEV_MODE=1``), completions over its route of tokens in,
-tokens out. Weights go by one of vLLM's weight-transfer backends:
+Control uses vLLM's routes for RL (``VLLM_SERVER_DEV_MODE=1``), and completions its tokens-in, tokens-out route. Weights
+travel by one of vLLM's weight-transfer backends:
 
-  - "files": a safetensors file for each bucket, in a folder that trainer and servers both see. Works everywhere.
+  - "files": a safetensors file for each bucket, in a folder that trainer and servers share. Works everywhere.
   - "nccl": vLLM's own, from GPU to GPU. This project has not run it yet.
 """
 
@@ -28,11 +28,11 @@ from torch import Tensor
 
 from rolltune.endpoints import serving
 from rolltune.errors import EngineError
-from rolltune.samplers.engine import EngineOutput, EngineRequest, buckets
-from rolltune.samplers.vllm_local import fence
+from rolltune.samplers.engine import EngineOutput, EngineRequest, weight_buckets
+from rolltune.samplers.vllm_process import preserve_process_state
 
-_MINUS_INFINITY = -9999.0  # as vLLM writes it in JSON
-_SECONDS = 1800.0  # the longest that a request may take, in a queue with all others of a step
+_MINUS_INFINITY = -9999.0  # vLLM's value for it in JSON
+_TIMEOUT = 1800.0  # seconds; a request waits in a queue with all others of a step
 
 
 class ServerEngine:
@@ -52,26 +52,26 @@ class ServerEngine:
     ):
         """
         Args:
-            base_urls: of the servers, without a path.
-            transfer: one of :data:`rolltune.endpoints.serving.TRANSFERS`, as the servers were started with.
-            folder: for "files"; None: memory of this machine (/dev/shm), or its folder for temporary files.
+            base_urls: URLs of the servers, without a path.
+            transfer: key of :data:`rolltune.endpoints.serving.TRANSFERS`, with which the servers were started.
+            folder: for "files"; None: this machine's memory (/dev/shm), or its folder for temporary files.
             max_num_seqs: requests in flight at each server.
-            shapes: names, types and shapes of the weights, in the order that they are sent in.
-            is_sender: whether :meth:`load` will be called, by one rank of all.
-            server: the one that was started for this engine.
-            exits: what is to be closed with the engine.
+            shapes: returns names, dtypes and shapes of the weights, in sending order.
+            is_sender: whether this rank calls :meth:`load_weights`.
+            server: the server, if the run has started it.
+            exits: closed with the engine.
         """
         self._urls = list(base_urls)
         self._transfer = transfer
         self._max_num_seqs = max_num_seqs
         self._server = server
         self._exits = exits or ExitStack()
-        self._weights: Iterator[tuple[str, Tensor]] = iter(())  # those that are being sent
-        # Never by a proxy's way, which would lead a request to this machine elsewhere; and each on a connection of its
-        # own, as a server closes those that it has not heard of during a step of training.
+        self._weights: Iterator[tuple[str, Tensor]] = iter(())  # in transfer
+        # No proxy, which could lead a request for this machine elsewhere. No keep-alive, because servers close
+        # connections that are idle during a training step.
         limits = httpx.Limits(max_keepalive_connections=0)
         self._client = self._exits.enter_context(
-            httpx.Client(timeout=_SECONDS, trust_env=False, headers=_headers(), limits=limits)
+            httpx.Client(timeout=_TIMEOUT, trust_env=False, headers=_headers(), limits=limits)
         )
         if not is_sender:
             return
@@ -79,46 +79,49 @@ class ServerEngine:
             parent = folder or ("/dev/shm" if Path("/dev/shm").is_dir() else None)
             self._folder = Path(tempfile.mkdtemp(prefix="rolltune-weights-", dir=parent))
             self._exits.callback(shutil.rmtree, self._folder, ignore_errors=True)
-            self._all("init_weight_transfer_engine", {"init_info": {}})
+            self._post_all("init_weight_transfer_engine", {"init_info": {}})
         else:
-            self._senders = [self._sender(url, shapes) for url in self._urls]
+            self._senders = [self._nccl_sender(url, shapes) for url in self._urls]
 
     @property
-    def replicas(self) -> int:
+    def num_replicas(self) -> int:
         return len(self._urls)
 
     def is_asleep(self) -> bool:
-        return any(self._ask("GET", url, "is_sleeping")["is_sleeping"] for url in self._urls)
+        return any(self._request("GET", url, "is_sleeping")["is_sleeping"] for url in self._urls)
 
-    def load(self, weights: Iterator[tuple[str, Tensor]], version: str) -> None:
-        self._all("pause?mode=wait")  # another client's requests
+    def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: str) -> None:
+        self._post_all("pause?mode=wait")  # lets other clients' requests finish
         try:
             if self._transfer == "files":
-                try:
-                    self._all("start_weight_update")
-                except EngineError:  # a run that was killed may have left one open
-                    self._all("finish_weight_update")
-                    self._all("start_weight_update")
-                for number, bucket in enumerate(buckets(weights)):
-                    path = self._folder / f"{number}.safetensors"
-                    save_file({name: tensor.contiguous() for name, tensor in bucket}, path)
-                    self._all("update_weights", {"update_info": {"path": str(path)}})
-                    path.unlink()
-                self._all("finish_weight_update", {"weight_version": version})
+                self._send_files(weights, version)
             else:
                 self._weights = weights
                 for sender in self._senders:
                     sender.send_weights()
-                self._all("update_weight_version", {"new_version": version})
-            self._all("collective_rpc", {"method": "repack_tied_head"})
+                self._post_all("update_weight_version", {"new_version": version})
+            self._post_all("collective_rpc", {"method": "repack_tied_head"})
         except BaseException:
-            with suppress(EngineError):  # which would take the place of what went wrong
-                self._all("resume")
+            with suppress(EngineError):  # it would hide the first error
+                self._post_all("resume")
             raise
-        self._all("resume")
+        self._post_all("resume")
 
-    def _sender(self, url: str, shapes: Callable[[], list[tuple[str, torch.dtype, torch.Size]]]) -> Any:
-        """vLLM's trainer side of a transfer by NCCL, which packs weights into buckets of its own."""
+    def _send_files(self, weights: Iterator[tuple[str, Tensor]], version: str) -> None:
+        try:
+            self._post_all("start_weight_update")
+        except EngineError:  # a run that was killed may have left an update open
+            self._post_all("finish_weight_update")
+            self._post_all("start_weight_update")
+        for number, bucket in enumerate(weight_buckets(weights)):
+            path = self._folder / f"{number}.safetensors"
+            save_file({name: tensor.contiguous() for name, tensor in bucket}, path)
+            self._post_all("update_weights", {"update_info": {"path": str(path)}})
+            path.unlink()
+        self._post_all("finish_weight_update", {"weight_version": version})
+
+    def _nccl_sender(self, url: str, shapes: Callable[[], list[tuple[str, torch.dtype, torch.Size]]]) -> Any:
+        """Create the trainer's side of vLLM's NCCL transfer, which splits weights into its own buckets."""
         from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
         from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
@@ -134,58 +137,62 @@ class ServerEngine:
             def __iter__(self) -> Iterator[tuple[str, Tensor]]:
                 return engine._weights
 
-        workers = self._ask("GET", url, "get_world_size")["world_size"]
-        with fence():
+        workers = self._request("GET", url, "get_world_size")["world_size"]
+        with preserve_process_state():
             return WeightTransferTrainerFactory.trainer_init(
                 NCCLTrainerInitInfo(get_ip(), get_open_port(), workers + 1, rank=0),
-                client=HTTPVLLMWeightSyncClient(url, timeout=_SECONDS),
+                client=HTTPVLLMWeightSyncClient(url, timeout=_TIMEOUT),
                 source=Weights(),
             )
 
     def reset_cache(self) -> bool:
-        return all(self._ask("POST", url, "reset_prefix_cache")["success"] for url in self._urls)
+        return all(self._request("POST", url, "reset_prefix_cache")["success"] for url in self._urls)
 
     def fingerprints(self, version: int) -> dict[str, str] | None:
-        """Of the first server that has others than the rest, or of any."""
-        if any(self._ask("GET", url, "get_world_size?include_dp=false")["world_size"] > 1 for url in self._urls):
+        """Return the fingerprints of the first server that differs from the others; of any server if none does."""
+        if any(self._request("GET", url, "get_world_size?include_dp=false")["world_size"] > 1 for url in self._urls):
             return None
         body = {"method": "weight_fingerprints", "args": [str(version)]}
-        found = [prints for url in self._urls for prints in self._ask("POST", url, "collective_rpc", body)["results"]]
+        found = [
+            prints for url in self._urls for prints in self._request("POST", url, "collective_rpc", body)["results"]
+        ]
         return next((prints for prints in found if prints != found[0]), found[0])
 
-    def write(self, requests: Sequence[EngineRequest], on_done: Callable[[int, EngineOutput], None]) -> None:
-        asyncio.run(self._write(requests, on_done))
+    def generate(self, requests: Sequence[EngineRequest], on_output: Callable[[int, EngineOutput], None]) -> None:
+        asyncio.run(self._generate(requests, on_output))
 
-    async def _write(self, requests: Sequence[EngineRequest], on_done: Callable[[int, EngineOutput], None]) -> None:
-        places = asyncio.Semaphore(self._max_num_seqs * len(self._urls))
+    async def _generate(
+        self, requests: Sequence[EngineRequest], on_output: Callable[[int, EngineOutput], None]
+    ) -> None:
+        in_flight = asyncio.Semaphore(self._max_num_seqs * len(self._urls))
         limits = httpx.Limits(max_connections=None)
 
-        async def one(number: int, request: EngineRequest) -> tuple[int, EngineOutput]:
+        async def send(number: int, request: EngineRequest) -> tuple[int, EngineOutput]:
             url = self._urls[number % len(self._urls)]
             body = {
                 "token_ids": list(request.token_ids),
                 "sampling_params": request.params,
-                "cache_salt": request.salt,
+                "cache_salt": request.cache_salt,
             }
-            async with places:
+            async with in_flight:
                 try:
                     response = await client.post(f"{url}/inference/v1/generate", json=body)
                 except httpx.HTTPError as error:
                     raise self._unreachable(url, f"{type(error).__name__}: {error}") from error
-            return number, _output(self._answer(url, response))
+            return number, _output(self._parse(url, response))
 
-        async with httpx.AsyncClient(timeout=_SECONDS, trust_env=False, headers=_headers(), limits=limits) as client:
-            tasks = [asyncio.create_task(one(number, request)) for number, request in enumerate(requests)]
+        async with httpx.AsyncClient(timeout=_TIMEOUT, trust_env=False, headers=_headers(), limits=limits) as client:
+            tasks = [asyncio.create_task(send(number, request)) for number, request in enumerate(requests)]
             try:
                 for task in asyncio.as_completed(tasks):
-                    on_done(*await task)
-            finally:  # the server ends a request when its client goes away
+                    on_output(*await task)
+            finally:  # after an exception; a server aborts a request when its client disconnects
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     def sleep(self) -> None:
-        """Servers have memory of their own."""
+        """Do nothing: servers have their own memory."""
 
     def wake(self) -> None:
         pass
@@ -193,48 +200,48 @@ class ServerEngine:
     def close(self) -> None:
         self._exits.close()
 
-    def _all(self, path: str, body: dict | None = None) -> None:
-        """The same request to all servers at once."""
+    def _post_all(self, path: str, body: dict | None = None) -> None:
+        """Send the same request to all servers at once."""
         with ThreadPoolExecutor(len(self._urls)) as pool:
-            list(pool.map(lambda url: self._ask("POST", url, path, body), self._urls))
+            list(pool.map(lambda url: self._request("POST", url, path, body), self._urls))
 
-    def _ask(self, method: str, url: str, path: str, body: dict | None = None) -> Any:
+    def _request(self, method: str, url: str, path: str, body: dict | None = None) -> Any:
         try:
             response = self._client.request(method, f"{url}/{path}", json=body)
         except httpx.HTTPError as error:
             raise self._unreachable(url, f"{path}: {type(error).__name__}: {error}") from error
-        return self._answer(url, response)
+        return self._parse(url, response)
 
-    def _answer(self, url: str, response: httpx.Response) -> Any:
+    def _parse(self, url: str, response: httpx.Response) -> Any:
         if response.status_code == 404:
             raise EngineError(
-                f"{url}: has no {response.url.path}; `tune run serve` with takes_weights={self._transfer} starts a "
-                "server that has"
+                f"{url}: the server has no route {response.url.path}; start it with `tune run serve ... "
+                f"takes_weights={self._transfer}`"
             )
         if response.is_error:
             raise EngineError(f"{url}: {response.url.path}: {response.status_code}: {response.text[:500]}")
         return response.json() if response.content else None
 
-    def _unreachable(self, url: str, what: str) -> EngineError:
+    def _unreachable(self, url: str, problem: str) -> EngineError:
         with suppress(subprocess.TimeoutExpired):
             if self._server is not None:
-                self._server.process.wait(timeout=2)  # its guard ends a moment after it
-                what = f"the server has ended{serving.log_end(self._server.log)}"
-        return EngineError(f"{url}: {what}")
+                self._server.process.wait(timeout=2)  # its guard process ends shortly after it
+                problem = f"the server has ended{serving.log_end(self._server.log)}"
+        return EngineError(f"{url}: {problem}")
 
 
 def _output(answer: dict) -> EngineOutput:
     (choice,) = answer["choices"]
-    candidates = []
+    logprobs = []
     for content in choice["logprobs"]["content"]:
-        told = (*content["top_logprobs"], content)
-        candidates.append({c["token_id"]: c["logprob"] if c["logprob"] > _MINUS_INFINITY else -math.inf for c in told})
+        entries = (*content["top_logprobs"], content)
+        logprobs.append({e["token_id"]: e["logprob"] if e["logprob"] > _MINUS_INFINITY else -math.inf for e in entries})
     details = (answer.get("usage") or {}).get("prompt_tokens_details") or {}
     return EngineOutput(
         token_ids=tuple(choice["token_ids"]),
-        candidates=tuple(candidates),
+        logprobs=tuple(logprobs),
         finish_reason=choice["finish_reason"],
-        versions=tuple(span["version"] for span in choice["weight_versions"] or ()),
+        weight_versions=tuple(span["version"] for span in choice["weight_versions"] or ()),
         cached_tokens=details.get("cached_tokens"),
     )
 

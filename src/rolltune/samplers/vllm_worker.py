@@ -1,7 +1,7 @@
-"""The part of a vLLM sampler that lives where vLLM has its model: loading weights, and showing what was loaded.
+"""The part of a vLLM sampler that runs in vLLM's worker: loading weights, and fingerprints of the loaded weights.
 
-vLLM imports this module by name, in this process or in those of a server. Both are by its supported ways in: a
-weight-transfer backend, and an extension of the worker.
+vLLM imports this module by name, in this process or in those of a server, through two supported interfaces: a
+weight-transfer backend and a worker extension.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rolltune.samplers.fingerprints import chosen, fingerprint
+from rolltune.samplers.fingerprints import fingerprint, sampled_columns
 
 BACKEND = "rolltune_buckets"
 
 
 @dataclass
 class BucketsInit(WeightTransferInitInfo):
-    """Nothing has to be agreed on."""
+    """Empty: the transfer needs no set-up."""
 
 
 @dataclass
 class Bucket(WeightTransferUpdateInfo):
-    """Some weights of an update.
+    """A part of the weights of an update.
 
     Attributes:
-        items: names and tensors, where trainer and engine are one process.
-        path: else a safetensors file that both can read.
+        items: names and tensors, if trainer and engine are one process.
+        path: otherwise, a safetensors file that both can read.
     """
 
     items: list[tuple[str, Tensor]] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Bucket(WeightTransferUpdateInfo):
 
 
 class BucketReceiver(WeightTransferEngine[BucketsInit, Bucket]):
-    """Loads weights bucket by bucket, in checkpoint format: what is held twice is one bucket at most."""
+    """Loads weights bucket by bucket, in checkpoint format, so that at most one bucket is in memory twice."""
 
     init_info_cls = BucketsInit
     update_info_cls = Bucket
@@ -77,58 +77,62 @@ WeightTransferEngineFactory.register_engine(BACKEND, __name__, BucketReceiver.__
 
 
 class WorkerExtension:
-    """Methods that vLLM adds to its worker, called through ``collective_rpc``."""
+    """Methods that vLLM adds to its worker. They are called through ``collective_rpc``."""
 
     def repack_tied_head(self) -> None:
-        """On CPUs vLLM multiplies by packed copies of weights, and a reload leaves out that of a tied LM head, which
-        then goes on with the old weights."""
+        """Repack a tied LM head after a reload.
+
+        On CPUs vLLM multiplies by packed copies of weights. A reload does not repack a tied head, which would keep the
+        old weights.
+        """
         head = getattr(self.model_runner.get_model(), "lm_head", None)  # pyright: ignore[reportAttributeAccessIssue]
         if head is not None and hasattr(head, "cpu_linear"):
             head.quant_method.process_weights_after_loading(head)
 
     def weight_fingerprints(self, version: str) -> dict[str, str]:
-        """Of every weight, by its name in a checkpoint; a packed copy has an entry of its own, "name (packed)".
+        """Return the fingerprint of every weight by its name in a checkpoint.
+
+        A packed copy has its own entry, "name (packed)".
 
         Args:
-            version: a number in digits, as vLLM's HTTP interface passes strings alone.
+            version: the version's digits, because vLLM's HTTP interface passes only strings.
         """
         model: nn.Module = self.model_runner.get_model()  # pyright: ignore[reportAttributeAccessIssue]
         fused = getattr(model, "packed_modules_mapping", {})
         prints: dict[str, str] = {}
         for path, module in model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
-                for label, value in _readings(module, name, parameter, int(version)):
-                    for part, rows in _unfuse(path, module, value, fused):
-                        key = f"{part}.{name}{label}"
-                        prints[key] = fingerprint(rows)
+                for label, values in _compared_values(module, name, parameter, int(version)):
+                    for part, part_values in _unfuse(path, module, values, fused):
+                        prints[f"{part}.{name}{label}"] = fingerprint(part_values)
         return prints
 
 
-def _readings(module: nn.Module, name: str, parameter: Tensor, version: int) -> Iterator[tuple[str, Tensor]]:
-    """What can be seen of a parameter: columns [N, C] of a matrix, all of a vector; and the packed copy's columns."""
+def _compared_values(module: nn.Module, name: str, parameter: Tensor, version: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield (label, values): columns [N, C] of a matrix or a whole vector, and the columns of a packed copy."""
     packed = hasattr(module, "cpu_linear") and name == "weight"
     if hasattr(module, "cpu_linear") and name == "bias":
-        parameter = parameter.to(module.params_dtype)  # pyright: ignore  some kernels for CPUs have made it fp32
+        parameter = parameter.to(module.params_dtype)  # pyright: ignore  some CPU kernels convert it to fp32
     if parameter.numel():
         matrix = parameter.ndim == 2
-        yield "", parameter[:, chosen(parameter.shape[1], version)] if matrix else parameter
+        yield "", parameter[:, sampled_columns(parameter.shape[1], version)] if matrix else parameter
     if packed:
         width = module.embedding_dim if isinstance(module, VocabParallelEmbedding) else module.input_size_per_partition
-        columns = chosen(int(width), version)  # pyright: ignore[reportArgumentType]
-        rows = torch.zeros(len(columns), int(width), dtype=parameter.dtype)  # pyright: ignore[reportArgumentType]
-        rows[range(len(columns)), columns] = 1.0
+        columns = sampled_columns(int(width), version)  # pyright: ignore[reportArgumentType]
+        unit_rows = torch.zeros(len(columns), int(width), dtype=parameter.dtype)  # pyright: ignore[reportArgumentType]
+        unit_rows[range(len(columns)), columns] = 1.0
         method = module.quant_method
-        yield " (packed)", method.apply(module, rows, None).T  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        yield " (packed)", method.apply(module, unit_rows, None).T  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
 
 
-def _unfuse(path: str, module: nn.Module, value: Tensor, fused: dict[str, list[str]]) -> Iterator[tuple[str, Tensor]]:
-    """The rows of each weight of a checkpoint that vLLM has put into one, with its module's name there."""
+def _unfuse(path: str, module: nn.Module, values: Tensor, fused: dict[str, list[str]]) -> Iterator[tuple[str, Tensor]]:
+    """Split a weight that vLLM has fused into those of the checkpoint, with the names of their modules there."""
     parent, _, last = path.rpartition(".")
     parts = fused.get(last, [])
     if isinstance(module, VocabParallelEmbedding):
-        yield path, value[: module.org_vocab_size]  # the rest is padding
+        yield path, values[: module.org_vocab_size]  # the rest is padding
     elif len(parts) > 1:
-        for part, rows in zip(parts, value.split(module.output_partition_sizes), strict=True):  # pyright: ignore
-            yield f"{parent}.{part}", rows
+        for part, part_values in zip(parts, values.split(module.output_partition_sizes), strict=True):  # pyright: ignore
+            yield f"{parent}.{part}", part_values
     else:
-        yield path, value
+        yield path, values

@@ -1,1 +1,1 @@
-"""Kernels and memory for CPUs only."""
+"""oneDNN products and memory settings for CPUs; no effect on other devices."""

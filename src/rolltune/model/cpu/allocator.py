@@ -1,7 +1,7 @@
-"""Let the C allocator keep what tensors give back.
+"""Keep freed memory in the process, because a training step on a CPU asks for it again at once.
 
-A training step on a CPU frees and asks for the same few gigabytes over and over. glibc returns blocks over 128 KiB
-to the kernel each time, and the page faults when they come back were seen to cost a tenth of a step.
+Each step frees and allocates the same few gigabytes. glibc returns blocks over 128 KiB to the kernel every time, and
+the page faults on getting them back took a tenth of a step.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to serve blocks of up to 32 MiB from memory that it holds, and to hold up to 2 GiB.
+    """Make glibc serve blocks of up to 32 MiB from memory that it holds, and hold up to 2 GiB.
 
     Returns:
-        Whether the allocator took it; False where the C library is another.
+        Whether glibc accepted it; False with another C library.
     """
     if not sys.platform.startswith("linux"):
         return False
