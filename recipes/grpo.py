@@ -99,7 +99,6 @@ def run(cfg: GRPOConfig) -> None:
         closing(components.rewards),
         closing(components.sampler),
         Progress(cfg.num_steps, state.step, enabled=world.is_main) as progress,
-        lifecycle.background_classifier(cfg.logging, log, world) as classify,
     ):
         if state.step == 0:
             log.log(0, evaluate(cfg, components, progress))
@@ -139,7 +138,6 @@ def run(cfg: GRPOConfig) -> None:
                     raise  # this rank's alone: the others would not save with it
                 stop(state, str(error))
             log.log(step, metrics | lifecycle.judge_metrics(components.rewards, world))
-            classify(rollout, step)
             if step % cfg.logging.samples_every_n_steps == 0:
                 log.log_samples(step, rollout.sampled, advantages)
             progress.step(step, live_line(metrics))
@@ -236,7 +234,7 @@ def sample(
     """This rank's groups of one step, written by the current weights."""
     with phases("sync"):
         components.sampler.sync(components.policy.version)
-    params = build.sampling_params(cfg.sampling)
+    params = cfg.sampling.params()
 
     def sample_some(problems) -> list[Group]:
         return sample_groups(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,11 +13,9 @@ from typing import Any, NoReturn
 from transformers import PreTrainedTokenizerBase
 
 from rolltune import config
-from rolltune.behaviours import BackgroundClassifier, thinking
-from rolltune.config.components import instantiate, is_node
+from rolltune.config.components import is_node
 from rolltune.config.schema import (
     GRPOConfig,
-    LoggingConfig,
     SFTConfig,
 )
 from rolltune.distributed import World
@@ -116,39 +114,6 @@ def open_log(cfg: GRPOConfig | SFTConfig, world: World, *, resume_step: int | No
         config=asdict(cfg),
         resume_step=resume_step,
     )
-
-
-@contextmanager
-def background_classifier(
-    logging: LoggingConfig, log: MetricsLog, world: World
-) -> Iterator[Callable[[Rollout, int], None]]:
-    """What is called with each step's rollout: an LLM counts the behaviours of a few completions, and no step waits.
-
-    Counts are logged under the step that they are of, some steps later, and at the end the last ones are waited for.
-    Steps whose counts do not come (the endpoint is slower than the training) are left out and said at the end. A killed
-    run loses those that were still to come.
-    """
-    if logging.classifier is None or not world.is_main:
-        yield lambda rollout, step: None
-        return
-    background = BackgroundClassifier(instantiate(logging.classifier))
-
-    def log_done() -> None:
-        for done, metrics in background.collect():
-            log.log(done, metrics)
-
-    def classify(rollout: Rollout, step: int) -> None:
-        by_sample = zip(*(group.completions for group in rollout.sampled), strict=False)  # one of each problem first
-        texts = [thinking(completion.text) for sample in by_sample for completion in sample]
-        background.submit(step, texts[: logging.classified_samples])
-        log_done()
-
-    yield classify
-    is_done = background.close(timeout=60.0)
-    log_done()
-    if background.dropped or not is_done:
-        late = "" if is_done else "; the last ones were not waited for longer than a minute"
-        print(f"logging.classifier: {background.dropped} steps were left out{late}")
 
 
 def why_stop(rollout: Rollout, reward: WeightedReward, max_unscored: float, world: World) -> str | None:

@@ -94,9 +94,8 @@ class NativeSampler:
         """See :class:`rolltune.samplers.Sampler`.
 
         Raises:
-            ValueError: params out of range, an empty prompt, or one too long for the model.
+            ValueError: an empty prompt, or one too long for the model.
         """
-        check_params(params)
         self._check_lengths(requests, params.max_new_tokens)
         prompts = [PromptState(i, r.prompt.token_ids, len(r.seeds)) for i, r in enumerate(requests)]
         rows = [
@@ -287,18 +286,6 @@ def _fetch(
     for i in range(rows):
         kept = None if support is None else tuple(ids[ends[i] : ends[i + 1]].tolist())
         yield int(flat[i]), float(flat[rows + i]), kept
-
-
-def check_params(params: SamplingParams) -> None:
-    for name, value, is_right, wanted in (
-        ("temperature", params.temperature, params.temperature >= 0, ">= 0"),
-        ("top_p", params.top_p, 0 < params.top_p <= 1, "in (0, 1]"),
-        ("top_k", params.top_k, params.top_k >= 0, ">= 0"),
-        ("max_new_tokens", params.max_new_tokens, params.max_new_tokens >= 1, ">= 1"),
-        ("stop", params.stop, "" not in params.stop, "without empty strings"),
-    ):
-        if not is_right:
-            raise ValueError(f"sampling.{name}: {value}; must be {wanted}")
 
 
 def _uniforms(seed: int, count: int) -> np.ndarray:

@@ -34,7 +34,7 @@ from rolltune.model.weights import policy_weights, tied_names
 from rolltune.samplers import probe
 from rolltune.samplers.engine import Engine, EngineOutput, EngineRequest
 from rolltune.samplers.fingerprints import differences, weight_fingerprint
-from rolltune.samplers.native import check_params, eos_token_ids
+from rolltune.samplers.native import eos_token_ids
 from rolltune.samplers.ranks import first_message, from_rank_0
 from rolltune.types import Completion, SampleRequest, SamplingParams
 
@@ -204,11 +204,10 @@ class VLLMSampler:
         """See :class:`rolltune.samplers.Sampler`.
 
         Raises:
-            ValueError: params out of range or of a support that vLLM does not tell; an empty prompt, or one too long.
+            ValueError: params of a support that vLLM does not tell; an empty prompt, or one too long.
             EngineError: a server does not answer as it should.
         """
         assert self._version >= 0, "sync() comes first"
-        check_params(params)
         if problem := sampling_problem(params.temperature, params.top_p, params.top_k):
             raise ValueError(problem)
         self._check_lengths(requests, params.max_new_tokens)
