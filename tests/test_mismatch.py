@@ -155,7 +155,7 @@ def test_what_is_not_looked_at_stops_nothing():
 
 
 def test_limits_out_of_range():
-    with pytest.raises(ValueError, match=r"max_outside: -1, must be > 0 \(null: not looked at\)"):
+    with pytest.raises(ValueError, match=r"max_outside: -1; must be > 0 \(null: not looked at\)"):
         MismatchLimit(max_outside=-1)
     with pytest.raises(ValueError, match="nothing would be looked at"):
         MismatchLimit(max_k3=None, max_ratio_gap=None)

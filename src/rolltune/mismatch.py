@@ -180,7 +180,7 @@ class MismatchLimit:
         limits = {name: getattr(self, name) for name in ("max_k3", "max_ratio_gap", "max_outside")}
         for name, limit in limits.items():
             if limit is not None and not limit > 0:
-                raise ValueError(f"{name}: {limit}, must be > 0 (null: not looked at)")
+                raise ValueError(f"{name}: {limit}; must be > 0 (null: not looked at)")
         if not any(limits.values()):
             raise ValueError("max_k3, max_ratio_gap and max_outside are null: nothing would be looked at")
 

@@ -40,7 +40,7 @@ MISTAKES = [
     ),
     (
         correction("Bypass", ", rejection: {_component_: rolltune.corrections.K3Rejection, max_k3: 0}"),
-        "correction.rejection: rolltune.corrections.K3Rejection: max_k3: 0",
+        "correction.rejection.max_k3: 0",
     ),
     ("mismatch={_component_: rolltune.mismatch.MismatchLimit, max_k3: 0}", "mismatch.max_k3: 0"),
     (
@@ -58,6 +58,10 @@ MISTAKES = [
     ("rewards.answer.weight=.inf", "rewards.answer.weight: inf; must be finite"),
     ("rewards.a/b={_component_: rolltune.rewards.answer.answer_reward}", "rewards.a/b: a reward's name"),
     ("rewards.x={_component_: rolltune.losses.grpo.GRPOLoss, kl_coef: -1}", "rewards.x.kl_coef: -1"),
+    (
+        f"rewards.x={PAIRWISE.replace('PolicyJudge', 'PolicyJudge, temperature: -1')}",
+        "rewards.x.judges[0].temperature: -1",
+    ),
     (
         "rewards.x={_component_: rolltune.mismatch.MismatchLimit}",
         "rewards.x._component_: rolltune.mismatch.MismatchLimit",
@@ -158,8 +162,7 @@ def test_batch_invariance_is_for_the_native_sampler_on_a_cpu(grpo):
     assert "only on a CPU" in found
     (found,) = grpo(on, "lora.dropout=0.1")
     assert found.startswith("model.batch_invariant: true; needs lora.dropout 0")
-    other_class = "{_component_: rolltune.samplers.sequences.EndOfText, stop: [], max_new_tokens: 1}"
-    (found,) = grpo(on, f"sampler={other_class}")
+    (found,) = grpo(on, "sampler={_component_: torch.optim.lr_scheduler.StepLR}")  # a class called with two arguments
     assert found.startswith("model.batch_invariant: true; needs the sampler rolltune.samplers.native.NativeSampler")
 
 

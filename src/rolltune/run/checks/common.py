@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rolltune.config.components import check_component, instantiate, locate
+from rolltune.config.components import check_component, instantiate, is_node, locate
 from rolltune.config.schema import Component, EvaluateSamplingConfig, PromptConfig, SamplingConfig
 from rolltune.config.values import type_problem
 from rolltune.errors import ConfigError
@@ -33,20 +33,34 @@ def above(key: str, value: float, bound: float) -> Iterable[str]:
 # --- components -------------------------------------------------------------------------------------------------------
 
 
-def build_component(node: Component, key: str, *args: Any) -> tuple[Any, list[str]]:
-    """Check a component and call it with ``args`` and its own arguments.
+def build_component(node: Component, key: str, *args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+    """Check a component, and call it with ``args``, its own arguments and ``kwargs`` as the recipe would.
 
     Returns:
         The object and no problems, or None and the problems.
     """
-    problems = check_component(node, key, positional=len(args))
+    problems = check_component(node, key, positional=len(args), passed=tuple(kwargs))
+    problems = problems or [
+        problem
+        for place, inner in _nodes_inside(node, key)
+        if component_class(inner) is not None
+        for problem in build_component(inner, place)[1]
+    ]
     if problems:
         return None, problems
     try:
-        return instantiate(node, *args), []
+        return instantiate(node, *args, **kwargs), []
     except ConfigError as error:
-        path = node["_component_"]
-        return None, [f"{key}.{problem.removeprefix(path).removeprefix(': ')}" for problem in error.problems]
+        return None, [f"{key}: {problem}".replace(f": {node['_component_']}: ", ".", 1) for problem in error.problems]
+
+
+def _nodes_inside(node: Component, key: str) -> Iterator[tuple[str, Component]]:
+    """The nodes among a component's arguments, with their keys."""
+    for name, value in node.items():
+        if is_node(value):
+            yield f"{key}.{name}", value
+        elif isinstance(value, list):
+            yield from ((f"{key}.{name}[{i}]", item) for i, item in enumerate(value) if is_node(item))
 
 
 def build_instance(node: Component, key: str, kind: type[T]) -> tuple[T | None, list[str]]:
