@@ -175,6 +175,12 @@ def test_a_mapping_is_checked_against_the_dataclass(judge, endpoint, fragment: s
     assert fragment in found
 
 
+def test_an_argument_that_moved_into_a_mapping_is_refused_with_its_new_name(judge):
+    assert check_component(judge(endpoint={"url": "u"}, base_url="u"), "judge") == [
+        "judge.base_url: was renamed; use judge.endpoint.base_url"
+    ]
+
+
 def test_a_value_that_a_dataclass_refuses_is_named_in_full(judge):
     node = judge(endpoint={"url": "u", "caps": {"max_calls": 0}})
     with pytest.raises(ConfigError, match=r"^my_test_settings.Judge: endpoint\.caps\.max_calls: 0"):

@@ -29,6 +29,16 @@ COMPONENTS = {
 # mapping, such as "endpoint.base_url".
 ARGUMENTS = {
     "max_rows": "max_num_seqs",
+    "base_url": "endpoint.base_url",
+    "model": "endpoint.model",
+    "api_key_env": "endpoint.api_key_env",
+    "timeout_seconds": "endpoint.timeout_seconds",
+    "max_attempts": "endpoint.max_attempts",
+    "max_calls": "endpoint.max_calls",
+    "max_total_tokens": "endpoint.max_total_tokens",
+    "max_dollars": "endpoint.max_dollars",
+    "dollars_per_million_input": "endpoint.dollars_per_million_input",
+    "dollars_per_million_output": "endpoint.dollars_per_million_output",
 }
 
 
