@@ -200,7 +200,7 @@ def sample(
             candidate.done,
             cache=candidate.cache,
             sampler=sampler,
-            params=build.sampling_params(cfg.sampling),
+            params=cfg.sampling.params(),
             samples=cfg.sampling.samples,
             seed=cfg.seed,
             world=world,

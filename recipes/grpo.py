@@ -228,7 +228,7 @@ def sample(
     """Sample this rank's groups of one step with the current weights, and score them."""
     with phases("sync"):
         components.sampler.sync(components.policy.version)
-    reward, params = components.rewards.training, build.sampling_params(cfg.sampling)
+    reward, params = components.rewards.training, cfg.sampling.params()
 
     def sample_and_score(problems: Sequence[Problem]) -> list[Group]:
         pending = sample_groups(

@@ -142,13 +142,13 @@ def test_defaults_are_the_published_settings():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TokenTIS(max_ratio=0.9), "max_ratio: 0.9, must be >= 1"),
-        (lambda: SequenceTIS(max_ratio=math.nan), "max_ratio: nan, must be >= 1"),
-        (lambda: SequenceMIS(max_ratio=0), "max_ratio: 0, must be >= 1"),
-        (lambda: TokenMask(low=-0.1), "low: -0.1, must be in"),
-        (lambda: TokenMask(high=0.5), "high: 0.5, must be >= 1"),
-        (lambda: GeometricRejection(low=1.1), "low: 1.1, must be in"),
-        (lambda: K3Rejection(max_k3=0), "max_k3: 0, must be > 0"),
+        (lambda: TokenTIS(max_ratio=0.9), "max_ratio: 0.9; must be >= 1"),
+        (lambda: SequenceTIS(max_ratio=math.nan), "max_ratio: nan; must be >= 1"),
+        (lambda: SequenceMIS(max_ratio=0), "max_ratio: 0; must be >= 1"),
+        (lambda: TokenMask(low=-0.1), "low: -0.1; must be in"),
+        (lambda: TokenMask(high=0.5), "high: 0.5; must be >= 1"),
+        (lambda: GeometricRejection(low=1.1), "low: 1.1; must be in"),
+        (lambda: K3Rejection(max_k3=0), "max_k3: 0; must be > 0"),
     ],
 )
 def test_values_out_of_range(make, message):

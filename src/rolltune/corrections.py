@@ -232,7 +232,7 @@ class K3Rejection:
 
     def __post_init__(self) -> None:
         if not self.max_k3 > 0:
-            raise ValueError(f"max_k3: {self.max_k3}, must be > 0")
+            raise ValueError(f"max_k3: {self.max_k3}; must be > 0")
 
     def __call__(
         self, old_logprobs: Tensor, sampler_logprobs: Tensor, sequence_index: Tensor, num_sequences: int
@@ -251,11 +251,11 @@ def sequence_ratios(
 
 def _check_max_ratio(max_ratio: float) -> None:
     if not max_ratio >= 1:
-        raise ValueError(f"max_ratio: {max_ratio}, must be >= 1: log-probs that agree have a ratio of 1")
+        raise ValueError(f"max_ratio: {max_ratio}; must be >= 1: log-probs that agree have a ratio of 1")
 
 
 def _check_range(low: float, high: float) -> None:
     if not 0 <= low <= 1:
-        raise ValueError(f"low: {low}, must be in [0, 1]: log-probs that agree have a ratio of 1")
+        raise ValueError(f"low: {low}; must be in [0, 1]: log-probs that agree have a ratio of 1")
     if not high >= 1:
-        raise ValueError(f"high: {high}, must be >= 1: log-probs that agree have a ratio of 1")
+        raise ValueError(f"high: {high}; must be >= 1: log-probs that agree have a ratio of 1")

@@ -181,7 +181,7 @@ class MismatchLimit:
         limits = {name: getattr(self, name) for name in ("max_k3", "max_ratio_gap", "max_outside")}
         for name, limit in limits.items():
             if limit is not None and not limit > 0:
-                raise ValueError(f"{name}: {limit}, must be > 0 (null: no limit)")
+                raise ValueError(f"{name}: {limit}; must be > 0 (null: no limit)")
         if not any(limits.values()):
             raise ValueError("max_k3, max_ratio_gap, max_outside: all are null, so there is no limit; set at least one")
 

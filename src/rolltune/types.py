@@ -66,14 +66,17 @@ class SamplingParams:
     """The distribution to sample from, and when to stop.
 
     The log-probs of a sample are those of exactly this distribution: logits / temperature, restricted to the top-k and
-    top-p support, renormalised. ``temperature=0`` is greedy decoding, whose log-probs are all 0.
+    top-p tokens, renormalised. ``temperature=0`` is greedy decoding, whose log-probs are all 0.
 
     Attributes:
         temperature: >= 0.
-        top_p: in (0, 1]; 1 keeps everything.
-        top_k: number of tokens kept; 0 keeps everything.
-        max_new_tokens: a completion that reaches it without a stop has finish reason "length".
-        stop: strings that end a completion; the token that completes one is the last token kept.
+        top_p: probability mass kept, in (0, 1]; 1 keeps every token.
+        top_k: number of tokens kept, >= 0; 0 keeps every token.
+        max_new_tokens: >= 1; a completion that reaches it without a stop has finish reason "length".
+        stop: non-empty strings that end a completion; the token that completes one is the last token kept.
+
+    Raises:
+        ValueError: a value out of its range.
     """
 
     temperature: float = 1.0
@@ -81,6 +84,18 @@ class SamplingParams:
     top_k: int = 0
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature: {self.temperature}; must be >= 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: {self.top_p}; must be in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: {self.top_k}; must be >= 0")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: {self.max_new_tokens}; must be >= 1")
+        if "" in self.stop:
+            raise ValueError("stop: holds an empty string, which would end every completion at once")
 
     @property
     def truncates(self) -> bool:

@@ -377,8 +377,8 @@ def problems(file: Path, *overrides: str) -> list[str]:
     [
         ("judge.modell=x", "judge.modell: EndpointJudge takes no such argument; did you mean judge.model"),
         ("judge.temperature=3", "judge.temperature: 3"),
-        ("judge={_component_: planted_judges.numbers}", "judge._component_: planted_judges.numbers: no judge"),
-        ("one_call=false reversed=true", "reversed: true; does nothing while one_call is false"),
+        ("judge={_component_: planted_judges.numbers}", "judge._component_: planted_judges.numbers; must be a"),
+        ("one_call=false reversed=true", "reversed: true; has no effect while one_call is false"),
         ("repeats=0", "repeats: 0; must be >= 1"),
         ("resamples=10", "resamples: 10; must be >= 100"),
         ("min_accuracy=85", "min_accuracy: 85.0; must be in 0 .. 1"),
@@ -387,7 +387,7 @@ def problems(file: Path, *overrides: str) -> list[str]:
         ("data._component_=rolltune.data.nothing", "data._component_: rolltune.data.nothing"),
         (
             "judge={_component_: planted_judges.SeedlessJudge} repeats=2",
-            "repeats: 2; planted_judges.SeedlessJudge takes no seed, by which repeats differ; must be 1",
+            "repeats: 2; must be 1, as planted_judges.SeedlessJudge takes no seed",
         ),
     ],
 )

@@ -171,7 +171,7 @@ def test_a_broken_config_is_named(tmp_path):
     start(make_config(tmp_path))
     save_step(tmp_path, 1)
     (tmp_path / "config.yaml").write_text("seed: 0\nmodel: [\n")
-    with pytest.raises(ConfigError, match=rf"^{tmp_path}/config\.yaml, line 3: .*; mend it, or choose another"):
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/config\.yaml, line 3: .*; repair it"):
         start(make_config(tmp_path, resume=True))
 
 
@@ -428,9 +428,9 @@ def test_prompts_and_sampling_follow_the_config(tokenizer):
     )
     sampling = SamplingConfig(temperature=0.5, top_p=0.9, top_k=7, max_new_tokens=11, stop=["x", "y"])
     expected = SamplingParams(temperature=0.5, top_p=0.9, top_k=7, max_new_tokens=11, stop=("x", "y"))
-    assert build.sampling_params(sampling) == expected
+    assert sampling.params() == expected
     of_evaluation = EvaluateSamplingConfig(temperature=0.5, top_p=0.9, top_k=7, max_new_tokens=11, stop=["x", "y"])
-    assert build.sampling_params(of_evaluation) == expected
+    assert of_evaluation.params() == expected
 
 
 def test_longest_prompt_of_those_that_come_first():

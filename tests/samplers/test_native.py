@@ -565,22 +565,6 @@ def test_the_context_is_a_limit_on_the_length(make_llama, letter_tokenizer):
         sampler.generate(requests(1), SamplingParams(max_new_tokens=10))
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        SamplingParams(temperature=-0.1),
-        SamplingParams(top_p=0.0),
-        SamplingParams(top_p=1.1),
-        SamplingParams(top_k=-1),
-        SamplingParams(max_new_tokens=0),
-        SamplingParams(stop=("a", "")),
-    ],
-)
-def test_params_out_of_range_are_refused(llama, letter_tokenizer, params: SamplingParams):
-    with pytest.raises(ValueError, match=r"^sampling\.\w+: "):
-        NativeSampler(llama, letter_tokenizer).generate(requests(1), params)
-
-
 def test_options_and_prompts_are_checked(llama, letter_tokenizer):
     with pytest.raises(ValueError, match=r"sampler\.max_num_seqs: 0"):
         NativeSampler(llama, letter_tokenizer, max_num_seqs=0)

@@ -1,8 +1,8 @@
-"""A recipe's config: YAML and ``key=value`` to a checked dataclass, or a list of what is wrong with it."""
+"""A recipe's config: from YAML and ``key=value`` to a checked dataclass, or to a list of mistakes."""
 
 from rolltune.config.command_line import format_mistakes, main, parse_args
 from rolltune.config.explain import explain
-from rolltune.config.load import Check, all_keys, dump, load, read_saved, read_yaml, save, validate, with_defaults
+from rolltune.config.load import Check, all_keys, dump, load, read_saved, save, validate, with_defaults
 from rolltune.errors import ConfigError
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "main",
     "parse_args",
     "read_saved",
-    "read_yaml",
     "save",
     "validate",
     "with_defaults",

@@ -1,4 +1,4 @@
-"""The command line of a recipe: ``--config FILE [--dry-run] [key=value ...]``, and how its errors are shown."""
+"""The command line of a recipe, ``--config FILE [--dry-run] [key=value ...]``, and its error messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECONDS_FOR_RANK_0 = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """``--config path [--dry-run] [key=value ...]``, taken apart."""
+    """A parsed command line; ``--dry-run`` becomes the override ``dry_run=true``."""
 
     config: str | None
     overrides: tuple[str, ...]
@@ -33,10 +33,10 @@ class Arguments:
 
 
 def parse_args(argv: Sequence[str]) -> Arguments:
-    """Take a recipe's command line apart.
+    """Parse a recipe's command line.
 
     Raises:
-        ConfigError: a flag that there is none of, or ``--config`` without a value.
+        ConfigError: an unknown flag, or ``--config`` without a value.
     """
     config, overrides, problems = None, [], []
     rest = list(argv)
@@ -51,7 +51,7 @@ def parse_args(argv: Sequence[str]) -> Arguments:
             overrides.append("dry_run=true")
         elif argument.startswith("--") and argument != "--help":
             right = f"{name[2:].replace('-', '_')}={value or '...'}"
-            problems.append(f"{name}: none of --config, --dry-run and --help; config keys are set as {right}")
+            problems.append(f"{name}: unknown flag; use --config, --dry-run or --help, and set config keys as {right}")
         elif argument not in ("-h", "--help"):
             overrides.append(argument)
     if problems:
@@ -60,16 +60,16 @@ def parse_args(argv: Sequence[str]) -> Arguments:
 
 
 def main(schema: type[T], run: Callable[[T], None], *, check: Check[T] = lambda cfg, world_size: ()) -> None:
-    """The command line of a recipe: load and check the config, print it, run.
+    """Run a recipe from the command line: load and check the config, print it, and call ``run``.
 
-    A user's mistake is printed in a few lines and ends the process with status 2. These are a :class:`ConfigError`,
-    and a ValueError that rolltune's own code raises. :class:`RunStopped` and the errors of samplers are printed and end
-    it with status 1. Any other error is a bug and keeps its traceback.
+    A user's mistake (a :class:`ConfigError`, or a ValueError from rolltune's own code) is printed in a few lines and
+    ends the process with status 2. :class:`RunStopped` and the errors of samplers are printed and end it with status 1.
+    Any other error is a bug and keeps its traceback.
 
     Args:
         schema: the dataclass of the config's keys.
         run: the recipe.
-        check: the problems of a config whose types are right, such as one of :mod:`rolltune.run.checks`.
+        check: yields the problems of a config whose types are right, such as a function of :mod:`rolltune.run.checks`.
     """
     try:
         arguments = parse_args(sys.argv[1:])
@@ -89,12 +89,12 @@ def main(schema: type[T], run: Callable[[T], None], *, check: Check[T] = lambda 
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (RunStopped, SyncError, EngineError) as stopped:
-        # All ranks stop together, but where an engine fails one of them: the others are killed before they say a word.
+        # All ranks stop together and rank 0 speaks, but an EngineError may end any one rank: torchrun kills the others.
         if os.environ.get("RANK", "0") == "0" or isinstance(stopped, EngineError):
             print(f"{Path(sys.argv[0]).stem}: stopped: {stopped}", file=sys.stderr)
         sys.exit(STOPPED)
     except ValueError as error:
-        # A ConfigError says all there is to know, unless it was made from another error.
+        # A ConfigError needs no place, unless it was made from another error.
         raised = error.__cause__ if isinstance(error, ConfigError) else error
         place = traceback.extract_tb(raised.__traceback__)[-1] if raised else None
         if raised is error and place and not _is_ours(place.filename):
@@ -103,9 +103,9 @@ def main(schema: type[T], run: Callable[[T], None], *, check: Check[T] = lambda 
 
 
 def _give_up(error: ValueError, place: traceback.FrameSummary | None = None) -> NoReturn:
-    """Print a user's mistake, and end the process."""
+    """Print a user's mistakes and end the process."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(SECONDS_FOR_RANK_0)  # which mostly finds the same mistake: torchrun ends this process meanwhile
+        time.sleep(SECONDS_FOR_RANK_0)  # rank 0 usually finds the same mistake, and torchrun then ends this process
     print(format_mistakes(error, Path(sys.argv[0]).stem), file=sys.stderr)
     if place is not None:
         print(f"  (from {place.filename}:{place.lineno})", file=sys.stderr)
@@ -113,7 +113,7 @@ def _give_up(error: ValueError, place: traceback.FrameSummary | None = None) -> 
 
 
 def _is_ours(filename: str) -> bool:
-    """Whether a file is part of rolltune, or is the recipe that runs."""
+    """Whether a file belongs to rolltune or is the running recipe."""
     package = Path(rolltune.__file__).parent
     folders = [package.resolve(), *((package / name).resolve() for name in ("rewards", "data", "recipes"))]
     file = Path(filename).resolve()
@@ -121,7 +121,7 @@ def _is_ours(filename: str) -> bool:
 
 
 def format_mistakes(error: ValueError, title: str) -> str:
-    """The mistakes below a title, one a line."""
+    """A title with the number of mistakes, then one mistake a line."""
     problems = error.problems if isinstance(error, ConfigError) else [str(error)]
     lines = "\n".join(problems).splitlines()
     return "\n".join([f"{title}: {len(problems)} mistake{'s' * (len(problems) > 1)}", *(f"  {line}" for line in lines)])

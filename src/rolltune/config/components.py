@@ -1,16 +1,16 @@
-"""``_component_`` nodes: a dotted path and its arguments, checked against the signature before anything is built.
+"""``_component_`` nodes: the dotted path of a class or function and its arguments.
 
-Also here, since arguments and config keys are checked by the same rules: what a YAML value has to be to fit a type.
+:func:`check_component` compares the arguments with the component's signature before anything is built.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import importlib
 import importlib.util
 import inspect
-import math
 import os
 import pkgutil
 import re
@@ -20,94 +20,132 @@ import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import rolltune
+from rolltune.config import renamed
 from rolltune.config.schema import Component
+from rolltune.config.values import type_problem, without_none
 from rolltune.errors import ConfigError
 
 ROOTS = ("rolltune", "torchtune", "torch", "transformers")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false", type(None): "null"}
-_PLURALS = {str: "strings", int: "integers", float: "numbers"}
-_SEQUENCES = (list, tuple, set, frozenset, Sequence, Iterable, Collection)
 
 
-# --- using ------------------------------------------------------------------------------------------------------------
+# --- building ---------------------------------------------------------------------------------------------------------
 
 
 def instantiate(node: Component, *args: Any, **kwargs: Any) -> Any:
     """Call the node's component with ``args``, the node's own arguments and ``kwargs``.
 
-    An argument that is a node itself is passed as it stands: what takes it builds it.
+    An argument that is itself a node is passed as it is: the component builds it. A mapping is passed as an instance of
+    the dataclass that the component's signature names.
 
     Raises:
-        ConfigError: no such component, or it refused its arguments (a ValueError) or found no file.
+        ConfigError: the component does not exist, refuses its arguments (a ValueError) or misses a file.
     """
+    call = component(node)
     try:
-        return component(node)(*args, **kwargs)
+        return call(*args, **kwargs)
     except ConfigError:
         raise
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError([f"{node['_component_']}: {error}"]) from error
 
 
-def component(node: Component, *, ignore: Collection[str] = ()) -> Callable[..., Any]:
-    """The node's component with its arguments bound, for functions that are called later.
+def component(node: Component, *, ignore: Collection[str] = ()) -> functools.partial[Any]:
+    """Bind the node's arguments to its component, for functions that are called later.
 
     Args:
         node: ``_component_`` and arguments.
         ignore: keys of the node that are not arguments, such as the ``weight`` of a reward.
 
     Raises:
-        ConfigError: no such component.
+        ConfigError: the component does not exist, or a mapping among its arguments has a wrong value.
     """
+    path = node["_component_"]
     try:
-        target = locate(node["_component_"])
+        target = locate(path)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
-    return functools.partial(target, **{name: value for name, value in node.items() if name not in _options(ignore)})
-
-
-def is_node(value: Any) -> bool:
-    """Whether an argument names a component of its own."""
-    return isinstance(value, Mapping) and "_component_" in value
-
-
-def _is_node_list(value: Any) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and all(is_node(item) for item in value)
+    try:
+        return functools.partial(target, **_build_mappings(target, _arguments(node, ignore)))
+    except ValueError as error:
+        raise ConfigError([f"{path}: {error}"]) from error
 
 
 def component_or_object(node: Component, *, ignore: Collection[str] = ()) -> Callable[..., Any]:
-    """What is called later: a function with its arguments bound, or an object of a class, made now and kept.
+    """Build a class now, or bind a function's arguments. Either result is called later.
 
     Args:
         node: ``_component_`` and arguments.
         ignore: keys of the node that are not arguments.
 
     Raises:
-        ConfigError: no such component, or a class that refuses its arguments.
+        ConfigError: the component does not exist, or is a class that refuses its arguments.
     """
-    if inspect.isclass(component(node).func):  # pyright: ignore[reportFunctionMemberAccess]
+    bound = component(node, ignore=ignore)
+    if inspect.isclass(bound.func):
         return instantiate({key: value for key, value in node.items() if key not in ignore})
-    return component(node, ignore=ignore)
+    return bound
 
 
-def _options(ignore: Collection[str]) -> set[str]:
-    return {"_component_", *ignore}
+def is_node(value: Any) -> bool:
+    """Whether a value is a mapping with ``_component_``."""
+    return isinstance(value, Mapping) and "_component_" in value
+
+
+def _arguments(node: Component, ignore: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in node.items() if name != "_component_" and name not in ignore}
+
+
+def _build_mappings(target: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, with a dataclass instance in place of each mapping whose type is a dataclass.
+
+    Raises:
+        ValueError: a dataclass refused a value; the message starts with the argument and the field.
+    """
+    hints = _argument_types(target)
+    built = dict(arguments)
+    for name, value in arguments.items():
+        kind = _dataclass_for(value, hints.get(name))
+        if kind is not None:
+            try:
+                built[name] = kind(**_build_mappings(kind, value))
+            except ValueError as error:
+                raise ValueError(f"{name}.{error}") from error
+    return built
+
+
+def _dataclass_for(value: Any, hint: Any) -> Any:
+    """The dataclass that a mapping is turned into, for a type ``D`` or ``D | None``; None if it stays a mapping."""
+    kind = without_none(hint)
+    return kind if dataclasses.is_dataclass(kind) and isinstance(value, Mapping) and not is_node(value) else None
+
+
+def _argument_types(target: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except Exception:  # an annotation may name what is imported for type checkers only
+        return {}
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------
 
 
 def locate(path: str) -> Any:
-    """Import what a dotted path names.
+    """Import the class or function at a dotted path.
 
     Raises:
-        ValueError: not a path, not from an allowed place, not there, or its module fails to import.
+        ValueError: not a dotted path, a module from elsewhere than :data:`ROOTS` and the user's folders, no such name,
+            or a module whose import fails.
     """
     if not isinstance(path, str) or not _DOTTED.fullmatch(path):
         raise ValueError(f"{path}: not a dotted path such as rolltune.losses.grpo.GRPOLoss")
+    if path in renamed.COMPONENTS:
+        raise ValueError(f"{path}: was renamed; use {renamed.COMPONENTS[path]}")
+    if path in renamed.REMOVED_COMPONENTS:
+        raise ValueError(f"{path}: was removed; {renamed.REMOVED_COMPONENTS[path]}")
     parts = path.split(".")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -130,15 +168,16 @@ def _check_root(path: str, root: str) -> None:
     spec = _find_spec(root)
     is_own = spec is not None and _search_folder(spec) in _own_folders()
     if (not is_own or _is_in_rolltune(spec)) and _find_spec(f"rolltune.{root}"):
-        raise ValueError(f"{path}: no module {root} of yours; did you mean rolltune.{path}?")
+        raise ValueError(f"{path}: no module {root} of your own; did you mean rolltune.{path}?")
     if spec is None:
         raise ValueError(
-            f"{path}: no module {root} here, on PYTHONPATH or among {', '.join(ROOTS)}{did_you_mean(root, ROOTS)}"
+            f"{path}: no module {root} in this folder, on PYTHONPATH or among {', '.join(ROOTS)}"
+            f"{did_you_mean(root, ROOTS)}"
         )
     if not is_own:
         raise ValueError(
-            f"{path}: {root} is not one of {', '.join(ROOTS)}, nor a module of yours in the current folder or on "
-            "PYTHONPATH; to use it, import it in a module of yours and name that"
+            f"{path}: {root} is neither one of {', '.join(ROOTS)} nor a module in this folder or on PYTHONPATH; "
+            "to use it, import it in a module of your own and give that module's path"
         )
 
 
@@ -150,14 +189,14 @@ def _find_spec(module: str) -> ModuleSpec | None:
 
 
 def _search_folder(spec: ModuleSpec) -> Path | None:
-    """The folder of sys.path that a top-level module was found in; None for what is built in."""
+    """The folder of sys.path that a top-level module was found in; None for a built-in module."""
     if spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations))).resolve().parent
     return Path(spec.origin).resolve().parent if spec.has_location and spec.origin else None
 
 
 def _is_in_rolltune(spec: ModuleSpec | None) -> bool:
-    """Whether a top-level ``rewards`` or ``data`` is rolltune's own folder, seen from its repository's root."""
+    """Whether a top-level ``rewards`` or ``data`` is rolltune's own folder, found from the root of its repository."""
     package = Path(rolltune.__file__).parent
     return spec is not None and _search_folder(spec) in [
         (package / name).resolve().parent for name in ("rewards", "data")
@@ -175,7 +214,7 @@ def _import(module: str) -> types.ModuleType:
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f" ({place.filename}:{place.lineno})" if "importlib" not in place.filename else ""
-        raise ValueError(f"{module}: its import fails: {type(error).__name__}: {error}{where}") from error
+        raise ValueError(f"{module}: import failed: {type(error).__name__}: {error}{where}") from error
 
 
 def _members(found: Any) -> list[str]:
@@ -195,79 +234,107 @@ def check_component(
     reserved: Sequence[str] = (),
     ignore: Collection[str] = (),
 ) -> list[str]:
-    """What is wrong with a component and its arguments; imports the component, calls nothing.
+    """List the problems of a component's path and arguments. Imports the component but does not call it.
 
     Args:
         node: ``_component_`` and arguments.
-        key: where the node stands in the config, such as ``rewards.answer``.
-        positional: how many positional arguments the recipe calls it with.
+        key: the node's place in the config, such as ``rewards.answer``.
+        positional: number of positional arguments that the recipe calls it with.
         passed: keyword arguments that the recipe always passes.
-        reserved: keyword arguments that the recipe passes where the component takes them.
+        reserved: keyword arguments that the recipe passes if the component takes them.
         ignore: keys of the node that are not arguments.
     """
     if "_component_" not in node:
-        return [f"{key}: no _component_; it names the class or function, with its arguments beside it"]
+        return [f"{key}: has no _component_; give the dotted path of a class or function, with its arguments beside it"]
     path = node["_component_"]
     try:
         target = locate(path)
     except ValueError as error:
         return [f"{key}._component_: {error}"]
     if not callable(target):
-        return [f"{key}._component_: {path} is a {type(target).__name__}; a class or a function is wanted"]
-    options = {name: value for name, value in node.items() if name not in _options(ignore)}
+        return [f"{key}._component_: {path} is a {type(target).__name__}; must be a class or a function"]
+    return _argument_problems(
+        target, _arguments(node, ignore), key, positional=positional, passed=passed, reserved=reserved
+    )
+
+
+def _argument_problems(
+    target: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    key: str,
+    *,
+    positional: int = 0,
+    passed: Sequence[str] = (),
+    reserved: Sequence[str] = (),
+) -> list[str]:
+    """List arguments that ``target`` does not take, misses, or takes in another type."""
     try:
         parameters = list(inspect.signature(target).parameters.values())
     except (TypeError, ValueError):  # written in C, without a signature
         return []
-    name = path.rpartition(".")[2]
-    return [
-        *_bind_problems(parameters, options, key, name, positional, passed, reserved),
-        *_value_problems(target, options, key),
-    ]
-
-
-def _bind_problems(
-    parameters: Sequence[inspect.Parameter],
-    options: Mapping[str, Any],
-    key: str,
-    name: str,
-    positional: int,
-    passed: Sequence[str],
-    reserved: Sequence[str],
-) -> list[str]:
+    name = getattr(target, "__name__", type(target).__name__)
     by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    filled, rest = by_position[:positional], by_position[positional:]
-    named = {p.name: p for p in (*rest, *parameters) if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    named = {k: p for k, p in named.items() if p not in filled}
+    filled = by_position[:positional]
+    by_name = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p not in filled}
+    given = {*passed, *(p.name for p in filled), *(option for option in reserved if option in by_name)}
+    free = by_name.keys() - given  # may come from the config
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    takes_more = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    given = {*passed, *(p.name for p in filled), *(name for name in reserved if name in named)}
+
     problems = []
-    if len(filled) < positional and not takes_more:
+    if len(filled) < positional and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
         problems.append(
-            f"{key}._component_: {name} takes {len(filled)} positional arguments; it is called with {positional} here"
+            f"{key}._component_: {name} takes {len(filled)} positional arguments; the recipe passes {positional}"
         )
-    for argument in passed:
-        if argument not in named and not takes_any:
-            problems.append(f"{key}._component_: {name} takes no {argument}, which the recipe passes to it")
-    for option in options:
-        if option in given:
-            problems.append(f"{key}.{option}: the recipe passes it to {name}; leave it out")
-        elif option not in named and not takes_any:
-            right = did_you_mean(option, named.keys() - given, f"{key}.")
-            problems.append(f"{key}.{option}: {name} takes no such argument{right or _listed(named.keys() - given)}")
-    for argument, parameter in named.items():
-        if parameter.default is parameter.empty and argument not in options and argument not in given:
-            problems.append(f"{key}.{argument}: missing; {name} needs it")
+    if not takes_any:
+        problems += [
+            f"{key}._component_: {name} takes no {argument}, which the recipe passes to it"
+            for argument in passed
+            if argument not in by_name
+        ]
+    for argument in arguments:
+        if argument in given:
+            problems.append(f"{key}.{argument}: the recipe passes it to {name}; leave it out")
+        elif argument not in free and not takes_any:
+            problems.append(f"{key}.{argument}: {_unknown_argument(argument, free, key, name)}")
+    problems += [
+        f"{key}.{argument}: missing; {name} needs it"
+        for argument in by_name
+        if argument in free and argument not in arguments and by_name[argument].default is inspect.Parameter.empty
+    ]
+    ours = {argument: value for argument, value in arguments.items() if argument not in given}
+    return problems + _value_problems(target, ours, key)
+
+
+def _unknown_argument(argument: str, names: Collection[str], key: str, component: str) -> str:
+    new = renamed.ARGUMENTS.get(argument, "")
+    if new.partition(".")[0] in names:
+        return f"was renamed; use {key}.{new}"
+    others = f"; it takes {', '.join(sorted(names))}" if names else ""
+    return f"{component} takes no such argument{did_you_mean(argument, names, f'{key}.') or others}"
+
+
+def _value_problems(target: Any, arguments: Mapping[str, Any], key: str) -> list[str]:
+    """List arguments of another type than the signature's; components and dataclasses among them are checked too."""
+    hints = _argument_types(target)
+    problems = []
+    for name, value in arguments.items():
+        place, hint = f"{key}.{name}", hints.get(name, Any)
+        if is_node(value):
+            problems += _nested_problems(value, place)
+        elif (kind := _dataclass_for(value, hint)) is not None:
+            problems += _argument_problems(kind, value, place)
+        elif isinstance(value, list | tuple) and value and all(map(is_node, value)):
+            problems += [p for i, item in enumerate(value) for p in _nested_problems(item, f"{place}[{i}]")]
+        elif wrong := type_problem(value, hint):
+            problems.append(f"{place}: {wrong}")
     return problems
 
 
-def _listed(names: Iterable[str]) -> str:
-    return f"; it takes {', '.join(sorted(names))}" if names else ""
-
-
 def _nested_problems(node: Component, key: str) -> list[str]:
-    """Of a node inside another one. What a function is called with there is not known here, so it may lack that."""
+    """List the problems of a node inside another one.
+
+    A function there may lack its positional arguments: only its caller knows how many it passes.
+    """
     try:
         target = locate(node["_component_"])
         positional = 0 if inspect.isclass(target) else len(_required_by_position(target))
@@ -282,112 +349,11 @@ def _required_by_position(target: Any) -> list[inspect.Parameter]:
     return [p for p in parameters if p.kind in kinds and p.default is p.empty]
 
 
-def _value_problems(target: Any, options: Mapping[str, Any], key: str) -> list[str]:
-    try:
-        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except Exception:  # names that exist for type checkers alone
-        return []
-    problems = []
-    for name, value in options.items():
-        if is_node(value):
-            problems += _nested_problems(value, f"{key}.{name}")
-        elif _is_node_list(value):
-            problems += [p for i, item in enumerate(value) for p in _nested_problems(item, f"{key}.{name}[{i}]")]
-        elif wrong := type_problem(value, hints.get(name, Any)):
-            problems.append(f"{key}.{name}: {wrong}")
-    return problems
-
-
-# --- types ------------------------------------------------------------------------------------------------------------
-
-
-def type_problem(value: Any, hint: Any) -> str | None:
-    """Why a YAML value does not fit a type, in a few words; None if it fits, or if YAML cannot write the type."""
-    return None if _fits(value, hint) else f"{show(value)}; {describe_type(hint)} is wanted{_hint_at(value, hint)}"
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        # A YAML value can never be a Tensor or another object, so only the members that YAML can say count.
-        known = [arg for arg in args if _is_known(arg)]
-        return any(_fits(value, arg) for arg in known) if set(known) - {type(None)} else True
-    if origin is Literal:
-        return any(value == arg and type(value) is type(arg) for arg in args)
-    if hint is type(None):
-        return value is None
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
-    if hint in (str, Path):
-        return isinstance(value, str)
-    kind = origin or hint
-    if kind in _SEQUENCES:
-        return isinstance(value, list | tuple) and _items_fit(value, kind, args)
-    if kind in (dict, Mapping):
-        return isinstance(value, Mapping) and all(_fits(item, args[1]) for item in value.values() if len(args) == 2)
-    return True
-
-
-def _items_fit(value: Sequence[Any], kind: Any, args: tuple[Any, ...]) -> bool:
-    if kind is tuple and args and args[-1] is not Ellipsis:
-        return len(value) == len(args) and all(_fits(item, arg) for item, arg in zip(value, args, strict=True))
-    return all(_fits(item, args[0]) for item in value) if args else True
-
-
-def _is_known(hint: Any) -> bool:
-    kind = get_origin(hint) or hint
-    return kind in (*_NAMES, *_SEQUENCES, Path, dict, Mapping, Literal)
-
-
-def describe_type(hint: Any) -> str:
-    """A type in words: ``int | None`` is "an integer or null"."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(describe_type(arg) for arg in args if _is_known(arg)))
-    if origin is Literal:
-        return " or ".join(map(str, args))
-    kind = origin or hint
-    if kind is tuple and args and args[-1] is not Ellipsis:
-        return f"a list of {len(args)}"
-    if kind in _SEQUENCES:
-        return f"a list of {_PLURALS[args[0]]}" if args and args[0] in _PLURALS else "a list"
-    if kind in (dict, Mapping):
-        return "a mapping"
-    return _NAMES.get(hint, "a string" if hint is Path else getattr(hint, "__name__", str(hint)))
-
-
-def show(value: Any) -> str:
-    """A YAML value with its type, short enough for a message."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Mapping):
-        return f"a mapping ({', '.join(map(str, value))})" if value else "an empty mapping"
-    if isinstance(value, list | tuple):
-        return f"a list of {len(value)}" if value else "an empty list"
-    text = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}...'"
-    return f"{text} is a string" if isinstance(value, str) else text
-
-
-def _hint_at(value: Any, hint: Any) -> str:
-    """How to say what was probably meant."""
-    kinds = get_args(hint) or (hint,)
-    if str in kinds and isinstance(value, bool | int | float):
-        return " (put it in quotes)"
-    if isinstance(value, str) and {int, float} & set(kinds) and re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", value):
-        return " (without quotes; from the environment: ${oc.decode:${oc.env:NAME}})"
-    if value == "None" and type(None) in kinds:
-        return " (null, not None)"
-    return ""
+# --- names ------------------------------------------------------------------------------------------------------------
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The one of ``names`` that was probably meant by ``name``."""
+    """The most similar of ``names``, or None if none is similar."""
     names = [other for other in names if other]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     near = near or [other for other in names if name.lower() in other.lower() or other.lower() in name.lower()]
@@ -395,6 +361,6 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """``"; did you mean x?"``, or nothing where no name is near."""
+    """``"; did you mean x?"`` with the most similar name, or an empty string."""
     near = nearest(name, names)
     return f"; did you mean {prefix}{near}?" if near else ""

@@ -14,10 +14,8 @@ from rolltune.config.components import component_or_object, instantiate
 from rolltune.config.schema import (
     Component,
     DataConfig,
-    EvaluateSamplingConfig,
     GRPOConfig,
     PromptConfig,
-    SamplingConfig,
     SFTConfig,
 )
 from rolltune.data.dataset import ProblemStream, overlap
@@ -31,7 +29,7 @@ from rolltune.rewards.checks.overoptimization import OveroptimizationMonitor
 from rolltune.rewards.combine import WeightedReward
 from rolltune.samplers import Sampler
 from rolltune.samplers.native import NativeSampler
-from rolltune.types import Problem, Prompt, SamplingParams
+from rolltune.types import Problem, Prompt
 from rolltune.update import MasterWeights, Optimization
 
 SPENT = "spent"  # the folder of what judges have cost, over all processes and starts of a run
@@ -215,13 +213,3 @@ def prompt_renderer(prompt: PromptConfig, tokenizer: PreTrainedTokenizerBase) ->
 def longest_prompt(stream: ProblemStream, render: Callable[[Problem], Prompt], *, most: int = 256) -> int:
     """Tokens of the longest of the first ``most`` training prompts, for checks before weights are loaded."""
     return max(len(render(problem).token_ids) for problem in stream.take(0, min(most, len(stream.dataset))))
-
-
-def sampling_params(sampling: SamplingConfig | EvaluateSamplingConfig) -> SamplingParams:
-    return SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        max_new_tokens=sampling.max_new_tokens,
-        stop=tuple(sampling.stop),
-    )

@@ -1,4 +1,4 @@
-"""Shared by the samplers' ``generate``: checks of parameters and prompts, EOS tokens, and collecting results."""
+"""Shared by the samplers' ``generate``: checks of prompts, EOS tokens, and collecting results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rolltune.types import Completion, SampleRequest, SamplingParams
+from rolltune.types import Completion, SampleRequest
 
 
 class Results:
@@ -35,19 +35,6 @@ class Results:
     def by_request(self) -> list[tuple[Completion, ...]]:
         """Return all completions in the order of requests and seeds."""
         return [tuple(self._completions[i, j] for j in range(count)) for i, count in enumerate(self._counts)]
-
-
-def check_params(params: SamplingParams) -> None:
-    """Raise ValueError for a parameter that is out of range."""
-    for name, value, is_valid, accepted in (
-        ("temperature", params.temperature, params.temperature >= 0, ">= 0"),
-        ("top_p", params.top_p, 0 < params.top_p <= 1, "in (0, 1]"),
-        ("top_k", params.top_k, params.top_k >= 0, ">= 0"),
-        ("max_new_tokens", params.max_new_tokens, params.max_new_tokens >= 1, ">= 1"),
-        ("stop", params.stop, "" not in params.stop, "without empty strings"),
-    ):
-        if not is_valid:
-            raise ValueError(f"sampling.{name}: {value}; must be {accepted}")
 
 
 def check_lengths(

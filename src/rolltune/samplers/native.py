@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rolltune.samplers.decoder import Decoder, check_decoder
 from rolltune.samplers.distribution import sample
-from rolltune.samplers.generation import Results, check_lengths, check_params, eos_token_ids
+from rolltune.samplers.generation import Results, check_lengths, eos_token_ids
 from rolltune.samplers.sequences import DecodeBatch, PromptState, SequenceState, StopCondition
 from rolltune.types import Completion, SampleRequest, SamplingParams
 
@@ -85,10 +85,9 @@ class NativeSampler:
         """See :class:`rolltune.samplers.Sampler`.
 
         Raises:
-            ValueError: a parameter is out of range, or a prompt is empty or too long for the model.
+            ValueError: a prompt is empty, or too long for the model.
             FloatingPointError: the model's logits are NaN.
         """
-        check_params(params)
         check_lengths(requests, params.max_new_tokens, self._max_length, type(self._decoder.causal_lm).__name__)
         results = Results(requests, on_progress, on_completion)
         waiting: deque[SequenceState] = deque()

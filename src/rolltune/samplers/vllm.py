@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -84,7 +84,7 @@ def served(
     tokenizer: PreTrainedTokenizerBase,
     *,
     base_urls: list[str] | None = None,
-    transfer: str = "files",
+    transfer: Literal["files", "nccl"] = "files",
     folder: str | None = None,
     dtype: str | None = None,
     max_num_seqs: int = 256,

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rolltune.errors import EngineError
 from rolltune.model.load import unwrapped
 from rolltune.samplers.engine import Engine, EngineOutput, EngineRequest, engine_params
-from rolltune.samplers.generation import Results, check_lengths, check_params, eos_token_ids
+from rolltune.samplers.generation import Results, check_lengths, eos_token_ids
 from rolltune.samplers.vllm_sync import SyncReport, WeightSync
 from rolltune.types import Completion, SampleRequest, SamplingParams
 
@@ -94,11 +94,10 @@ class VLLMSampler:
         """See :class:`rolltune.samplers.Sampler`.
 
         Raises:
-            ValueError: a parameter is out of range or not supported with vLLM, or a prompt is empty or too long.
+            ValueError: a parameter is not supported with vLLM, or a prompt is empty or too long.
             EngineError: the engine failed, or its answer is not usable.
         """
         assert self._version >= 0, "call sync() first"
-        check_params(params)
         if problem := sampling_problem(params.temperature, params.top_p, params.top_k):
             raise ValueError(problem)
         check_lengths(requests, params.max_new_tokens, self._max_model_len, "sampler.max_model_len")

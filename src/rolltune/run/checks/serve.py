@@ -1,0 +1,24 @@
+"""The check of a config of recipes/serve.py."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+from rolltune.config.schema import ServeConfig
+from rolltune.run.checks.common import above, at_least, check_model_path, check_output_dir
+
+
+def check_serve(cfg: ServeConfig, world_size: int) -> Iterator[str]:
+    yield from check_output_dir(cfg.output_dir)
+    yield from check_model_path(cfg.model, "model")
+    if not cfg.name.strip():
+        yield "name: empty; give the model name that clients use"
+    if not 1 <= cfg.port <= 65535:
+        yield f"port: {cfg.port}; must be in 1 .. 65535"
+    yield from at_least("max_model_len", cfg.max_model_len, 1)
+    yield from at_least("max_num_seqs", cfg.max_num_seqs, 1)
+    yield from above("kv_cache_gib", cfg.kv_cache_gib, 0)
+    yield from above("start_seconds", cfg.start_seconds, 0)
+    if cfg.command and shutil.which(cfg.command[0]) is None:
+        yield f"command[0]: {cfg.command[0]}: no such program"

@@ -1,0 +1,127 @@
+"""Checks that grpo and sft share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rolltune.config.components import check_component
+from rolltune.config.schema import (
+    Component,
+    DataConfig,
+    GRPOConfig,
+    HeldoutConfig,
+    LoggingConfig,
+    LoRAConfig,
+    ModelConfig,
+    SFTConfig,
+)
+from rolltune.run.checks.common import (
+    above,
+    at_least,
+    build_component,
+    build_instance,
+    check_device,
+    check_model_path,
+    check_output_dir,
+    check_prompt,
+)
+
+
+def check_training(cfg: GRPOConfig | SFTConfig, *, num_updates: int) -> Iterator[str]:
+    """Check the keys that both recipes have.
+
+    Args:
+        cfg: the config.
+        num_updates: optimizer steps of the whole run.
+    """
+    yield from check_output_dir(cfg.output_dir)
+    yield from at_least("seed", cfg.seed, 0)
+    yield from check_device(cfg.device)
+    yield from _check_weights(cfg.model, cfg.lora)
+    yield from _check_data(cfg.data)
+    yield from check_prompt(cfg.prompt)
+    yield from at_least("num_steps", cfg.num_steps, 1)
+    yield from above("max_grad_norm", cfg.max_grad_norm, 0)
+    if cfg.loss_scale is not None:
+        yield from _check_loss_scale(cfg.loss_scale, cfg.model.dtype)
+    yield from _check_optimizer(cfg.optimizer)
+    if cfg.lr_scheduler is not None:
+        factors = " x batch.num_iterations x batch.minibatches" if isinstance(cfg, GRPOConfig) else ""
+        yield from _check_lr_scheduler(cfg.lr_scheduler, num_updates, f"num_steps{factors}")
+    yield from _check_heldout(cfg.eval)
+    yield from at_least("checkpoint.every_n_steps", cfg.checkpoint.every_n_steps, 1)
+    yield from at_least("checkpoint.keep_last", cfg.checkpoint.keep_last, 1)
+    yield from _check_logging(cfg.logging)
+
+
+def _check_weights(model: ModelConfig, lora: LoRAConfig | None) -> Iterator[str]:
+    yield from check_model_path(model.path, "model.path")
+    if model.master_weights and model.dtype == "float32":
+        yield "model.master_weights: true; has no effect with model.dtype float32, whose weights are float32 already"
+    if model.fp32_head and model.dtype == "float32":
+        yield "model.fp32_head: true; has no effect with model.dtype float32, whose logits are float32 already"
+    if lora is None:
+        if model.dtype == "float16" and not model.master_weights:
+            yield (
+                "model.master_weights: false; must be true with model.dtype float16, which would round away an update "
+                "below 1/2048 of a weight"
+            )
+        return
+    if model.master_weights:
+        yield "model.master_weights: true; has no effect with lora, whose trained weights are float32 already"
+    yield from at_least("lora.rank", lora.rank, 1)
+    yield from above("lora.alpha", lora.alpha, 0)
+    if not 0 <= lora.dropout < 1:
+        yield f"lora.dropout: {lora.dropout}; must be in [0, 1)"
+    if not all(name.strip() for name in lora.target_modules.split(",")):
+        yield f"lora.target_modules: {lora.target_modules!r}; must be all-linear, or module names separated by commas"
+
+
+def _check_data(data: DataConfig) -> Iterator[str]:
+    yield from check_component(data.train, "data.train")
+    yield from check_component(data.heldout, "data.heldout")
+    if data.train == data.heldout:
+        yield "data.heldout: the same as data.train; give another split or slice, so that it is not trained on"
+
+
+def _check_loss_scale(node: Component, dtype: str) -> Iterator[str]:
+    from rolltune.loss_scale import LossScale
+
+    if dtype != "float16":
+        yield f"loss_scale: has no effect with model.dtype {dtype}, whose range is float32's; leave it out"
+        return
+    yield from build_instance(node, "loss_scale", LossScale)[1]
+
+
+def _check_optimizer(node: Component) -> Iterator[str]:
+    yield from check_component(node, "optimizer", positional=1)
+    lr = node.get("lr")
+    if isinstance(lr, int | float):
+        yield from above("optimizer.lr", lr, 0)
+
+
+def _check_lr_scheduler(node: Component, num_updates: int, product: str) -> Iterator[str]:
+    from torch import zeros
+    from torch.optim import SGD
+
+    optimizer = SGD([zeros(1)])  # only to build the schedule
+    yield from build_component(node, "lr_scheduler", optimizer=optimizer, num_training_steps=num_updates)[1]
+    warmup = node.get("num_warmup_steps")
+    if isinstance(warmup, int):
+        yield from at_least("lr_scheduler.num_warmup_steps", warmup, 0)
+        if warmup > num_updates >= 1:
+            yield (
+                f"lr_scheduler.num_warmup_steps: {warmup}; must be at most the run's optimizer steps, {num_updates} "
+                f"({product})"
+            )
+
+
+def _check_heldout(cfg: HeldoutConfig) -> Iterator[str]:
+    yield from at_least("eval.every_n_steps", cfg.every_n_steps, 1)
+    yield from at_least("eval.max_problems", cfg.max_problems, 1)
+
+
+def _check_logging(logging: LoggingConfig) -> Iterator[str]:
+    yield from at_least("logging.samples_every_n_steps", logging.samples_every_n_steps, 1)
+    if logging.wandb_project != LoggingConfig.wandb_project and not logging.wandb:
+        yield f"logging.wandb_project: {logging.wandb_project}; has no effect while logging.wandb is false"
