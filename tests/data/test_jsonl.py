@@ -39,14 +39,14 @@ def test_data_without_answers(tmp_path):
 
 
 def test_conversations(tmp_path):
-    turns = [
+    messages = [
         {"role": "system", "content": "Be short.", "weight": 0},
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Hello"},
         {"role": "user", "content": "2 + 2?"},
     ]
-    (problem,) = jsonl(path=write(tmp_path, {"messages": turns, "answer": "4"}), messages_key="messages")
-    assert problem.messages == tuple({"role": t["role"], "content": t["content"]} for t in turns)
+    (problem,) = jsonl(path=write(tmp_path, {"messages": messages, "answer": "4"}), messages_key="messages")
+    assert problem.messages == tuple({"role": t["role"], "content": t["content"]} for t in messages)
 
 
 def test_slices(tmp_path):
