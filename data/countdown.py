@@ -1,7 +1,7 @@
 """Countdown: reach a target from a few numbers, each used once, with + - * / (the task of arXiv 2503.01307).
 
-The search has to be done in the open, so what RL adds to a small model shows here: a model that tries, checks and
-goes back solves more problems than one that guesses.
+The model must search in its response, so this task shows what RL adds to a small model: a model that tries, checks and
+backtracks solves more problems than one that guesses.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _SPLITS = {
     "heldout": 0.1,
     "test": 0.2,
     "train": 1.0,
-}  # bounds of a hash in [0, 1); fixed, so that a problem stays where it is
-_TRIES = 20_000  # draws for one problem before ranges without a fitting problem are given up
-_LARGEST = 1_000  # of values on the way: what can be worked out in the head
+}  # upper bounds of a hash in [0, 1); fixed, so that a problem never changes its split
+_TRIES = 20_000  # draws for one problem before the ranges are reported as too narrow
+_LARGEST = 1_000  # largest intermediate value, so that the sums are easy to do in the head
 
 _QUESTIONS = {
     "full": (
@@ -39,11 +39,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """A number that is there to be used, and how it was made.
+    """A number that can still be used, and the expression that made it.
 
     Attributes:
-        value: a positive integer.
-        text: the expression, with no more brackets than it needs.
+        value: positive integer.
+        text: expression with the fewest brackets.
         rank: 0 for a number, 1 for a product or quotient, 2 for a sum or difference.
     """
 
@@ -63,7 +63,7 @@ class Step:
 
 
 def combine(left: Term, operation: str, right: Term) -> Step | None:
-    """The step, or None where its result is not a positive integer up to 1,000.
+    """Return the step, or None if its result is not a positive integer up to 1,000.
 
     Example:
         >>> combine(Term(8, "3 + 5", 2), "*", Term(2, "2")).result
@@ -85,7 +85,7 @@ def combine(left: Term, operation: str, right: Term) -> Step | None:
 
 
 def steps(terms: Sequence[Term], operations: str = OPERATIONS) -> Iterator[tuple[Step, list[Term]]]:
-    """Every step that can be taken now, with the terms that are there after it; no step twice with the same values."""
+    """Yield every possible step with the terms that remain after it, without repeating a step on the same values."""
     seen = set()
     for i, j in combinations(range(len(terms)), 2):
         rest = [term for k, term in enumerate(terms) if k not in (i, j)]
@@ -100,9 +100,9 @@ def steps(terms: Sequence[Term], operations: str = OPERATIONS) -> Iterator[tuple
 
 
 def solve(numbers: Sequence[int], target: int, operations: str = OPERATIONS) -> list[Step] | None:
-    """The steps of one solution that uses every number, or None; values on the way are positive integers.
+    """Return the steps of one solution that uses every number, or None. Intermediate values are positive integers.
 
-    Tries everything: thousands of steps for 4 numbers, a million for 5.
+    The search is exhaustive: thousands of steps for 4 numbers, a million for 5.
     """
 
     def search(terms: list[Term]) -> list[Step] | None:
@@ -130,28 +130,28 @@ def countdown(
     operations: str = OPERATIONS,
     wording: Literal["full", "short"] = "full",
 ) -> Dataset:
-    """Problems that can be solved by construction: numbers are drawn, then the steps that lead to a target.
+    """Generate solvable problems: draw numbers, then draw the steps that lead to a target.
 
     A hash of the numbers (in any order) and the target puts a tenth of all problems into the held-out split, a tenth
-    into the test split and the rest into the train split, so no problem is in two, whatever the seeds are: choose a
-    checkpoint on the one, and report on the other. The gold answer is the expression found on the way; ``solution`` is
-    its steps: "3 + 5 = 8. 8 * 2 = 16.". Values on the way are positive integers up to 1,000; an
-    answer may leave the integers (``rolltune.rewards.countdown`` counts in fractions).
+    into the test split and the rest into the train split. No problem is in two splits, whatever the seeds: choose a
+    checkpoint on the held-out split and report on the test split. The gold answer is the expression that was drawn, and
+    ``solution`` its steps: "3 + 5 = 8. 8 * 2 = 16.". Its intermediate values are positive integers up to 1,000. A
+    model's answer may use fractions (``rolltune.rewards.countdown`` computes with them).
 
     Args:
         count: number of problems, all different.
-        seed: which problems.
+        seed: selects the problems.
         split: "train", "heldout" or "test".
-        sizes: how many numbers a problem has, as often the one as the other; each 2 .. 6.
+        sizes: how many numbers a problem has, drawn with equal chance; each 2 .. 6.
         low: smallest number, at least 1.
         high: largest number.
         min_target: smallest target.
         max_target: largest target.
-        operations: those that solutions are made of.
-        wording: "full" says the rules; "short" is "Make 24 from 3, 5 and 2.", for a system prompt that says them.
+        operations: operations that solutions use.
+        wording: "full" states the rules; "short" is "Make 24 from 3, 5 and 2.", for a system prompt that states them.
 
     Raises:
-        ValueError: an option is out of range, or the ranges hold fewer than ``count`` problems.
+        ValueError: an option is out of range, or the ranges allow fewer than ``count`` problems.
     """
     _check_options(count, split, sizes, low, high, min_target, max_target, operations, wording)
     problems: dict[tuple[tuple[int, ...], int], Problem] = {}
@@ -168,68 +168,72 @@ def countdown(
                 break
         else:
             raise ValueError(
-                f"countdown: count={count} {split} problems of sizes={list(sizes)} from low={low} to high={high} with "
-                f"targets from {min_target} to {max_target} were not found, only {len(problems)}; widen the ranges"
+                f"countdown: count={count} is too many: only {len(problems)} {split} problems found with "
+                f"sizes={list(sizes)}, low={low}, high={high}, min_target={min_target} and max_target={max_target}; "
+                "widen the ranges"
             )
     return Dataset(problems.values())
 
 
-def countdown_rows(
+def countdown_records(
     *,
     path: str = "Jiayi-Pan/Countdown-Tasks-3to4",
     split: Literal["train", "heldout", "test"] = "train",
-    rows: str = "train",
+    hub_split: str = "train",
     start: int = 0,
     count: int = 10_000,
     wording: Literal["full", "short"] = "full",
 ) -> Dataset:
-    """Rows with the columns ``nums`` and ``target``, as in the data set that the paper trains on.
+    """Load records with the columns ``nums`` and ``target``, as in the data set that the paper trains on.
 
-    Rows are put into splits as in :func:`countdown`, so the same numbers in another order are not held out from
-    themselves. Each row is solved to have a gold answer; a row without a solution over positive integers is left out,
-    and so is one that has come before. Solving takes about a millisecond for 4 numbers.
+    The split of a record depends on its numbers and target as in :func:`countdown`, so the same numbers in another
+    order are always in the same split. Each record is solved to get a gold answer, which takes about a millisecond for
+    4 numbers. Repeated records and records without a solution over positive integers are left out.
 
     Args:
         path: a Hub id, or a .jsonl or .parquet file.
-        split: "train" has eight tenths of the rows, "heldout" and "test" one each.
-        rows: the split of the Hub data set that rows are read from.
-        start: first row looked at.
-        count: number of rows looked at, of which those of the split are taken.
+        split: "train" has eight tenths of the records, "heldout" and "test" one tenth each.
+        hub_split: split of the Hub data set to read from.
+        start: index of the first record to read.
+        count: number of records to read; those of ``split`` are kept.
         wording: as in :func:`countdown`.
 
     Raises:
-        ValueError: the data cannot be found or reached, a row is malformed, or the slice is out of range.
+        ValueError: the data cannot be found or loaded, a record is malformed, or the slice is out of range.
     """
     for name, value, known in (("wording", wording, _QUESTIONS), ("split", split, _SPLITS)):
         if value not in known:
-            raise ValueError(f"countdown_rows: {name}={value!r} must be one of {', '.join(known)}")
-    table = _read_rows(path, rows)
+            raise ValueError(f"countdown_records: {name}={value!r} must be one of {', '.join(known)}")
+    table = _read_records(path, hub_split)
     if start < 0 or count < 1 or start + count > len(table):
-        raise ValueError(f"countdown_rows: start={start} and count={count} must lie within the {len(table)} rows")
+        raise ValueError(
+            f"countdown_records: start={start} and count={count} reach beyond the {len(table)} records of {path}"
+        )
     problems: dict[tuple[tuple[int, ...], int], Problem] = {}
     for index in range(start, start + count):
         numbers, target = table[index].get("nums"), table[index].get("target")
-        if not _is_row(numbers, target):
+        if not _is_problem(numbers, target):
             raise ValueError(
-                f"countdown_rows: {path}, row {index}: nums={numbers!r:.60} must be 2 to 6 positive integers and "
-                f"target={target!r:.20} one"
+                f"countdown_records: {path}, record {index}: nums={numbers!r:.60} must be 2 to 6 positive integers and "
+                f"target={target!r:.20} a positive integer"
             )
         key = (tuple(sorted(numbers)), target)
         if key in problems or _split_of(*key) != split:
             continue
         path_found = solve(numbers, target)
         if path_found is not None:
-            problems[key] = _problem(f"countdown/{rows}/{index}", numbers, path_found, OPERATIONS, wording)
+            problems[key] = _problem(f"countdown/{hub_split}/{index}", numbers, path_found, OPERATIONS, wording)
     if not problems:
-        raise ValueError(f"countdown_rows: rows {start} to {start + count - 1} of {path} hold no {split} problem")
+        last = start + count - 1
+        raise ValueError(f"countdown_records: records {start} to {last} of {path} have no {split} problem; raise count")
     return Dataset(problems.values())
 
 
 def given(problem: Problem) -> tuple[list[int], int]:
-    """The numbers and the target, from the gold answer.
+    """Return the numbers and the target, read from the gold answer.
 
     Raises:
-        ValueError: the gold answer is not an expression over integers that comes to a positive integer.
+        ValueError: the gold answer is not an expression over integers with a positive integer value.
     """
     try:
         gold = parse_expression(problem.answer or "")
@@ -301,19 +305,21 @@ def _check_options(
     if not sizes or not all(2 <= size <= 6 for size in sizes):
         raise ValueError(f"countdown: sizes={list(sizes)} must be a list of numbers from 2 to 6")
     if not operations or not set(operations) <= set(OPERATIONS) or len(set(operations)) < len(operations):
-        raise ValueError(f"countdown: operations={operations!r} must be some of {OPERATIONS}")
+        raise ValueError(
+            f"countdown: operations={operations!r} must be a selection from {OPERATIONS}, each at most once"
+        )
 
 
-def _is_row(numbers: Any, target: Any) -> bool:
+def _is_problem(numbers: Any, target: Any) -> bool:
     def positive(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
     return isinstance(numbers, list) and 2 <= len(numbers) <= 6 and all(map(positive, numbers)) and positive(target)
 
 
-def _read_rows(path: str, split: str) -> Any:
-    """Rows by number, from a file or the Hub."""
-    import datasets  # seconds to import, and not needed where problems are drawn
+def _read_records(path: str, split: str) -> Any:
+    """Return the records by index, from a file or the Hub."""
+    import datasets  # takes seconds to import, and generated problems do not need it
 
     try:
         for suffix, builder in ((".jsonl", "json"), (".parquet", "parquet")):
@@ -322,5 +328,5 @@ def _read_rows(path: str, split: str) -> Any:
         if not _HUB_ID.fullmatch(path):
             raise ValueError("neither a .jsonl or .parquet file nor a Hub id")
         return datasets.load_dataset(path, split=split)
-    except Exception as error:  # the Hub, the file system and the parsers have no exception in common
-        raise ValueError(f"countdown_rows: path={path!r}: {' '.join(str(error).split())[:200]}") from error
+    except Exception as error:  # the Hub, the file system and the parsers raise unrelated exceptions
+        raise ValueError(f"countdown_records: path={path!r}: {' '.join(str(error).split())[:200]}") from error

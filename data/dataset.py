@@ -1,4 +1,4 @@
-"""A data set in memory, and the order in which training goes through it."""
+"""A data set in memory, and the order in which training visits it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from rolltune.types import Problem
 
-Row = TypeVar("Row")
+T = TypeVar("T")
 
 
 class Dataset(Sequence[Problem]):
@@ -22,13 +22,13 @@ class Dataset(Sequence[Problem]):
         1
 
     Raises:
-        ValueError: there is no problem, or two have the same id.
+        ValueError: no problems, or two problems with the same id.
     """
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self._problems = tuple(problems)
         if not self._problems:
-            raise ValueError("the data set holds no problems")
+            raise ValueError("the data set has no problems")
         ids: set[str] = set()
         for problem in self._problems:
             if problem.id in ids:
@@ -49,8 +49,8 @@ class Dataset(Sequence[Problem]):
 class ProblemStream:
     """The endless order of training: every epoch is a new shuffle of all problems.
 
-    The shuffle depends on ``(seed, epoch)`` alone, so the number of problems taken so far is the whole state: a run
-    that is resumed with it takes the same problems, whatever the batch sizes were.
+    The shuffle depends only on ``(seed, epoch)``, so the number of problems taken so far is the whole state. A resumed
+    run takes the same problems, whatever the batch sizes were.
 
     Example:
         >>> problems = [Problem(id=str(i), messages=()) for i in range(3)]
@@ -59,7 +59,7 @@ class ProblemStream:
         True
 
     Args:
-        dataset: what is taken from.
+        dataset: the problems.
         seed: 0 .. 2**64 - 1.
 
     Raises:
@@ -68,16 +68,16 @@ class ProblemStream:
 
     def __init__(self, dataset: Sequence[Problem], seed: int) -> None:
         if not 0 <= seed < 2**64:
-            raise ValueError(f"seed={seed} must lie in 0 .. 2**64 - 1")
+            raise ValueError(f"seed={seed} must be in 0 .. 2**64 - 1")
         self.dataset = dataset
         self.seed = seed
 
     def take(self, data_position: int, count: int) -> list[Problem]:
-        """Problems number ``data_position`` to ``data_position + count - 1`` of the stream.
+        """Return problems ``data_position`` to ``data_position + count - 1`` of the stream.
 
         Args:
-            data_position: how many problems were taken before.
-            count: how many to take; may be more than an epoch.
+            data_position: number of problems taken before.
+            count: number of problems to take; may exceed an epoch.
         """
         assert data_position >= 0 and count >= 0, (data_position, count)
         size = len(self.dataset)
@@ -89,42 +89,42 @@ class ProblemStream:
 
 @lru_cache(maxsize=4)
 def _epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of one epoch, int64 [size]."""
-    # Sorted raw bits rather than Generator.permutation: numpy promises the bits of Philox for all versions, but not
-    # what its Generator makes of them (NEP 19), and a resumed run may have another numpy.
+    """Return the permutation of one epoch, int64 [size]."""
+    # Sorted raw bits instead of Generator.permutation: numpy guarantees the bits of Philox across versions, but not
+    # the output of Generator (NEP 19), and a resumed run may have another numpy.
     bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(size)
     return np.argsort(bits, kind="stable")
 
 
-def take_slice(rows: Sequence[Row], *, start: int, count: int | None, source: str) -> Sequence[Row]:
-    """``rows[start : start + count]``, all of it there.
+def take_slice(records: Sequence[T], *, start: int, count: int | None, source: str) -> Sequence[T]:
+    """Return ``records[start : start + count]``, and refuse a slice that is not fully inside.
 
     Args:
-        rows: what is cut.
-        start: first row.
-        count: number of rows; None takes all that follow.
-        source: the data set's name for the error.
+        records: anything, in order.
+        start: index of the first record.
+        count: number of records; None takes all from ``start`` on.
+        source: the data set's name in error messages.
 
     Raises:
-        ValueError: the slice does not lie within the rows, or is empty.
+        ValueError: the slice is empty or reaches beyond the records.
     """
-    if not 0 <= start < len(rows):
-        raise ValueError(f"{source}: start={start} must lie in 0 .. {len(rows) - 1}, there are {len(rows)} problems")
+    size = len(records)
+    if not 0 <= start < size:
+        raise ValueError(f"{source}: start={start} must be in 0 .. {size - 1}; it has {size} problems")
     if count is None:
-        return rows[start:]
-    if not 1 <= count <= len(rows) - start:
+        return records[start:]
+    if not 1 <= count <= size - start:
         raise ValueError(
-            f"{source}: count={count} must lie in 1 .. {len(rows) - start}, "
-            f"there are {len(rows)} problems and start={start}"
+            f"{source}: count={count} must be in 1 .. {size - start}; it has {size} problems, start={start}"
         )
-    return rows[start : start + count]
+    return records[start : start + count]
 
 
 def overlap(train: Iterable[Problem], heldout: Iterable[Problem]) -> list[str]:
-    """Ids of held-out problems whose question is in the training set too (letter case and spacing aside)."""
+    """List the ids of held-out problems whose question is in the training set too, ignoring case and spacing."""
     seen = {_question_key(problem) for problem in train}
     return [problem.id for problem in heldout if _question_key(problem) in seen]
 
 
 def _question_key(problem: Problem) -> tuple[tuple[str, str], ...]:
-    return tuple((turn["role"], " ".join(turn["content"].casefold().split())) for turn in problem.messages)
+    return tuple((m["role"], " ".join(m["content"].casefold().split())) for m in problem.messages)

@@ -1,6 +1,6 @@
 """GSM-Symbolic: GSM8K questions as templates with new names and numbers (Mirzadeh et al. 2024, arXiv 2410.05229).
 
-The templates are those of the reasoning-gym package, so nothing is downloaded.
+The templates come with the reasoning-gym package, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import reasoning_gym
 from rolltune.data.dataset import Dataset
 from rolltune.types import Problem
 
-# Templates of reasoning-gym 0.1.25 whose gold answer is wrong for some of the numbers they draw, out of its 85:
-# 2 (in 59 % of 12,000 draws), 49 (54 %), 75 (48 %), 4 (16 %), 99 (8 %), 3 (2 %) and 40 (0.1 %) cut a fraction off,
-# as in "17 * 0.5 = 8"; 92 asks to round a price to the nearest dollar, and takes 2.50 to 2.
+# The templates, of the 85 in reasoning-gym 0.1.25, whose gold answer is wrong for some of the numbers they draw:
+# 2 (in 59 % of 12,000 draws), 49 (54 %), 75 (48 %), 4 (16 %), 99 (8 %), 3 (2 %) and 40 (0.1 %) truncate a fraction, as
+# in "17 * 0.5 = 8"; 92 asks to round a price to the nearest dollar and rounds 2.50 to 2.
 _WRONG_TEMPLATES = frozenset({2, 3, 4, 40, 49, 75, 92, 99})
 
 _INSTRUCTION = " Give the result as your final answer. Do not include units."
@@ -23,24 +23,24 @@ _NOISY_FLOAT = re.compile(r"\.\d{4}")  # "22.000000000000004 hours", "0.66666666
 
 
 def gsm_symbolic(*, count: int, seed: int = 0, start: int = 0) -> Dataset:
-    """Word problems in the style of GSM8K from 77 templates, with worked solutions.
+    """Generate word problems in the style of GSM8K from 77 templates, with worked solutions.
 
-    Every ``seed`` stands for one list of any length without repeated questions; ``start`` and ``count`` cut a piece
-    out of it. Take train and held-out problems as two pieces of the list of one seed: they have no question in
-    common. Different seeds may (reasoning-gym seeds its item i with ``seed + i``). Templates are shared either way,
-    so held-out accuracy measures new numbers and names, not new kinds of problems.
+    Each ``seed`` gives one list of any length without repeated questions; ``start`` and ``count`` select a slice of it.
+    Take train and held-out problems as two slices with the same seed: they share no question. Lists of different seeds
+    may share questions, because reasoning-gym seeds item i with ``seed + i``. Slices share templates, so held-out
+    accuracy measures new numbers and names, not new kinds of problems.
 
-    Questions come without reasoning-gym's "Give the result as your final answer": instructions are the config's.
-    Left out are templates with wrong gold answers, and the few problems whose answer is negative or not an integer or
-    whose text shows the noise of floating point.
+    Questions come without reasoning-gym's "Give the result as your final answer", because instructions belong to the
+    config. Templates with wrong gold answers are left out, and so are the few problems whose answer is negative or not
+    an integer or whose text has floating-point noise.
 
     Args:
         count: number of problems.
-        seed: which list.
-        start: first problem taken from it.
+        seed: selects the list.
+        start: index of the first problem.
 
     Raises:
-        ValueError: count < 1, start < 0 or seed < 0, or the templates do not yield so many different questions.
+        ValueError: count < 1, start < 0 or seed < 0, or the templates do not yield enough different questions.
     """
     for name, value, least in (("count", count, 1), ("seed", seed, 0), ("start", start, 0)):
         if value < least:
@@ -68,4 +68,6 @@ def gsm_symbolic(*, count: int, seed: int = 0, start: int = 0) -> Dataset:
         )
         if len(problems) == end:
             return Dataset(list(problems.values())[start:])
-    raise ValueError(f"gsm_symbolic: start + count = {end} is too many, {len(problems)} different questions were found")
+    raise ValueError(
+        f"gsm_symbolic: start + count = {end} is too many; the templates gave {len(problems)} different questions"
+    )

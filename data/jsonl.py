@@ -1,4 +1,4 @@
-"""A JSONL file of one's own: one problem a line."""
+"""Your own JSONL file, one problem per line."""
 
 from __future__ import annotations
 
@@ -25,54 +25,54 @@ def jsonl(
     start: int = 0,
     count: int | None = None,
 ) -> Dataset:
-    """Problems from a file with one JSON object a line (UTF-8; empty lines are passed over).
+    """Load problems from a file with one JSON object per line (UTF-8; empty lines are skipped).
 
     Args:
         path: the file.
-        question_key: the column with the question, which becomes one user turn.
-        answer_key: the column with the gold answer, a string or a number. Strings are taken as they are, without
-            the space around them: write ``1800`` and not ``$1,800``. None for data without answers.
-        id_key: the column with the id, a string or an integer. Without it ids are "<file name>/<line number>".
-        solution_key: the column with a worked solution.
-        messages_key: the column with a whole conversation, ``[{"role": ..., "content": ...}, ...]``, that ends
-            with a user turn. It replaces ``question_key``.
-        start: first problem taken.
-        count: number of problems taken; None takes all from ``start`` on.
+        question_key: key of the question, which becomes one user message.
+        answer_key: key of the gold answer, a string or a number. Strings are kept except for surrounding space: write
+            ``1800`` and not ``$1,800``. None for data without answers.
+        id_key: key of the id, a string or an integer. By default ids are "<file name>/<line number>".
+        solution_key: key of a worked solution.
+        messages_key: key of a whole conversation, ``[{"role": ..., "content": ...}, ...]``, that ends with a user
+            message. It replaces ``question_key``.
+        start: index of the first problem.
+        count: number of problems; None takes all from ``start`` on.
 
     Raises:
-        ValueError: there is no such file, a row is malformed (the message names file and line), an id stands twice,
-            or the slice is out of range.
+        ValueError: no such file, a malformed record (the message names file and line), a repeated id, or a slice out
+            of range.
     """
     source = Path(path).expanduser()
     if not source.is_file():
         raise ValueError(f"jsonl: path={path!r} is not a file")
     problems: list[Problem] = []
     where_of_id: dict[str, str] = {}
-    for line, row in read_jsonl(source):
+    for line, record in read_jsonl(source):
         where = f"{source}:{line}"
-        problem_id = f"{source.stem}/{line}" if id_key is None else _text(row, id_key, where, number=int)
+        problem_id = f"{source.stem}/{line}" if id_key is None else _text(record, id_key, where, number=int)
         if problem_id in where_of_id:
-            raise ValueError(f"{where}: the id {problem_id!r} is taken by {where_of_id[problem_id]}")
+            raise ValueError(f"{where}: the id {problem_id!r} is already used at {where_of_id[problem_id]}")
         where_of_id[problem_id] = where
         if messages_key is None:
-            messages: tuple[Message, ...] = ({"role": "user", "content": _text(row, question_key, where)},)
+            messages: tuple[Message, ...] = ({"role": "user", "content": _text(record, question_key, where)},)
         else:
-            messages = _messages(row, messages_key, where)
+            messages = _messages(record, messages_key, where)
         problems.append(
             Problem(
                 id=problem_id,
                 messages=messages,
-                answer=None if answer_key is None else _text(row, answer_key, where, number=float).strip(),
-                solution=None if solution_key is None else _text(row, solution_key, where).strip(),
+                answer=None if answer_key is None else _text(record, answer_key, where, number=float).strip(),
+                solution=None if solution_key is None else _text(record, solution_key, where).strip(),
             )
         )
     if not problems:
-        raise ValueError(f"{source}: the file has no rows")
+        raise ValueError(f"{source}: the file has no records")
     return Dataset(take_slice(problems, start=start, count=count, source=str(source)))
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of a JSONL file with their line numbers, from 1.
+    """Yield the records of a JSONL file with their line numbers, from 1.
 
     Raises:
         ValueError: a line is not UTF-8, not JSON, or not an object.
@@ -82,21 +82,21 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not raw.strip():
                 continue
             try:
-                row = json.loads(raw.decode("utf-8-sig"))
+                record = json.loads(raw.decode("utf-8-sig"))
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}:{line}: not UTF-8 text ({error.reason})") from None
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{line}: not JSON ({error.msg} at column {error.colno})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{line}: a row must be a JSON object, not {type(row).__name__}")
-            yield line, row
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}:{line}: a record must be a JSON object, not {type(record).__name__}")
+            yield line, record
 
 
-def _text(row: dict[str, Any], key: str, where: str, *, number: type[int] | type[float] | None = None) -> str:
-    """The string in one column; with ``number``, an int (or a float too) is taken and written in canonical form."""
-    if key not in row:
-        raise ValueError(f"{where}: no column {key!r}; the row has {', '.join(map(repr, row)) or 'none'}")
-    value = row[key]
+def _text(record: dict[str, Any], key: str, where: str, *, number: type[int] | type[float] | None = None) -> str:
+    """Return the string at ``key``. With ``number``, accept an int (or a float too) and write it in canonical form."""
+    if key not in record:
+        raise ValueError(f"{where}: no key {key!r}; the record has {', '.join(map(repr, record)) or 'no keys'}")
+    value = record[key]
     if isinstance(value, str) and value.strip():
         return value
     if number is not None and isinstance(value, int) and not isinstance(value, bool):
@@ -107,15 +107,15 @@ def _text(row: dict[str, Any], key: str, where: str, *, number: type[int] | type
     raise ValueError(f"{where}: {key!r} must be a non-empty string{wanted}, not {value!r:.60}")
 
 
-def _messages(row: dict[str, Any], key: str, where: str) -> tuple[Message, ...]:
-    turns = row.get(key)
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{where}: {key!r} must be a list of turns, not {turns!r:.60}")
+def _messages(record: dict[str, Any], key: str, where: str) -> tuple[Message, ...]:
+    given = record.get(key)
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"{where}: {key!r} must be a list of messages, not {given!r:.60}")
     messages: list[Message] = []
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, dict) or turn.get("role") not in _ROLES:
-            raise ValueError(f"{where}: turn {number} of {key!r} needs a role out of {', '.join(_ROLES)}")
-        messages.append({"role": turn["role"], "content": _text(turn, "content", f"{where}, turn {number}")})
+    for number, message in enumerate(given):
+        if not isinstance(message, dict) or message.get("role") not in _ROLES:
+            raise ValueError(f"{where}: message {number} of {key!r} must have a role out of {', '.join(_ROLES)}")
+        messages.append({"role": message["role"], "content": _text(message, "content", f"{where}, message {number}")})
     if messages[-1]["role"] != "user":
-        raise ValueError(f"{where}: {key!r} must end with a user turn, not with {messages[-1]['role']!r}")
+        raise ValueError(f"{where}: {key!r} must end with a user message, not with {messages[-1]['role']!r}")
     return tuple(messages)

@@ -1,4 +1,4 @@
-"""Labelled verdicts, by which ``tune run audit_judge`` holds a judge: a packaged set, or a file of one's own."""
+"""Labelled verdicts for ``tune run audit_judge``: a packaged set, or your own file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PACKAGED = Path(__file__).with_name("judge_labelled.jsonl")
 _Text = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
 
 
-class _Line(BaseModel):
+class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     id: _Text
@@ -33,68 +33,69 @@ class _Line(BaseModel):
 
 
 def judge_labelled(*, path: str | None = None, start: int = 0, count: int | None = None) -> list[LabelledResponse]:
-    """Responses with labels, from a file with one JSON object a verdict.
+    """Load labelled responses from a file with one JSON object per verdict.
 
-    ``{"id": ..., "problem": the question, "response": ..., "criterion": {title, description, category or weight,
-    satisfied_is_good}, "satisfied": true or false, "injection": true where the response speaks to its judge, "note":
-    why}``. The last two may be left out; ``satisfied`` says whether the response does what the criterion says, be that
-    good or bad. Lines with the same problem and response are one response, whose criteria are listed in their order.
+    A record is ``{"id": ..., "problem": the question, "response": ..., "criterion": {title, description, category or
+    weight, satisfied_is_good}, "satisfied": true or false, "injection": true or false, "note": the reason}``.
+    ``satisfied`` says whether the response does what the criterion describes, whether that is good or bad.
+    ``injection`` marks a response that addresses its judge. ``injection`` and ``note`` are optional. Records with the
+    same problem and response are one response, with its criteria in file order.
 
     The packaged set has 225 verdicts on 68 everyday responses, written for this purpose: short and right ones, long
-    and wrong ones, their opposites, and 12 bad ones that ask their judge for good grades. The labels are one person's,
-    on criteria that leave no room for taste.
+    and wrong ones, their opposites, and 12 bad ones that ask their judge for good grades. One person set the labels, on
+    criteria that are not a matter of taste.
 
     Args:
         path: the file; None for the packaged one.
-        start: first response taken.
-        count: number of responses taken; None takes all from ``start`` on.
+        start: index of the first response.
+        count: number of responses; None takes all from ``start`` on.
 
     Raises:
-        ValueError: there is no such file, lines are wrong (each is named with its fields), a verdict stands twice, or
-            the slice is out of range.
+        ValueError: no such file, wrong records (the message names each with its fields), a repeated verdict, or a slice
+            out of range.
     """
     source = _PACKAGED if path is None else Path(path).expanduser()
     if not source.is_file():
         raise ValueError(f"judge_labelled: path={path!r} is not a file")
     places: dict[str, str] = {}
-    found = collect(_rows(source), lambda where, row: _read(where, row, places))
+    found = collect(_records(source), lambda where, record: _read(where, record, places))
     if not found:
-        raise ValueError(f"{source}: the file has no rows")
+        raise ValueError(f"{source}: the file has no records")
     return list(take_slice(_responses(found), start=start, count=count, source=str(source)))
 
 
-def _rows(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    return ((f"{source}:{number}", row) for number, row in read_jsonl(source))
+def _records(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((f"{source}:{line}", record) for line, record in read_jsonl(source))
 
 
-def _read(where: str, row: dict[str, Any], places: dict[str, str]) -> _Line:
-    """One verdict, unless its id, or its criterion for the same response, is there already."""
-    line = parse(_Line, row)
-    asked = f"{line.problem}\0{line.response}\0{line.criterion.key}"
-    for name, what in ((line.id, f"the id {line.id!r}"), (asked, "the same criterion for the same response")):
+def _read(where: str, given: dict[str, Any], places: dict[str, str]) -> _Record:
+    """Read one verdict; ValueError if its id, or its criterion for the same response, is already in ``places``."""
+    record = parse(_Record, given)
+    asked = f"{record.problem}\0{record.response}\0{record.criterion.key}"
+    for name, what in ((record.id, f"the id {record.id!r}"), (asked, "the same criterion for the same response")):
         first = places.setdefault(name, where)
         if first != where:
-            raise ValueError(f"{what} stands at {first} too")
-    return line
+            raise ValueError(f"{what} is already at {first}")
+    return record
 
 
-def _responses(lines: Iterable[_Line]) -> list[LabelledResponse]:
-    found: dict[tuple[str, str], list[_Line]] = {}
-    for line in lines:
-        found.setdefault((line.problem, line.response), []).append(line)
+def _responses(records: Iterable[_Record]) -> list[LabelledResponse]:
+    found: dict[tuple[str, str], list[_Record]] = {}
+    for record in records:
+        found.setdefault((record.problem, record.response), []).append(record)
     return [
         LabelledResponse(
             problem=Problem(id=_id(problem), messages=({"role": "user", "content": problem},)),
             text=text,
             labels=tuple(
                 Label(
-                    id=line.id,
-                    criterion=line.criterion,
-                    satisfied=line.satisfied,
-                    injection=line.injection,
-                    note=line.note,
+                    id=record.id,
+                    criterion=record.criterion,
+                    satisfied=record.satisfied,
+                    injection=record.injection,
+                    note=record.note,
                 )
-                for line in of_response
+                for record in of_response
             ),
         )
         for (problem, text), of_response in found.items()
@@ -102,5 +103,5 @@ def _responses(lines: Iterable[_Line]) -> list[LabelledResponse]:
 
 
 def _id(problem: str) -> str:
-    """By the question alone: the same in every file and order."""
+    """Make an id from the question only, so that it does not depend on file or order."""
     return f"judge_labelled/{hashlib.sha256(problem.encode(errors='replace')).hexdigest()[:12]}"

@@ -1,5 +1,6 @@
-"""Any task of the reasoning-gym package whose answer is one number or one word (Stojanovski et al. 2025,
-arXiv 2505.24760): arithmetic, sequences, counting, logic with a yes or a no. Nothing is downloaded.
+"""Tasks of the reasoning-gym package (Stojanovski et al. 2025, arXiv 2505.24760) with a one-number or one-word answer.
+
+Examples are arithmetic, sequences, counting and yes-or-no logic. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from reasoning_gym.factory import DATASETS, create_dataset
 from rolltune.data.dataset import Dataset, take_slice
 from rolltune.types import Problem
 
-# A number, a fraction or a word: what can be told right from wrong by comparing it with the gold answer.
+# A number, a fraction or a word: comparing it with the gold answer decides whether it is right.
 _SCALAR = re.compile(r"-?[0-9]+(\.[0-9]+)?|-?[0-9]+/[0-9]+|[A-Za-z0-9]{1,32}")
 
-# Their answers look like one word, but any palindrome of the letters, or any way through the puzzle, is right.
+# Their answers look like one word, but any palindrome of the letters, or any path through the puzzle, is right.
 _MANY_RIGHT_ANSWERS = frozenset({"palindrome_generation", "sokoban"})
 
 
@@ -30,18 +31,18 @@ def reasoning_gym_task(
     count: int | None = None,
     **options: Any,
 ) -> Dataset:
-    """Problems of one reasoning-gym task, without repeated questions.
+    """Generate problems of one reasoning-gym task, without repeated questions.
 
-    For held-out problems take another slice of the list with the same ``size``, ``seed`` and options; the two have
-    no question in common. Another seed is not enough: reasoning-gym seeds item i with ``seed + i``, so seeds
-    0 and 1 draw nearly the same items.
+    For held-out problems take another slice with the same ``size``, ``seed`` and options: the two share no question.
+    Another seed is not enough, because reasoning-gym seeds item i with ``seed + i``, so seeds 0 and 1 draw nearly the
+    same items.
 
     Args:
-        task: a name as in ``reasoning_gym.factory.DATASETS``: "chain_sum", "gcd", "number_sequence" ...
-        size: number of items that are drawn; repeated questions are then left out.
-        seed: which items.
-        start: first problem taken of those left.
-        count: number of problems taken; None takes all from ``start`` on.
+        task: a name in ``reasoning_gym.factory.DATASETS``, such as "chain_sum", "gcd" or "number_sequence".
+        size: number of items to draw, before repeated questions are removed.
+        seed: selects the items.
+        start: index of the first problem, after repeated questions are removed.
+        count: number of problems; None takes all from ``start`` on.
         **options: the task's own options, such as ``min_terms`` of "chain_sum".
 
     Raises:
@@ -55,8 +56,8 @@ def reasoning_gym_task(
         answer = str(item["answer"]).strip()
         if item["answer"] is None or not _SCALAR.fullmatch(answer) or task in _MANY_RIGHT_ANSWERS:
             raise ValueError(
-                f"reasoning_gym_task: an answer of task={task!r} is not one number or word with a single right value "
-                f"(item {index}: {item['answer']!r:.60}); take a task such as chain_sum, gcd or number_sequence"
+                f"reasoning_gym_task: task={task!r} has answers that are not one number or word with a single right "
+                f"value (item {index}: {item['answer']!r:.60}); use a task such as chain_sum, gcd or number_sequence"
             )
         problems.setdefault(
             item["question"],
@@ -70,7 +71,7 @@ def reasoning_gym_task(
 
 
 def _items(task: str, size: int, seed: int, options: dict[str, Any]) -> Any:
-    """The library's data set, with its complaints turned into ours."""
+    """Create the library's data set, and turn its complaints into ValueErrors that name our options."""
     if task not in DATASETS:
         raise ValueError(f"reasoning_gym_task: unknown task={task!r}{_nearest(task, list(DATASETS))}")
     known = [field.name for field in dataclasses.fields(DATASETS[task][1])]
@@ -87,4 +88,4 @@ def _items(task: str, size: int, seed: int, options: dict[str, Any]) -> Any:
 
 def _nearest(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else f"; there are {', '.join(sorted(known))}"
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else f"; known are {', '.join(sorted(known))}"

@@ -1,170 +1,66 @@
-"""Problems with rubrics, for answers that a judge has to read: one's own, the published ones, and a small set to try.
+"""Problems with rubrics, for responses that a judge must read: your own, the published ones, and a packaged set.
 
-Rubrics for each prompt are what the paper found to work. Rubrics as Rewards (arXiv 2507.17746v2, its main table) has
-Qwen2.5-7B at 12.5 on HealthBench with one predefined rubric for all prompts, below the 22.7 of the Instruct model that
-was not trained on any, and at 29.7 (explicit) and 31.2 (implicit) with rubrics of each prompt's own.
+A rubric for each prompt works better than one rubric for all of them. Rubrics as Rewards (arXiv 2507.17746v2, its main
+table) trains Qwen2.5-7B to 29.7 (explicit) and 31.2 (implicit) on HealthBench with a rubric per prompt, but only to
+12.5 with one predefined rubric; the Instruct model without this training is at 22.7.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from rolltune.config.components import check_component, instantiate
 from rolltune.data.dataset import Dataset, take_slice
-from rolltune.data.jsonl import read_jsonl
-from rolltune.errors import ConfigError
-from rolltune.rewards.rubric.load import Unsure, Weights, collect, criteria_of, problem_row, rar_problem, rubric_row
-from rolltune.rewards.rubric.schema import Rubric
+from rolltune.data.records import HUB_ID, Located, file_records, hub_records
+from rolltune.rewards.rubric.load import Unsure, Weights, collect, problem_record, rar_problem
 from rolltune.types import Problem
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TASKS = Path(__file__).with_name("rubric_tasks.jsonl")
 _ONE_HELD_OUT_IN = 50  # questions of published data, by a hash of their text
 
-# --- one's own --------------------------------------------------------------------------------------------------------
+# --- your own ---------------------------------------------------------------------------------------------------------
 
 
 def rubric_jsonl(*, path: str, start: int = 0, count: int | None = None) -> Dataset:
-    """Problems with rubrics from a file, one JSON object a line.
+    """Load problems with rubrics from a .jsonl or .parquet file.
 
-    A line is what ``tune run write_rubrics`` writes, ``{"problem": {"id": ..., "messages": [...], "answer": ...},
-    "rubric": {"criteria": [...]}}``, or flat: ``question`` or ``messages``, ``criteria`` (or ``rubric``), and where
-    there are any ``id``, ``answer`` and ``solution``. A criterion has the fields of
-    :class:`rolltune.rewards.rubric.schema.Criterion`. Without an id it is "<file name>/<line number>".
+    A record is what ``tune run write_rubrics`` writes, ``{"problem": {"id": ..., "messages": [...], "answer": ...},
+    "rubric": {"criteria": [...]}}``, or flat: ``question`` or ``messages``, ``criteria`` (or ``rubric``), and
+    optionally ``id``, ``answer`` and ``solution``. A criterion has the fields of
+    :class:`rolltune.rewards.rubric.schema.Criterion`. The default id is "<file name>/<line number>".
 
     Args:
-        path: the file.
-        start: first problem taken.
-        count: number of problems taken; None takes all from ``start`` on.
+        path: the file; in JSONL one record per line.
+        start: index of the first problem.
+        count: number of problems; None takes all from ``start`` on.
 
     Raises:
-        ValueError: there is no such file, lines are wrong (each is named with its fields), an id stands twice, or the
-            slice is out of range.
+        ValueError: no such file, wrong records (the message names each with its fields), a repeated id, or a slice out
+            of range.
     """
-    source = _file(path, "rubric_jsonl")
+    records = _read(path, "rubric_jsonl")
+    stem = Path(path).stem
     places: dict[str, str] = {}
 
-    def read(where: str, row: dict[str, Any]) -> Problem:
-        problem = problem_row(row).to_problem(f"{source.stem}/{where.rpartition(':')[2]}")
-        _check_new(problem.id, where, places)
+    def read(where: str, record: dict[str, Any]) -> Problem:
+        problem = problem_record(record).to_problem(f"{stem}/{where.rpartition(':')[2]}")
+        if (first := places.setdefault(problem.id, where)) != where:
+            raise ValueError(f"id: {problem.id!r} is already used at {first}")
         return problem
 
-    problems = collect(_lines(source), read)
-    return Dataset(take_slice(problems, start=start, count=count, source=str(source)))
+    problems = collect(records, read)
+    return Dataset(take_slice(problems, start=start, count=count, source=path))
 
 
-def with_rubric(
-    *,
-    data: dict[str, Any],
-    rubric: list[dict[str, Any]] | str,
-    missing: Literal["error", "drop"] = "error",
-) -> Dataset:
-    """The problems of another data set, with rubrics: one for all of them, or each its own from a file.
-
-    One rubric for all is a baseline more than a way to train: see this module's docstring.
-
-    Example::
-
-        train:
-          _component_: rolltune.data.rubrics.with_rubric
-          data: {_component_: rolltune.data.jsonl.jsonl, path: questions.jsonl, answer_key: null}
-          rubric:
-            - {title: Correct, description: Every statement is true., weight: 1}
-            - {title: Complete, description: All parts of the question are answered., weight: 1}
-
-    Args:
-        data: the node of the other data set. Rubrics that it has are replaced.
-        rubric: for all problems a list of criteria, or a .yaml or .json file with such a list; for rubrics of their own
-            a .jsonl file with lines ``{"id": <problem's id>, "criteria": [...]}`` or those of :func:`rubric_jsonl`.
-        missing: what becomes of a problem that the .jsonl file has no rubric for: "error" names it, "drop" leaves it
-            out.
-
-    Raises:
-        ValueError: the node is wrong, there is no such file, a criterion or line is wrong, an id stands twice, or a
-            problem has no rubric.
-    """
-    if missing not in ("error", "drop"):
-        raise ValueError(f"with_rubric: missing={missing!r} must be one of error, drop")
-    if wrong := check_component(data, "with_rubric: data"):
-        raise ConfigError(wrong)
-    rubrics: dict[str, Rubric] = {}
-    shared: Rubric | None = None
-    if isinstance(rubric, str) and rubric.endswith(".jsonl"):
-        rubrics = _rubrics_by_id(_file(rubric, "with_rubric", "rubric"))
-    elif missing == "drop":
-        raise ValueError("with_rubric: missing=drop does nothing where one rubric is for all problems; leave it out")
-    else:
-        shared = _predefined(rubric)
-    problems: Dataset = instantiate(data)
-    paired = [(problem, shared or rubrics.get(problem.id)) for problem in problems]
-    without = [problem.id for problem, found in paired if found is None]
-    if without and (missing == "error" or len(without) == len(problems)):
-        raise ValueError(
-            f"with_rubric: rubric={rubric!r} has none for {len(without)} of {len(problems)} problems: "
-            f"{', '.join(without[:3])}{' ...' if len(without) > 3 else ''}; write them, or set missing: drop"
-            if missing == "error"
-            else f"with_rubric: rubric={rubric!r} has a rubric for none of the problems, the first is {without[0]!r}"
-        )
-    return Dataset(replace(problem, rubric=found) for problem, found in paired if found is not None)
-
-
-def _predefined(rubric: Any) -> Rubric:
-    if not isinstance(rubric, str):
-        return _named("with_rubric: rubric", rubric)
-    source = _file(rubric, "with_rubric", "rubric")
-    if source.suffix not in (".yaml", ".yml", ".json"):
-        raise ValueError(f"with_rubric: rubric={rubric!r} must be a .yaml, .json or .jsonl file, or a list of criteria")
-    try:
-        rows = yaml.safe_load(source.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source}: not YAML ({' '.join(str(error).split())[:200]})") from None
-    return _named(str(source), rows["criteria"] if isinstance(rows, dict) and "criteria" in rows else rows)
-
-
-def _named(where: str, rows: Any) -> Rubric:
-    try:
-        return criteria_of(rows)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _rubrics_by_id(source: Path) -> dict[str, Rubric]:
-    places: dict[str, str] = {}
-
-    def read(where: str, row: dict[str, Any]) -> tuple[str, Rubric]:
-        found = rubric_row(row)
-        _check_new(str(found.id), where, places)
-        return str(found.id), found.to_rubric()
-
-    return dict(collect(_lines(source), read))
-
-
-def _check_new(name: str, where: str, places: dict[str, str]) -> None:
-    """Note the place of an id; ValueError where it has one already."""
-    if (first := places.setdefault(name, where)) != where:
-        raise ValueError(f"id: {name!r} is taken by {first}")
-
-
-def _file(path: str, name: str, key: str = "path") -> Path:
+def _read(path: str, loader: str) -> list[Located]:
     source = Path(path).expanduser()
     if not source.is_file():
-        raise ValueError(f"{name}: {key}={path!r} is not a file")
-    return source
-
-
-def _lines(source: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Rows with the place that an error message names."""
-    rows = [(f"{source}:{line}", row) for line, row in read_jsonl(source)]
-    if not rows:
-        raise ValueError(f"{source}: the file has no rows")
-    return rows
+        raise ValueError(f"{loader}: path={path!r} is not a file")
+    records = list(file_records(source))
+    if not records:
+        raise ValueError(f"{source}: the file has no records")
+    return records
 
 
 # --- published --------------------------------------------------------------------------------------------------------
@@ -180,30 +76,30 @@ def rar(
     unsure: Unsure = "error",
     part: Literal["all", "train", "heldout"] = "all",
 ) -> Dataset:
-    """Rows of RaR-Medicine or RaR-Science, the data of Rubrics as Rewards (arXiv 2507.17746).
+    """Load RaR-Medicine or RaR-Science, the data of Rubrics as Rewards (arXiv 2507.17746).
 
-    The reference answer becomes the problem's answer, for judges that are shown it. Two things to know of the data:
-    questions stand in it more than once and in several splits, so held-out ones are best taken by ``part``; and
-    pitfalls are phrased both ways under the same negative weights, see ``unsure``. Leaving pitfalls out costs
-    nothing in the paper's ablation (37.2 with and without them).
+    The reference answer becomes the problem's answer, for judges that see it. The data has two peculiarities. Questions
+    repeat, also across splits, so take held-out problems with ``part``. And pitfalls are phrased as failures or as
+    errors avoided, both with negative weights; see ``unsure``. Without pitfalls the paper's ablation loses nothing
+    (37.2 with and without them).
 
     Args:
         path: a Hub id ("anisha2102/RaR-Science" is the other one), or a .jsonl or .parquet file with the columns
             ``question``, ``reference_answer`` and ``rubric``, a list of {title, description, weight}.
-        split: of the data set on the Hub.
-        start: first row looked at.
-        count: number of rows looked at; None takes all from ``start`` on.
-        weights: "categories" puts the paper's weights of the four categories in the place of the published numbers, as
-            its experiments do; "numbers" keeps these, 1 to 5 (without sign: directions are the wording's).
-        unsure: what becomes of a pitfall whose wording does not say whether it is good to satisfy ("Does not mention
-            ..."): "error" names them all, "drop" leaves them out, "bad" takes them for failures, which most of
-            RaR-Medicine's are, "good" for errors avoided.
-        part: "all" rows as they are; "train" or "heldout" for each question once, one in fifty of them held out by a
-            hash of its text, so that no question is in both, whatever the split or slice.
+        split: split of the data set on the Hub.
+        start: index of the first record to read.
+        count: number of records to read; None reads all from ``start`` on.
+        weights: "categories" replaces the published numbers by the paper's weights of the four categories, as its
+            experiments do; "numbers" keeps the numbers, 1 to 5, without sign, because the wording gives the direction.
+        unsure: treatment of a pitfall whose wording does not say whether satisfying it is good ("Does not mention
+            ..."): "error" reports them all, "drop" leaves them out, "bad" reads them as failures, as most in
+            RaR-Medicine are, "good" as errors avoided.
+        part: "all" keeps every record. "train" and "heldout" keep each question once; a hash of its text holds out one
+            in fifty, so that no question is in both parts, whatever the split or slice.
 
     Raises:
-        ValueError: the data cannot be found or reached, rows are malformed (each is named with its fields), or the
-            slice is out of range.
+        ValueError: the data cannot be found or loaded, records are malformed (the message names each with its fields),
+            or the slice is out of range.
     """
     for name, value, known in (
         ("split", split, ("train", "val", "test")),
@@ -213,20 +109,23 @@ def rar(
     ):
         if value not in known:
             raise ValueError(f"rar: {name}={value!r} must be one of {', '.join(known)}")
-    name, rows = _rar_rows(path, split)
-    numbered = [(where, (number, row)) for number, (where, row) in enumerate(rows)]
+    name, records = _rar_records(path, split)
+    numbered = [(where, (number, record)) for number, (where, record) in enumerate(records)]
     taken = take_slice(numbered, start=start, count=count, source=f"rar {split} ({path})")
-    problems = collect(
-        taken, lambda where, row: rar_problem(row[1], f"{name}/{row[0]}", weights=weights, unsure=unsure)
-    )
+
+    def read(where: str, numbered: tuple[int, Any]) -> Problem | None:
+        number, record = numbered
+        return rar_problem(record, f"{name}/{number}", weights=weights, unsure=unsure)
+
+    problems = collect(taken, read)
     kept = [problem for problem in problems if problem is not None]
     if part != "all":
-        once = {problem.messages[-1]["content"]: problem for problem in reversed(kept)}  # the first of each stays
+        once = {problem.messages[-1]["content"]: problem for problem in reversed(kept)}  # keeps the first of each
         kept = [p for p in kept if once[p.messages[-1]["content"]] is p and _is_heldout(p) == (part == "heldout")]
         if not kept:
-            raise ValueError(f"rar: part={part!r} of {path} has no rows; take a larger slice")
+            raise ValueError(f"rar: part={part!r} of {path} has no records; take a larger slice")
     if not kept:
-        raise ValueError(f"rar: unsure={unsure} leaves nothing of the {len(problems)} rubrics of {path}")
+        raise ValueError(f"rar: unsure={unsure} leaves no criteria in the {len(problems)} rubrics of {path}")
     return Dataset(kept)
 
 
@@ -235,54 +134,31 @@ def _is_heldout(problem: Problem) -> bool:
     return int.from_bytes(digest, "big") % _ONE_HELD_OUT_IN == 0
 
 
-def _rar_rows(path: str, split: str) -> tuple[str, list[tuple[str, Any]]]:
-    """What ids begin with, and the rows with the places that an error message names."""
+def _rar_records(path: str, split: str) -> tuple[str, list[Located]]:
+    """Return the prefix of the ids, and the records."""
     source = Path(path).expanduser()
-    if source.suffix == ".jsonl":
-        return source.stem, _lines(_file(path, "rar"))
-    if source.suffix == ".parquet":
-        return source.stem, _numbered(str(source), _parquet_rows(_file(path, "rar")))
-    if source.exists() or not _HUB_ID.fullmatch(path):
+    if source.suffix in (".jsonl", ".parquet"):
+        return source.stem, _read(path, "rar")
+    if source.exists() or not HUB_ID.fullmatch(path):
         raise ValueError(f"rar: path={path!r} must be a .jsonl or .parquet file or a Hub id")
     name = path.rpartition("/")[2].casefold().replace("-", "_")
-    return f"{name}/{split}", _numbered(f"{path}, split {split}", _hub_rows(path, split))
+    records = hub_records(
+        path,
+        split,
+        loader="rar",
+        without_network="Set `path` to a local .jsonl or .parquet copy, or use rolltune.data.rubrics.rubric_tasks, "
+        "which needs no network.",
+    )
+    return f"{name}/{split}", records
 
 
-def _numbered(source: str, rows: Iterable[Any]) -> list[tuple[str, Any]]:
-    return [(f"{source}, row {number}", row) for number, row in enumerate(rows)]
-
-
-def _parquet_rows(file: Path) -> list[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_table(file).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{file}: not a Parquet file ({error})") from None
-
-
-def _hub_rows(path: str, split: str) -> Iterable[Any]:
-    import datasets
-
-    try:
-        return datasets.load_dataset(path, split=split)
-    except (OSError, ValueError) as error:  # see rolltune.data.gsm8k
-        raise ValueError(
-            f"rar: path={path!r} is neither a local file nor a data set that could be loaded from the Hub "
-            f"({type(error).__name__}: {error}).\n"
-            "Set `path` to a local .jsonl or .parquet copy, or use rolltune.data.rubrics.rubric_tasks, which needs no "
-            "network."
-        ) from error
-
-
-# --- to try -----------------------------------------------------------------------------------------------------------
+# --- packaged ---------------------------------------------------------------------------------------------------------
 
 
 def rubric_tasks(*, split: Literal["train", "heldout"] = "train", start: int = 0, count: int | None = None) -> Dataset:
-    """Short everyday writing and explaining tasks with rubrics: 48 to train on, 12 held out. No network.
+    """Load the packaged tasks with rubrics: short everyday writing and explaining, 48 to train on and 12 held out.
 
-    Enough to see a run work, too few and too plain to show that a model got better.
+    They show that a run works without a network. They are too few and too simple to show that a model improved.
 
     Example:
         >>> rubric_tasks(split="heldout", count=1)[0].rubric is not None
@@ -290,14 +166,14 @@ def rubric_tasks(*, split: Literal["train", "heldout"] = "train", start: int = 0
 
     Args:
         split: "train" or "heldout".
-        start: first task taken.
-        count: number of tasks taken; None takes all from ``start`` on.
+        start: index of the first task.
+        count: number of tasks; None takes all from ``start`` on.
 
     Raises:
         ValueError: an unknown split, or the slice is out of range.
     """
     if split not in ("train", "heldout"):
         raise ValueError(f"rubric_tasks: split={split!r} must be one of train, heldout")
-    rows = [(where, row) for where, row in _lines(_TASKS) if row["split"] == split]
-    problems: list[Problem] = collect(rows, lambda where, row: problem_row(row).to_problem(where))
+    records = [(where, record) for where, record in _read(str(_TASKS), "rubric_tasks") if record["split"] == split]
+    problems: list[Problem] = collect(records, lambda where, record: problem_record(record).to_problem(where))
     return Dataset(take_slice(problems, start=start, count=count, source=f"rubric_tasks {split}"))

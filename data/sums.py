@@ -1,4 +1,4 @@
-"""Short additions and subtractions: the data set of the CPU quickstart, easy enough for a model of 100M weights."""
+"""Short additions and subtractions: the data of the CPU quickstart, easy enough for a model of 100M parameters."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Literal
 from rolltune.data.dataset import Dataset
 from rolltune.types import Problem
 
-_HELDOUT_SHARE = 0.1  # of all sums; fixed, so that what was once held out stays held out
-_TRIES = 10_000  # draws for one problem before a range without a fitting sum is given up
+_HELDOUT_SHARE = 0.1  # of all sums; fixed, so that a sum never changes its split
+_TRIES = 10_000  # draws for one problem before the range is reported as too narrow
 
 _PLAIN = (
     "What is {sum}?",
@@ -39,26 +39,26 @@ def sums(
     allow_negative: bool = False,
     worked_share: float = 1.0,
 ) -> Dataset:
-    """Problems such as "What is 17 + 25 - 8?", with the solution "17 + 25 = 42. 42 - 8 = 34.".
+    """Generate problems such as "What is 17 + 25 - 8?", with the solution "17 + 25 = 42. 42 - 8 = 34.".
 
-    Problem i depends on ``(seed, split, i)`` and the other options alone. A tenth of all sums, chosen by a hash of
-    the sum, belongs to the held-out split and the rest to the train split, so no question is in both, whatever the
-    seeds are. Within a split a question may come again.
+    Problem i depends only on ``(seed, split, i)`` and the other options. A hash of the sum puts a tenth of all sums
+    into the held-out split and the rest into the train split, so no question is in both, whatever the seeds. A question
+    may occur twice within a split.
 
     Args:
         count: number of problems.
-        seed: which problems.
+        seed: selects the problems.
         split: "train" or "heldout".
-        terms: numbers in a sum, at least 2.
+        terms: how many numbers a sum has, at least 2.
         low: smallest number, at least 1.
         high: largest number.
         wording: "plain" for the bare sum, "story" for one about apples and marbles, "mixed" for either.
-        allow_negative: whether a sum may go below zero on the way; never in a story.
-        worked_share: share of the problems whose solution goes step by step. The rest guess: "It is 34." A model that
-            is trained on both does either, and has to find out by reward which of them pays.
+        allow_negative: whether an intermediate sum may be below zero; only with "plain" wording.
+        worked_share: share of the problems with a step-by-step solution. The others guess: "It is 34." A model trained
+            on both kinds writes both, and RL teaches it which kind earns the reward.
 
     Raises:
-        ValueError: an option is out of range, or the range is so small that the split has no sum in it.
+        ValueError: an option is out of range, or the range is so small that the split has no sums.
     """
     for name, value, least in (("count", count, 1), ("terms", terms, 2), ("low", low, 1), ("high", high, low)):
         if value < least:
@@ -70,9 +70,11 @@ def sums(
         if value not in known:
             raise ValueError(f"sums: {name}={value!r} must be one of {', '.join(known)}")
     if not 0 <= worked_share <= 1:
-        raise ValueError(f"sums: worked_share={worked_share} must lie in 0 .. 1")
+        raise ValueError(f"sums: worked_share={worked_share} must be in 0 .. 1")
     if allow_negative and wording != "plain":
-        raise ValueError(f'sums: allow_negative=true needs wording="plain", not {wording!r}: nobody has -3 apples')
+        raise ValueError(
+            f'sums: allow_negative=true needs wording="plain", not {wording!r}: a story cannot have -3 apples'
+        )
 
     problems: list[Problem] = []
     for index in range(count):
@@ -83,7 +85,9 @@ def sums(
             if _is_heldout(numbers) == (split == "heldout") and (allow_negative or min(accumulate(numbers)) >= 0):
                 break
         else:
-            raise ValueError(f"sums: no {split} sum of terms={terms} numbers from low={low} to high={high} was found")
+            raise ValueError(
+                f"sums: no {split} sum found with terms={terms}, low={low} and high={high}; widen the range"
+            )
         is_story = wording == "story" or (wording == "mixed" and rng.random() < 0.5)
         question = _story(numbers, rng) if is_story else rng.choice(_PLAIN).format(sum=_expression(numbers))
         problems.append(

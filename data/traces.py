@@ -1,8 +1,8 @@
-"""Traces that ``tune run write_traces`` wrote, as examples for the recipe prime, and the controls that come of them.
+"""SFT examples from traces that ``tune run write_traces`` wrote, and the control sets made from them.
 
-The turn that is learnt is the whole response, so prime takes ``answer_format: "{solution}"``. The controls are those of
-arXiv 2503.01307: the same answers behind an empty thinking, or behind dots as long as the thinking was; wrong answers
-alone. They tell what a model learns from the behaviours from what it learns from answers, length or form.
+The model learns the whole response, so the ``sft`` recipe needs ``answer_format: "{solution}"``. The controls are those
+of arXiv 2503.01307: the same answers after an empty think block or after dots of the same length, and wrong answers
+only. They separate what a model learns from the behaviours from what it learns from answers, length or layout.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ def traces(
     start: int = 0,
     count: int | None = None,
 ) -> Dataset:
-    """Examples from a trace file, in its order.
+    """Load examples from a trace file, in file order.
 
-    Each has the id "<problem's id>#<sample>", the problem's messages, its gold answer (or the stated one where there is
-    none), and as its solution the whole response.
+    Each example has the id "<problem's id>#<sample>", the problem's messages, its gold answer (or the answer of the
+    response if the problem has no gold answer), and the whole response as its solution.
 
     Args:
         path: ``<output_dir>/traces.jsonl`` of a write_traces run.
-        keep: by the verifier's verdict; traces that it could not judge are in "all" alone.
-        thinking: "written" as it is; "empty" for ``<think> </think>``; "dots" for " ." repeated to as many tokens as
-            the thinking has (or as near as the tokenizer lets it come). The answer stays either way.
-        tokenizer: the model that "dots" are counted with, as ``model.path``.
-        start: first trace taken of those kept.
-        count: number of traces taken; None takes all from ``start`` on.
+        keep: selects by the verifier's verdict; traces without a verdict are only in "all".
+        thinking: "written" keeps the thinking; "empty" replaces it by ``<think> </think>``; "dots" replaces it by " ."
+            repeated to the same number of tokens, or as close as the tokenizer allows. The answer always stays.
+        tokenizer: model whose tokenizer counts "dots", as in ``model.path``.
+        start: index of the first trace, after ``keep``.
+        count: number of traces; None takes all from ``start`` on.
 
     Raises:
-        ValueError: there is no such file, a line is broken (the message names it), nothing is left to take, or an
-            option is unknown, missing or does nothing.
+        ValueError: no such file, a malformed line (the message names it), no traces left, or an option that is unknown,
+            missing or without effect.
     """
     for name, value, known in (
         ("keep", keep, ("all", "correct", "incorrect")),
@@ -54,9 +54,9 @@ def traces(
         if value not in known:
             raise ValueError(f"traces: {name}={value!r} must be one of {', '.join(known)}")
     if thinking == "dots" and tokenizer is None:
-        raise ValueError("traces: thinking=dots needs a tokenizer to count with: the path of the model that is primed")
+        raise ValueError("traces: thinking=dots needs tokenizer, the path of the model that will be trained")
     if thinking != "dots" and tokenizer is not None:
-        raise ValueError(f"traces: tokenizer={tokenizer!r} does nothing with thinking={thinking}; leave it out")
+        raise ValueError(f"traces: tokenizer={tokenizer!r} has no effect with thinking={thinking}; leave it out")
     source = Path(path).expanduser()
     if not source.is_file():
         raise ValueError(f"traces: path={path!r} is not a file; write it with: tune run write_traces --config ...")
@@ -74,7 +74,7 @@ def _keep(found: list[Trace], keep: str, source: Path) -> list[Trace]:
     if not kept:
         counts = [sum(trace.correct is verdict for trace in found) for verdict in (True, False, None)]
         raise ValueError(
-            f"{source}: keep={keep} leaves nothing of {len(found)} traces: {counts[0]} are correct, {counts[1]} "
+            f"{source}: keep={keep} leaves none of the {len(found)} traces: {counts[0]} are correct, {counts[1]} "
             f"incorrect, {counts[2]} unscored"
         )
     return kept
@@ -84,7 +84,7 @@ def _example(trace: Trace, write: Callable[[str], str]) -> Problem:
     name = f"{trace.problem.id}#{trace.sample}"
     layout = parse_tags(trace.response).layout
     if layout is None:
-        raise ValueError(f"{name}: its response is not <think>...</think> and <answer>...</answer>")
+        raise ValueError(f"{name}: the response must be <think>...</think> and <answer>...</answer>")
     begin, end = trace.response.index(THINK_OPEN) + len(THINK_OPEN), trace.response.index(THINK_CLOSE)
     return Problem(
         id=name,
@@ -95,10 +95,10 @@ def _example(trace: Trace, write: Callable[[str], str]) -> Problem:
 
 
 def _thinking(thinking: str, tokenizer: str | None) -> Callable[[str], str]:
-    """What takes the place of a trace's thinking."""
+    """Return the function that replaces the thinking of a trace."""
     if tokenizer is None:
         return (lambda text: " ") if thinking == "empty" else (lambda text: text)
-    from rolltune.model.load import load_tokenizer  # imports torch, which the other controls do without
+    from rolltune.model.load import load_tokenizer  # imports torch, which the other controls do not need
 
     encode = load_tokenizer(tokenizer)
 
@@ -107,7 +107,7 @@ def _thinking(thinking: str, tokenizer: str | None) -> Callable[[str], str]:
 
     def dots(text: str) -> str:
         wanted = tokens(text)
-        # A dot is a token with most tokenizers. Where it is two, or some make one, the second guess is near.
+        # " ." is one token in most tokenizers. If it is two, or several share a token, the second guess is close.
         guess = round(wanted**2 / max(1, tokens(_DOT * wanted)))
         return _DOT * min((max(1, guess + more) for more in (0, -1, 1)), key=lambda n: abs(tokens(_DOT * n) - wanted))
 

@@ -1,6 +1,6 @@
-"""Rewards: functions from a problem and the text of the assistant's turn to a :class:`rolltune.types.Score`.
+"""Rewards: functions from a problem and the text of a response to a :class:`rolltune.types.Score`.
 
-To add one, write one function in a file of this folder and one node in a config. The function, in
+To add a reward, write one function in a file of this folder and one node in a config. The function, in
 ``rewards/brevity.py``::
 
     from rolltune.types import Problem, Score
@@ -8,18 +8,19 @@ To add one, write one function in a file of this folder and one node in a config
     def brevity_reward(problem: Problem, text: str, *, max_words: int = 100) -> Score:
         return Score(total=1.0 if len(text.split()) <= max_words else 0.0)
 
-The node, under a name of your choice that becomes the name of its curve::
+The node, under a name of your choice, which also names its curve::
 
     rewards:
       answer: {_component_: rolltune.rewards.answer.answer_reward, weight: 1.0}
       brevity: {_component_: rolltune.rewards.brevity.brevity_reward, max_words: 80, weight: 0.2}
 
-What a reward can rely on, and what is asked of it:
+Rules for a reward:
 
-- ``text`` is the whole turn, a prefilled ``<think>`` included.
-- Keyword-only arguments are its options and come from the config. One named ``completion`` is not an option: the
-  reward is handed the :class:`rolltune.types.Completion`, for its token count or its finish reason.
-- ``text`` was written by a model that is paid for finding holes: no ``eval``, and time linear in its length.
-- A total of None means unscored; it is never the same as 0. An exception is a bug and ends the run.
+- ``text`` is the whole response, including a prefilled ``<think>``.
+- Keyword-only arguments are its options and come from the config. An argument named ``completion`` is not an option:
+  the recipe passes the :class:`rolltune.types.Completion`, for its token count or finish reason.
+- The model that writes ``text`` is rewarded for finding holes in the reward: never ``eval`` it, and take time linear in
+  its length.
+- A total of None means unscored, which is not 0. An exception is a bug and ends the run.
 - ``weight: 0`` logs a reward without training on it.
 """

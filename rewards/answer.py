@@ -1,30 +1,30 @@
-"""Is the answer right? Strictly: one block, one number in it, equal to the gold answer.
+"""Check strictly whether the answer is right: one block with one number that equals the gold answer.
 
-A lenient checker is a reward to be hacked: one that takes the last number of the turn, or looks for the gold answer
-inside it, pays for lists of guesses and for answers never given. Everything here decides from the last
-``<answer>...</answer>`` alone, and that block must state exactly one thing.
+A lenient checker invites reward hacking: taking the last number of the response, or searching it for the gold answer,
+pays for lists of guesses and for answers never given. The strict reward reads only the last ``<answer>...</answer>``
+block, and that block must state exactly one thing.
 
-What counts as stating a number:
+These state a number:
 
 - ``18``, ``-3``, ``18.``, ``18.00``, ``.5``, ``1,800`` (groups of three only), ``3/4``, ``\\frac{3}{4}``;
-- with dress around it: ``$18``, ``18%``, ``**18**``, ``$18$``, ``\\boxed{18}``, ``x = 18``, ``The answer is 18.``;
-- with a unit of up to four words behind it: ``18 dollars``, ``60 miles per hour``. Any words will do but those that
-  hedge, deny or join (``maybe``, ``not``, ``or``) and those that change the number (``thousand``, ``half``). A word
-  that is missing from these lists can never bring in a second number.
+- with decoration: ``$18``, ``18%``, ``**18**``, ``$18$``, ``\\boxed{18}``, ``x = 18``, ``The answer is 18.``;
+- with a unit of up to four words after it: ``18 dollars``, ``60 miles per hour``. Any words are accepted except those
+  that hedge, deny or join (``maybe``, ``not``, ``or``) and those that change the number (``thousand``, ``half``). A
+  word missing from these lists can never introduce a second number.
 
-What does not:
+These do not:
 
 - lists and guesses (``17, 18``, ``18 or 19``), hedges (``about 18``, ``18?``), denials (``not 18``);
-- work, undone or shown: ``12 + 6``, ``12 + 6 = 18``, ``\\sqrt{324}``, and ``36/2``, a fraction that is an integer;
-- spellings that can be read twice: ``1 8``, ``1,8``, ``18,00``, ``018``, ``1.8e1``, ``1 1/2``;
+- unfinished or shown work: ``12 + 6``, ``12 + 6 = 18``, ``\\sqrt{324}``, and ``36/2``, a fraction that is an integer;
+- ambiguous spellings: ``1 8``, ``1,8``, ``18,00``, ``018``, ``1.8e1``, ``1 1/2``;
 - digits other than ASCII ones, ``nan``, ``inf``.
 
-The percent sign is a unit: ``18%`` states 18, never 0.18. To take both would be to take two guesses. Numbers are
-compared exactly, as fractions; sympy is not involved.
+The percent sign is a unit: ``18%`` states 18, never 0.18, because accepting both would accept two guesses. Numbers are
+compared exactly, as fractions, without sympy.
 
-A gold answer that is no number but an expression (``2\\sqrt{3}``, ``x^2+1``) is compared by math-verify, in a process
-that can be killed (:mod:`rolltune.rewards.symbolic`), and only with answers of a small grammar without towers of
-powers. Any other gold answer (``Monday``, ``0110``, ``(1, 2)``) is text, and must be repeated exactly, case and all.
+If the gold answer is an expression (``2\\sqrt{3}``, ``x^2+1``), math-verify compares it in a process that can be killed
+(:mod:`rolltune.rewards.symbolic`), and only with answers of a small grammar without nested powers. Any other gold
+answer (``Monday``, ``0110``, ``(1, 2)``) is text, which the answer must repeat exactly, including case.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ from rolltune.rewards import symbolic
 from rolltune.rewards.tags import parse_tags
 from rolltune.types import Problem, Score
 
-# Far above any honest final answer; what bounds the time of everything below.
+# Far above any honest final answer; bounds the time of everything below.
 MAX_ANSWER_CHARS = 256
 TIMEOUT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grade:
-    """The verdict on one turn.
+    """Verdict on one response.
 
     Attributes:
-        correct: None where the checker ran out of time.
-        failure: why the turn states no answer: "no_answer" (no block), "empty", "too_long", "ambiguous" (a list or a
-            hedge), "unparseable" or "timeout". None where it states one, right or wrong.
+        correct: whether the answer is right; None if the checker ran out of time.
+        failure: reason why the response states no answer: "no_answer" (no block), "empty", "too_long", "ambiguous" (a
+            list or a hedge), "unparseable" or "timeout". None if it states one, right or wrong.
     """
 
     correct: bool | None
@@ -60,14 +60,14 @@ class Grade:
 
 
 def answer_reward(problem: Problem, text: str, *, timeout: float = TIMEOUT_SECONDS) -> Score:
-    """1 where the turn's answer is right, else 0; None only where the checker ran out of time.
+    """Return 1 if the answer of the response is right, else 0; None only if the checker ran out of time.
 
     Example:
         >>> answer_reward(problem, "<think>9 * $2 = $18</think> <answer>$18</answer>").total
         1.0
 
     Args:
-        timeout: seconds, for expressions; numbers need none.
+        timeout: seconds for comparing expressions; numbers are not affected.
 
     Raises:
         ValueError: the problem has no gold answer.
@@ -77,22 +77,22 @@ def answer_reward(problem: Problem, text: str, *, timeout: float = TIMEOUT_SECON
 
 
 def gold_answer(problem: Problem) -> str:
-    """The problem's gold answer; ValueError where it has none."""
+    """Return the problem's gold answer; ValueError if it has none."""
     if problem.answer is None or not problem.answer.strip():
-        raise ValueError(f"problem {problem.id!r} has no gold answer, which a correctness reward needs")
+        raise ValueError(f"problem {problem.id!r} has no gold answer, but a correctness reward needs one")
     return problem.answer
 
 
 def is_correct(gold: str, text: str) -> bool:
-    """Whether the turn's answer is right; a check that ran out of time counts as not."""
+    """Return whether the answer of the response is right; a check that ran out of time counts as wrong."""
     return grade(gold, text).correct is True
 
 
 def grade(gold: str, text: str, *, timeout: float = TIMEOUT_SECONDS) -> Grade:
-    """Judge the last answer block of a whole assistant turn. See the module's docstring for the rules.
+    """Check the last answer block of a whole response, by the rules in the module's docstring.
 
     Raises:
-        ValueError: the gold answer can never be matched, whatever the turn says.
+        ValueError: no response could ever match the gold answer.
     """
     target = _gold(gold)
     block = parse_tags(text).answer
@@ -116,10 +116,10 @@ def grade(gold: str, text: str, *, timeout: float = TIMEOUT_SECONDS) -> Grade:
 
 
 def lenient_answer_reward(problem: Problem, text: str, *, timeout: float = TIMEOUT_SECONDS) -> Score:
-    """1 where the last number anywhere in the turn equals the gold answer, tags or not, else 0.
+    """Return 1 if the last number anywhere in the response equals the gold answer, with or without tags, else 0.
 
-    For evaluation beside the strict reward, where the gap between the two is what the format costs. Never for training:
-    it pays for answers that were not given.
+    For evaluation beside the strict reward: the gap between the two is the cost of the format. Never train on it,
+    because it pays for answers that were not given.
 
     Example:
         >>> lenient_answer_reward(problem, "9 * $2 = $18, so she makes $18 a day.").total
@@ -139,7 +139,7 @@ def lenient_answer_reward(problem: Problem, text: str, *, timeout: float = TIMEO
 
 
 def lenient_number(text: str) -> str | None:
-    """The last number anywhere in the text, tags or not, in plain form (``"1,800.50"`` gives ``"1800.5"``)."""
+    """Return the last number anywhere in the text in plain form (``"1,800.50"`` gives ``"1800.5"``), or None."""
     last = next(iter(deque(_LENIENT.finditer(text), maxlen=1)), None)
     if last is None or len(last[0]) > MAX_ANSWER_CHARS:
         return None
@@ -149,11 +149,11 @@ def lenient_number(text: str) -> str | None:
 
 
 def voted_answer(problem: Problem, text: str) -> str | None:
-    """The answer that a turn gives to a vote among several turns, in one spelling; None where it has none to give.
+    """Return the answer of a response in one spelling, for a majority vote; None if the response has no answer.
 
-    Where the gold answer is a number only numbers vote, and ``$1,800`` and ``1800.0`` are one vote. Elsewhere the text
-    of the block votes, without markup and without spaces around operators: ``3+5`` and ``3 + 5`` are one vote, while
-    ``5 + 3``, another expression of the same value, is another.
+    If the gold answer is a number, only numbers vote, and ``$1,800`` and ``1800.0`` are the same vote. Otherwise the
+    text of the block votes, without markup and without spaces around operators: ``3+5`` and ``3 + 5`` are the same
+    vote, but ``5 + 3`` is another.
 
     Raises:
         ValueError: the problem has no gold answer.
@@ -161,7 +161,7 @@ def voted_answer(problem: Problem, text: str) -> str | None:
     gold = gold_answer(problem)
     try:
         wants_number = _gold(gold).number is not None
-    except ValueError:  # one that another checker than this one can read
+    except ValueError:  # a gold answer that only another checker can read
         wants_number = False
     block = (parse_tags(text).answer or "").strip()
     if not block or len(block) > MAX_ANSWER_CHARS:
@@ -180,7 +180,7 @@ _LENIENT = re.compile(r"(?P<minus>(?<![\w)])-\$?)?(?P<digits>[0-9]+(?:,[0-9]{3})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Gold:
-    """A gold answer as what it is: a number, else an expression (LaTeX), else nothing but its text."""
+    """A gold answer, as a number if it is one, else as a LaTeX expression if it is one, else only as text."""
 
     text: str
     number: Fraction | None = None
@@ -190,20 +190,20 @@ class _Gold:
 @lru_cache(maxsize=4096)
 def _gold(gold: str) -> _Gold:
     if not 0 < len(gold.strip()) <= MAX_ANSWER_CHARS:
-        raise ValueError(f"a gold answer has 1 to {MAX_ANSWER_CHARS} characters, this one {len(gold)}: {gold[:80]!r}")
+        raise ValueError(f"gold answer {gold[:80]!r} has {len(gold)} characters; it must have 1 to {MAX_ANSWER_CHARS}")
     text = _undress(gold)
     number = _number(text, units=False)
     if number is not None:
         return _Gold(text=text, number=number)
     if " " in text and _number(text) is not None:
-        raise ValueError(f"gold answer {gold!r} carries a unit: give the number alone")
-    # "B", "no", "0110" and "1ba" are names and codes, in which order counts: only "2x" is algebra for sure.
+        raise ValueError(f"gold answer {gold!r} has a unit; it must be only the number")
+    # "B", "no", "0110" and "1ba" are names and codes, whose order matters; only "2x" is certainly algebra.
     is_word = re.fullmatch(r"[A-Za-z0-9]+", text) and not re.fullmatch(r"[0-9]+[A-Za-z]", text)
     return _Gold(text=text, expression=None if is_word else _expression(text))
 
 
 def _unread(stated: str) -> Grade:
-    """The grade of a block that states no value: a list or a hedge, or something else."""
+    """Grade a block that states no value: "ambiguous" for a list or a hedge, else "unparseable"."""
     words = set(re.findall(r"[a-z]+", stated.lower()))
     several = len(re.findall(r"[0-9]+(?:[.,][0-9]+)*", stated)) > 1 and not re.search(r"[-+*/^=\\\u00d7\u00f7]", stated)
     ambiguous = several or words & _HEDGES or re.search(r"[?~≈±,;]", stated)
@@ -221,7 +221,7 @@ def _compare(gold: str, answer: str, timeout: float) -> Grade:
 
 @lru_cache(maxsize=4096)
 def _equal(gold: str, answer: str, timeout: float) -> bool:
-    # A verdict is worth keeping; exceptions are not kept, so a timeout on a busy machine is tried again.
+    # lru_cache keeps verdicts but not exceptions, so a timeout on a busy machine is tried again.
     return symbolic.equal(gold, answer, timeout=timeout)
 
 
@@ -244,7 +244,7 @@ _LEAD_IN = re.compile(
 
 @lru_cache(maxsize=4096)
 def _undress(block: str) -> str:
-    """The block without markup, ``x =`` and the like. The block is bounded, so the loop is."""
+    """Strip markup, ``x =`` and the like. The length of the block bounds the loop."""
     text = block.strip().replace("\u2212", "-").replace(r"\$", "$").replace(r"\%", "%").replace("{,}", ",")
     text = re.sub(r"(?<=[0-9])\\[,;!](?=[0-9]{3})", ",", text)  # LaTeX's thin space between groups of three
     text = re.sub(r"\\(?:text|mathrm)\{([^{}]*)\}|\\[,;!]", r" \1 ", text)
@@ -267,7 +267,7 @@ def _peel(text: str) -> str:
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
-# Possessive where a run could be split in many ways: no backtracking.
+# Possessive quantifiers where a run could be split in many ways, to prevent backtracking.
 _NUMBER = re.compile(
     r"""(?P<sign>[-+]?)(?:[$€£¥₹]\ ?(?P<inner_sign>[-+]?))?
     (?:\\[dt]?frac\ ?(?:\{(?P<top>-?[0-9]++)\}\{(?P<bottom>[0-9]++)\}|(?P<digit_top>[0-9])(?P<digit_bottom>[0-9]))
@@ -287,7 +287,7 @@ _HEDGES = frozenset(
     wrong you
     """.split()
 )
-# A number with one of these behind it is another number.
+# One of these words after a number changes its value.
 _QUANTITIES = frozenset(
     """
     one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
@@ -303,7 +303,7 @@ _NOT_UNITS = _HEDGES | _QUANTITIES
 
 @lru_cache(maxsize=4096)
 def _number(text: str, *, units: bool = True) -> Fraction | None:
-    """The value of a text that states one number and nothing else, else None."""
+    """Return the value of a text that states one number and nothing else, else None."""
     match = _NUMBER.fullmatch(text)
     if match is None or (match["sign"] and match["inner_sign"]):
         return None
@@ -336,10 +336,10 @@ _TOKENS = re.compile(
     re.VERBOSE,
 )
 _EXPONENT = r"-?(?:[0-9]{1,2}(?:/[0-9]{1,2})?[A-Za-z]?|[A-Za-z])"
-# A power that is itself an exponent (9^9^9) does not match.
+# Does not match a power inside an exponent (9^9^9).
 _POWER = re.compile(rf"\^ ?(?:\{{({_EXPONENT})\}}|\(({_EXPONENT})\)|([0-9]{{1,2}}(?![0-9.])|[A-Za-z]))(?! ?\^)")
-# math-verify reads "2 3" and "{2}3" as a mixed number, 2 + 3, and "x2" as a product. A power of nothing could join
-# another to a tower.
+# math-verify reads "2 3" and "{2}3" as a mixed number, 2 + 3, and "x2" as a product. A power without a base could
+# attach to another power.
 _MISREAD = re.compile(r"[0-9] [0-9]|[)\]}] ?[0-9]|(?:^|[^A-Za-z\\])[A-Za-z]{1,2} ?[0-9]|[(\[{] ?[\^)\]}]")
 _MAX_BRACKETS = 16
 _MAX_EXPONENT = 10_000
@@ -347,11 +347,11 @@ _MAX_EXPONENT = 10_000
 
 @lru_cache(maxsize=4096)
 def _expression(text: str) -> str | None:
-    """The text as LaTeX for sympy, if it is of a grammar that cannot blow up; else None.
+    """Return the text as LaTeX for sympy if it is in a grammar with bounded values, else None.
 
-    Numbers of at most 20 digits, products of letters, ``\\pi``, ``\\frac``, ``\\sqrt``, ``+ - * /`` and brackets. An
-    exponent is one short number, fraction or letter, and the product of all of them, which bounds what powers of powers
-    can make, is at most 10,000.
+    The grammar has numbers of at most 20 digits, products of letters, ``\\pi``, ``\\frac``, ``\\sqrt``, ``+ - * /``
+    and brackets. An exponent is one short number, fraction or letter. The product of all exponents, which bounds powers
+    of powers, is at most 10,000.
     """
     text = text.replace("**", "^")
     if not _TOKENS.fullmatch(text) or _MISREAD.search(text) or sum(map(text.count, "([{")) > _MAX_BRACKETS:

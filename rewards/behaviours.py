@@ -1,4 +1,4 @@
-"""Reasoning behaviours as curves: logged with the rewards, not trained on."""
+"""Reasoning behaviours, logged as curves beside the rewards."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from rolltune.types import Problem, Score
 
 
 def behaviour_counts(problem: Problem, text: str) -> Score:
-    """How often the thinking verifies, backtracks, sets subgoals and chains backward (arXiv 2503.01307), by cue words.
+    """Count by cue words how often the thinking verifies, backtracks, sets subgoals and chains backward.
 
-    Counted by :func:`rolltune.behaviours.count_behaviours`, which says how well, inside the think block; in the whole
-    turn where it is not laid out as thinking and answer. To see the curves ``reward/behaviours/verification/mean``,
-    ``.../backtracking/mean`` and so on, give it a node with weight 0::
+    The behaviours are those of arXiv 2503.01307. :func:`rolltune.behaviours.count_behaviours` counts them, and states
+    how accurately, inside the think block, or in the whole response if it lacks the think-answer layout. For the curves
+    ``reward/behaviours/verification/mean``, ``.../backtracking/mean`` and so on, add a node with weight 0::
 
         rewards:
           behaviours: {_component_: rolltune.rewards.behaviours.behaviour_counts, weight: 0}
 
-    The total is the sum of the four. With any other weight a model is paid for the words, which are cheaper to learn
-    than what they stand for. The self-test and the audit leave it out: a right turn need not show any of them.
+    The total is the sum of the four. Any other weight pays for the words, which are easier to learn than the
+    behaviours. The self-test and the reward audit skip this reward, because a right response need not show any
+    behaviour.
     """
     counts = count_behaviours(thinking(text)).as_dict()
     return Score(total=float(sum(counts.values())), parts={name: float(count) for name, count in counts.items()})

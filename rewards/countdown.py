@@ -1,11 +1,11 @@
-"""Countdown: does the turn's answer reach the target with the given numbers?
+"""Countdown: check whether the answer reaches the target with the given numbers.
 
-A problem's gold answer is itself an expression, ``(3 + 5) * 2``: its numbers are those that are given, and its value is
-the target. Any other expression over the same numbers with the same value is as right.
+A problem's gold answer is an expression, ``(3 + 5) * 2``: its numbers are the given numbers, and its value is the
+target. Any other expression over the same numbers with the same value is right too.
 
-The grammar, read by a stack machine in one pass: digits, ``+ - * /`` (also as typographic signs), round brackets and
-spaces. There is no unary minus, no power, no decimal point, no equals sign. Values are exact fractions; nothing is
-eval'ed.
+The grammar has digits, ``+ - * /`` (also as typographic signs), round brackets and spaces, but no unary minus, power,
+decimal point or equals sign. A stack machine parses it in one pass. Values are exact fractions; nothing is passed to
+``eval``.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ MAX_CHARS = 128
 _SPELLINGS = str.maketrans({"\N{MULTIPLICATION SIGN}": "*", "\N{DIVISION SIGN}": "/", "\N{MINUS SIGN}": "-"})
 _TOKEN = re.compile(r"\s*([0-9]+|[-+*/()])")
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
-_LENIENT = re.compile(r"[-0-9+*/() ]{3,256}")  # an expression with what may stand around it
+_LENIENT = re.compile(r"[-0-9+*/() ]{3,256}")  # an expression and characters that may surround it
 
 
 class NotAnExpression(ValueError):
-    """The text is not of the grammar, or divides by zero."""
+    """The text is not in the grammar, or divides by zero."""
 
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """What an expression comes to, and the numbers it uses.
+    """An expression's value and numbers.
 
     Attributes:
-        value: exact.
-        numbers: sorted, each as often as it is used.
+        value: exact value.
+        numbers: numbers in ascending order, each as often as it occurs.
     """
 
     value: Fraction
@@ -46,14 +46,14 @@ class Expression:
 
 
 def parse_expression(text: str) -> Expression:
-    """Read an expression.
+    """Parse an expression.
 
     Example:
         >>> parse_expression("(3 + 5) * 2")
         Expression(value=Fraction(16, 1), numbers=(2, 3, 5))
 
     Raises:
-        NotAnExpression: the text is anything else.
+        NotAnExpression: the text is not in the grammar, or divides by zero.
     """
     values: list[Fraction] = []
     operators: list[str] = []
@@ -70,7 +70,7 @@ def parse_expression(text: str) -> Expression:
             while operators and operators[-1] != "(":
                 _apply(operators.pop(), values)
             if not operators:
-                raise NotAnExpression("a bracket is closed that was not opened")
+                raise NotAnExpression("a bracket closes that was not opened")
             operators.pop()
         elif token in _PRECEDENCE and not wants_operand:
             while operators and operators[-1] != "(" and _PRECEDENCE[operators[-1]] >= _PRECEDENCE[token]:
@@ -78,9 +78,9 @@ def parse_expression(text: str) -> Expression:
             operators.append(token)
             wants_operand = True
         else:
-            raise NotAnExpression(f"{token!r} stands where it cannot")
+            raise NotAnExpression(f"{token!r} is misplaced")
     if wants_operand:
-        raise NotAnExpression("ends in the middle")
+        raise NotAnExpression("ends early")
     while operators:
         if operators[-1] == "(":
             raise NotAnExpression("a bracket is not closed")
@@ -97,7 +97,7 @@ def _tokens(text: str) -> list[str]:
     while position < len(text):
         match = _TOKEN.match(text, position)
         if match is None:
-            raise NotAnExpression(f"{text[position]!r} is not of the grammar")
+            raise NotAnExpression(f"{text[position]!r} is not in the grammar")
         token = match.group(1)
         if len(token) > 1 and token.startswith("0"):
             raise NotAnExpression(f"{token!r} has a leading zero")
@@ -121,14 +121,14 @@ def _apply(operator: str, values: list[Fraction]) -> None:
 
 
 def countdown_reward(problem: Problem, text: str, *, use_all: bool = True) -> Score:
-    """1 where the last ``<answer>`` block is an expression that reaches the target with the given numbers, else 0.
+    """Return 1 if the last ``<answer>`` block is an expression that reaches the target with the given numbers, else 0.
 
     Example:
         >>> countdown_reward(problem, "<think>5 * 2 = 10, 10 + 3 = 13.</think> <answer>3 + 5 * 2</answer>").total
         1.0
 
     Args:
-        use_all: every number exactly once; False: at most once.
+        use_all: True requires every number exactly once; False allows each at most once.
 
     Raises:
         ValueError: the problem's gold answer is not an expression.
@@ -136,23 +136,25 @@ def countdown_reward(problem: Problem, text: str, *, use_all: bool = True) -> Sc
     answer = parse_tags(text).answer
     if answer is None:
         return Score(total=0.0, failure="no_answer")
-    return _judge(problem, answer, use_all=use_all)
+    return _check(problem, answer, use_all=use_all)
 
 
 def lenient_countdown_reward(problem: Problem, text: str, *, use_all: bool = True) -> Score:
-    """1 where the last expression anywhere in the turn reaches the target, tags or not, ``= 24`` behind it or not.
+    """Return 1 if the last expression anywhere in the response reaches the target, with or without tags or ``= 24``.
 
-    For evaluation beside the strict reward, never for training: it pays for answers that were not given as such.
+    For evaluation beside the strict reward. Never train on it, because it pays for answers that were not given.
     """
     for candidate in reversed(_LENIENT.findall(text.translate(_SPELLINGS))):
         candidate = _without_loose_brackets(candidate)
-        if any(operator in candidate for operator in _PRECEDENCE):  # else the right-hand side of an equation
-            return _judge(problem, candidate, use_all=use_all)
+        if any(
+            operator in candidate for operator in _PRECEDENCE
+        ):  # without one it is the right-hand side of an equation
+            return _check(problem, candidate, use_all=use_all)
     return Score(total=0.0, failure="no_answer")
 
 
 def _without_loose_brackets(text: str) -> str:
-    """The expression without what a sentence leaves hanging on it: "4 + 3 + 6 (" of "4 + 3 + 6 (uses all)"."""
+    """Strip what a sentence leaves around the expression: the bracket of "4 + 3 + 6 (uses all)"."""
     text = text.strip(" +-*/")
     while True:
         extra = text.count("(") - text.count(")")
@@ -167,7 +169,7 @@ def _without_loose_brackets(text: str) -> str:
         text = text.strip(" +-*/")
 
 
-def _judge(problem: Problem, answer: str, *, use_all: bool) -> Score:
+def _check(problem: Problem, answer: str, *, use_all: bool) -> Score:
     given = _gold(problem.id, problem.answer)
     if not answer.strip():
         return Score(total=0.0, failure="empty")
@@ -175,8 +177,8 @@ def _judge(problem: Problem, answer: str, *, use_all: bool) -> Score:
         found = parse_expression(answer)
     except NotAnExpression:
         return Score(total=0.0, failure="unparseable")
-    spent, available = Counter(found.numbers), Counter(given.numbers)
-    if not (spent == available if use_all else spent <= available):
+    used, available = Counter(found.numbers), Counter(given.numbers)
+    if not (used == available if use_all else used <= available):
         return Score(total=0.0, failure="wrong_numbers")
     return Score(total=float(found.value == given.value))
 
@@ -187,6 +189,6 @@ def _gold(problem_id: str, answer: str | None) -> Expression:
         return parse_expression(answer or "")
     except NotAnExpression as error:
         raise ValueError(
-            f"{problem_id}: the gold answer {answer!r:.60} is not an expression ({error}); countdown rewards are for "
-            "problems of rolltune.data.countdown"
+            f"{problem_id}: the gold answer {answer!r:.60} is not an expression ({error}); use countdown rewards with "
+            "rolltune.data.countdown"
         ) from None

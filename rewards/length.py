@@ -1,4 +1,7 @@
-"""Rewards for the length of a completion, in tokens. Use them beside a correctness reward or, cosine, in its place."""
+"""Rewards for the length of a completion in tokens.
+
+``soft_overlong_reward`` goes beside a correctness reward; ``cosine_length_reward`` includes one.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +24,25 @@ def cosine_length_reward(
     exceed: float = -10.0,
     timeout: float = TIMEOUT_SECONDS,
 ) -> Score:
-    """Correctness priced by length, along half a cosine (Demystifying Long CoT, arXiv 2502.03373, section 4.2).
+    """Reward correctness by length, along half a cosine (Demystifying Long CoT, arXiv 2502.03373, section 4.2).
 
-    With L completion tokens (the EOS included), the reward of a right answer is ``correct_start`` at L = 0 and goes
-    to ``correct_end`` as L goes to ``max_tokens``; of a wrong one, from ``wrong_start`` to ``wrong_end``. From
-    ``max_tokens`` on it is ``exceed``, right or wrong. The defaults are the paper's: short where right, long where not.
+    With L completion tokens, including the EOS, a right answer earns ``correct_start`` at L = 0, falling or rising to
+    ``correct_end`` as L approaches ``max_tokens``; a wrong answer goes from ``wrong_start`` to ``wrong_end``. From
+    ``max_tokens`` on the reward is ``exceed``, right or wrong. The paper's defaults favour short right answers and long
+    wrong ones.
 
-    The paper prints the ends of its CosFn the other way round; the ends here are those of its text and its code.
+    The paper prints the ends of its CosFn swapped; these ends follow its text and its code.
 
     Args:
-        completion: for its token count.
+        completion: supplies the token count.
         max_tokens: the paper's L_max; normally ``sampling.max_new_tokens``.
-        timeout: seconds for checking an expression, as in :func:`rolltune.rewards.answer.answer_reward`.
+        timeout: seconds for comparing an expression, as in :func:`rolltune.rewards.answer.answer_reward`.
 
     Raises:
         ValueError: no gold answer, or ``max_tokens`` below 1.
     """
     if max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
+        raise ValueError(f"max_tokens={max_tokens} must be at least 1")
     verdict = grade(gold_answer(problem), text, timeout=timeout)
     length = len(completion.token_ids)
     if length >= max_tokens:
@@ -53,19 +57,19 @@ def cosine_length_reward(
 def soft_overlong_reward(
     problem: Problem, text: str, *, completion: Completion, max_tokens: int, cache_tokens: int
 ) -> Score:
-    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), in [-1, 0].
+    """Return DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), in [-1, 0].
 
-    0 up to ``max_tokens - cache_tokens`` completion tokens, then falling linearly to -1 at ``max_tokens`` and beyond.
+    It is 0 up to ``max_tokens - cache_tokens`` completion tokens, then falls linearly to -1 at ``max_tokens``.
 
     Args:
-        completion: for its token count.
+        completion: supplies the token count.
         max_tokens: the paper's L_max (20,480 there); normally ``sampling.max_new_tokens``.
-        cache_tokens: the paper's L_cache (4,096 there), the width of the slope.
+        cache_tokens: the paper's L_cache (4,096 there), the width of the slope in tokens.
 
     Raises:
         ValueError: unless 0 < cache_tokens <= max_tokens.
     """
     if not 0 < cache_tokens <= max_tokens:
-        raise ValueError(f"cache_tokens is {cache_tokens}; it must be in 1 .. max_tokens, which is {max_tokens}")
+        raise ValueError(f"cache_tokens={cache_tokens} must be in 1 .. max_tokens={max_tokens}")
     over = len(completion.token_ids) - (max_tokens - cache_tokens)
     return Score(total=max(min(-over / cache_tokens, 0.0), -1.0))

@@ -1,11 +1,11 @@
-"""Are two LaTeX expressions equal? math-verify says, in a process that can be killed.
+"""Compare two LaTeX expressions with math-verify in a process that can be killed.
 
-sympy can run for hours on a short expression, and math-verify's own time limit is an alarm signal, which works in the
-main thread only. So the checks run in a worker process: started at the first check, kept, killed and replaced when it
-is late. That holds in any thread and in forked processes.
+sympy can run for hours on a short expression, and math-verify's own time limit is an alarm signal, which works only in
+the main thread. Checks therefore run in a worker process. It starts at the first check, stays, and is killed and
+replaced when a check is late. This works in any thread and in forked processes.
 
-This file is also the worker's program. It is run by path, so that neither rolltune nor the caller's ``__main__`` is
-imported again, and must import nothing of ours.
+This file is also the worker's program. The worker runs it by path, so that it imports neither rolltune nor the caller's
+``__main__`` again. It must not import rolltune.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import threading
 from multiprocessing.connection import wait
 
-# Importing sympy takes a second or two, more on a busy machine. Not part of a check's own time.
+# Importing sympy takes a second or two, more on a busy machine. A check's own timeout does not include it.
 STARTUP_SECONDS = 120.0
 WORKER_MEMORY_BYTES = 4 << 30
 
@@ -30,31 +30,31 @@ class UnparseableError(ValueError):
 
 
 class SymbolicChecker:
-    """A lazily started worker process and the one line of talk to it. Thread-safe: one check at a time."""
+    """A lazily started worker process. Thread-safe: it runs one check at a time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
     def equal(self, gold: str, answer: str, *, timeout: float) -> bool:
-        """Whether ``answer`` equals ``gold``, both LaTeX without dollar signs.
+        """Return whether ``answer`` equals ``gold``, both LaTeX without dollar signs.
 
-        math-verify compares symbolically, and to six decimals where one side has a decimal point.
+        math-verify compares symbolically, or to six decimals if one side has a decimal point.
 
         Args:
-            gold: trusted.
-            answer: a model's, already held to a grammar without towers of powers.
+            gold: trusted expression.
+            answer: expression of a model, already restricted to a grammar without nested powers.
             timeout: seconds for this check.
 
         Raises:
-            TimeoutError: no verdict in time, or not within the worker's memory.
+            TimeoutError: no verdict within the time or the worker's memory.
             UnparseableError: the answer cannot be read.
             ValueError: the gold answer cannot be read.
         """
         with self._lock:
             reply = self._ask({"gold": gold, "answer": answer, "timeout": timeout})
         if reply == _NO_GOLD:
-            raise ValueError(f"math-verify cannot read the gold answer {gold!r}: write it as a number or as LaTeX")
+            raise ValueError(f"math-verify cannot read the gold answer {gold!r}; it must be a number or LaTeX")
         if reply == _NO_ANSWER:
             raise UnparseableError(f"math-verify cannot read {answer!r}")
         if reply not in (_EQUAL, _DIFFERENT):
@@ -80,7 +80,7 @@ class SymbolicChecker:
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             self.close()
-            # -P: this folder must not come first on the worker's path. No buffer: wait() sees the pipe itself.
+            # -P keeps this folder off the worker's path. Without a buffer, wait() sees the pipe itself.
             command = [sys.executable, "-P", __file__]
             self._process = subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             if _read_byte(self._process, STARTUP_SECONDS) != _READY:
@@ -90,7 +90,7 @@ class SymbolicChecker:
 
 
 def _read_byte(process: subprocess.Popen[bytes], timeout: float) -> bytes:
-    """One byte from the process; empty where none came in time or the process is gone."""
+    """Read one byte from the process; empty if none came in time or the process has ended."""
     assert process.stdout is not None
     return process.stdout.read(1) if wait([process.stdout], timeout) else b""  # type: ignore[list-item]
 
@@ -100,7 +100,7 @@ atexit.register(lambda: _checker.close())
 
 
 def equal(gold: str, answer: str, *, timeout: float) -> bool:
-    """:meth:`SymbolicChecker.equal` of this process's one checker."""
+    """Call :meth:`SymbolicChecker.equal` of this process's checker."""
     return _checker.equal(gold, answer, timeout=timeout)
 
 
@@ -109,12 +109,12 @@ def _forget_parents_worker() -> None:
     _checker = SymbolicChecker()
 
 
-# After a fork the pipes and perhaps a held lock are the parent's.
+# After a fork the pipes, and perhaps a held lock, belong to the parent.
 os.register_at_fork(after_in_child=_forget_parents_worker)
 
 
 def serve() -> None:
-    """The worker: one JSON request a line on stdin, one byte each on stdout, until stdin closes."""
+    """Run the worker: read one JSON request per line from stdin, answer each with one byte, until stdin closes."""
     import logging
     import resource
     import signal
@@ -122,11 +122,11 @@ def serve() -> None:
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
-    logging.disable()  # math-verify warns that its own time limit is off
+    logging.disable()  # silences math-verify's warning that its own time limit is off
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":  # macOS refuses the limit
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    # Units off: with them "2ab" is read as 2 of the unit "ab".
+    # units=False: otherwise "2ab" is read as 2 of the unit "ab".
     plain = NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
     )
@@ -145,7 +145,7 @@ def serve() -> None:
     sys.stdout.buffer.flush()
     for line in sys.stdin:
         request = json.loads(line)
-        # Should the caller be killed while this runs, nobody else would end it.
+        # Ends the worker if the caller is killed during a check.
         signal.alarm(int(request["timeout"]) + 2)
         reply = check(request["gold"], request["answer"])
         signal.alarm(0)

@@ -1,4 +1,4 @@
-"""The one parser of ``<think>...</think>`` and ``<answer>...</answer>``."""
+"""The parser of ``<think>...</think>`` and ``<answer>...</answer>`` that all rewards share."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """The four tags, each at its first place, standing in order: think, /think, answer, /answer.
+    """The text around the first occurrence of each tag, if these are in order: think, /think, answer, /answer.
 
     Attributes:
         think: text between the think tags.
         answer: text between the answer tags.
-        outside: everything before, between and after the two blocks.
+        outside: text before, between and after the two blocks.
     """
 
     think: str
@@ -25,17 +25,17 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tags:
-    """What the tags of one assistant turn say.
+    """The tags of one response.
 
     Example:
         >>> parse_tags("<think>2 + 2</think> <answer>4</answer>").answer
         '4'
 
     Attributes:
-        counts: how often each of the four tags occurs.
-        answer: inside of the last ``<answer>...</answer>`` that follows the thinking; None where there is none.
-            A block in front of a ``</think>`` is part of the working, not an answer.
-        layout: None where a tag is missing or the first ones are out of order.
+        counts: number of occurrences of each of the four tags.
+        answer: text inside the last ``<answer>...</answer>`` after the thinking, or None. A block before a ``</think>``
+            is part of the working, not an answer.
+        layout: the two blocks; None if a tag is missing or the first tags are out of order.
     """
 
     counts: dict[str, int]
@@ -44,9 +44,9 @@ class Tags:
 
 
 def parse_tags(text: str) -> Tags:
-    """Find the tags in a turn, in time linear in its length whatever it holds.
+    """Find the tags of a response, in time linear in its length for any text.
 
-    Tags are matched exactly: ``<Answer>`` and ``<answer >`` are ordinary text.
+    Tags match exactly: ``<Answer>`` and ``<answer >`` are ordinary text.
     """
     counts = {tag: text.count(tag) for tag in (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)}
     return Tags(counts=counts, answer=_last_answer(text), layout=_layout(text))

@@ -40,7 +40,7 @@ class _Turn(BaseModel):
     content: _Text
 
 
-class RubricRow(BaseModel):
+class RubricRecord(BaseModel):
     """A rubric and what it is for; columns beside these are passed over.
 
     Attributes:
@@ -65,7 +65,7 @@ class RubricRow(BaseModel):
         return Rubric(criteria=self.criteria)
 
 
-class ProblemRow(RubricRow):
+class ProblemRecord(RubricRecord):
     """A problem with its rubric.
 
     Attributes:
@@ -111,34 +111,22 @@ def _canonical(answer: str | int | float | None) -> str | None:
     return None if answer is None else str(answer).strip() or None
 
 
-def rubric_row(row: dict[str, Any]) -> RubricRow:
-    """A rubric for a problem that is elsewhere: ``{"id": ..., "criteria": [...]}``, or a problem with its rubric.
-
-    Raises:
-        ValueError: a field is missing or wrong; one line names them all.
-    """
-    found = parse(RubricRow, _flat(row))
-    if found.id is None:
-        raise ValueError("no 'id', which says whose rubric it is")
-    return found
-
-
-def problem_row(row: dict[str, Any]) -> ProblemRow:
+def problem_record(row: dict[str, Any]) -> ProblemRecord:
     """A problem with its rubric, as ``write_rubrics`` writes it or flat.
 
     Example:
         >>> criteria = [{"title": "Cause", "description": "Names scattering.", "category": "essential"}]
-        >>> problem_row({"question": "Why is the sky blue?", "criteria": criteria}).to_problem("sky").id
+        >>> problem_record({"question": "Why is the sky blue?", "criteria": criteria}).to_problem("sky").id
         'sky'
 
     Args:
         row: ``{"problem": {id, messages, answer, solution}, "rubric": {"criteria": [...]}}``, or the fields of
-            :class:`ProblemRow`.
+            :class:`ProblemRecord`.
 
     Raises:
         ValueError: a field is missing or wrong; one line names them all.
     """
-    return parse(ProblemRow, _flat(row))
+    return parse(ProblemRecord, _flat(row))
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
@@ -148,15 +136,6 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(problem, dict):
         raise ValueError(f"'problem' must be an object, not {problem!r:.60}")
     return {name: value for name, value in row.items() if name != "problem"} | problem
-
-
-def criteria_of(rows: Any) -> Rubric:
-    """A rubric from a list of criteria, as a config holds it.
-
-    Raises:
-        ValueError: it is no list, or a criterion is wrong; one line names all mistakes.
-    """
-    return parse(Rubric, {"criteria": rows})
 
 
 def parse(schema: type[M], row: Any) -> M:
@@ -218,7 +197,7 @@ class _RarItem(BaseModel):
     weight: Annotated[int, Field(strict=True, ge=-1000, le=1000)]
 
 
-class _RarRow(BaseModel):
+class _RarRecord(BaseModel):
     question: _Text
     reference_answer: str | None = None  # empty in a tenth of RaR-Science
     rubric: Annotated[tuple[_RarItem, ...], Field(min_length=1, max_length=100)]
@@ -247,7 +226,7 @@ def rar_problem(
     Raises:
         ValueError: a field is missing or wrong, or a pitfall's direction is not known and ``unsure`` is "error".
     """
-    parsed = parse(_RarRow, row)
+    parsed = parse(_RarRecord, row)
     criteria: list[Criterion] = []
     wrong: list[str] = []
     for number, item in enumerate(parsed.rubric):

@@ -84,33 +84,32 @@ def test_the_labelled_traces_are_many_and_of_all_kinds():
     assert not {trace.text for trace in dev} & {trace.text for trace in test}
 
 
-ROW = {"id": "a", "split": "dev", "text": "3 * 8 = 24", "counts": dict.fromkeys(BEHAVIOURS, 0)}
+RECORD = {"id": "a", "split": "dev", "text": "3 * 8 = 24", "counts": dict.fromkeys(BEHAVIOURS, 0)}
 
 
-def test_reads_a_file_of_ones_own(tmp_path):
+def test_reads_your_own_file(tmp_path):
     path = tmp_path / "mine.jsonl"
-    path.write_text(json.dumps(ROW) + "\n" + json.dumps(ROW | {"id": "b", "split": "test", "note": "why"}) + "\n")
+    path.write_text(json.dumps(RECORD) + "\n" + json.dumps(RECORD | {"id": "b", "split": "test", "note": "why"}) + "\n")
     assert [trace.note for trace in labelled_traces(path=path)] == ["", "why"]
     assert [trace.id for trace in labelled_traces("test", path=path)] == ["b"]
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("record", "message"),
     [
-        (ROW, ":2: the id 'a' stands twice"),
-        (ROW | {"id": ""}, ":2: id:"),
-        (ROW | {"split": "train"}, ":2: split:"),
-        (ROW | {"text": ""}, ":2: text:"),
-        (ROW | {"counts": {"verification": 1}}, ":2: counts.backtracking:"),
-        (ROW | {"counts": dict.fromkeys(BEHAVIOURS, -1)}, ":2: counts.verification:"),
-        (ROW | {"counts": dict.fromkeys(BEHAVIOURS, 1.5)}, ":2: counts.verification:"),
-        (ROW | {"label": 1}, ":2: label:"),
+        (RECORD, ":2: .*'a'"),
+        (RECORD | {"id": ""}, ":2: id:"),
+        (RECORD | {"split": "train"}, ":2: split:"),
+        (RECORD | {"text": ""}, ":2: text:"),
+        (RECORD | {"counts": {"verification": 1}}, ":2: counts.backtracking:"),
+        (RECORD | {"counts": dict.fromkeys(BEHAVIOURS, -1)}, ":2: counts.verification:"),
+        (RECORD | {"counts": dict.fromkeys(BEHAVIOURS, 1.5)}, ":2: counts.verification:"),
+        (RECORD | {"label": 1}, ":2: label:"),
         ([], ":2: the line:"),
     ],
 )
-def test_names_the_line_that_is_wrong(tmp_path, row, message):
+def test_names_the_line_that_is_wrong(tmp_path, record, message):
     path = tmp_path / "mine.jsonl"
-    path.write_text(json.dumps(ROW) + "\n" + json.dumps(row) + "\n")
-    with pytest.raises(ValueError) as raised:
+    path.write_text(json.dumps(RECORD) + "\n" + json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match=f"^{path}{message}"):
         labelled_traces(path=path)
-    assert str(raised.value).startswith(f"{path}{message}")

@@ -1,4 +1,4 @@
-"""Countdown problems: solvable, split apart, the same from the same seed."""
+"""Countdown problems: solvable, in disjoint splits, and reproducible."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from rolltune.data.countdown import Term, combine, countdown, countdown_rows, given, solve, steps
+from rolltune.data.countdown import Term, combine, countdown, countdown_records, given, solve, steps
 from rolltune.rewards.countdown import countdown_reward, parse_expression
 from rolltune.types import Problem
 
@@ -62,16 +62,16 @@ def test_the_same_seed_gives_the_same_problems():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"count": 0}, "count=0 must be at least 1"),
-        ({"split": "dev"}, "split='dev' must be one of train, heldout, test"),
-        ({"sizes": [7]}, r"sizes=\[7\] must be a list of numbers from 2 to 6"),
-        ({"sizes": []}, r"sizes=\[\] must be"),
-        ({"low": 0}, "low=0 must be at least 1"),
-        ({"high": 0}, "high=0 must be at least 1"),
-        ({"max_target": 9}, "max_target=9 must be at least 10"),
-        ({"operations": "+^"}, r"operations='\+\^' must be some of"),
-        ({"wording": "long"}, "wording='long' must be one of full, short"),
-        ({"sizes": [2], "high": 3, "min_target": 3, "count": 50}, "were not found, only"),
+        ({"count": 0}, "count=0"),
+        ({"split": "dev"}, "split='dev'"),
+        ({"sizes": [7]}, r"sizes=\[7\]"),
+        ({"sizes": []}, r"sizes=\[\]"),
+        ({"low": 0}, "low=0"),
+        ({"high": 0}, "high=0"),
+        ({"max_target": 9}, "max_target=9"),
+        ({"operations": "+^"}, r"operations='\+\^'"),
+        ({"wording": "long"}, "wording='long'"),
+        ({"sizes": [2], "high": 3, "min_target": 3, "count": 50}, "count=50 is too many"),
     ],
 )
 def test_options(options, message):
@@ -117,17 +117,17 @@ def test_solve_finds_a_solution_or_says_that_there_is_none():
     assert solve([24], 24) == []
 
 
-# --- rows of a file ---------------------------------------------------------------------------------------------------
+# --- records of a file ------------------------------------------------------------------------------------------------
 
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def write_records(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
 
 
-def test_rows_are_solved_and_those_without_a_solution_left_out(tmp_path):
-    path = write_rows(
-        tmp_path / "rows.jsonl",
+def test_records_are_solved_and_unsolvable_and_repeated_ones_are_left_out(tmp_path):
+    path = write_records(
+        tmp_path / "records.jsonl",
         [
             {"nums": [44, 19, 35], "target": 98},
             {"nums": [1, 1, 1], "target": 50},
@@ -135,54 +135,54 @@ def test_rows_are_solved_and_those_without_a_solution_left_out(tmp_path):
             {"nums": [2, 5, 3], "target": 16},  # the third again
         ],
     )
-    splits = [countdown_rows(path=path, count=4, split=split) for split in splits_with_rows(path)]
+    splits = [countdown_records(path=path, count=4, split=split) for split in splits_with_records(path)]
     first, second = sorted((problem for dataset in splits for problem in dataset), key=lambda problem: problem.id)
     assert (first.id, second.id) == ("countdown/train/0", "countdown/train/2")
     assert "numbers 44, 19 and 35, create an equation that equals 98" in first.messages[0]["content"]
     assert parse_expression(first.answer).value == 98
 
 
-def splits_with_rows(path: str) -> list[str]:
+def splits_with_records(path: str) -> list[str]:
     found = []
     for split in ("train", "heldout", "test"):
         try:
-            countdown_rows(path=path, count=4, split=split)
+            countdown_records(path=path, count=4, split=split)
         except ValueError as error:
-            assert f"hold no {split} problem" in str(error)
+            assert f"no {split} problem" in str(error)
         else:
             found.append(split)
     return found
 
 
-def test_rows_go_to_the_split_of_their_numbers_in_any_order(tmp_path):
+def test_the_order_of_the_numbers_does_not_change_the_split(tmp_path):
     drawn = [countdown(count=30, seed=5, split=split) for split in ("train", "heldout", "test")]
-    rows = [{"nums": given(p)[0][::-1], "target": given(p)[1]} for problems in drawn for p in problems]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
+    records = [{"nums": given(p)[0][::-1], "target": given(p)[1]} for problems in drawn for p in problems]
+    path = write_records(tmp_path / "records.jsonl", records)
     for split, problems in zip(("train", "heldout", "test"), drawn, strict=True):
-        found = countdown_rows(path=path, count=len(rows), split=split)
+        found = countdown_records(path=path, count=len(records), split=split)
         assert sorted(map(given, found)) == sorted(map(given, problems))
 
 
 @pytest.mark.parametrize(
-    "rows, options, message",
+    "records, options, message",
     [
-        ([{"nums": [1], "target": 1}], {}, r"row 0: nums=\[1\] must be 2 to 6"),
-        ([{"nums": [1, 2], "target": 0}], {}, "target=0 one"),
-        ([{"numbers": [1, 2], "target": 3}], {}, "nums=None must be"),
-        ([{"nums": [1, 2], "target": 3}], {"count": 2}, "count=2 must lie within the 1 rows"),
+        ([{"nums": [1], "target": 1}], {}, r"record 0: nums=\[1\]"),
+        ([{"nums": [1, 2], "target": 0}], {}, "target=0"),
+        ([{"numbers": [1, 2], "target": 3}], {}, "nums=None"),
+        ([{"nums": [1, 2], "target": 3}], {"count": 2}, "count=2"),
     ],
 )
-def test_bad_rows(rows, options, message, tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", rows)
+def test_bad_records(records, options, message, tmp_path):
+    path = write_records(tmp_path / "records.jsonl", records)
     with pytest.raises(ValueError, match=message):
-        countdown_rows(path=path, **({"count": 1} | options))
+        countdown_records(path=path, **({"count": 1} | options))
 
 
 def test_a_path_that_is_nothing():
     with pytest.raises(ValueError, match="neither a .jsonl or .parquet file nor a Hub id"):
-        countdown_rows(path="nowhere")
+        countdown_records(path="nowhere")
     with pytest.raises(ValueError, match="path='nowhere.jsonl'"):
-        countdown_rows(path="nowhere.jsonl")
+        countdown_records(path="nowhere.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -94,5 +94,5 @@ def test_many_templates_are_used():
 
 @pytest.mark.parametrize("options", [{"count": 0}, {"count": 5, "seed": -1}, {"count": 5, "start": -1}])
 def test_options_out_of_range(options):
-    with pytest.raises(ValueError, match=r"gsm_symbolic: \w+=(0|-1) must be at least"):
+    with pytest.raises(ValueError, match=r"gsm_symbolic: \w+=(0|-1)"):
         gsm_symbolic(**options)

@@ -1,4 +1,4 @@
-"""The adapter for reasoning-gym: scalar answers, no repeats, mistakes in names and options."""
+"""reasoning-gym tasks: scalar answers, no repeated questions, mistakes in names and options."""
 
 import re
 
@@ -33,7 +33,7 @@ def test_repeated_questions_are_left_out_and_slices_are_disjoint():
     heldout = reasoning_gym_task(**options, start=100)
     assert [*train, *heldout] == list(whole)
     assert overlap(train, heldout) == []
-    with pytest.raises(ValueError, match=f"reasoning-gym chain_sum: start=300 .* there are {len(whole)} problems"):
+    with pytest.raises(ValueError, match="reasoning-gym chain_sum: start=300"):
         reasoning_gym_task(**options, start=300)
 
 
@@ -49,21 +49,21 @@ def test_tasks_with_one_number_fraction_or_word(task):
 
 @pytest.mark.parametrize("task", ["mini_sudoku", "rush_hour", "list_functions", "palindrome_generation", "sokoban"])
 def test_tasks_with_other_answers_are_refused(task):
-    with pytest.raises(ValueError, match=f"task='{task}' is not one number or word with a single right value"):
+    with pytest.raises(ValueError, match=f"task='{task}' has answers"):
         reasoning_gym_task(task=task, size=10)
 
 
 def test_unknown_names_get_the_nearest():
-    with pytest.raises(ValueError, match="unknown task='chain_sums'; did you mean 'chain_sum'"):
+    with pytest.raises(ValueError, match="task='chain_sums'; did you mean 'chain_sum'"):
         reasoning_gym_task(task="chain_sums", size=10)
-    with pytest.raises(ValueError, match=r"unknown task='zzzz'; there are .*chain_sum"):
+    with pytest.raises(ValueError, match=r"task='zzzz'; .*chain_sum"):
         reasoning_gym_task(task="zzzz", size=10)
-    with pytest.raises(ValueError, match="task 'gcd' has no option 'min_number'; did you mean 'min_numbers'"):
+    with pytest.raises(ValueError, match="'min_number'; did you mean 'min_numbers'"):
         reasoning_gym_task(task="gcd", size=10, min_number=2)
 
 
 def test_options_that_the_task_refuses():
-    with pytest.raises(ValueError, match=r"'chain_sum' refuses its options \{'min_terms': 0\}"):
+    with pytest.raises(ValueError, match=r"'chain_sum' .*'min_terms': 0"):
         reasoning_gym_task(task="chain_sum", size=10, min_terms=0)
-    with pytest.raises(ValueError, match="size=0 must be at least 1"):
+    with pytest.raises(ValueError, match="size=0"):
         reasoning_gym_task(task="chain_sum", size=0)

@@ -1,4 +1,4 @@
-"""Data sets with rubrics: files of one's own, published ones, other data sets with rubrics, the embedded tasks."""
+"""Data sets with rubrics: your own files, the published ones, and the packaged tasks."""
 
 import json
 import re
@@ -6,21 +6,20 @@ import re
 import pytest
 
 from rolltune.data.dataset import overlap
-from rolltune.data.rubrics import rar, rubric_jsonl, rubric_tasks, with_rubric
+from rolltune.data.rubrics import rar, rubric_jsonl, rubric_tasks
 from rolltune.rewards.checks.rubric_lint import lint
 from rolltune.rewards.rubric.schema import CATEGORIES, Criterion, Rubric
 
 UNIT = {"title": "Unit", "description": "Names the unit.", "category": "essential"}
 SHORT = {"title": "Short", "description": "Is short.", "weight": 2}
-SUMS = {"_component_": "rolltune.data.sums.sums", "count": 4}
 
 
-def write_jsonl(path, rows) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
+def write_jsonl(path, records) -> str:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records), "utf-8")
     return str(path)
 
 
-def rows(count: int) -> list[dict]:
+def records(count: int) -> list[dict]:
     return [{"question": f"How long is river {i}?", "answer": str(i), "criteria": [UNIT, SHORT]} for i in range(count)]
 
 
@@ -34,7 +33,7 @@ def test_a_file_of_both_kinds_of_lines(tmp_path):
         "rubric": {"criteria": [SHORT]},
         "provenance": {"model": "m", "host": "h"},
     }
-    data = rubric_jsonl(path=write_jsonl(tmp_path / "own.jsonl", [*rows(2), "", written]))
+    data = rubric_jsonl(path=write_jsonl(tmp_path / "own.jsonl", [*records(2), "", written]))
     assert [p.id for p in data] == ["own/1", "own/2", "deep"]
     assert [p.answer for p in data] == ["0", "1", "3"]
     assert data[0].rubric == Rubric.of(Criterion(**UNIT), Criterion(**SHORT))
@@ -42,15 +41,15 @@ def test_a_file_of_both_kinds_of_lines(tmp_path):
 
 
 def test_a_slice_keeps_ids(tmp_path):
-    path = write_jsonl(tmp_path / "own.jsonl", rows(5))
+    path = write_jsonl(tmp_path / "own.jsonl", records(5))
     assert [p.id for p in rubric_jsonl(path=path, start=3)] == ["own/4", "own/5"]
     assert [p.id for p in rubric_jsonl(path=path, start=1, count=2)] == ["own/2", "own/3"]
-    with pytest.raises(ValueError, match=r"own.jsonl: start=5 must lie in 0 \.\. 4"):
+    with pytest.raises(ValueError, match="start=5"):
         rubric_jsonl(path=path, start=5)
 
 
 def test_wrong_lines_are_all_named(tmp_path):
-    bad = [{"question": "?"}, *rows(1), {"question": "?", "criteria": [{**UNIT, "category": "vital"}]}]
+    bad = [{"question": "?"}, *records(1), {"question": "?", "criteria": [{**UNIT, "category": "vital"}]}]
     path = write_jsonl(tmp_path / "own.jsonl", bad)
     with pytest.raises(ValueError) as caught:
         rubric_jsonl(path=path)
@@ -62,10 +61,10 @@ def test_wrong_lines_are_all_named(tmp_path):
 @pytest.mark.parametrize(
     "lines, message",
     [
-        ([], "own.jsonl: the file has no rows"),
+        ([], "own.jsonl: .*no records"),
         (["{"], "own.jsonl:1: not JSON"),
-        (["[]"], "own.jsonl:1: a row must be a JSON object, not list"),
-        ([row | {"id": "twin"} for row in rows(2)], r"own.jsonl:2: id: 'twin' is taken by .*own.jsonl:1"),
+        (["[]"], "own.jsonl:1: .*not list"),
+        ([record | {"id": "twin"} for record in records(2)], r"own.jsonl:2: id: 'twin' .*own.jsonl:1"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, lines, message):
@@ -73,92 +72,9 @@ def test_files_that_cannot_be_read(tmp_path, lines, message):
         rubric_jsonl(path=write_jsonl(tmp_path / "own.jsonl", lines))
 
 
-def test_no_file(tmp_path):
-    with pytest.raises(ValueError, match="rubric_jsonl: path='nowhere.jsonl' is not a file"):
+def test_no_file():
+    with pytest.raises(ValueError, match="rubric_jsonl: path='nowhere.jsonl'"):
         rubric_jsonl(path="nowhere.jsonl")
-
-
-# --- with_rubric ------------------------------------------------------------------------------------------------------
-
-
-def test_one_rubric_for_all(tmp_path):
-    data = with_rubric(data=SUMS, rubric=[UNIT, SHORT])
-    assert [p.rubric for p in data] == [Rubric.of(Criterion(**UNIT), Criterion(**SHORT))] * 4
-    assert data[0].answer is not None and data[0].id == "sums/train/seed0/0"
-
-
-@pytest.mark.parametrize(
-    "name, text",
-    [
-        ("r.yaml", "- {title: Unit, description: Names the unit., category: essential}\n"),
-        ("r.yml", "criteria:\n  - {title: Unit, description: Names the unit., category: essential}\n"),
-        ("r.json", json.dumps([UNIT])),
-        ("r.json", json.dumps({"criteria": [UNIT]})),
-    ],
-)
-def test_one_rubric_from_a_file(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
-    assert with_rubric(data=SUMS, rubric=str(tmp_path / name))[0].rubric == Rubric.of(Criterion(**UNIT))
-
-
-def test_rubrics_of_their_own_by_id(tmp_path):
-    lines = [{"id": f"sums/train/seed0/{i}", "criteria": [UNIT | {"title": f"Unit {i}"}]} for i in (3, 1, 0, 2, 9)]
-    data = with_rubric(data=SUMS, rubric=write_jsonl(tmp_path / "r.jsonl", lines))
-    assert [p.rubric.criteria[0].title for p in data] == ["Unit 0", "Unit 1", "Unit 2", "Unit 3"]
-
-
-def test_a_problem_without_a_rubric(tmp_path):
-    path = write_jsonl(tmp_path / "r.jsonl", [{"id": "sums/train/seed0/1", "criteria": [UNIT]}])
-    message = r"r.jsonl' has none for 3 of 4 problems: sums/train/seed0/0, .*; write them, or set missing: drop"
-    with pytest.raises(ValueError, match=message):
-        with_rubric(data=SUMS, rubric=path)
-    assert [p.id for p in with_rubric(data=SUMS, rubric=path, missing="drop")] == ["sums/train/seed0/1"]
-
-
-def test_rubrics_for_other_problems_altogether(tmp_path):
-    path = write_jsonl(tmp_path / "r.jsonl", [{"id": "else", "criteria": [UNIT]}])
-    with pytest.raises(ValueError, match="has a rubric for none of the problems, the first is 'sums/train/seed0/0'"):
-        with_rubric(data=SUMS, rubric=path, missing="drop")
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"data": {"_component_": "rolltune.data.sums.sum"}}, r"with_rubric: data\._component_: .*did you mean"),
-        ({"data": SUMS | {"cuont": 1}}, r"with_rubric: data\.cuont: .*did you mean .*count"),
-        ({"data": SUMS | {"count": 0}}, "sums: count=0 must be at least 1"),
-        ({"rubric": []}, "with_rubric: rubric: criteria: .*at least 1 item"),
-        ({"rubric": [UNIT, {"title": "x"}]}, r"with_rubric: rubric: criteria\[1\]\.description: Field required"),
-        ({"rubric": "nowhere.jsonl"}, "with_rubric: rubric='nowhere.jsonl' is not a file"),
-        ({"rubric": "nowhere.yaml"}, "with_rubric: rubric='nowhere.yaml' is not a file"),
-        ({"missing": "keep"}, "missing='keep' must be one of error, drop"),
-        ({"missing": "drop"}, "missing=drop does nothing where one rubric is for all problems"),
-    ],
-)
-def test_wrong_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        with_rubric(**({"data": SUMS, "rubric": [UNIT]} | options))
-
-
-@pytest.mark.parametrize(
-    "name, text, message",
-    [
-        ("r.txt", "x", "must be a .yaml, .json or .jsonl file, or a list of criteria"),
-        ("r.yaml", "a: [", "r.yaml: not YAML"),
-        ("r.yaml", "a: 1", "r.yaml: criteria: "),
-        ("r.yaml", "!!python/object/apply:os.getcwd []", "r.yaml: not YAML"),
-    ],
-)
-def test_wrong_files_of_one_rubric(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        with_rubric(data=SUMS, rubric=str(tmp_path / name))
-
-
-def test_twins_in_a_file_of_rubrics(tmp_path):
-    path = write_jsonl(tmp_path / "r.jsonl", [{"id": 1, "criteria": [UNIT]}, {"id": "1", "criteria": [SHORT]}])
-    with pytest.raises(ValueError, match=r"r.jsonl:2: id: '1' is taken by .*r.jsonl:1"):
-        with_rubric(data=SUMS, rubric=path)
 
 
 # --- rar --------------------------------------------------------------------------------------------------------------
@@ -187,7 +103,7 @@ def test_a_question_is_held_out_wherever_it_stands(tmp_path):
     assert 2 <= len(parts["heldout"]) <= 25 and len(rar(path=path)) == 1000
     again = [p.messages[-1]["content"] for p in rar(path=path, part="heldout", start=500)]
     assert again == parts["heldout"]
-    with pytest.raises(ValueError, match="part='heldout' of .* has no rows"):
+    with pytest.raises(ValueError, match="part='heldout'"):
         rar(path=path, part="heldout", count=1)
 
 
@@ -229,7 +145,7 @@ def test_a_rubric_of_which_nothing_is_left_leaves_the_data(tmp_path):
     empty["rubric"] = empty["rubric"][2:]
     path = write_jsonl(tmp_path / "m.jsonl", [published(0), empty])
     assert [p.id for p in rar(path=path, unsure="drop")] == ["m/0"]
-    with pytest.raises(ValueError, match="unsure=drop leaves nothing of the 1 rubrics"):
+    with pytest.raises(ValueError, match="unsure=drop"):
         rar(path=path, unsure="drop", start=1)
 
 
@@ -239,13 +155,13 @@ def test_rows_of_the_hub(monkeypatch):
 
     asked = []
 
-    def load_dataset(path, *, split):
-        asked.append((path, split))
+    def load_dataset(path, config, *, split):
+        asked.append((path, config, split))
         return datasets.Dataset.from_list([published(i) for i in range(2)])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data = rar(path="anisha2102/RaR-Science", split="val")
-    assert asked == [("anisha2102/RaR-Science", "val")]
+    assert asked == [("anisha2102/RaR-Science", None, "val")]
     assert [p.id for p in data] == ["rar_science/val/0", "rar_science/val/1"]
     assert data[0].rubric is not None and len(data[0].rubric.criteria) == 3
 
@@ -253,24 +169,24 @@ def test_rows_of_the_hub(monkeypatch):
 def test_a_hub_that_cannot_be_reached(monkeypatch):
     import datasets
 
-    def load_dataset(path, *, split):
+    def load_dataset(path, config, *, split):
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match="could be loaded from the Hub.*offline.*\n.*local .jsonl or .parquet copy"):
+    with pytest.raises(ValueError, match=r"(?s)rar: path=.*offline.*local \.jsonl"):
         rar()
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"part": "test"}, "part='test' must be one of all, train, heldout"),
-        ({"split": "dev"}, "rar: split='dev' must be one of train, val, test"),
-        ({"weights": "sign"}, "rar: weights='sign' must be one of categories, numbers"),
-        ({"unsure": "keep"}, "rar: unsure='keep' must be one of error, drop, bad, good"),
-        ({"path": "gone.jsonl"}, "rar: path='gone.jsonl' is not a file"),
-        ({"path": "gone.parquet"}, "rar: path='gone.parquet' is not a file"),
-        ({"path": "a/b/c"}, "rar: path='a/b/c' must be a .jsonl or .parquet file or a Hub id"),
+        ({"part": "test"}, "part='test'"),
+        ({"split": "dev"}, "split='dev'"),
+        ({"weights": "sign"}, "weights='sign'"),
+        ({"unsure": "keep"}, "unsure='keep'"),
+        ({"path": "gone.jsonl"}, "path='gone.jsonl' is not a file"),
+        ({"path": "gone.parquet"}, "path='gone.parquet' is not a file"),
+        ({"path": "a/b/c"}, "path='a/b/c'"),
     ],
 )
 def test_wrong_options_of_rar(options, message):
@@ -306,7 +222,7 @@ def test_the_embedded_tasks_are_clean():
 
 def test_slices_of_the_embedded_tasks():
     assert [p.id for p in rubric_tasks(start=2, count=3)] == [p.id for p in rubric_tasks()][2:5]
-    with pytest.raises(ValueError, match=r"rubric_tasks heldout: count=13 must lie in 1 \.\. 12"):
+    with pytest.raises(ValueError, match="count=13"):
         rubric_tasks(split="heldout", count=13)
-    with pytest.raises(ValueError, match="rubric_tasks: split='test' must be one of train, heldout"):
+    with pytest.raises(ValueError, match="split='test'"):
         rubric_tasks(split="test")

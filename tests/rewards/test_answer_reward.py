@@ -29,7 +29,7 @@ def problem(answer: str | None) -> Problem:
     return Problem(id="p/7", messages=({"role": "user", "content": "?"},), answer=answer)
 
 
-def turn(answer: str, working: str = "Working gives 18.") -> str:
+def response(answer: str, working: str = "Working gives 18.") -> str:
     return f"<think>{working}</think>\n<answer>{answer}</answer>"
 
 
@@ -66,7 +66,7 @@ RIGHT = [
 @pytest.mark.parametrize(("gold", "answer"), RIGHT)
 @pytest.mark.usefixtures("no_sympy")
 def test_right(gold: str, answer: str) -> None:
-    score = answer_reward(problem(gold), turn(answer))
+    score = answer_reward(problem(gold), response(answer))
     assert (score.total, score.failure) == (1.0, None)
 
 
@@ -120,7 +120,7 @@ WRONG = [
 @pytest.mark.parametrize(("answer", "failure"), WRONG)
 @pytest.mark.usefixtures("no_sympy")
 def test_wrong(answer: str, failure: str | None) -> None:
-    score = answer_reward(problem("18"), turn(answer))
+    score = answer_reward(problem("18"), response(answer))
     assert (score.total, score.failure) == (0.0, failure)
 
 
@@ -152,23 +152,21 @@ def test_a_block_is_enough_without_the_rest_of_the_format() -> None:
 
 
 def test_percent_is_a_unit_and_never_a_second_reading() -> None:
-    assert is_correct("18", turn("18%"))
-    assert not is_correct("0.18", turn("18%"))
-    assert is_correct("18%", turn("18"))
+    assert is_correct("18", response("18%"))
+    assert not is_correct("0.18", response("18%"))
+    assert is_correct("18%", response("18"))
 
 
 @pytest.mark.parametrize("gold", [None, "", " "])
 def test_a_problem_without_gold_answer_is_named(gold: str | None) -> None:
-    with pytest.raises(ValueError, match="'p/7' has no gold answer"):
-        answer_reward(problem(gold), turn("18"))
+    with pytest.raises(ValueError, match="'p/7'"):
+        answer_reward(problem(gold), response("18"))
 
 
-@pytest.mark.parametrize(
-    ("gold", "message"), [("18 dollars", "carries a unit"), ("5 cm", "carries a unit"), ("1" * 300, "300")]
-)
+@pytest.mark.parametrize(("gold", "message"), [("18 dollars", "unit"), ("5 cm", "unit"), ("1" * 300, "300")])
 def test_a_gold_answer_that_nothing_can_match_is_refused(gold: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        grade(gold, turn("18"))
+        grade(gold, response("18"))
 
 
 @pytest.mark.usefixtures("no_sympy")
@@ -183,7 +181,7 @@ def test_a_gold_answer_that_nothing_can_match_is_refused(gold: str, message: str
     ],
 )  # fmt: skip
 def test_text_must_be_repeated(gold: str, answer: str, right: bool) -> None:
-    assert grade(gold, turn(answer)) == Grade(correct=right)
+    assert grade(gold, response(answer)) == Grade(correct=right)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +195,7 @@ def test_text_must_be_repeated(gold: str, answer: str, right: bool) -> None:
     ],
 )  # fmt: skip
 def test_expressions_are_compared_by_math_verify(gold: str, answer: str, right: bool) -> None:
-    assert grade(gold, turn(answer)) == Grade(correct=right)
+    assert grade(gold, response(answer)) == Grade(correct=right)
 
 
 @pytest.mark.usefixtures("no_sympy")
@@ -213,7 +211,7 @@ def test_expressions_are_compared_by_math_verify(gold: str, answer: str, right: 
     ],
 )  # fmt: skip
 def test_what_sympy_must_not_see(answer: str, failure: str) -> None:
-    assert grade("3x", turn(answer)) == Grade(correct=False, failure=failure)
+    assert grade("3x", response(answer)) == Grade(correct=False, failure=failure)
 
 
 def test_a_check_that_is_late_is_unscored_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,21 +223,21 @@ def test_a_check_that_is_late_is_unscored_and_tried_again(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(symbolic, "equal", late)
     for _ in range(2):
-        score = answer_reward(problem("3x+5"), turn("5+3x"), timeout=0.25)
+        score = answer_reward(problem("3x+5"), response("5+3x"), timeout=0.25)
         assert (score.total, score.failure) == (None, "timeout")
     assert calls == [0.25, 0.25]
-    assert not is_correct("3x+5", turn("5+3x"))
+    assert not is_correct("3x+5", response("5+3x"))
 
 
 def test_a_verdict_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(symbolic, "equal", lambda *args, **kwargs: calls.append(args) or True)
-    assert is_correct("3x+7", turn("7+3x")) and is_correct("3x+7", turn("7+3x"))
+    assert is_correct("3x+7", response("7+3x")) and is_correct("3x+7", response("7+3x"))
     assert calls == [("3x+7", "7+3x")]
 
 
 def test_an_unreadable_expression_is_wrong() -> None:
-    assert grade("3x", turn("((x")) == Grade(correct=False, failure="unparseable")
+    assert grade("3x", response("((x")) == Grade(correct=False, failure="unparseable")
 
 
 def test_works_outside_the_main_thread() -> None:
@@ -247,10 +245,10 @@ def test_works_outside_the_main_thread() -> None:
     found: dict[str, float | None] = {}
 
     def run() -> None:
-        found["number"] = answer_reward(problem("18"), turn("$18")).total
-        found["equal"] = answer_reward(problem(r"3\sqrt{5}"), turn(r"\sqrt{45}")).total
-        found["other"] = answer_reward(problem(r"3\sqrt{5}"), turn(r"\sqrt{46}")).total
-        found["hostile"] = answer_reward(problem(r"3\sqrt{5}"), turn("9**9**9**9")).total
+        found["number"] = answer_reward(problem("18"), response("$18")).total
+        found["equal"] = answer_reward(problem(r"3\sqrt{5}"), response(r"\sqrt{45}")).total
+        found["other"] = answer_reward(problem(r"3\sqrt{5}"), response(r"\sqrt{46}")).total
+        found["hostile"] = answer_reward(problem(r"3\sqrt{5}"), response("9**9**9**9")).total
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -296,10 +294,10 @@ INTEGERS = st.integers(min_value=-(10**15), max_value=10**15)
 @pytest.mark.usefixtures("no_sympy")
 @given(INTEGERS, INTEGERS)
 def test_two_integers_match_exactly_where_they_are_equal(gold: int, said: int) -> None:
-    assert is_correct(str(gold), turn(f"{gold:,}")) and is_correct(str(gold), turn(f"{gold}.00"))
-    assert is_correct(str(gold), turn(str(said))) == (gold == said)
-    assert not is_correct(str(gold), turn(f"{said} {gold}"))
-    assert not is_correct(str(gold), turn(f"{gold}, {said}"))
+    assert is_correct(str(gold), response(f"{gold:,}")) and is_correct(str(gold), response(f"{gold}.00"))
+    assert is_correct(str(gold), response(str(said))) == (gold == said)
+    assert not is_correct(str(gold), response(f"{said} {gold}"))
+    assert not is_correct(str(gold), response(f"{gold}, {said}"))
 
 
 @pytest.mark.usefixtures("no_sympy")
@@ -307,12 +305,12 @@ def test_two_integers_match_exactly_where_they_are_equal(gold: int, said: int) -
 def test_a_fraction_equals_its_decimals_exactly_or_not_at_all(top: int, bottom: int) -> None:
     value = Fraction(top, bottom)
     if value.denominator == 1:
-        assert not is_correct(str(value), turn(f"{top}/{bottom}"))
+        assert not is_correct(str(value), response(f"{top}/{bottom}"))
         return
-    assert is_correct(f"{top}/{bottom}", turn(str(value)))
-    assert is_correct(str(value), turn(rf"\frac{{{top}}}{{{bottom}}}"))
+    assert is_correct(f"{top}/{bottom}", response(str(value)))
+    assert is_correct(str(value), response(rf"\frac{{{top}}}{{{bottom}}}"))
     decimals = f"{top / bottom:.6f}"
-    assert is_correct(f"{top}/{bottom}", turn(decimals)) == (Fraction(decimals) == value)
+    assert is_correct(f"{top}/{bottom}", response(decimals)) == (Fraction(decimals) == value)
 
 
 @pytest.mark.parametrize(
@@ -327,14 +325,14 @@ def test_a_fraction_equals_its_decimals_exactly_or_not_at_all(top: int, bottom: 
 )  # fmt: skip
 def test_agrees_with_math_verify_on_exact_numbers(gold: str, answer: str) -> None:
     theirs = math_verify.verify(math_verify.parse(f"${gold}$"), math_verify.parse(f"${answer}$"))
-    assert is_correct(gold, turn(answer)) == theirs
+    assert is_correct(gold, response(answer)) == theirs
 
 
 @pytest.mark.parametrize(("gold", "answer"), [("1/3", "0.333333"), ("18", "12 + 6"), ("0.18", "18%")])
 def test_is_stricter_than_math_verify_where_it_says_so(gold: str, answer: str) -> None:
     latex = answer.replace("%", r"\%")
     assert math_verify.verify(math_verify.parse(f"${gold}$"), math_verify.parse(f"${latex}$"))
-    assert not is_correct(gold, turn(answer))
+    assert not is_correct(gold, response(answer))
 
 
 @pytest.mark.parametrize(
@@ -359,7 +357,7 @@ def test_lenient_number_reads_what_it_writes(value: int, tail: str) -> None:
     ("gold", "text", "score"),
     [
         ("18", "So she makes $18.00 a day.", Score(total=1.0)),
-        ("18", turn("18") + " and not 17", Score(total=0.0)),
+        ("18", response("18") + " and not 17", Score(total=0.0)),
         ("1800", "17, 18 or 1,800", Score(total=1.0)),
         ("-3", "x = -3", Score(total=1.0)),
         ("18", "eighteen", Score(total=0.0, failure="no_answer")),
@@ -373,7 +371,7 @@ def test_lenient_reward_takes_the_last_number(gold: str, text: str, score: Score
 
 @pytest.mark.parametrize("text", ["18", "no number"])
 def test_lenient_reward_needs_a_gold_answer(text: str) -> None:
-    with pytest.raises(ValueError, match="'p/7' has no gold answer"):
+    with pytest.raises(ValueError, match="'p/7'"):
         lenient_answer_reward(problem(None), text)
 
 
@@ -393,21 +391,21 @@ def test_lenient_reward_needs_a_gold_answer(text: str) -> None:
 )
 @pytest.mark.usefixtures("no_sympy")
 def test_one_vote_for_one_answer(gold: str, answers: list[str], vote: str | None) -> None:
-    assert [voted_answer(problem(gold), turn(answer)) for answer in answers] == [vote] * len(answers)
+    assert [voted_answer(problem(gold), response(answer)) for answer in answers] == [vote] * len(answers)
 
 
 def test_who_states_no_answer_does_not_vote() -> None:
     assert voted_answer(problem("18"), "So it is 18.") is None
-    assert voted_answer(problem("18"), f"{turn('17')}\n{turn('18')}") == "18"
+    assert voted_answer(problem("18"), f"{response('17')}\n{response('18')}") == "18"
     with pytest.raises(ValueError, match="no gold answer"):
-        voted_answer(problem(None), turn("18"))
+        voted_answer(problem(None), response("18"))
 
 
 @given(INTEGERS, INTEGERS)
 def test_votes_are_the_same_exactly_where_the_verdicts_are(gold: int, other: int) -> None:
     """Of two numbers: the one that is right votes with the gold answer, the one that is not against it."""
-    votes = [voted_answer(problem(str(gold)), turn(f"{number:,}")) for number in (gold, other)]
-    assert votes[0] == str(gold) and (votes[1] == votes[0]) == is_correct(str(gold), turn(str(other)))
+    votes = [voted_answer(problem(str(gold)), response(f"{number:,}")) for number in (gold, other)]
+    assert votes[0] == str(gold) and (votes[1] == votes[0]) == is_correct(str(gold), response(str(other)))
 
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="no GSM8K; ROLLTUNE_GSM8K names its folder")
@@ -418,7 +416,7 @@ def test_every_gold_answer_of_gsm8k_is_right_and_its_neighbours_are_wrong() -> N
     for row in rows:
         working, _, as_written = row["answer"].rpartition("#### ")
         gold = as_written.replace(",", "")
-        assert is_correct(gold, turn(gold, working)) and is_correct(gold, turn(f"${as_written}", working))
+        assert is_correct(gold, response(gold, working)) and is_correct(gold, response(f"${as_written}", working))
         for wrong in (int(gold) - 1, int(gold) + 1):
-            assert not is_correct(gold, turn(str(wrong), working))
+            assert not is_correct(gold, response(str(wrong), working))
         assert lenient_number(row["answer"]) == gold

@@ -24,7 +24,7 @@ from rolltune.types import Problem
 PROBLEM = Problem(id="p", messages=({"role": "user", "content": "Make 16 from 3, 5 and 2."},), answer="(3 + 5) * 2")
 
 
-def turn(answer: str) -> str:
+def response(answer: str) -> str:
     return f"<think>hm</think>\n<answer>{answer}</answer>"
 
 
@@ -90,7 +90,7 @@ def test_what_is_no_expression(text):
 
 def test_length_is_bounded():
     assert parse_expression("(" * 60 + "1" + ")" * 60).value == 1
-    with pytest.raises(NotAnExpression, match="longer than"):
+    with pytest.raises(NotAnExpression, match="longer"):
         parse_expression("1" + "+1" * MAX_CHARS)
 
 
@@ -112,20 +112,20 @@ def test_length_is_bounded():
     ],
 )
 def test_reward(answer, total, failure):
-    score = countdown_reward(PROBLEM, turn(answer))
+    score = countdown_reward(PROBLEM, response(answer))
     assert (score.total, score.failure) == (total, failure)
 
 
-def test_a_turn_without_an_answer():
+def test_a_response_without_an_answer():
     assert countdown_reward(PROBLEM, "(3 + 5) * 2").failure == "no_answer"
     assert countdown_reward(PROBLEM, "<answer>(3 + 5) * 2</answer></think>").total == 0.0
 
 
 def test_fewer_numbers_count_only_where_that_is_allowed():
     problem = Problem(id="q", messages=(), answer="4 * 2 + 4 - 4")  # 8 from 4, 2, 4, 4
-    assert countdown_reward(problem, turn("4 * 2")).failure == "wrong_numbers"
-    assert countdown_reward(problem, turn("4 * 2"), use_all=False).total == 1.0
-    assert countdown_reward(problem, turn("2 * 2 * 2"), use_all=False).failure == "wrong_numbers"
+    assert countdown_reward(problem, response("4 * 2")).failure == "wrong_numbers"
+    assert countdown_reward(problem, response("4 * 2"), use_all=False).total == 1.0
+    assert countdown_reward(problem, response("2 * 2 * 2"), use_all=False).failure == "wrong_numbers"
 
 
 @pytest.mark.parametrize(
@@ -146,15 +146,15 @@ def test_lenient_reward(text, total):
 
 
 def test_a_gold_answer_that_is_no_expression_is_the_data_sets_mistake():
-    with pytest.raises(ValueError, match=r"gsm8k/0: the gold answer 'Monday' is not an expression"):
-        countdown_reward(Problem(id="gsm8k/0", messages=(), answer="Monday"), turn("1"))
+    with pytest.raises(ValueError, match="gsm8k/0: .*'Monday'"):
+        countdown_reward(Problem(id="gsm8k/0", messages=(), answer="Monday"), response("1"))
 
 
 # --- against an independent reading ----------------------------------------------------------------------------------
 
 
 def by_python(text: str) -> tuple[Fraction, Counter[int]] | None:
-    """Python's own parser, with a walk over its tree that allows the four operations and plain integers alone."""
+    """Python's own parser, with a walk over its tree that allows only the four operations and plain integers."""
 
     def value(node: ast.expr) -> Fraction:
         if isinstance(node, ast.BinOp):
@@ -213,11 +213,11 @@ def test_ten_thousand_random_strings_crash_nothing_and_earn_nothing_falsely():
             assert expected is not None, text
             assert (found.value, Counter(found.numbers)) == expected, text
             parsed += 1
-        credit = countdown_reward(PROBLEM, turn(text)).total == 1.0
+        credit = countdown_reward(PROBLEM, response(text)).total == 1.0
         deserved = expected is not None and expected == (Fraction(16), Counter([2, 3, 5]))
         assert credit == deserved or "\n" in text, text
         right += credit
-    assert parsed > 3000 and right > 20  # the strings are no straw men
+    assert parsed > 3000 and right > 20  # enough of the strings are expressions and right answers
 
 
 @settings(max_examples=300, deadline=None)
@@ -225,4 +225,4 @@ def test_ten_thousand_random_strings_crash_nothing_and_earn_nothing_falsely():
 def test_any_text_gets_a_score(text):
     assert countdown_reward(PROBLEM, text).total in (0.0, 1.0)
     assert lenient_countdown_reward(PROBLEM, text).total in (0.0, 1.0)
-    assert countdown_reward(PROBLEM, turn(text)).total in (0.0, 1.0)
+    assert countdown_reward(PROBLEM, response(text)).total in (0.0, 1.0)

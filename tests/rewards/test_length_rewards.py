@@ -82,9 +82,9 @@ def test_cosine_keeps_the_failure_and_leaves_a_late_check_unscored(monkeypatch: 
 
 
 def test_cosine_refuses_what_makes_no_sense() -> None:
-    with pytest.raises(ValueError, match="max_tokens is 0"):
+    with pytest.raises(ValueError, match="max_tokens=0"):
         cosine_length_reward(PROBLEM, RIGHT, completion=completion(1), max_tokens=0)
-    with pytest.raises(ValueError, match="'p' has no gold answer"):
+    with pytest.raises(ValueError, match="'p'"):
         problem = Problem(id="p", messages=PROBLEM.messages)
         cosine_length_reward(problem, RIGHT, completion=completion(1), max_tokens=10)
 
@@ -102,5 +102,5 @@ def test_soft_overlong_is_dapos_equation_13(tokens: int, expected: float) -> Non
 
 @pytest.mark.parametrize(("max_tokens", "cache_tokens"), [(100, 0), (100, -1), (100, 101)])
 def test_soft_overlong_refuses_a_cache_out_of_range(max_tokens: int, cache_tokens: int) -> None:
-    with pytest.raises(ValueError, match=f"cache_tokens is {cache_tokens}"):
+    with pytest.raises(ValueError, match=f"cache_tokens={cache_tokens}"):
         soft_overlong_reward(PROBLEM, RIGHT, completion=completion(1), max_tokens=max_tokens, cache_tokens=cache_tokens)

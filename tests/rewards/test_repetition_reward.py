@@ -65,7 +65,7 @@ def test_a_long_loop_costs_no_more_for_wide_grams(n: int) -> None:
     assert total("a " * 200_000, n=n) == pytest.approx(-(1 - 1 / grams) if grams else 0.0)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"n": 0}, "n is 0"), ({"max_penalty": -1.0}, "max_penalty is -1")])
+@pytest.mark.parametrize(("options", "message"), [({"n": 0}, "n=0"), ({"max_penalty": -1.0}, "max_penalty=-1")])
 def test_refuses_options_out_of_range(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         total("a", **options)

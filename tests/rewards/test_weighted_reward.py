@@ -8,7 +8,7 @@ import pytest
 
 from rolltune.rewards.answer import answer_reward
 from rolltune.rewards.combine import WeightedReward
-from rolltune.rewards.format import format_reward, graded_format_reward
+from rolltune.rewards.format import format_reward
 from rolltune.rewards.length import soft_overlong_reward
 from rolltune.types import Completion, Problem, Score
 
@@ -39,8 +39,9 @@ def test_total_is_the_weighted_sum_and_parts_are_unweighted() -> None:
     assert score.failure is None
 
 
-def test_sub_parts_and_failures_stand_under_the_rewards_name() -> None:
-    reward = WeightedReward(rewards={"format": (graded_format_reward, 1.0), "right": (answer_reward, 1.0)})
+def test_sub_parts_and_failures_are_prefixed_with_the_rewards_name() -> None:
+    form = gives(total=7 / 8, parts={"answer_not_empty": 0.0, "in_order": 1.0})
+    reward = WeightedReward(rewards={"format": (form, 1.0), "right": (answer_reward, 1.0)})
     score = reward(PROBLEM, completion("<think>w</think><answer></answer>"))
     assert score.total == pytest.approx(7 / 8)
     assert score.parts["format/answer_not_empty"] == 0.0

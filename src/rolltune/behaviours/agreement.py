@@ -1,4 +1,4 @@
-"""How well one count of behaviours agrees with another, and traces counted by hand to compare with."""
+"""Agreement between two counts of behaviours, and traces counted by hand to compare with."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ LABELLED = Path(__file__).parents[1] / "data" / "behaviours_labelled.jsonl"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agreement:
-    """Agreement on one behaviour over many texts. A text shows a behaviour where its count is above 0.
+    """Agreement on one behaviour over many texts. A text shows a behaviour if its count is above 0.
 
-    None stands for 0 / 0: no text shows it by one side, or (kappa) both sides say the same of every text.
+    None stands for 0 / 0: one side finds the behaviour in no text or, for kappa, both sides give all texts the same
+    verdict.
 
     Attributes:
-        precision: of the texts that show it by the prediction, the share that do by the label.
-        recall: of the texts that show it by the label, the share that do by the prediction.
-        kappa: Cohen's: agreement on which texts show it, 0 for what chance gives and 1 for all.
-        count_precision: the same of single occurrences; of each text the smaller count is taken as agreed on.
-        count_recall: the same.
+        precision: share of the texts with a positive prediction whose label is positive.
+        recall: share of the texts with a positive label whose prediction is positive.
+        kappa: Cohen's kappa of which texts show the behaviour: 0 for agreement by chance, 1 for full agreement.
+        count_precision: precision over single occurrences; the smaller count of each text counts as agreed.
+        count_recall: recall over single occurrences, likewise.
     """
 
     precision: float | None
@@ -38,7 +39,7 @@ class Agreement:
 
 
 def agreement(predicted: Sequence[BehaviourCounts], labelled: Sequence[BehaviourCounts]) -> dict[str, Agreement]:
-    """Agreement on each behaviour, by name.
+    """Compute the agreement on each behaviour, by name.
 
     Example:
         >>> found = agreement([BehaviourCounts(verification=4)], [BehaviourCounts(verification=3)])
@@ -46,15 +47,16 @@ def agreement(predicted: Sequence[BehaviourCounts], labelled: Sequence[Behaviour
         0.75
 
     Args:
-        predicted: of some texts.
-        labelled: of the same texts in the same order.
+        predicted: predicted counts of some texts.
+        labelled: labelled counts of the same texts in the same order.
 
     Raises:
-        ValueError: no texts, or not as many on both sides.
+        ValueError: no texts, or different numbers of them.
     """
     if len(predicted) != len(labelled) or not predicted:
         raise ValueError(
-            f"agreement: {len(predicted)} predicted and {len(labelled)} labelled counts; as many of both are wanted"
+            f"agreement: {len(predicted)} predicted and {len(labelled)} labelled counts; they must be equally many, "
+            "and more than 0"
         )
     return {
         name: _agreement([getattr(p, name) for p in predicted], [getattr(label, name) for label in labelled])
@@ -92,11 +94,12 @@ class LabelledTrace:
     """A text counted by hand, by the definitions of :class:`rolltune.behaviours.BehaviourCounts`.
 
     Attributes:
-        id: unique; begins with what is worked on, such as "countdown", or with "prose" where nothing is.
-        split: "test" texts took no part in the making of :func:`rolltune.behaviours.count_behaviours`.
-        text: in the wording of some model, written for this file.
-        counts: each occurrence once, however many sentences it takes; an announced check and its result are one.
-        note: why the counts are what they are, where one may wonder.
+        id: unique id that begins with the task, such as "countdown", or with "prose" for text without a task.
+        split: "test" texts were not used to develop :func:`rolltune.behaviours.count_behaviours`.
+        text: text written for this file in the style of a model.
+        counts: number of occurrences, each counted once, whatever its length; an announced check and its result are
+            one.
+        note: reason for counts that are not obvious.
     """
 
     id: str
@@ -117,7 +120,7 @@ class _Counts(_Strict):
     backward_chaining: int = Field(ge=0)
 
 
-class _Row(_Strict):
+class _Record(_Strict):
     id: str = Field(min_length=1)
     split: Literal["dev", "test"]
     text: str = Field(min_length=1)
@@ -126,25 +129,27 @@ class _Row(_Strict):
 
 
 def labelled_traces(split: Literal["dev", "test"] | None = None, *, path: Path = LABELLED) -> list[LabelledTrace]:
-    """The packaged traces that were counted by hand, to try a counter or a classifier on.
+    """Load the packaged traces that were counted by hand, to test a counter or a classifier.
 
     Args:
         split: None for both.
-        path: a file of one's own, with the same keys.
+        path: your own file with the same keys.
 
     Raises:
-        ValueError: a line is not one labelled trace, or an id stands twice.
+        ValueError: a line is not a labelled trace, or an id is repeated.
     """
     traces: dict[str, LabelledTrace] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            row = _Row.model_validate_json(line)
+            record = _Record.model_validate_json(line)
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             key = ".".join(map(str, first["loc"])) or "the line"
             raise ValueError(f"{path}:{number}: {key}: {first['msg']}") from error
-        if row.id in traces:
-            raise ValueError(f"{path}:{number}: the id {row.id!r} stands twice")
-        counts = BehaviourCounts(**row.counts.model_dump())
-        traces[row.id] = LabelledTrace(id=row.id, split=row.split, text=row.text, counts=counts, note=row.note)
+        if record.id in traces:
+            raise ValueError(f"{path}:{number}: the id {record.id!r} is repeated")
+        counts = BehaviourCounts(**record.counts.model_dump())
+        traces[record.id] = LabelledTrace(
+            id=record.id, split=record.split, text=record.text, counts=counts, note=record.note
+        )
     return [trace for trace in traces.values() if split in (None, trace.split)]

@@ -1,4 +1,4 @@
-"""Behaviours counted by the words that show them: no model, linear time, the same everywhere."""
+"""Count behaviours by cue words: without a model, in linear time, deterministically."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rolltune.behaviours import cues
 from rolltune.rewards.tags import parse_tags
 
 BEHAVIOURS = ("verification", "backtracking", "subgoal_setting", "backward_chaining")
-MAX_CHARS = 100_000  # of a text; what is behind is not read
+MAX_CHARS = 100_000  # read only this many characters of a text
 MAX_COUNT = 100  # of one behaviour in one text
-_MAX_UNIT = 600  # characters of a sentence; longer ones are cut, so that no pattern runs far
+_MAX_UNIT = 600  # characters of a sentence; longer sentences are split to bound the regular expressions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,10 +21,10 @@ class BehaviourCounts:
     """How often one text shows each behaviour (Cognitive Behaviors, arXiv 2503.01307).
 
     Attributes:
-        verification: a result is held against what it should satisfy: the target, the problem, a second calculation.
-        backtracking: a path is given up in so many words. Trying the next thing without a word is none.
-        subgoal_setting: an intermediate target or a stage is named before it is worked out.
-        backward_chaining: from a goal to what it needs.
+        verification: comparisons of a result with the target, the problem or a second calculation.
+        backtracking: explicit statements that abandon a path. Trying the next path silently does not count.
+        subgoal_setting: intermediate targets or stages named before they are worked out.
+        backward_chaining: steps from a goal back to what it needs.
     """
 
     verification: int = 0
@@ -33,30 +33,29 @@ class BehaviourCounts:
     backward_chaining: int = 0
 
     def as_dict(self) -> dict[str, int]:
-        """The counts by name, in the order of :data:`BEHAVIOURS`."""
+        """Return the counts by name, in the order of :data:`BEHAVIOURS`."""
         return asdict(self)
 
 
 def thinking(text: str) -> str:
-    """What behaviours are counted in: the think block of a turn, or the whole turn where it is not laid out."""
+    """Return the text to count in: the think block of a response, or the whole response if it lacks the layout."""
     layout = parse_tags(text).layout
     return text if layout is None else layout.think
 
 
 def count_behaviours(text: str) -> BehaviourCounts:
-    """Count behaviours in an English chain of thought by cue words and the sums around them.
+    """Count behaviours in an English chain of thought by cue words and the calculations around them.
 
-    A sentence counts at most once for a behaviour. A check that is announced and its outcome are one, and so is all
-    that is said on giving up a path until something new is calculated. A sentence that stands there a second time,
-    after the same sum, is not counted again: a model that loops is not reflective. Quotes and what third persons do
-    are left out.
+    A sentence counts at most once per behaviour. An announced check and its outcome count once, and so does everything
+    said about abandoning a path until the next new calculation. A sentence repeated after the same calculation does not
+    count again, because a model that loops is not reflective. Quotes and the actions of third persons do not count.
 
     Example:
         >>> count_behaviours("3 * 8 = 24, not 42. Go back. 6 * 7 = 42. Let me check: 42 / 7 = 6.")
         BehaviourCounts(verification=2, backtracking=1, subgoal_setting=0, backward_chaining=0)
 
-    Against the counts by hand of :func:`rolltune.behaviours.labelled_traces`, its "test" texts, which are written as
-    reasoning and instruction-tuned models write (P and R: precision and recall; presence: texts in which it is there):
+    Accuracy against the hand counts of the "test" texts of :func:`rolltune.behaviours.labelled_traces`, which imitate
+    reasoning and instruction-tuned models (P and R are precision and recall; presence means texts with the behaviour):
 
     ==================  ==========  ==========  ========  ========  =================
     behaviour           presence P  presence R  counts P  counts R  texts, counts
@@ -69,14 +68,16 @@ def count_behaviours(text: str) -> BehaviourCounts:
 
     Limits:
 
-    - It knows stock phrases. On 32 texts that avoid them on purpose (now among the "dev" ones) it found, when they
-      were new to it, verification in 15 % of the texts that show it, backtracking in 33 %, the other two in none. So a
-      curve that rises may also be a model that took to the phrases; a classifier tells (:class:`BehaviourClassifier`).
-    - The labelled texts are few, and one writer's. Of 8,473 worked solutions of GSM8K, people's, verification is seen
-      in 0.06 %, backtracking in none, subgoals ("First find ...") in 7 %, backward chaining in 0.05 %.
-    - Whether a check is right, or a goal sensible, is not judged. Words are cheap: see them as a measure, not a reward.
+    - It knows only stock phrases. 32 texts that avoid them on purpose are now among the "dev" texts. Before it was
+      developed on them, it found verification in 15 % of those that show it, backtracking in 33 %, and the other two in
+      none. A rising curve may therefore only mean that the model adopted the phrases; compare with
+      :class:`BehaviourClassifier`.
+    - The labelled texts are few and by one writer. In 8,473 human solutions of GSM8K the counter finds verification in
+      0.06 %, backtracking in none, subgoals ("First find ...") in 7 % and backward chaining in 0.05 %.
+    - It does not judge whether a check is right or a goal sensible. Words are cheap: use the counts as a measure, not
+      as a reward.
 
-    Time is linear in the length; the first 100,000 characters are read, and 100 is the most that is counted.
+    The time is linear in the length. The counter reads the first 100,000 characters and counts up to 100.
     """
     counters = [_Counter(_verification), _Counter(_subgoal_setting), _Counter(_backward_chaining)]
     backtracking = _BacktrackingCounter()
@@ -98,14 +99,14 @@ def count_behaviours(text: str) -> BehaviourCounts:
 
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """A sentence, normalised.
+    """A normalised sentence.
 
     Attributes:
-        text: lower case, plain quotes and operators, single spaces.
-        sum_at: where its first calculation or stated value begins; -1 where it has none.
-        near_sum: it or one of the two sentences in front of it calculates.
-        after_equation: it or any sentence in front of it has an equation.
-        context: the last calculating sentence in front of it; tells apart the same words said of different sums.
+        text: the sentence in lower case, with plain quotes and operators and single spaces.
+        sum_at: start of its first calculation or stated value; -1 without one.
+        near_sum: whether it or one of the two sentences before it has a calculation.
+        after_equation: whether it or any sentence before it has an equation.
+        context: last sentence before it with a calculation; distinguishes the same words about different calculations.
     """
 
     text: str
@@ -137,7 +138,7 @@ _PLAIN = str.maketrans(
 _LATEX = re.compile(r"\\(times|cdot|div|neq?)\b")
 _LATEX_SIGNS = {"times": "*", "cdot": "*", "div": "/", "ne": "!=", "neq": "!="}
 _ABBREVIATION = re.compile(r"\b(e\.g|i\.e|mr|mrs|ms|dr|vs|etc|approx|fig|eq)\.(?=\s)")
-_MARKUP = re.compile(r'</?[a-z][^<>\n]{0,40}>|\*\*|__|\\[()\[\]]|"[^"\n]{1,300}"')  # quotes are somebody else's words
+_MARKUP = re.compile(r'</?[a-z][^<>\n]{0,40}>|\*\*|__|\\[()\[\]]|"[^"\n]{1,300}"')  # a quote is someone else's words
 _LINE_START = re.compile(r"^[\s>#*\-\u2022]*(?:\(?\d{1,2}[.)](?=\s)\s*)?")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[)'\]]*\s+|;\s+")
 _EQUATION = re.compile(r"=|\d ?[-+*/^] ?\(?\d")
@@ -168,19 +169,19 @@ def _sentences(text: str) -> Iterator[str]:
 
 # --- counting ---------------------------------------------------------------------------------------------------------
 
-# What a sentence is for a behaviour: "announced" ("let me check:"), carried out ("done"), or said "again" in other
-# words of what the sentence in front of it did ("that matches").
+# The role of a sentence for a behaviour: "announced" ("let me check:"), "done", or "again" if it restates what the
+# sentence before it did ("that matches").
 _Sign = Literal["announced", "done", "again"]
 
 
 class _Counter:
-    """Counts a behaviour over sentences: each at most once, and what is announced and then carried out once."""
+    """Counts a behaviour over sentences: each sentence at most once, and an announcement with its execution once."""
 
     def __init__(self, sign_of: Callable[[_Unit], _Sign | None]) -> None:
         self.count = 0
         self._sign_of = sign_of
-        self._announced = 0  # sentences for which an announcement holds
-        self._last: _Sign | None = None  # what the sentence in front was
+        self._announced = 0  # sentences for which an announcement still holds
+        self._last: _Sign | None = None  # role of the previous sentence
         self._seen: set[str] = set()
 
     def see(self, unit: _Unit) -> None:
@@ -196,7 +197,7 @@ class _Counter:
 
 
 class _BacktrackingCounter:
-    """Counts paths given up. Until something new is calculated, whatever is said is about the same one."""
+    """Counts abandoned paths. Until the next new calculation, all statements are about the same path."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -206,7 +207,7 @@ class _BacktrackingCounter:
 
     def see(self, unit: _Unit) -> None:
         gives_up, restarts = cues.GIVES_UP.search(unit.text), cues.RESTARTS.search(unit.text)
-        if self._only_waited and cues.CHECK_ANNOUNCED.search(unit.text):  # "Wait. Let me check." gives nothing up
+        if self._only_waited and cues.CHECK_ANNOUNCED.search(unit.text):  # "Wait. Let me check." abandons nothing
             self.count, self._new_path = self.count - 1, True
         self._only_waited = False
         if cues.CONDITIONAL.match(unit.text) or (gives_up and cues.ONLY_DOUBTS.search(unit.text)):

@@ -1,7 +1,7 @@
-"""The words by which :mod:`rolltune.behaviours.counter` knows a behaviour: one regular expression a line.
+"""The cue words of :mod:`rolltune.behaviours.counter`, one regular expression per line.
 
-They are matched against one normalised sentence: lower case, single spaces, plain quotes and operators. ``<name>``
-stands for a fragment of :data:`_FRAGMENTS`. Every repetition is bounded, so that a sentence costs what it is long.
+They match one normalised sentence: lower case, single spaces, plain quotes and operators. ``<name>`` stands for a
+fragment of :data:`_FRAGMENTS`. Every repetition is bounded, so that matching takes time linear in the sentence.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 
 _FRAGMENTS = {
-    # The one who reasons. Stories are about others, or in the past.
+    # The model itself as the subject. Stories are about others or in the past.
     "me": (
         r"\b(?:let me|let us|let'?s|i am going to|i'm going to|(?:i|we)(?:'ll|'d|'m|'re)?"
         r"(?: will| can| could| should| would| must| need to| have to| want to| ought to| might| may| am| are)?)"
         r"(?: (?:just|also|now|then|first|quickly|always|still|really|better|at least|briefly|simply|so|have|to)){0,2}"
     ),
-    # What may stand in front of a clause without a subject.
+    # Words allowed before a clause without a subject.
     "lead": (
         r"^(?:(?:so|now|ok|okay|and|but|then|next|hmm+|um|ah+|oh|argh|ugh|well|fine|great|good|yes|yep|yeah|no|nope|"
         r"alright|also|actually|finally|lastly|therefore|thus|hence|maybe|perhaps|here|still|again|right|just|since|"
@@ -29,7 +29,7 @@ _FRAGMENTS = {
     "goal": r"(?:target|goal)",
     "check": r"(?:double[- ]?check|re-?check|cross-?check|check|verify|confirm|validate|make sure|be sure)",
     "find": r"(?:find(?: out)?|calculate|determine|compute|figure out|work out|solve for|identify)",
-    # These are also said of what is already there.
+    # These verbs also describe existing things.
     "reach": r"(?:get|make|reach|know|build|obtain|have|form|create)",
     "need": r"(?:need|have|want|must|should|try|going|like)(?: to)?",
 }
@@ -48,7 +48,7 @@ CHECK_ANNOUNCED = _any(
     r"\b(?:plug|plugg|substitut)(?:e|es|ed|ing)?\b.{0,40}\b(?:back|into (?:the |both )?original|in the original)\b"
     r"(?!.{0,60}\b(?:get|find|solve)\b)",
 )
-# Without a subject, somebody may be told to check something: only where there is a result to check.
+# Without a subject, the text may tell someone to check something, so these need a result to check.
 BARE_CHECK_ANNOUNCED = _any(
     r"<lead>to (?:be sure|be safe|<check>)(?:[,:]| (?:that|this|it|the (?:answer|result|solution)|my|our)\b)",
     r"<lead>(?:as a (?:\w+ )?check|(?:sanity |quick |final |double[- ]|re-?|cross-?)?check(?:ing|ed|s)?|verify|"
@@ -63,9 +63,9 @@ BARE_CHECK_ANNOUNCED = _any(
     r"\b(?:is|does) (?:that|this|it|one of (?:them|these|those)|any of (?:them|these))(?: equal| make| give)?(?: to)? "
     r"\d+\?",
 )
-# Only near a calculation.
+# Count only near a calculation.
 VERDICT = _any(
-    # held against the target, and not the same
+    # compared with the target: not equal
     r"\b(?:is|are|was|'s|gives?|makes?|equals?)(?: \w+)? not (?:equal|exactly|quite|even|the target|the goal|\d|what)",
     r"(?:\b(?:isn'?t|is not|aren'?t|does(?:n'?t| not) (?:equal|give|make|match|reach|come to)|not equal to)|!=)"
     r"(?: (?:equal to|quite|exactly))? (?:the target|the goal|\d|it\b|what)",
@@ -75,7 +75,7 @@ VERDICT = _any(
     r"\bbut (?:i|we|the (?:target|goal|problem|question|text))(?: \w+)? ?"
     r"(?:need|want|is|says?|should|was|wanted|needed)",
     r"\b\w+ the <goal> (?:is|was) \d+,? not\b",
-    # how far off
+    # the distance to the target
     r"\btoo (?:high|low|big|small|large|far)\b",
     r"\b(?:that|this|it|which)(?: is|'s) (?:\w+ )?too (?:much|little|many|few)\b",
     r"\b(?:over|under)sh(?:oots?|ot)\b",
@@ -87,7 +87,7 @@ VERDICT = _any(
     r"\bway (?:over|under|off|above|below)\b",
     r"(?:\b(?:that is|that's|still|only|just|are)|[,(]) ?\d+ (?:too \w+|short|off|away|over|above|below)\b"
     r"(?! the \w+ of)",
-    # the same
+    # compared with the target: equal
     r"\bequal to (?:the )?target\b",
     r"\b(?:exactly|equals|reaches|reached|hits|hit|is|that'?s|matches|matching|gives|gets|on|=) (?:exactly )?"
     r"(?:<the> )?<goal>\b",
@@ -118,7 +118,7 @@ VERDICT = _any(
     r"(?:rejected|discarded|extraneous|ruled out|excluded|invalid|impossible|not valid)\b",
     "[\N{CHECK MARK}\N{HEAVY CHECK MARK}\N{WHITE HEAVY CHECK MARK}\N{BALLOT X}\N{HEAVY BALLOT X}\N{CROSS MARK}]",
 )
-# "44, not 41" of a result; of anything else it is a plain statement.
+# "44, not 41" about a result; about anything else it is a plain statement.
 CONTRAST = _any(
     r"[,(:-] ?(?:but |and |so |again |still |close,? |almost,? |no,? ){0,3}not (?:quite |exactly )?"
     r"(?:\d|the target|it\b|what)"
@@ -137,7 +137,7 @@ STATES_RULE = _any(
 # --- backtracking -----------------------------------------------------------------------------------------------------
 
 GIVES_UP = _any(
-    # it does not work
+    # the path does not work
     r"\b(?:that|this|it|which|these|those|none of (?:these|them|those)|neither|"
     r"(?:this|that|the) (?:approach|path|way|combination|attempt|idea|route|method|line))(?: \w+)? <not>(?: \w+)? "
     r"(?:work|working|help|helping|lead|leading|get me|get us|getting me|getting us)\b"
@@ -151,7 +151,7 @@ GIVES_UP = _any(
     r"<i> see no way\b",
     r"\b(?:i am|i'm|we are|we're) stuck\b",
     r"\bno use\b",
-    # it was wrong
+    # the path was wrong
     r"<lead>(?:hold on,? ?)?wait\b(?=[,.!:]|-|$|"
     r" (?:no|a (?:second|minute|moment)|that|this|i|actually|let|but|what|maybe|if|the problem|so|it|now)\b)",
     r"[,.)] ?(?:oh |no |but )?wait,? (?:no|but|that|i|actually|it)\b",
@@ -162,7 +162,7 @@ GIVES_UP = _any(
     r"\bi (?:just )?forgot (?:that|about|to (?:add|count|include|subtract|carry|use|divide|multiply))\b",
     r"(?:<lead>|[,:] (?:but |so |no )?)(?:that|this|it|which|\d+)(?:'s| is| was|s)? "
     r"(?:not right|not correct|wrong|incorrect|a mistake)\b(?! (?:number|way))",
-    # it is left
+    # the path is abandoned
     r"\b(?:scratch that|never ?mind|nvm|on second thought|let (?:it|that) go)\b",
     r"<me> (?:drop|dropped|abandon|abandoned|discard|discarded|scrap|scrapped|give up|ruled? out|ignore|forget) "
     r"(?:that|this|it|on|both|the (?:first|second|last|other|idea|plan)|\d|\()",
@@ -190,7 +190,7 @@ RESTARTS = _any(
     r"(?:approach|way|idea|method|strategy|attempt|goal|target) (?:is|would|could|might)\b",
 )
 ONLY_WAITS = _any(r"(?:hmm+|oh|but|no|um|hold on)?[,. ]{0,4}wait[.!, ]{0,4}")
-# "Wait, let me double-check." and "Wait, is that the radius?" give nothing up.
+# "Wait, let me double-check." and "Wait, is that the radius?" abandon nothing.
 ONLY_DOUBTS = _any(
     r"\bwait\b.{0,20}<me> <check>",
     r"\bwait,? (?:but |so )?(?:does|do|is|are|did|what|how|which|can)\b.*\?$",
@@ -214,7 +214,7 @@ STAGE = _any(
     r"\b(?:let me|let us|let'?s)(?: also| now)? <find> (?:the|how|what|out|each|its|his|her|their|this)\b",
     r"\blet'?s get (?:the|how)\b",
     r"\b(?:gotta|got to) (?:find|get|make)\b",
-    # a number to make
+    # a number to reach
     r"\b(?:i want|i'd like|i would like|i'll try|i will try|let me try|let'?s try|try|trying|aim|aiming)"
     r"(?: for| to| at)?(?: get| make| reach| have| build| form| find| create| obtain| get close| come close)(?: to)?"
     r"(?: a| an| something| exactly| about| near| around| close to)? \d",
@@ -226,7 +226,7 @@ STAGE = _any(
     r"\bif (?:i|we) (?:make|get|had|have) (?:a |an )?\d",
     r"<i>(?:'d| would) like (?:the|this|it) \w+(?: \w+)? to\b",
     r"<i>(?:'d| would) like to have \d+ because\b",
-    # by its name
+    # the word for a goal
     r"(?<!his )(?<!her )(?<!their )(?<!your )\b(?:first|next|new|intermediate|second|smaller) "
     r"(?:sub-?)?(?:goal|target|aim)\b",
     r"\bsub-?goals?\b",
@@ -277,7 +277,7 @@ LINK = _any(
     r"\bfor (?:that|this),? <i_would> need\b",
     r"\bfor (?:that|this) to (?:happen|hold|be|give|equal)\b",
     r"\bif (?:i|we) (?:had|knew|could find|can find)\b.{0,60}\b(?:follow|would be|be done|could)\b",
-    # what is enough to show
+    # a sufficient condition
     r"\bit (?:suffices|is enough|would be enough|is sufficient|would suffice) (?:to|that|if)\b",
     r"\bfor (?:this|that) it (?:is enough|suffices|is sufficient)\b",
     r"<it> (?:in turn )?(?:would )?follows? if\b",

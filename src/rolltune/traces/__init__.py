@@ -1,8 +1,8 @@
-"""Traces: worked turns that demonstrate reasoning behaviours, to prime a model with before RL.
+"""Traces: worked responses that demonstrate reasoning behaviours, for priming a model by SFT before RL.
 
-A writer is either a program that works real problems (:mod:`rolltune.traces.countdown`,
+A writer is either a program that solves real problems (:mod:`rolltune.traces.countdown`,
 :mod:`rolltune.traces.gsm_symbolic`) or a model behind an endpoint (:mod:`rolltune.traces.endpoint`). The recipe
-``write_traces`` asks one for a trace of each problem, and :func:`rolltune.data.traces.traces` reads what it wrote.
+``write_traces`` asks a writer for traces of each problem, and :func:`rolltune.data.traces.traces` reads them.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from rolltune.types import Problem
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trace:
-    """One assistant turn written for a problem, right or wrong.
+    """One response written for a problem, right or wrong.
 
     Attributes:
-        problem: what it answers.
-        sample: 0 .. traces_per_problem - 1; with the problem's id, what names the trace.
-        response: the whole turn: ``<think>...</think>\\n<answer>...</answer>``.
-        correct: the verifier's verdict; None where it had none. Wrong traces are kept: whether to train on them is
-            for whoever reads them to say.
-        condition: which behaviours were asked for ("backtracking_verification" ...).
-        provenance: what wrote it: the program or the model, the prompt's hash, temperature.
+        problem: the problem.
+        sample: 0 .. traces_per_problem - 1; identifies the trace together with the problem's id.
+        response: the whole response: ``<think>...</think>\\n<answer>...</answer>``.
+        correct: the verifier's verdict; None if it had none. Wrong traces are kept, so that the reader of the file can
+            choose whether to train on them.
+        condition: the requested behaviours, such as "backtracking_verification".
+        provenance: the source of the response: program or model, hash of the prompt, temperature.
     """
 
     problem: Problem
@@ -36,7 +36,7 @@ class Trace:
 
 
 class TraceWriter(Protocol):
-    """Writes the assistant's turn for a problem. A config builds one with its options."""
+    """Writes a response to a problem. A config builds the writer with its options."""
 
     @property
     def condition(self) -> str: ...
@@ -45,9 +45,9 @@ class TraceWriter(Protocol):
     def provenance(self) -> dict[str, str]: ...
 
     async def write(self, problem: Problem, *, seed: int) -> str:
-        """The whole turn, tags included; the same seed gives the same turn where that can be had.
+        """Write the whole response, including tags. The same seed gives the same response if the writer can do so.
 
         Raises:
-            ValueError: this problem is not of the kind that the writer knows.
+            ValueError: the writer cannot solve this kind of problem.
         """
         ...

@@ -1,7 +1,7 @@
-"""The behaviour sets of arXiv 2503.01307, section 4: what a model is primed with.
+"""The behaviour sets of arXiv 2503.01307, section 4, that a model can be primed with.
 
-Besides these, its controls are made by :func:`rolltune.data.traces.traces` from a set that is already written: the
-same answers behind an empty thinking or behind dots, and wrong answers alone.
+:func:`rolltune.data.traces.traces` makes the paper's other controls from a set that is already written: the same
+answers after empty thinking or after dots, and wrong answers only.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Condition = Literal[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Behaviours:
-    """What a condition shows.
+    """The behaviours that a condition demonstrates.
 
     Attributes:
-        kinds: where an attempt starts from: what is given, the goal, or a goal on the way.
-        verify: results are checked in so many words.
-        backtrack: some attempts fail, and are abandoned.
+        kinds: starting points of an attempt: the given numbers, the goal, or an intermediate goal.
+        verify: whether results are checked explicitly.
+        backtrack: whether some attempts fail and are abandoned.
     """
 
     kinds: tuple[Kind, ...] = ("forward",)
@@ -48,13 +48,13 @@ CONDITIONS: dict[str, Behaviours] = {
 
 
 def behaviours_of(condition: str) -> Behaviours:
-    """A condition by its name.
+    """Look up a condition by name.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: an unknown name.
     """
     if condition not in CONDITIONS:
         near = nearest(condition, CONDITIONS)
-        hint = f"did you mean {near!r}?" if near else f"there are {', '.join(CONDITIONS)}"
+        hint = f"did you mean {near!r}?" if near else f"known are {', '.join(CONDITIONS)}"
         raise ValueError(f"condition={condition!r} is unknown; {hint}")
     return CONDITIONS[condition]

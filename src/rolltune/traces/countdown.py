@@ -1,4 +1,4 @@
-"""Countdown worked by a program: traces that show chosen behaviours, with right arithmetic, from any seed.
+"""Countdown solved by a program: traces with chosen behaviours and correct arithmetic, from any seed.
 
 An attempt takes some steps and then tries every operation on the last two numbers:
 
@@ -6,9 +6,9 @@ An attempt takes some steps and then tries every operation on the last two numbe
   - backward: to get 16 from something and 2 I need 16 / 2 = 8, so 8 from 3 and 5: 3 + 5 = 8;
   - subgoal: first I want 8, because 8 * 2 = 16.
 
-A trace is some attempts that fail and one that does not. What the attempts are, whether results are checked against the
-target in so many words, and whether anything fails at all, is the condition. The five behaviour sets and the negative
-control are those of arXiv 2503.01307; theirs were written by a large model.
+A trace has some attempts that fail and one that succeeds. The condition selects the kinds of attempts, whether results
+are checked explicitly against the target, and whether any attempt fails. The five behaviour sets and the negative
+control are those of arXiv 2503.01307, where a large model wrote them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rolltune.types import Problem
 
 @dataclass(frozen=True, slots=True)
 class Closing:
-    """The last step, known before the one in front of it: ``left operation right = target``, None being the goal."""
+    """The last step, chosen before the one in front of it: ``left operation right = target``; None is the goal."""
 
     left: Term | None
     operation: str
@@ -39,7 +39,7 @@ class Closing:
         return other
 
     def step(self, found: Term) -> Step:
-        """The last step, once the goal is made."""
+        """Return the last step, once the goal is reached."""
         step = combine(self.left or found, self.operation, self.right or found)
         assert step is not None
         return step
@@ -47,14 +47,14 @@ class Closing:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """Steps, then every operation on two numbers; one of them reaches the goal where ``hit`` says so.
+    """Some steps, then operations on the last two numbers until one reaches the goal or all have failed.
 
     Attributes:
-        kind: how it is told.
-        opening: steps taken first.
-        tries: on the last two numbers, as far as they are gone through.
+        kind: kind of attempt, which decides its wording.
+        opening: first steps.
+        tries: steps tried on the last two numbers.
         hit: whether the last of ``tries`` reaches the goal.
-        closing: None in a forward attempt, whose goal is the target itself.
+        closing: last step; None in a forward attempt, whose goal is the target itself.
     """
 
     kind: Kind
@@ -65,15 +65,15 @@ class Attempt:
 
 
 class CountdownTraceWriter:
-    """Works problems of 2 to 4 numbers.
+    """Solves problems of 2 to 4 numbers.
 
     Args:
-        condition: which behaviours are shown.
-        correct: False: the same, but the last attempt ends in a sum done wrong, and the answer misses the target.
-        max_dead_ends: attempts that fail, 0 to so many, in conditions that show any.
-        operations: those that are tried.
-        wording: "varied" for whole sentences, each in several forms; "terse" for one short form without spaces, which
-            costs a small model a third of the tokens.
+        condition: the behaviours to show.
+        correct: False makes the last attempt end in a wrong sum, so that the answer misses the target.
+        max_dead_ends: largest number of failed attempts, drawn from 0 on, in conditions that backtrack.
+        operations: operations to try.
+        wording: "varied" for whole sentences, each in several forms; "terse" for one short form without spaces, with a
+            third of the tokens for a small model.
 
     Raises:
         ValueError: an option is out of range.
@@ -91,7 +91,7 @@ class CountdownTraceWriter:
         if max_dead_ends < 1:
             raise ValueError(f"CountdownTraceWriter: max_dead_ends={max_dead_ends} must be at least 1")
         if not operations or not set(operations) <= set(OPERATIONS):
-            raise ValueError(f"CountdownTraceWriter: operations={operations!r} must be some of {OPERATIONS}")
+            raise ValueError(f"CountdownTraceWriter: operations={operations!r} must be a selection from {OPERATIONS}")
         if wording not in ("varied", "terse"):
             raise ValueError(f"CountdownTraceWriter: wording={wording!r} must be one of varied, terse")
         self._condition = condition
@@ -113,15 +113,15 @@ class CountdownTraceWriter:
         return self.compose(problem, seed=seed)
 
     def compose(self, problem: Problem, *, seed: int) -> str:
-        """The turn for a problem.
+        """Write the response to a problem.
 
         Raises:
-            ValueError: it has more than 4 numbers, or no solution with these operations over positive integers.
+            ValueError: more than 4 numbers, or no solution with these operations over positive integers.
         """
         rng = random.Random(seed)
         numbers, target = given(problem)
         if not 2 <= len(numbers) <= 4:
-            raise ValueError(f"{problem.id}: has {len(numbers)} numbers; CountdownTraceWriter works 2 to 4")
+            raise ValueError(f"{problem.id}: has {len(numbers)} numbers; CountdownTraceWriter accepts 2 to 4")
         terms = [Term(n, str(n)) for n in numbers]
         rng.shuffle(terms)
         kinds = self._behaviours.kinds if len(numbers) > 2 else ("forward",)
@@ -129,10 +129,10 @@ class CountdownTraceWriter:
         hits, misses = [a for a in attempts if a.hit], [a for a in attempts if not a.hit and a.tries]
         if not hits:
             raise ValueError(f"{problem.id}: has no solution with {self._operations} over positive integers")
-        if not misses:  # a problem that every attempt solves: some stop short of it
+        if not misses:  # every attempt solves it, so shorten some to make them fail
             misses = [replace(a, tries=a.tries[:-1], hit=False) for a in hits if len(a.tries) > 1]
         if not misses and not self._correct:
-            raise ValueError(f"{problem.id}: every attempt solves it, so there is no wrong answer to give")
+            raise ValueError(f"{problem.id}: every attempt solves it, so it has no wrong answer to show")
         rng.shuffle(misses)
         last = rng.choice(hits) if self._correct else misses.pop()
         dead_ends = misses[: rng.randint(0, self._max_dead_ends)] if self._behaviours.backtrack else []
@@ -153,13 +153,13 @@ class CountdownTraceWriter:
         return phrases.join(told)
 
     def _tell_end(self, attempt: Attempt, target: int, phrases: _Phrases, rng: random.Random) -> tuple[str, str]:
-        """The last attempt, and the answer it comes to."""
+        """Return the text of the last attempt, and its answer."""
         goal = attempt.closing.goal if attempt.closing else target
         tries = attempt.tries
-        if not attempt.hit:  # the answer is to be wrong: one of the results is claimed to be the goal
+        if not attempt.hit:  # a wrong answer is wanted: claim that one of the results is the goal
             tries = tries[: rng.randint(1, len(tries))]
         *before, final = tries if self._behaviours.backtrack else tries[-1:]
-        claimed = Term(goal, final.result.text, final.result.rank)  # the same number where the attempt hits
+        claimed = Term(goal, final.result.text, final.result.rank)  # the same number if the attempt hits
         end = claimed
         told = [
             _tell_opening(attempt, target, phrases),
@@ -178,7 +178,7 @@ class CountdownTraceWriter:
 
 
 def _attempts(kind: Kind, terms: Sequence[Term], target: int, operations: str) -> Iterator[Attempt]:
-    """Every attempt of a kind."""
+    """Yield every attempt of a kind."""
     for opening, left in _openings(terms, operations, until=2 if kind == "forward" else 3):
         if kind == "forward":
             tries, hit = _try_all(left, target, operations)
@@ -192,7 +192,7 @@ def _attempts(kind: Kind, terms: Sequence[Term], target: int, operations: str) -
 
 
 def _openings(terms: Sequence[Term], operations: str, *, until: int) -> Iterator[tuple[tuple[Step, ...], list[Term]]]:
-    """Steps that leave ``until`` terms, and those terms; the same values are not reached twice the same way."""
+    """Yield the steps that leave ``until`` terms, with those terms, without repeating steps on the same values."""
     if len(terms) == until:
         yield (), list(terms)
         return
@@ -202,7 +202,7 @@ def _openings(terms: Sequence[Term], operations: str, *, until: int) -> Iterator
 
 
 def _closings(terms: Sequence[Term], target: int, operations: str) -> Iterator[Closing]:
-    """Last steps that one of the terms can take part in, with the number that is then wanted from the others."""
+    """Yield the last steps that can use one of the terms, with the number then needed from the others."""
     seen = set()
     for term in terms:
         r, t = term.value, target
@@ -222,9 +222,9 @@ def _closings(terms: Sequence[Term], target: int, operations: str) -> Iterator[C
 
 
 def _try_all(pair: Sequence[Term], goal: int, operations: str) -> tuple[tuple[Step, ...], bool]:
-    """The steps on two terms up to the one that reaches the goal; whether one does.
+    """Return the steps on two terms up to the first that reaches the goal, and whether one does.
 
-    What lands far beyond the goal is not tried: nobody works out 90 * 8 to reach 24.
+    Steps far beyond the goal are left out: a person would not compute 90 * 8 to reach 24.
     """
     tried = []
     for step, _ in steps(pair, operations):
@@ -310,7 +310,7 @@ def _tell_opening(attempt: Attempt, target: int, phrases: _Phrases) -> str:
 
 
 class _Phrases:
-    """One way of saying things, drawn at random where there are several."""
+    """Phrases by name, with the wording drawn at random if there are several."""
 
     def __init__(self, phrases: dict[str, tuple[str, ...]], rng: random.Random) -> None:
         self._phrases = phrases

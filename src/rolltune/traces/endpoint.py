@@ -1,7 +1,7 @@
-"""Traces asked of a model behind an endpoint, as in arXiv 2503.01307: one system prompt for each set of behaviours.
+"""Traces from a model behind an endpoint, as in arXiv 2503.01307, with one system prompt per set of behaviours.
 
-The prompts are files, ``prompts/<task>/<condition>.md`` beside this one; a file of one's own can take their place. The
-paper's settings are the defaults: temperature 0.5, 1,024 tokens. Its model is another, and its prompts are not these.
+The prompts are the files ``prompts/<task>/<condition>.md`` beside this one; your own file can replace them. The
+defaults are the paper's settings: temperature 0.5, 1,024 tokens. The paper used another model and other prompts.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from rolltune.types import Message, Problem
 from rolltune.writers.writing import Malformed, ask, check_asking, digest, read_prompt, shown_messages
 
 _PROMPTS = Path(__file__).parent / "prompts"
-_TRIES = 3  # replies that are asked for until one has the layout
+_TRIES = 3  # requests for a reply with the right layout
 
 
 class EndpointTraceWriter:
-    """A model that is told which behaviours to show.
+    """Asks a model to show chosen behaviours.
 
-    A reply that was cut, or is not one think block and one answer block alone, is asked for again with another seed,
-    twice at most.
+    A reply that is truncated, or is not just one think block and one answer block, is requested again with another
+    seed, at most twice.
 
     Example:
         >>> writer = EndpointTraceWriter(
@@ -35,14 +35,14 @@ class EndpointTraceWriter:
         'llama-3.3-70b'
 
     Args:
-        condition: which behaviours are asked for: a name of :data:`rolltune.traces.conditions.CONDITIONS`, or with a
-            ``prompt`` of one's own any name for what that asks for.
-        task: what is solved: "countdown", or "math" for questions whose answer is a number.
+        condition: the behaviours to ask for: a name in :data:`rolltune.traces.conditions.CONDITIONS`, or any name
+            together with your own ``prompt``.
+        task: "countdown", or "math" for questions whose answer is a number.
         base_url: of the endpoint, up to and with ``/v1``.
         model: as the server names it.
-        prompt: a file that is the system prompt instead of the packaged one.
+        prompt: file with a system prompt that replaces the packaged one.
         temperature: 0 .. 2.
-        max_tokens: of one reply; a reply that reaches it is cut, and not kept.
+        max_tokens: limit of one reply; a reply that reaches it is truncated and not kept.
         api_key_env: the environment variable with the key; need not be set for a server without keys.
         timeout_seconds: for a whole reply.
         max_attempts: calls for one reply, at most, where calls fail.
@@ -107,10 +107,10 @@ class EndpointTraceWriter:
         }
 
     async def write(self, problem: Problem, *, seed: int) -> str:
-        """The reply that has the layout.
+        """Return the first reply with the right layout.
 
         Raises:
-            Malformed: none has.
+            Malformed: no reply has it.
             BudgetExceeded, EndpointDown, ValueError: as in :meth:`rolltune.endpoints.client.Endpoint.chat`.
         """
         messages = self._messages(problem)
@@ -124,14 +124,13 @@ class EndpointTraceWriter:
             )
             if _is_well_formed(problem, reply):
                 return reply.text.strip()
-        problem_with_it = f"cut at {self._max_tokens} tokens" if reply.finish_reason == "length" else "another layout"
+        fault = f"cut at {self._max_tokens} tokens" if reply.finish_reason == "length" else "another layout"
         raise Malformed(
-            f"{problem.id}: none of {_TRIES} replies is one <think> and one <answer> block alone; the last: "
-            f"{problem_with_it}"
+            f"{problem.id}: none of {_TRIES} replies is just one <think> and one <answer> block; the last: {fault}"
         )
 
     def preview(self, problem: Problem) -> str:
-        """What is sent for a problem."""
+        """Return the messages that would be sent for a problem, as text."""
         return shown_messages(self._messages(problem))
 
     def _messages(self, problem: Problem) -> list[Message]:
@@ -142,17 +141,17 @@ class EndpointTraceWriter:
 
 
 def packaged_prompt(task: str, condition: str) -> str:
-    """The system prompt that asks for a condition's behaviours.
+    """Read the packaged system prompt for a task and a condition.
 
     Raises:
-        ValueError: there is no such task or condition.
+        ValueError: an unknown task or condition.
     """
     tasks = sorted(folder.name for folder in _PROMPTS.iterdir())
     for key, name, names in (("task", task, tasks), ("condition", condition, list(CONDITIONS))):
         if name not in names:
             near = nearest(name, names)
             hint = f"did you mean {near!r}? " if near else ""
-            raise ValueError(f"{key}: {name!r} is unknown; {hint}There are {', '.join(names)}")
+            raise ValueError(f"{key}: {name!r} is unknown; {hint}Known are {', '.join(names)}")
     return (_PROMPTS / task / f"{condition}.md").read_text(encoding="utf-8")
 
 

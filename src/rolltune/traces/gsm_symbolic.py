@@ -1,9 +1,9 @@
-"""GSM-Symbolic worked by a program: the template's own steps, told so that they show chosen behaviours.
+"""GSM-Symbolic solved by a program: the template's own steps, worded so that they show chosen behaviours.
 
-A step is a line of the worked solution that holds one equation, ``2 * 52 = 104``, which is checked here. Around the
-steps stand: a plan that names them (subgoal setting); the way back from the question to what is needed first (backward
-chaining); each result undone or worked out again (verification); a step tried with a wrong operation and abandoned
-(backtracking). Conditions as in :mod:`rolltune.traces.conditions`.
+A step is a line of the worked solution with one equation, ``2 * 52 = 104``, which is checked here. The program adds a
+plan that numbers the steps (subgoal setting), the chain from the question back to the first step (backward chaining),
+a check of each result by its inverse or by repetition (verification), and a step with a wrong operation that is
+abandoned (backtracking). The conditions are those of :mod:`rolltune.traces.conditions`.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ _PHRASES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class WorkedStep:
-    """A line of a solution, and the equation in it.
+    """A line of a solution with its equation.
 
     Attributes:
-        line: as the template writes it.
-        expression: its left-hand side without units: "2 * 52".
-        value: what it comes to.
+        line: the line as the template writes it.
+        expression: left-hand side of the equation without units: "2 * 52".
+        value: its value.
     """
 
     line: str
@@ -73,11 +73,11 @@ class WorkedStep:
 
 
 class GSMSymbolicTraceWriter:
-    """Works the problems of ``rolltune.data.gsm_symbolic`` whose steps are equations of whole numbers: two in three.
+    """Solves the problems of ``rolltune.data.gsm_symbolic`` whose steps are whole-number equations: two in three.
 
     Args:
-        condition: which behaviours are shown.
-        correct: False: the last step takes a wrong operation, and the answer is what comes of that.
+        condition: the behaviours to show.
+        correct: False uses a wrong operation in the last step, and its result as the answer.
 
     Raises:
         ValueError: an unknown condition.
@@ -100,11 +100,11 @@ class GSMSymbolicTraceWriter:
         return self.compose(problem, seed=seed)
 
     def compose(self, problem: Problem, *, seed: int) -> str:
-        """The turn for a problem.
+        """Write the response to a problem.
 
         Raises:
-            ValueError: a step of its solution is not an equation between whole numbers, the last one does not come to
-                the answer, or no step can be taken wrongly where that is to be shown.
+            ValueError: a step of the solution is not an equation between whole numbers, the last step does not give the
+                answer, or a wrong step is wanted but no step can have a wrong operation.
         """
         rng = random.Random(seed)
         steps = worked_steps(problem)
@@ -112,7 +112,7 @@ class GSMSymbolicTraceWriter:
         if not self._correct:
             mistaken = _with_wrong_operation(steps[-1].expression, rng)
             if mistaken is None:
-                raise ValueError(f"{problem.id}: the last step, {steps[-1].expression}, cannot be taken wrongly")
+                raise ValueError(f"{problem.id}: the last step, {steps[-1].expression}, cannot have a wrong operation")
             steps[-1] = WorkedStep(
                 f"That makes {mistaken.expression} = {mistaken.value}.", mistaken.expression, mistaken.value
             )
@@ -146,19 +146,19 @@ class GSMSymbolicTraceWriter:
     def _draw_slip(
         self, problem: Problem, steps: list[WorkedStep], rng: random.Random
     ) -> tuple[int, WorkedStep] | None:
-        """A step that is first taken wrongly: its number, and the wrong one."""
+        """Draw the step that is first done wrongly: its index, and the wrong step. None without backtracking."""
         if not self._behaviours.backtrack:
             return None
         wrong = [(index, _with_wrong_operation(step.expression, rng)) for index, step in enumerate(steps)]
         slips = [(index, step) for index, step in wrong if step is not None]
         if not slips:
             raise ValueError(
-                f"{problem.id}: no step of its solution can be taken wrongly, so there is no way back to show"
+                f"{problem.id}: no step of the solution can have a wrong operation, so it cannot show backtracking"
             )
         return rng.choice(slips)
 
     def _tell_backwards(self, steps: list[WorkedStep], say) -> str:
-        """From the last step to what it needs, as far as the steps hang together."""
+        """Chain from the last step back to the steps that it needs."""
         told = [say("back_first", expression=steps[-1].expression)]
         needed = _numbers(steps[-1].expression)
         for step in reversed(steps[:-1]):
@@ -169,7 +169,7 @@ class GSMSymbolicTraceWriter:
 
 
 def worked_steps(problem: Problem) -> list[WorkedStep]:
-    """The lines of a problem's solution with their equations.
+    """Return the lines of a problem's solution with their equations.
 
     Raises:
         ValueError: as :meth:`GSMSymbolicTraceWriter.compose`.
@@ -178,13 +178,13 @@ def worked_steps(problem: Problem) -> list[WorkedStep]:
     found = [step for step in steps if step is not None]
     if not found or len(found) < len(steps) or str(found[-1].value) != problem.answer:
         raise ValueError(
-            f"{problem.id}: its solution is not all equations between whole numbers that end at the answer"
+            f"{problem.id}: the solution must be equations between whole numbers, of which the last gives the answer"
         )
     return found
 
 
 def _worked_step(line: str) -> WorkedStep | None:
-    """The step in a line: the longest expression in front of its last equals sign that has the value behind it."""
+    """Find the longest expression before the last equals sign that has the value after it; None without one."""
     before, equals, after = line.rpartition("=")
     result = _RESULT.match(_CURRENCY.sub("", after))
     if not equals or result is None:
@@ -215,7 +215,7 @@ def _operation(expression: str) -> str:
 
 
 def _with_wrong_operation(expression: str, rng: random.Random) -> WorkedStep | None:
-    """``a operation b`` with another operation and another value; None where the step is not of two numbers."""
+    """Return ``a operation b`` with another operation and value, or None if the expression is not of two numbers."""
     match = _TWO.fullmatch(expression)
     if match is None:
         return None
@@ -230,7 +230,7 @@ def _with_wrong_operation(expression: str, rng: random.Random) -> WorkedStep | N
 
 
 def _undone(step: WorkedStep) -> str:
-    """An equation that holds if the step's does: the inverse of a step of two numbers, else the step once more."""
+    """Return an equation that checks the step: its inverse for a step of two numbers, else the step again."""
     match = _TWO.fullmatch(step.expression)
     if match is None or int(match.group(3)) == 0:
         return f"{step.expression} = {step.value}"

@@ -1,4 +1,4 @@
-"""Traces on disk: ``traces.jsonl``, one object a line, that is added to as traces are written."""
+"""Traces on disk: ``traces.jsonl``, one object per line, which grows as traces are written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rolltune.writers.records import Layout, ProblemLine, RecordFile, StrictLine
 
 
 class _Line(StrictLine):
-    """A trace as it stands in the file; field by field :class:`rolltune.traces.Trace`."""
+    """A line of the file, with the fields of :class:`rolltune.traces.Trace`."""
 
     problem: ProblemLine
     sample: int = Field(ge=0)
@@ -22,7 +22,7 @@ class _Line(StrictLine):
 
 
 def to_line(trace: Trace) -> bytes:
-    """One line of JSON in UTF-8, its newline included."""
+    """Return the trace as one line of JSON in UTF-8, including the newline."""
     line = _Line(
         problem=ProblemLine.of(trace.problem),
         sample=trace.sample,
@@ -35,19 +35,19 @@ def to_line(trace: Trace) -> bytes:
 
 
 def from_line(line: bytes) -> Trace:
-    """The trace in a line.
+    """Parse a line.
 
     Raises:
-        ValueError: the line is not JSON, or not a trace: a field is missing, unknown or of another type.
+        ValueError: the line is not JSON, or a field is missing, unknown or of the wrong type.
     """
-    row = parse_line(_Line, line)
+    parsed = parse_line(_Line, line)
     return Trace(
-        problem=row.problem.problem(),
-        sample=row.sample,
-        response=row.response,
-        correct=row.correct,
-        condition=row.condition,
-        provenance=row.provenance,
+        problem=parsed.problem.problem(),
+        sample=parsed.sample,
+        response=parsed.response,
+        correct=parsed.correct,
+        condition=parsed.condition,
+        provenance=parsed.provenance,
     )
 
 
@@ -61,10 +61,10 @@ TRACES: Layout[Trace] = Layout(
 
 
 def trace_file(path: Path) -> RecordFile[Trace]:
-    """The file of a run, held by one process until it is closed; see :class:`rolltune.writers.records.RecordFile`."""
+    """Open the file of a run and lock it until it is closed; see :class:`rolltune.writers.records.RecordFile`."""
     return RecordFile(path, TRACES)
 
 
 def read_traces(path: Path) -> list[Trace]:
-    """The traces of a file, as :func:`rolltune.writers.records.read_records` has them."""
+    """Read the traces of a file with :func:`rolltune.writers.records.read_records`."""
     return read_records(path, TRACES)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from rolltune.rewards.rubric.load import collect, criteria_of, problem_row, rar_problem, rubric_row
+from rolltune.rewards.rubric.load import collect, problem_record, rar_problem
 from rolltune.rewards.rubric.schema import Criterion, Rubric
 
 UNIT = {"title": "Unit", "description": "Names the unit.", "category": "essential"}
@@ -16,7 +16,7 @@ RUBRIC = Rubric.of(Criterion(**UNIT), Criterion(**SHORT))
 
 def test_a_flat_row():
     row = {"id": "p", "question": "How long?", "answer": 7.0, "solution": " So 7. ", "criteria": [UNIT, SHORT], "x": 1}
-    problem = problem_row(row).to_problem("other")
+    problem = problem_record(row).to_problem("other")
     assert (problem.id, problem.answer, problem.solution) == ("p", "7", "So 7.")
     assert problem.messages == ({"role": "user", "content": "How long?"},)
     assert problem.rubric == RUBRIC
@@ -29,11 +29,10 @@ def test_a_row_as_write_rubrics_writes_it():
         "rubric": {"criteria": [UNIT, SHORT]},
         "provenance": {"model": "m"},
     }
-    problem = problem_row(row).to_problem("other")
+    problem = problem_record(row).to_problem("other")
     assert (problem.id, problem.answer, problem.solution) == ("p", None, None)
     assert problem.messages == tuple(messages)
     assert problem.rubric == RUBRIC
-    assert rubric_row(row).id == "p" and rubric_row(row).to_rubric() == RUBRIC
 
 
 @pytest.mark.parametrize(
@@ -41,12 +40,12 @@ def test_a_row_as_write_rubrics_writes_it():
 )
 def test_answers(answer, canonical):
     row = {"question": "How long?", "answer": answer, "criteria": [UNIT]}
-    assert problem_row(row).to_problem("file/3").answer == canonical
-    assert problem_row(row).to_problem("file/3").id == "file/3"
+    assert problem_record(row).to_problem("file/3").answer == canonical
+    assert problem_record(row).to_problem("file/3").id == "file/3"
 
 
 def test_ids_may_be_numbers():
-    assert problem_row({"id": 3, "question": "How long?", "criteria": [UNIT]}).to_problem("x").id == "3"
+    assert problem_record({"id": 3, "question": "How long?", "criteria": [UNIT]}).to_problem("x").id == "3"
 
 
 @pytest.mark.parametrize(
@@ -79,26 +78,20 @@ def test_ids_may_be_numbers():
 )
 def test_a_wrong_row(change, message):
     with pytest.raises(ValueError, match=message) as caught:
-        problem_row({"question": "How long?", "criteria": [UNIT]} | change)
+        problem_record({"question": "How long?", "criteria": [UNIT]} | change)
     assert "\n" not in str(caught.value)
-
-
-def test_a_rubric_without_an_id_belongs_to_nothing():
-    with pytest.raises(ValueError, match="no 'id', which says whose rubric it is"):
-        rubric_row({"criteria": [UNIT]})
 
 
 def test_long_values_are_cut_in_messages():
     with pytest.raises(ValueError) as caught:
-        criteria_of([{**UNIT, "category": "x" * 10_000}])
+        problem_record({"question": "How long?", "criteria": [{**UNIT, "category": "x" * 10_000}]})
     assert len(str(caught.value)) < 250
 
 
-@pytest.mark.parametrize("rows", [None, {}, "x", [None], [[UNIT]], [UNIT] * 101])
-def test_criteria_of_a_config(rows):
-    assert criteria_of([UNIT, SHORT]) == RUBRIC
+@pytest.mark.parametrize("criteria", [{}, "x", [None], [[UNIT]], [UNIT] * 101])
+def test_criteria_are_a_list_of_criteria(criteria):
     with pytest.raises(ValueError, match="criteria"):
-        criteria_of(rows)
+        problem_record({"question": "How long?", "criteria": criteria})
 
 
 def test_the_mistakes_of_all_rows_are_told_up_to_twenty():
