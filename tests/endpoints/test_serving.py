@@ -111,6 +111,7 @@ def pids_in(folder: Path) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.vllm
 def test_vllm_answers_in_the_form_of_a_schema_and_is_gone_afterwards(make_tiny_llama, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     model = make_tiny_llama(tmp_path / "model", hidden_size=128)  # vLLM's attention on CPUs takes heads of 32 and more
@@ -180,6 +181,7 @@ def test_it_ends_with_the_block_however_that_ends(stand_in, tiny_llama, tmp_path
         server.check()
 
 
+@pytest.mark.slow
 def test_no_server_is_left_behind_by_a_process_that_is_killed(stand_in, tiny_llama, tmp_path):
     code = f"""
 from rolltune.endpoints.serving import serve

@@ -118,6 +118,7 @@ def sampled(folder: Path, name: str) -> list[dict]:
 # --- what comes out ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_evaluation_leaves_everything_behind(evaluate, tmp_path: Path, capsys):
     found = evaluate(plots=True)
     out = tmp_path / "out"
@@ -190,6 +191,7 @@ def test_the_samples_are_those_of_the_sampler(evaluate, tmp_path: Path, models: 
     assert len({turn["text"] for turn in row["samples"]}) > 1
 
 
+@pytest.mark.slow
 def test_float16(evaluate, tmp_path: Path):
     evaluate(dtype="float16")
     assert len(sampled(tmp_path / "out", "rl")) == 7
@@ -203,6 +205,7 @@ def test_a_model_beside_itself_differs_in_nothing(evaluate, models: list[Path]):
         assert (difference["mean"], difference["low"], difference["high"]) == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_evaluated_on_its_base(evaluate, tmp_path: Path, models: list[Path]):
     torch.manual_seed(0)
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
@@ -216,6 +219,7 @@ def test_an_adapter_is_evaluated_on_its_base(evaluate, tmp_path: Path, models: l
 # --- stopped and judged again -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_as_an_unbroken_one(evaluate, tmp_path: Path):
     """The first model's file cut in the middle of a line, the second one not begun."""
     evaluate("whole")
@@ -231,6 +235,7 @@ def test_a_stopped_run_ends_as_an_unbroken_one(evaluate, tmp_path: Path):
             assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), (name, size)
 
 
+@pytest.mark.slow
 def test_interrupted_in_the_middle(evaluate, make_config, tmp_path: Path, monkeypatch):
     evaluate("whole")
     recipe, append, calls = load_recipe("evaluate"), samples.SampleCache.append, []
@@ -266,6 +271,7 @@ def without_weights(monkeypatch: pytest.MonkeyPatch):
     return forbid
 
 
+@pytest.mark.slow
 def test_another_judge_reads_the_same_samples(evaluate, tmp_path: Path, without_weights, capsys):
     first = evaluate()
     before = [(tmp_path / f"out/samples/{name}.jsonl").read_bytes() for name in ("base", "rl")]
@@ -281,6 +287,7 @@ def test_another_judge_reads_the_same_samples(evaluate, tmp_path: Path, without_
     assert "model 2 of 2, rl: all samples are in" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_fewer_problems_need_no_weights_and_more_only_the_rest(evaluate, tmp_path: Path, without_weights):
     evaluate("whole")
     evaluate(max_problems=4)
@@ -291,6 +298,7 @@ def test_fewer_problems_need_no_weights_and_more_only_the_rest(evaluate, tmp_pat
     assert found["problems"] == 3 and len(sampled(tmp_path / "out", "rl")) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -325,6 +333,7 @@ def test_samples_of_other_weights_are_refused(evaluate, make_tiny_llama, tmp_pat
         evaluate(**of)
 
 
+@pytest.mark.slow
 def test_several_processes_write_the_same(evaluate, make_config, tmp_path: Path, monkeypatch):
     """And none closes its sampler, behind which may be everybody's server, before the slowest has sampled."""
     one = evaluate("one")
@@ -365,6 +374,7 @@ def test_several_processes_write_the_same(evaluate, make_config, tmp_path: Path,
     assert progress is recipe.SamplingProgress
 
 
+@pytest.mark.slow
 def test_one_run_at_a_time(evaluate, make_config, tmp_path: Path, without_weights):
     """What another one has sampled by the time that it ends is not sampled again."""
     evaluate("whole")
@@ -385,6 +395,7 @@ def test_one_run_at_a_time(evaluate, make_config, tmp_path: Path, without_weight
     assert (tmp_path / "out/results.json").read_bytes() == (tmp_path / "whole/results.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_one_model_is_held_at_a_time(make_config):
     recipe, loaded = load_recipe("evaluate"), []
     load = recipe.load_for_sampling

@@ -33,6 +33,7 @@ def test_the_counts_stand_under_the_steps_that_they_are_of(run_grpo):
         assert {row[f"behaviours_llm/{name}"] for name in BEHAVIOURS} == {2.0}
 
 
+@pytest.mark.slow
 def test_a_judge_that_is_down_ends_no_run_and_changes_no_number(run_grpo):
     def refuse(call: int, request: dict) -> Response:
         return error(500, "overloaded")

@@ -24,6 +24,8 @@ from rolltune.samplers.vllm import colocated
 from rolltune.samplers.vllm_sampler import VLLMSampler
 from rolltune.types import Completion, Microbatch, Prompt, SampleRequest, SamplingParams
 
+pytestmark = pytest.mark.vllm
+
 OPTIONS = {"kv_cache_gib": 0.05, "max_num_seqs": 16, "max_model_len": 400}
 
 
