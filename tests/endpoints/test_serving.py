@@ -31,6 +31,9 @@ from rolltune.errors import ConfigError
 from rolltune.run import checks
 from rolltune.run.checks import check_serve
 
+# The stand-in, too, is started only where vLLM is installed in a supported version.
+pytestmark = pytest.mark.vllm
+
 # In vLLM's place on PYTHONPATH. It starts another process, as vLLM does, which takes no notice of SIGTERM.
 STAND_IN = """
 import argparse, json, os, signal, subprocess, sys
@@ -111,7 +114,6 @@ def pids_in(folder: Path) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.vllm
 def test_vllm_answers_in_the_form_of_a_schema_and_is_gone_afterwards(make_tiny_llama, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     model = make_tiny_llama(tmp_path / "model", hidden_size=128)  # vLLM's attention on CPUs takes heads of 32 and more
