@@ -452,7 +452,7 @@ EVALUATE_MISTAKES = [
 @pytest.mark.parametrize(
     ("override", "fragment"),
     EVALUATE_MISTAKES,
-    ids=[case[0] if isinstance(case, tuple) else case.values[0] for case in EVALUATE_MISTAKES],
+    ids=[getattr(case, "values", case)[0] for case in EVALUATE_MISTAKES],
 )
 def test_one_mistake_of_an_evaluation_is_one_message(tmp_path: Path, override: str, fragment: str):
     path = tmp_path / "evaluate.yaml"
