@@ -17,7 +17,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from rolltune.config import schema
-from rolltune.config.explain import _explained
+from rolltune.config.explain import explained_keys
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = (
@@ -31,7 +31,7 @@ class ConfigKeys(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         self.env.note_dependency(schema.__file__)
         rows = []
-        for left, meaning in _explained(getattr(schema, self.arguments[0]), ""):
+        for left, meaning in explained_keys(getattr(schema, self.arguments[0])):
             key, _, default = left.partition(":")
             rows.append(([nodes.literal(text=key)], literal(default.strip()), text(meaning)))
         return [table(("Key", "Default", "Meaning"), rows, widths=(32, 22, 46))]

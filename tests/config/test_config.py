@@ -437,10 +437,9 @@ EVALUATE_MISTAKES = [
         "sampler.max_num_seq=3",
         "sampler.max_num_seq: NativeSampler takes no such argument; did you mean sampler.max_num_seqs?",
     ),
-    pytest.param(
+    (
         "sampler={_component_: rolltune.samplers.vllm.served, transfer: carrier_pigeon}",
         "sampler.transfer: carrier_pigeon; one of files, nccl is wanted",
-        marks=pytest.mark.vllm,
     ),
     ("sampler={_component_: rolltune.samplers.vllm.colocated, max_num_seq: 3}", "did you mean sampler.max_num_seqs?"),
     ("data.cuont=1", "data.cuont: sums takes no such argument; did you mean data.count?"),
@@ -450,9 +449,7 @@ EVALUATE_MISTAKES = [
 
 
 @pytest.mark.parametrize(
-    ("override", "fragment"),
-    EVALUATE_MISTAKES,
-    ids=[getattr(case, "values", case)[0] for case in EVALUATE_MISTAKES],
+    ("override", "fragment"), EVALUATE_MISTAKES, ids=[override for override, _ in EVALUATE_MISTAKES]
 )
 def test_one_mistake_of_an_evaluation_is_one_message(tmp_path: Path, override: str, fragment: str):
     path = tmp_path / "evaluate.yaml"

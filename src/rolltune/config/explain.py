@@ -15,13 +15,13 @@ from rolltune.config.load import default_of, join_key, wanted, without_none
 
 def explain(schema: type) -> str:
     """The keys of a schema with their types, defaults and comments, for ``--help``."""
-    rows = _explained(schema, "")
+    rows = explained_keys(schema)
     width = min(max(len(left) for left, _ in rows), 36) + 2  # a long default pushes its comment to the right
     lines = [f"  {left:<{width}} {comment}".rstrip() for left, comment in rows]
     return "\n".join(["usage: --config FILE [--dry-run] [key=value ...] [~key ...]", "", "keys of the config:", *lines])
 
 
-def _explained(schema: type, prefix: str) -> list[tuple[str, str]]:
+def explained_keys(schema: type, prefix: str = "") -> list[tuple[str, str]]:
     comments = _comments(schema)
     hints = get_type_hints(schema)
     rows = []
@@ -30,7 +30,7 @@ def _explained(schema: type, prefix: str) -> list[tuple[str, str]]:
         if dataclasses.is_dataclass(inner):
             if inner is not hints[field.name]:
                 rows.append((f"{key}: null", (inspect.getdoc(inner) or "").splitlines()[0]))
-            rows += _explained(inner, key)  # pyright: ignore[reportArgumentType]
+            rows += explained_keys(inner, key)  # pyright: ignore[reportArgumentType]
         else:
             default = default_of(field)
             comment = comments.get(field.name, "")
