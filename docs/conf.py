@@ -30,7 +30,8 @@ myst_heading_anchors = 3
 autosummary_generate = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_mock_imports = ["vllm"]
+# vLLM need not be installed; `__main__` would run the program.
+autodoc_mock_imports = ["vllm", "rolltune.cli.__main__"]
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
