@@ -36,6 +36,8 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
+smartquotes = False
+
 html_theme = "furo"
 html_title = f"rolltune {release}"
 html_static_path = ["_static"]
