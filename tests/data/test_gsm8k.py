@@ -4,11 +4,9 @@ import json
 import re
 
 import pytest
-from repo import GSM8K
+from repo import GSM8K, needs_gsm8k
 
 from rolltune.data.gsm8k import gsm8k
-
-needs_gsm8k = pytest.mark.skipif(not GSM8K.is_dir(), reason="no GSM8K; ROLLTUNE_GSM8K names its folder")
 
 RECORDS = [
     {"question": " Two and two? ", "answer": "2 + 2 = <<2+2=4>>4 apples.\nSo 4.\n#### 4"},

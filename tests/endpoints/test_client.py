@@ -302,6 +302,7 @@ def test_concurrency_is_bounded():
     assert server.most_at_once == 3
 
 
+@pytest.mark.slow
 def test_event_loops_come_and_go(capfd):
     async def ask():
         reply = await endpoint.chat(ASK)  # not closed, as a caller may forget

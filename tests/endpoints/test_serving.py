@@ -31,6 +31,9 @@ from rolltune.errors import ConfigError
 from rolltune.run import checks
 from rolltune.run.checks import check_serve
 
+# The stand-in, too, is started only where vLLM is installed in a supported version.
+pytestmark = pytest.mark.vllm
+
 # In vLLM's place on PYTHONPATH. It starts another process, as vLLM does, which takes no notice of SIGTERM.
 STAND_IN = """
 import argparse, json, os, signal, subprocess, sys
@@ -180,6 +183,7 @@ def test_it_ends_with_the_block_however_that_ends(stand_in, tiny_llama, tmp_path
         server.check()
 
 
+@pytest.mark.slow
 def test_no_server_is_left_behind_by_a_process_that_is_killed(stand_in, tiny_llama, tmp_path):
     code = f"""
 from rolltune.endpoints.serving import serve

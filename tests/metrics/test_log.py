@@ -140,6 +140,7 @@ def clean_wandb(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(tmp_path / "home" / name.lower()))
 
 
+@pytest.mark.slow
 def test_wandb_runs_offline_without_a_key_and_resumes_its_run(tmp_path, monkeypatch, capfd):
     clean_wandb(tmp_path, monkeypatch)
     import wandb

@@ -300,6 +300,7 @@ def test_the_trainers_logprobs_are_the_samplers(policy, tokenizer, params):
                 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params", [TWENTY, TRUNCATED], ids=["T1", "truncated"])
 def test_completions_do_not_depend_on_the_batch(policy, tokenizer, params):
     torch.set_num_threads(2)

@@ -119,6 +119,7 @@ def sampled(folder: Path, name: str) -> list[dict]:
 # --- what comes out ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_evaluation_leaves_everything_behind(evaluate, tmp_path: Path, capsys):
     found = evaluate(plots=True)
     out = tmp_path / "out"
@@ -193,6 +194,7 @@ def test_the_samples_are_those_of_the_sampler(evaluate, tmp_path: Path, models: 
     assert len({response["text"] for response in record["samples"]}) > 1
 
 
+@pytest.mark.slow
 def test_float16(evaluate, tmp_path: Path):
     evaluate(dtype="float16")
     assert len(sampled(tmp_path / "out", "rl")) == 7
@@ -206,6 +208,7 @@ def test_a_model_does_not_differ_from_itself(evaluate, models: list[Path]):
         assert (difference["mean"], difference["low"], difference["high"]) == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_evaluated_on_its_base(evaluate, tmp_path: Path, models: list[Path]):
     torch.manual_seed(0)
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
@@ -219,6 +222,7 @@ def test_an_adapter_is_evaluated_on_its_base(evaluate, tmp_path: Path, models: l
 # --- stopped and verified again ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_as_an_unbroken_one(evaluate, tmp_path: Path):
     """The first model's file is cut in the middle of a line, the second is missing."""
     evaluate("whole")
@@ -234,6 +238,7 @@ def test_a_stopped_run_ends_as_an_unbroken_one(evaluate, tmp_path: Path):
             assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), (name, size)
 
 
+@pytest.mark.slow
 def test_interrupted_in_the_middle(evaluate, make_config, tmp_path: Path, monkeypatch):
     evaluate("whole")
     recipe, append, calls = load_recipe("evaluate"), SampleCache.append, []
@@ -268,6 +273,7 @@ def without_weights(monkeypatch: pytest.MonkeyPatch):
     return forbid
 
 
+@pytest.mark.slow
 def test_another_verifier_reads_the_same_samples(evaluate, tmp_path: Path, without_weights, capsys):
     first = evaluate()
     before = [(tmp_path / f"out/samples/{name}.jsonl").read_bytes() for name in ("base", "rl")]
@@ -283,6 +289,7 @@ def test_another_verifier_reads_the_same_samples(evaluate, tmp_path: Path, witho
     assert "model 2 of 2, rl: all samples are in" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_fewer_problems_need_no_weights_and_more_only_the_rest(evaluate, tmp_path: Path, without_weights):
     evaluate("whole")
     evaluate(max_problems=4)
@@ -293,6 +300,7 @@ def test_fewer_problems_need_no_weights_and_more_only_the_rest(evaluate, tmp_pat
     assert found["problems"] == 3 and len(sampled(tmp_path / "out", "rl")) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -327,6 +335,7 @@ def test_samples_of_other_weights_are_refused(evaluate, make_tiny_llama, tmp_pat
         evaluate(**of)
 
 
+@pytest.mark.slow
 def test_several_processes_write_the_same(evaluate, make_config, tmp_path: Path, monkeypatch):
     """No rank closes its sampler, which may run a server for all ranks, before the slowest rank has sampled."""
     one = evaluate("one")
@@ -367,6 +376,7 @@ def test_several_processes_write_the_same(evaluate, make_config, tmp_path: Path,
     assert progress is recipe.SamplingProgress
 
 
+@pytest.mark.slow
 def test_one_run_at_a_time(evaluate, make_config, tmp_path: Path, without_weights):
     """What the other run has sampled when it ends is not sampled again."""
     evaluate("whole")
@@ -387,6 +397,7 @@ def test_one_run_at_a_time(evaluate, make_config, tmp_path: Path, without_weight
     assert (tmp_path / "out/results.json").read_bytes() == (tmp_path / "whole/results.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_one_model_is_in_memory_at_a_time(make_config):
     recipe, loaded = load_recipe("evaluate"), []
     load = recipe.load_for_sampling

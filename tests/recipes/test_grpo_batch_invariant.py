@@ -33,6 +33,7 @@ def test_the_ratio_to_the_sampler_is_one(run_grpo):
         assert row["ratio/max"] == row["ratio/min"] == 1.0
 
 
+@pytest.mark.slow
 def test_how_rows_are_sampled_and_packed_changes_no_completion(run_grpo):
     """One step: later ones differ by the order in which the gradients of rows were added."""
     runs = []

@@ -36,6 +36,7 @@ CORRECTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "corrections"), [(ONE, CORRECTIONS), (SEVERAL, CORRECTIONS[::3])], ids=["1", "4"])
 def test_where_both_agree_corrections_change_nothing_but_rounding(run_grpo, batch, corrections):
     """The native sampler's log-probs are the trainer's up to rounding, so all weights are 1 up to rounding."""
@@ -74,6 +75,7 @@ def part_from(monkeypatch, version: int, shift: float) -> None:
     monkeypatch.setattr(NativeSampler, "generate", generate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "updates"), [(ONE, 1), (SEVERAL, 4)], ids=["1", "4"])
 def test_a_mismatch_in_mid_run_stops_it_before_it_is_trained_on(run_grpo, monkeypatch, batch, updates):
     settings = {"batch": batch, "mismatch": LIMIT, "checkpoint": {"every_n_steps": 10}, "num_steps": 3}

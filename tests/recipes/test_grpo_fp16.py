@@ -50,6 +50,7 @@ def test_after_a_skipped_update_the_next_one_is_the_first(run_fp16):
     assert row["ratio/max"] == row["ratio/min"] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides", [("model.master_weights=true",), ("lora.rank=4", "model.fp32_head=true")], ids=["full", "lora"]
 )

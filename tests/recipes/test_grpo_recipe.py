@@ -23,7 +23,9 @@ ALGORITHMS = {
 }
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "grpo" else pytest.mark.slow) for name in ALGORITHMS]
+)
 def test_every_algorithm_raises_the_reward(run_grpo, name):
     advantage, loss, options = ALGORITHMS[name]
     output_dir = run_grpo(
@@ -146,6 +148,7 @@ def test_lr_schedule_runs_over_all_updates(run_grpo):
     assert lrs[:3] == pytest.approx([0.0, 5e-4, 1e-3]) and lrs[3] == pytest.approx(5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("truncation", [{}, {"top_k": 20, "top_p": 0.9}], ids=["full", "truncated"])
 def test_resumed_in_process_equals_unbroken(run_grpo, truncation):
     """Two steps, then two more from the checkpoint: the same numbers as four in one go, to the last bit."""

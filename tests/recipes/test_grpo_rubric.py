@@ -90,6 +90,7 @@ def test_a_run_leaves_curves_verdicts_and_costs(run_grpo, tmp_path):
         assert sample["notes"] and all(f"m@{host} " in note and "because" in note for note in sample["notes"].values())
 
 
+@pytest.mark.slow
 def test_the_judge_dies_and_comes_back(run_grpo, tmp_path):
     """The run stops with a checkpoint; resumed, it has the numbers of a run without the accident, and pays nothing
     twice."""
@@ -136,6 +137,7 @@ FAULTS: list[Callable[[], Response]] = [
 ]
 
 
+@pytest.mark.slow
 def test_no_fault_of_the_judge_is_a_score(run_grpo, tmp_path):
     """A third of all calls go wrong, each in its own way."""
     rng = random.Random(0)

@@ -22,6 +22,8 @@ from rolltune.run.checkpoint import load_state
 from rolltune.samplers import vllm_local
 from rolltune.samplers.vllm_sampler import VLLMSampler
 
+pytestmark = pytest.mark.vllm
+
 COLOCATED = {
     "_component_": "rolltune.samplers.vllm.colocated",
     "kv_cache_gib": 0.05,

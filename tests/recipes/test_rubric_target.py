@@ -30,6 +30,7 @@ def make_rubric() -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.vllm
 def test_make_rubric_in_small(tmp_path, make_tiny_llama):
     """A random judge's replies are JSON by constrained decoding, but have no end: its turns are unscored, never 0."""
     # vLLM on a CPU wants heads of 32.

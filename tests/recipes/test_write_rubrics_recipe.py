@@ -256,6 +256,7 @@ def test_a_missing_reference_is_found_out_before_anything_is_paid_for(write, tmp
     assert not server.calls and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_file_is_the_same_however_it_came_about(write):
     def run(name, **changes) -> Path:
         with FaultServer(lambda call, request: solve(request)) as server:
@@ -287,6 +288,7 @@ def test_a_program_may_write(write, capsys):
 # --- stopping and going on --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_kill_loses_and_doubles_nothing(make_file, tmp_path):
     """Killed twice in the midst of its calls, then left alone."""
     folder, outputs = tmp_path / "out", []
@@ -316,6 +318,7 @@ def test_a_kill_loses_and_doubles_nothing(make_file, tmp_path):
     assert KEY not in "".join(outputs + output) and KEY.encode() not in everything_in(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_between_lines(make_file, tmp_path, number):
     """Five are answered; the rest hang."""
@@ -369,6 +372,7 @@ def test_an_endpoint_that_goes_down(write, tmp_path, capsys):
     assert len(server.calls) == COUNT - 4 and named(tmp_path / "out") == IDS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", ["cut", "slow"])
 def test_connections_that_break_and_replies_that_do_not_come(write, failure):
     """Each first try at a question fails."""

@@ -316,6 +316,7 @@ def test_a_finished_run_asks_nothing(write):
     assert len(server.calls) == COUNT and (folder / "traces.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_kill_loses_and_doubles_nothing(make_file, tmp_path):
     """Killed three times in the midst of its calls, then left alone."""
     path = tmp_path / "out/traces.jsonl"
@@ -351,6 +352,7 @@ def test_a_kill_loses_and_doubles_nothing(make_file, tmp_path):
     assert KEY not in "".join(outputs) and KEY.encode() not in everything_in(tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_between_lines(make_file, tmp_path, number):
     """Eight are answered; the rest hang."""
@@ -368,6 +370,7 @@ def test_a_signal_ends_it_between_lines(make_file, tmp_path, number):
     assert len(named(path)) == 8 and path.read_bytes().endswith(b"\n")
 
 
+@pytest.mark.slow
 def test_a_cap_stops_it_and_the_same_command_goes_on(make_file, tmp_path):
     path = tmp_path / "out/traces.jsonl"
     with FaultServer(lambda call, request: solve(request, delay=0.02)) as server:
@@ -383,6 +386,7 @@ def test_a_cap_stops_it_and_the_same_command_goes_on(make_file, tmp_path):
     assert len(server.calls) == COUNT and named(path) == [(p.id, 0) for p in PROBLEMS]
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_goes_down(make_file, tmp_path):
     path = tmp_path / "out/traces.jsonl"
     with FaultServer(
@@ -410,6 +414,7 @@ def test_a_refusal_is_a_mistake_in_the_config(make_file, tmp_path):
     assert KEY.encode() not in everything_in(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_two_processes_in_one_folder(make_file, tmp_path):
     with FaultServer(lambda call, request: solve(request, delay=0.0 if call < 1 else 60.0)) as server:
         file = make_file(server=server, max_concurrency=1)

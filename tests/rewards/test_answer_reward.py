@@ -8,7 +8,7 @@ import math_verify
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from repo import GSM8K
+from repo import GSM8K, needs_gsm8k
 
 from rolltune.rewards import answer as answer_module
 from rolltune.rewards import symbolic
@@ -408,7 +408,7 @@ def test_votes_are_the_same_exactly_where_the_verdicts_are(gold: int, other: int
     assert votes[0] == str(gold) and (votes[1] == votes[0]) == is_correct(str(gold), response(str(other)))
 
 
-@pytest.mark.skipif(not GSM8K.is_dir(), reason="no GSM8K; ROLLTUNE_GSM8K names its folder")
+@needs_gsm8k
 @pytest.mark.usefixtures("no_sympy")
 def test_every_gold_answer_of_gsm8k_is_right_and_its_neighbours_are_wrong() -> None:
     rows = [json.loads(line) for line in (GSM8K / "train.jsonl").read_text(encoding="utf-8").splitlines()]

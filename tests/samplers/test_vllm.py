@@ -23,6 +23,8 @@ from rolltune.samplers.vllm import colocated
 from rolltune.samplers.vllm_sampler import VLLMSampler
 from rolltune.types import Prompt, SampleRequest, SamplingParams
 
+pytestmark = pytest.mark.vllm
+
 
 @pytest.fixture(scope="module")
 def sampler(model, tokenizer) -> Iterator[VLLMSampler]:

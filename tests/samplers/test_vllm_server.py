@@ -19,6 +19,8 @@ from rolltune.samplers.vllm import served
 from rolltune.samplers.vllm_sampler import VLLMSampler
 from rolltune.types import SamplingParams
 
+pytestmark = pytest.mark.vllm
+
 versions = iter(range(10**6))
 
 

@@ -306,6 +306,7 @@ def test_a_bad_reply_is_no_turn_of_its_own():
 # --- failures, caps, provenance ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "failure",
     [error(500), error(429), reply(CRITERIA, cut=True), reply(CRITERIA, delay=30.0)],

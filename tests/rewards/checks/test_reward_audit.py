@@ -7,7 +7,7 @@ from decimal import Decimal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from repo import GSM8K
+from repo import GSM8K, needs_gsm8k
 
 from rolltune.rewards.answer import answer_reward
 from rolltune.rewards.checks.reward_audit import Tally, audit, mutations, render, render_turn, right_turns, variants
@@ -185,7 +185,7 @@ def test_render_shows_counts_and_the_end_of_a_missed_turn() -> None:
     assert render(audit([], answer_reward, FORMAT, seed=0)).endswith("false negatives: 0, false positives: 0")
 
 
-@pytest.mark.skipif(not GSM8K.is_dir(), reason="no GSM8K; ROLLTUNE_GSM8K names its folder")
+@needs_gsm8k
 def test_the_answer_reward_passes_on_gsm8k() -> None:
     rows = [json.loads(line) for line in (GSM8K / "train.jsonl").read_text(encoding="utf-8").splitlines()][::10]
     problems = []

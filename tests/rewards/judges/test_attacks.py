@@ -147,6 +147,7 @@ def test_no_tokenizer_finds_a_token_of_its_own():
     assert sum(bool(found(attack.text)) for attack in ATTACKS) >= 10  # and attacks do try
 
 
+@pytest.mark.slow
 def test_no_attack_is_paid_by_a_judge_that_obeys_what_leaves_the_fence():
     texts = [BAD, GOOD, *(attack.text for attack in ATTACKS)]
     outsides = [read_prompt(user_turn(question)).outside for question in questions(GOOD)]

@@ -222,6 +222,7 @@ def test_the_answer_alone(make_reward):
     assert "It is four." in asked and "secret" not in asked
 
 
+@pytest.mark.slow
 def test_many_are_judged_at_once_and_the_late_are_unscored(make_reward):
     """Seven answers wait for each other, so they come only if all were asked for at once; the eighth never does."""
     together = threading.Barrier(7)
