@@ -46,7 +46,7 @@ def test_a_low_precision_base_is_merged_in_fp32_and_rounded_once(tiny_llama):
     torch.manual_seed(0)
     base = load(tiny_llama).to(torch.bfloat16)
     model = get_peft_model(base, LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], init_lora_weights=False))
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj  # pyright: ignore[reportIndexIssue]
     expected = layer.base_layer.weight.float() + 1.5 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     found = dict(policy_weights(model, torch.bfloat16))["model.layers.0.self_attn.q_proj.weight"]
     assert layer.lora_A["default"].weight.dtype == torch.float32
