@@ -17,8 +17,7 @@ network), ``reasoning_gym.reasoning_gym_task`` (any task of that library with a 
 (short additions and subtractions for a first run), ``countdown.countdown`` (drawn), ``countdown.countdown_rows``
 (from the Hub or a file), ``traces.traces`` (what ``write_traces`` wrote, for SFT) and ``jsonl.jsonl`` (a file of your
 own). With rubrics: ``rubrics.rubric_jsonl`` (your own, or what ``write_rubrics`` wrote), ``rubrics.rar`` (from the Hub
-or a file), ``rubrics.with_rubric`` (any other data set, with rubrics from elsewhere) and ``rubrics.rubric_tasks``
-(embedded, for a first run).
+or a file) and ``rubrics.rubric_tasks`` (embedded, for a first run).
 
 To add one, often ``jsonl.jsonl`` with a file is enough. Otherwise write one file here with one function:
 

@@ -10,18 +10,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from rolltune.config.components import check_component, instantiate
 from rolltune.data.dataset import Dataset, take_slice
 from rolltune.data.jsonl import read_jsonl
-from rolltune.errors import ConfigError
-from rolltune.rewards.rubric.load import Unsure, Weights, collect, criteria_of, problem_row, rar_problem, rubric_row
-from rolltune.rewards.rubric.schema import Rubric
+from rolltune.rewards.rubric.load import Unsure, Weights, collect, problem_record, rar_problem
 from rolltune.types import Problem
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -52,98 +46,12 @@ def rubric_jsonl(*, path: str, start: int = 0, count: int | None = None) -> Data
     places: dict[str, str] = {}
 
     def read(where: str, row: dict[str, Any]) -> Problem:
-        problem = problem_row(row).to_problem(f"{source.stem}/{where.rpartition(':')[2]}")
+        problem = problem_record(row).to_problem(f"{source.stem}/{where.rpartition(':')[2]}")
         _check_new(problem.id, where, places)
         return problem
 
     problems = collect(_lines(source), read)
     return Dataset(take_slice(problems, start=start, count=count, source=str(source)))
-
-
-def with_rubric(
-    *,
-    data: dict[str, Any],
-    rubric: list[dict[str, Any]] | str,
-    missing: Literal["error", "drop"] = "error",
-) -> Dataset:
-    """The problems of another data set, with rubrics: one for all of them, or each its own from a file.
-
-    One rubric for all is a baseline more than a way to train: see this module's docstring.
-
-    Example::
-
-        train:
-          _component_: rolltune.data.rubrics.with_rubric
-          data: {_component_: rolltune.data.jsonl.jsonl, path: questions.jsonl, answer_key: null}
-          rubric:
-            - {title: Correct, description: Every statement is true., weight: 1}
-            - {title: Complete, description: All parts of the question are answered., weight: 1}
-
-    Args:
-        data: the node of the other data set. Rubrics that it has are replaced.
-        rubric: for all problems a list of criteria, or a .yaml or .json file with such a list; for rubrics of their own
-            a .jsonl file with lines ``{"id": <problem's id>, "criteria": [...]}`` or those of :func:`rubric_jsonl`.
-        missing: what becomes of a problem that the .jsonl file has no rubric for: "error" names it, "drop" leaves it
-            out.
-
-    Raises:
-        ValueError: the node is wrong, there is no such file, a criterion or line is wrong, an id stands twice, or a
-            problem has no rubric.
-    """
-    if missing not in ("error", "drop"):
-        raise ValueError(f"with_rubric: missing={missing!r} must be one of error, drop")
-    if wrong := check_component(data, "with_rubric: data"):
-        raise ConfigError(wrong)
-    rubrics: dict[str, Rubric] = {}
-    shared: Rubric | None = None
-    if isinstance(rubric, str) and rubric.endswith(".jsonl"):
-        rubrics = _rubrics_by_id(_file(rubric, "with_rubric", "rubric"))
-    elif missing == "drop":
-        raise ValueError("with_rubric: missing=drop does nothing where one rubric is for all problems; leave it out")
-    else:
-        shared = _predefined(rubric)
-    problems: Dataset = instantiate(data)
-    paired = [(problem, shared or rubrics.get(problem.id)) for problem in problems]
-    without = [problem.id for problem, found in paired if found is None]
-    if without and (missing == "error" or len(without) == len(problems)):
-        raise ValueError(
-            f"with_rubric: rubric={rubric!r} has none for {len(without)} of {len(problems)} problems: "
-            f"{', '.join(without[:3])}{' ...' if len(without) > 3 else ''}; write them, or set missing: drop"
-            if missing == "error"
-            else f"with_rubric: rubric={rubric!r} has a rubric for none of the problems, the first is {without[0]!r}"
-        )
-    return Dataset(replace(problem, rubric=found) for problem, found in paired if found is not None)
-
-
-def _predefined(rubric: Any) -> Rubric:
-    if not isinstance(rubric, str):
-        return _named("with_rubric: rubric", rubric)
-    source = _file(rubric, "with_rubric", "rubric")
-    if source.suffix not in (".yaml", ".yml", ".json"):
-        raise ValueError(f"with_rubric: rubric={rubric!r} must be a .yaml, .json or .jsonl file, or a list of criteria")
-    try:
-        rows = yaml.safe_load(source.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source}: not YAML ({' '.join(str(error).split())[:200]})") from None
-    return _named(str(source), rows["criteria"] if isinstance(rows, dict) and "criteria" in rows else rows)
-
-
-def _named(where: str, rows: Any) -> Rubric:
-    try:
-        return criteria_of(rows)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _rubrics_by_id(source: Path) -> dict[str, Rubric]:
-    places: dict[str, str] = {}
-
-    def read(where: str, row: dict[str, Any]) -> tuple[str, Rubric]:
-        found = rubric_row(row)
-        _check_new(str(found.id), where, places)
-        return str(found.id), found.to_rubric()
-
-    return dict(collect(_lines(source), read))
 
 
 def _check_new(name: str, where: str, places: dict[str, str]) -> None:
@@ -299,5 +207,5 @@ def rubric_tasks(*, split: Literal["train", "heldout"] = "train", start: int = 0
     if split not in ("train", "heldout"):
         raise ValueError(f"rubric_tasks: split={split!r} must be one of train, heldout")
     rows = [(where, row) for where, row in _lines(_TASKS) if row["split"] == split]
-    problems: list[Problem] = collect(rows, lambda where, row: problem_row(row).to_problem(where))
+    problems: list[Problem] = collect(rows, lambda where, row: problem_record(row).to_problem(where))
     return Dataset(take_slice(problems, start=start, count=count, source=f"rubric_tasks {split}"))

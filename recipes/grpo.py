@@ -96,13 +96,13 @@ def run(cfg: GRPOConfig) -> None:
     with (
         lifecycle.barrier_on_exit(world),
         closing(log),
-        closing(components.rewards),
+        closing(components.rewards.pool),
         closing(components.sampler),
         Progress(cfg.num_steps, state.step, enabled=world.is_main) as progress,
         lifecycle.background_classifier(cfg.logging, log, world) as classify,
     ):
         if state.step == 0:
-            log.log(0, evaluate(cfg, components, progress))
+            log.log(0, evaluate(cfg, components, progress) | lifecycle.judge_metrics(components.rewards.pool, world))
         first_step = state.step + 1
         stop = partial(
             lifecycle.stop_early,
@@ -119,7 +119,7 @@ def run(cfg: GRPOConfig) -> None:
             is_last = step == cfg.num_steps
             try:
                 rollout = sample(cfg, components, step, state.data_position, phases, progress)
-                if why := lifecycle.why_stop(rollout, components.rewards.training, cfg.batch.max_unscored, world):
+                if why := lifecycle.why_stop(rollout, components.rewards.pool, cfg.batch.max_unscored, world):
                     stop(state, why)
                 if step == first_step:
                     selftest(cfg, components, rollout, console, starts_as_reference=state.policy_version == 0)
@@ -138,7 +138,7 @@ def run(cfg: GRPOConfig) -> None:
                 if isinstance(error, EngineError) and world.size > 1:
                     raise  # this rank's alone: the others would not save with it
                 stop(state, str(error))
-            log.log(step, metrics | lifecycle.judge_metrics(components.rewards, world))
+            log.log(step, metrics | lifecycle.judge_metrics(components.rewards.pool, world))
             classify(rollout, step)
             if step % cfg.logging.samples_every_n_steps == 0:
                 log.log_samples(step, rollout.sampled, advantages)
@@ -238,12 +238,14 @@ def sample(
         components.sampler.sync(components.policy.version)
     params = build.sampling_params(cfg.sampling)
 
+    training = components.rewards.training
+
     def sample_some(problems) -> list[Group]:
         return sample_groups(
             problems,
             render=components.render,
             sampler=components.sampler,
-            begin_score=components.rewards.training.begin,
+            begin_score=lambda problem, completion: partial(training.finish, training.begin(problem, completion)),
             params=params,
             group_size=cfg.sampling.group_size,
             seed=(cfg.seed, step),
@@ -362,7 +364,7 @@ def evaluate(cfg: GRPOConfig, components: Components, progress: Progress) -> dic
     check_versions((completion for _, completion in turns), components.policy.version, components.world)
     metrics = score_heldout(turns, reward=components.rewards.heldout, world=components.world)
     return metrics | lifecycle.check_overoptimization(
-        components.rewards.gold, turns, Path(cfg.output_dir), components.world
+        components.rewards.overoptimization, turns, Path(cfg.output_dir), components.world
     )
 
 

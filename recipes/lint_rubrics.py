@@ -77,7 +77,7 @@ def lint_problem(problem: Problem, cfg: LintRubricsConfig) -> list[Finding]:
                 rubric=problem.id,
                 criterion=None,
                 message="the problem has no rubric",
-                mend="write one: tune run write_rubrics, or rolltune.data.rubrics.with_rubric",
+                mend="write one: tune run write_rubrics",
             )
         ]
     return lint(

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from rolltune.data.dataset import overlap
-from rolltune.data.rubrics import rar, rubric_jsonl, rubric_tasks, with_rubric
+from rolltune.data.rubrics import rar, rubric_jsonl, rubric_tasks
 from rolltune.rewards.checks.rubric_lint import lint
 from rolltune.rewards.rubric.schema import CATEGORIES, Criterion, Rubric
 
@@ -55,7 +55,7 @@ def test_wrong_lines_are_all_named(tmp_path):
     with pytest.raises(ValueError) as caught:
         rubric_jsonl(path=path)
     first, second = str(caught.value).splitlines()
-    assert first.startswith(f"{path}:1: either 'criteria', a list, or 'rubric'")
+    assert first.startswith(f"{path}:1: ") and "'criteria'" in first
     assert second.startswith(f"{path}:3: criteria[0].category: ") and second.endswith("not 'vital'")
 
 
@@ -76,89 +76,6 @@ def test_files_that_cannot_be_read(tmp_path, lines, message):
 def test_no_file(tmp_path):
     with pytest.raises(ValueError, match="rubric_jsonl: path='nowhere.jsonl' is not a file"):
         rubric_jsonl(path="nowhere.jsonl")
-
-
-# --- with_rubric ------------------------------------------------------------------------------------------------------
-
-
-def test_one_rubric_for_all(tmp_path):
-    data = with_rubric(data=SUMS, rubric=[UNIT, SHORT])
-    assert [p.rubric for p in data] == [Rubric.of(Criterion(**UNIT), Criterion(**SHORT))] * 4
-    assert data[0].answer is not None and data[0].id == "sums/train/seed0/0"
-
-
-@pytest.mark.parametrize(
-    "name, text",
-    [
-        ("r.yaml", "- {title: Unit, description: Names the unit., category: essential}\n"),
-        ("r.yml", "criteria:\n  - {title: Unit, description: Names the unit., category: essential}\n"),
-        ("r.json", json.dumps([UNIT])),
-        ("r.json", json.dumps({"criteria": [UNIT]})),
-    ],
-)
-def test_one_rubric_from_a_file(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
-    assert with_rubric(data=SUMS, rubric=str(tmp_path / name))[0].rubric == Rubric.of(Criterion(**UNIT))
-
-
-def test_rubrics_of_their_own_by_id(tmp_path):
-    lines = [{"id": f"sums/train/seed0/{i}", "criteria": [UNIT | {"title": f"Unit {i}"}]} for i in (3, 1, 0, 2, 9)]
-    data = with_rubric(data=SUMS, rubric=write_jsonl(tmp_path / "r.jsonl", lines))
-    assert [p.rubric.criteria[0].title for p in data] == ["Unit 0", "Unit 1", "Unit 2", "Unit 3"]
-
-
-def test_a_problem_without_a_rubric(tmp_path):
-    path = write_jsonl(tmp_path / "r.jsonl", [{"id": "sums/train/seed0/1", "criteria": [UNIT]}])
-    message = r"r.jsonl' has none for 3 of 4 problems: sums/train/seed0/0, .*; write them, or set missing: drop"
-    with pytest.raises(ValueError, match=message):
-        with_rubric(data=SUMS, rubric=path)
-    assert [p.id for p in with_rubric(data=SUMS, rubric=path, missing="drop")] == ["sums/train/seed0/1"]
-
-
-def test_rubrics_for_other_problems_altogether(tmp_path):
-    path = write_jsonl(tmp_path / "r.jsonl", [{"id": "else", "criteria": [UNIT]}])
-    with pytest.raises(ValueError, match="has a rubric for none of the problems, the first is 'sums/train/seed0/0'"):
-        with_rubric(data=SUMS, rubric=path, missing="drop")
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"data": {"_component_": "rolltune.data.sums.sum"}}, r"with_rubric: data\._component_: .*did you mean"),
-        ({"data": SUMS | {"cuont": 1}}, r"with_rubric: data\.cuont: .*did you mean .*count"),
-        ({"data": SUMS | {"count": 0}}, "sums: count=0 must be at least 1"),
-        ({"rubric": []}, "with_rubric: rubric: criteria: .*at least 1 item"),
-        ({"rubric": [UNIT, {"title": "x"}]}, r"with_rubric: rubric: criteria\[1\]\.description: Field required"),
-        ({"rubric": "nowhere.jsonl"}, "with_rubric: rubric='nowhere.jsonl' is not a file"),
-        ({"rubric": "nowhere.yaml"}, "with_rubric: rubric='nowhere.yaml' is not a file"),
-        ({"missing": "keep"}, "missing='keep' must be one of error, drop"),
-        ({"missing": "drop"}, "missing=drop does nothing where one rubric is for all problems"),
-    ],
-)
-def test_wrong_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        with_rubric(**({"data": SUMS, "rubric": [UNIT]} | options))
-
-
-@pytest.mark.parametrize(
-    "name, text, message",
-    [
-        ("r.txt", "x", "must be a .yaml, .json or .jsonl file, or a list of criteria"),
-        ("r.yaml", "a: [", "r.yaml: not YAML"),
-        ("r.yaml", "a: 1", "r.yaml: criteria: "),
-        ("r.yaml", "!!python/object/apply:os.getcwd []", "r.yaml: not YAML"),
-    ],
-)
-def test_wrong_files_of_one_rubric(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        with_rubric(data=SUMS, rubric=str(tmp_path / name))
-
-
-def test_twins_in_a_file_of_rubrics(tmp_path):
-    path = write_jsonl(tmp_path / "r.jsonl", [{"id": 1, "criteria": [UNIT]}, {"id": "1", "criteria": [SHORT]}])
-    with pytest.raises(ValueError, match=r"r.jsonl:2: id: '1' is taken by .*r.jsonl:1"):
-        with_rubric(data=SUMS, rubric=path)
 
 
 # --- rar --------------------------------------------------------------------------------------------------------------

@@ -78,16 +78,6 @@ def test_a_problem_without_a_rubric_is_an_error(lint):
     assert "the problem has no rubric" in shown
 
 
-def test_one_rubric_for_another_data_set(lint):
-    """A node within a node, by way of the config."""
-    sums = {"_component_": "rolltune.data.sums.sums", "count": 2}
-    node = {"_component_": "rolltune.data.rubrics.with_rubric", "data": sums, "rubric": GOOD}
-    status, _, report = lint(data=node)
-    assert status == 0 and (report["problems"], report["criteria"]) == (2, 6)
-    with pytest.raises(ValueError, match=r"data\.cuont: .*did you mean .*count"):
-        lint(data=node | {"data": sums | {"cuont": 1}})
-
-
 def test_the_first_problems(lint):
     status, _, report = lint(GOOD, [*GOOD, AGAINST], max_problems=1)
     assert status == 0 and report["problems"] == 1

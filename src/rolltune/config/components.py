@@ -5,6 +5,7 @@ Also here, since arguments and config keys are checked by the same rules: what a
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -59,18 +60,27 @@ def instantiate(node: Component, *args: Any, **kwargs: Any) -> Any:
 def component(node: Component, *, ignore: Collection[str] = ()) -> Callable[..., Any]:
     """The node's component with its arguments bound, for functions that are called later.
 
+    A mapping for an argument that is annotated as a dataclass is passed as an object of that class.
+
     Args:
         node: ``_component_`` and arguments.
         ignore: keys of the node that are not arguments, such as the ``weight`` of a reward.
 
     Raises:
-        ConfigError: no such component.
+        ConfigError: no such component, or a dataclass refuses its values.
     """
     try:
         target = locate(node["_component_"])
     except ValueError as error:
         raise ConfigError([str(error)]) from error
-    return functools.partial(target, **{name: value for name, value in node.items() if name not in _options(ignore)})
+    arguments = {name: value for name, value in node.items() if name not in _options(ignore)}
+    for name, settings in _dataclass_arguments(target).items():
+        if isinstance(arguments.get(name), Mapping):
+            try:
+                arguments[name] = settings(**arguments[name])
+            except ValueError as error:
+                raise ConfigError([f"{node['_component_']}: {name}.{error}"]) from error
+    return functools.partial(target, **arguments)
 
 
 def is_node(value: Any) -> bool:
@@ -287,19 +297,40 @@ def _required_by_position(target: Any) -> list[inspect.Parameter]:
 
 
 def _value_problems(target: Any, options: Mapping[str, Any], key: str) -> list[str]:
-    try:
-        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except Exception:  # names that exist for type checkers alone
-        return []
+    hints, settings = _hints(target), _dataclass_arguments(target)
     problems = []
     for name, value in options.items():
         if is_node(value):
             problems += _nested_problems(value, f"{key}.{name}")
         elif _is_node_list(value):
             problems += [p for i, item in enumerate(value) for p in _nested_problems(item, f"{key}.{name}[{i}]")]
-        elif wrong := type_problem(value, hints.get(name, Any)):
+        elif name in settings and isinstance(value, Mapping):
+            problems += _settings_problems(settings[name], value, f"{key}.{name}")
+        elif wrong := type_problem(value, Mapping if name in settings else hints.get(name, Any)):
             problems.append(f"{key}.{name}: {wrong}")
     return problems
+
+
+def _settings_problems(settings: type, value: Mapping[str, Any], key: str) -> list[str]:
+    parameters = list(inspect.signature(settings).parameters.values())
+    return [
+        *_bind_problems(parameters, value, key, settings.__name__, 0, (), ()),
+        *_value_problems(settings, value, key),
+    ]
+
+
+def _dataclass_arguments(target: Any) -> dict[str, type]:
+    """The target's arguments that a config writes as a mapping of a dataclass's fields."""
+    return {
+        name: hint for name, hint in _hints(target).items() if inspect.isclass(hint) and dataclasses.is_dataclass(hint)
+    }
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except Exception:  # names that exist only for type checkers
+        return {}
 
 
 # --- types ------------------------------------------------------------------------------------------------------------

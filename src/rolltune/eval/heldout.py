@@ -56,8 +56,8 @@ def score_heldout(
         in tokens, share of completions that were cut, and the share that the strict measure left unscored. Unscored
         turns count in none of the first three, which are missing where there is no other.
     """
-    begun = [reward.begin(problem, completion) for problem, completion in turns]  # all, before any is waited for
-    scores = [finish() for finish in begun]
+    pending = [reward.begin(problem, completion) for problem, completion in turns]  # all, before any is waited for
+    scores = [reward.finish(each) for each in pending]
     strict = [score.parts["correct"] for score in scores]
     loose = [score.parts.get("lenient") for score in scores]
     num_correct, num_scored, score, num_lenient, num_loose, num_formatted, tokens, cut, total = world.sum(

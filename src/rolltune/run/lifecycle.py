@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,24 +21,24 @@ from rolltune.config.schema import (
     SFTConfig,
 )
 from rolltune.distributed import World
+from rolltune.endpoints import settings
 from rolltune.errors import ConfigError, RunStopped, SyncError
 from rolltune.metrics.log import MetricsLog
 from rolltune.model.policy import Policy
 from rolltune.rewards.checks.overoptimization import OveroptimizationMonitor
-from rolltune.rewards.combine import WeightedReward
+from rolltune.rewards.judges.pool import JudgePool
 from rolltune.rollout import Rollout
-from rolltune.run.build import SPENT, Rewards
+from rolltune.run.build import BUDGETS
 from rolltune.run.checkpoint import Checkpoints, TrainState, load_state
 from rolltune.types import Completion, Problem
 from rolltune.update import Optimization
-from rolltune.writers.records import FREE_WRITER_ARGUMENTS
 
 # Keys that may change between the parts of a resumed run: none of them touches a number that is trained with.
 FREE_ON_RESUME = {"output_dir", "resume", "dry_run", "device", "checkpoint", "logging", "mismatch"}
 
 # The same of a judge's arguments: where it is and what it may cost, not what it says. A run that a cap or a dead server
 # has stopped goes on with others.
-FREE_JUDGE_ARGUMENTS = FREE_WRITER_ARGUMENTS | {"max_concurrency", "cache", "wait_seconds"}
+FREE_JUDGE_ARGUMENTS = {"max_concurrency", "cache", "wait_seconds"}
 
 
 def start(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -> Path | None:
@@ -74,7 +74,7 @@ def start(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -
                 ]
             )
     if world.is_main and not cfg.resume:
-        shutil.rmtree(checkpoints.output_dir / SPENT, ignore_errors=True)  # of a run that came to nothing
+        shutil.rmtree(checkpoints.output_dir / BUDGETS, ignore_errors=True)  # of a run that came to nothing
     world.barrier()  # every rank has looked before rank 0 writes
     if world.is_main:
         config.save(cfg, checkpoints.output_dir)
@@ -96,13 +96,14 @@ def warn_of_slow_dtype(dtype: str, world: World) -> None:
 def _fixed(value: Any) -> Any:
     """A config's value without what may change of judges, at any depth."""
     if isinstance(value, dict):
-        free = FREE_JUDGE_ARGUMENTS if _names_a_judge(value) else set()
-        return {key: _fixed(item) for key, item in value.items() if key not in free}
+        return {key: _fixed(item) for key, item in value.items() if key not in _free_keys(value)}
     return [_fixed(item) for item in value] if isinstance(value, list) else value
 
 
-def _names_a_judge(node: dict[str, Any]) -> bool:
-    return is_node(node) and ("judges" in node or "base_url" in node)
+def _free_keys(node: dict[str, Any]) -> Collection[str]:
+    if is_node(node):
+        return FREE_JUDGE_ARGUMENTS if "judges" in node or "endpoint" in node else ()
+    return settings.FREE_ON_RESUME if "base_url" in node else ()
 
 
 def open_log(cfg: GRPOConfig | SFTConfig, world: World, *, resume_step: int | None) -> MetricsLog:
@@ -151,18 +152,18 @@ def background_classifier(
         print(f"logging.classifier: {background.dropped} steps were left out{late}")
 
 
-def why_stop(rollout: Rollout, reward: WeightedReward, max_unscored: float, world: World) -> str | None:
+def why_stop(rollout: Rollout, judges: JudgePool, max_unscored: float, world: World) -> str | None:
     """Why no step should be taken on a rollout, the same on all ranks; None where all is well.
 
     Args:
         rollout: this rank's.
-        reward: that scored it.
+        judges: that scored it.
         max_unscored: share of the completions that may be unscored.
         world: all ranks call this.
     """
     scores = [score for group in rollout.sampled for score in group.scores]
     unscored = [score for score in scores if score.total is None]
-    reasons = world.gather([reward.stop_reason] if reward.stop_reason else [])
+    reasons = world.gather([judges.stop_reason] if judges.stop_reason else [])
     failures = Counter(world.gather([score.failure or "no reason given" for score in unscored]))
     (total,) = world.sum([len(scores)])
     if reasons:
@@ -226,12 +227,9 @@ def heldout_score(metrics: dict[str, float], *, max_unscored: float, world: Worl
     return None
 
 
-def judge_metrics(rewards: Rewards, world: World) -> dict[str, float]:
-    """What judging has cost so far, over all ranks; counted from the start of this process.
-
-    ``judge/...`` for what is trained on, ``heldout/judge/...`` for ``eval.correct`` and ``eval.lenient``.
-    """
-    mine = rewards.training.metrics() | {f"heldout/{name}": cost for name, cost in rewards.heldout.metrics().items()}
+def judge_metrics(judges: JudgePool, world: World) -> dict[str, float]:
+    """What judging has cost so far, over all ranks; counted from the start of this process."""
+    mine = judges.metrics()
     return dict(zip(mine, world.sum(list(mine.values())), strict=True))
 
 
