@@ -12,9 +12,7 @@ from rolltune.behaviours import BEHAVIOURS
 def logging_of(server: FaultServer) -> dict:
     classifier = {
         "_component_": "rolltune.behaviours.BehaviourClassifier",
-        "base_url": server.base_url,
-        "model": "judge",
-        "max_attempts": 1,
+        "endpoint": {"base_url": server.base_url, "model": "judge", "max_attempts": 1},
     }
     return {"classifier": classifier, "classified_samples": 3}
 
