@@ -18,6 +18,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+from rolltune.endpoints.settings import EndpointSettings
 from rolltune.rewards.judges.endpoint import EndpointJudge
 from rolltune.rewards.rubric.degenerate import is_degenerate
 from rolltune.rewards.rubric.questions import explicit_questions, read_grades
@@ -51,7 +52,9 @@ async def grade(judge: EndpointJudge, text: str) -> tuple[float | None, str]:
 
 async def run(args: argparse.Namespace) -> None:
     judge = EndpointJudge(
-        base_url=args.base_url, model=args.model, max_tokens=args.max_tokens, timeout_seconds=600, max_concurrency=16
+        endpoint=EndpointSettings(base_url=args.base_url, model=args.model, timeout_seconds=600),
+        max_tokens=args.max_tokens,
+        max_concurrency=16,
     )
     attacks = [json.loads(line) for line in ATTACKS.read_text(encoding="utf-8").splitlines()]
     texts = PLAIN | {attack["name"]: attack["text"] * attack.get("times", 1) for attack in attacks}

@@ -109,7 +109,7 @@ def run(cfg: GRPOConfig) -> None:
         Progress(cfg.num_steps, state.step, enabled=world.is_main) as progress,
     ):
         if state.step == 0:
-            log.log(0, evaluate(cfg, components, progress))
+            log.log(0, evaluate(cfg, components, progress) | lifecycle.judge_costs(rewards.pool, world))
         first_step = state.step + 1
         for step in range(first_step, cfg.num_steps + 1):
             started = time.perf_counter()
@@ -155,7 +155,7 @@ def dry_run(cfg: GRPOConfig) -> None:
     console = Console()
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
     train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
-    build.start_rewards(cfg, train_set, heldout, smoke_test=False)
+    build.start_rewards(cfg, train_set, heldout, smoke_test=False).pool.close()
     stream = ProblemStream(train_set, seed=cfg.seed)
     render = build.prompt_renderer(cfg.prompt, tokenizer)
     first = render(stream.take(0, 1)[0])

@@ -114,7 +114,7 @@ def report(work: Work[RubricRecord]) -> None:
         },
         "lint_warnings": sum(len(lint_for(record.problem, record.rubric)) for record in records),
     }
-    show_summary(work, summary | (asdict(work.endpoint.spent) if work.endpoint else {}))
+    show_summary(work, summary | (asdict(work.endpoint.usage) if work.endpoint else {}))
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def report(work: Work[Trace]) -> None:
         "mean_words": sum(len(trace.response.split()) for trace in traces) / len(traces),
         "malformed" if work.endpoint else "not_worked": len(work.left_out),
     }
-    show_summary(work, summary | (asdict(work.endpoint.spent) if work.endpoint else {}))
+    show_summary(work, summary | (asdict(work.endpoint.usage) if work.endpoint else {}))
 
 
 if __name__ == "__main__":

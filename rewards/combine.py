@@ -1,4 +1,4 @@
-"""Several rewards into the one that is trained on."""
+"""Combine several rewards into the one that is trained on."""
 
 from __future__ import annotations
 
@@ -6,64 +6,57 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from rolltune.samplers import Sampler
 from rolltune.types import Completion, Problem, Score
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from rolltune.rewards.judges.pool import JudgePool
 
 
 @runtime_checkable
 class JudgedReward(Protocol):
-    """A reward that somebody else is asked for, so that its score takes a while: a judge behind an endpoint, say.
+    """A reward whose score takes a while, such as a judge behind an endpoint.
 
-    A config names its class, and the object is kept for the whole run.
+    A config names its class. The object is built once, without side effects, and joins the run's pool of judges.
     """
 
     def check(self, problems: Sequence[Problem]) -> None:
-        """Raise ValueError where one of these problems lacks what it would be judged by. Asks nobody."""
+        """Raise ValueError if a problem lacks what it is judged by. Asks no judge."""
         ...
 
-    def smoke_test(self, problem: Problem) -> None:
-        """Have one turn judged before anything is loaded; raises ValueError where nobody answers."""
+    def join(self, pool: JudgePool, key: str, problem: Problem) -> None:
+        """Register the judges with the run's pool.
+
+        Args:
+            pool: asks them from now on.
+            key: the reward's config key, such as ``rewards.rubric``.
+            problem: one that the smoke test can ask about.
+        """
         ...
 
-    def bind(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, frozen: Callable[[], Sampler]) -> None:
-        """Hand over the policy, for a judge that is the policy, and how to sample from the weights as they were."""
+    def begin(self, problem: Problem, text: str) -> Any:
+        """Start judging a response and return at once. The result is for :meth:`finish` only."""
         ...
 
-    def begin(self, problem: Problem, text: str) -> Callable[[], Score]:
-        """Start judging a turn and return at once; what is returned waits for the score."""
-        ...
-
-    def share_budget(self, path: Path) -> None:
-        """Have caps on spending hold for all that keep their account in this file: a run's processes and starts."""
-        ...
-
-    @property
-    def stop_reason(self) -> str | None:
-        """Why nothing more can be judged, such as a cap that is reached; None while it can."""
-        ...
-
-    def metrics(self) -> dict[str, float]:
-        """Totals of this process so far, such as calls and dollars; sums over processes make sense."""
-        ...
-
-    def close(self) -> None:
-        """Nothing is judged any more."""
+    def finish(self, pending: Any) -> Score:
+        """Wait for the score of what :meth:`begin` started."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PendingScore:
-    """A completion, and the verdicts that its judged rewards are waiting for."""
+    """A completion whose judges are at work.
+
+    Attributes:
+        problem: the problem.
+        completion: the completion.
+        judged: the result of :meth:`JudgedReward.begin` for each judged reward, by its name.
+    """
 
     problem: Problem
     completion: Completion
-    judged: Mapping[str, Callable[[], Score]]
+    judged: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,26 +68,26 @@ class WeightedReward:
         >>> reward(problem, completion).total
         1.2
 
-    What the score holds:
+    The score contains:
 
-    - ``total``: the weighted sum. None, so unscored, where a reward with a weight other than 0 is unscored.
-    - ``parts["answer"]``: what that reward gave, before its weight; None where it was unscored.
-    - ``parts["answer/<part>"]``: a reward's own parts.
-    - ``parts["answer/failure/<failure>"]``: 1.0, only there where that reward reports that failure. The rate of
-      a failure is the sum of this key over all completions divided by their number, absent ones counting 0.
-    - ``failure``: the first one, in the order of ``rewards``.
+    - ``total``: the weighted sum; None (unscored) if a reward with a weight other than 0 is unscored.
+    - ``parts["answer"]``: that reward's total before its weight; None if unscored.
+    - ``parts["answer/<part>"]``: that reward's own parts.
+    - ``parts["answer/failure/<failure>"]``: 1.0, present only if that reward reports the failure. A failure's rate is
+      the sum of this key over all completions, divided by their number.
+    - ``failure``: the first failure, in the order of ``rewards``.
     - ``notes["rubric/<note>"]``: a reward's own notes, for the sample tables.
 
-    A reward that raises is a bug: the exception goes through. A :class:`JudgedReward` is started by :meth:`begin`, as
-    soon as a turn is there, and waited for when all are.
+    An exception in a reward is a bug and is raised. To let judges work while other completions are being sampled, call
+    :meth:`begin` for each completion as it arrives, and :meth:`finish` when all are there.
 
     Attributes:
-        rewards: name -> (reward, weight). The name heads the curves, so it has no slash. Weight 0: logged only. A
-            reward with a parameter named ``completion`` is called with the completion under that name.
+        rewards: name -> (reward, weight). The name is part of metric names, so it contains no slash. A reward of weight
+            0 is only logged. A reward with a parameter named ``completion`` gets the completion.
 
     Raises:
-        ValueError: no rewards, a bad name, or a weight that is not a finite number. When called: a reward that
-            returns anything but a Score of finite numbers and None.
+        ValueError: no rewards, a bad name, or a weight that is not a finite number. When called: a reward returns
+            something other than a Score of finite numbers and None.
     """
 
     rewards: Mapping[str, tuple[Callable[..., Score], float]]
@@ -102,18 +95,18 @@ class WeightedReward:
 
     def __post_init__(self) -> None:
         if not self.rewards:
-            raise ValueError("rewards is empty: name at least one reward")
+            raise ValueError("rewards: the mapping is empty; name at least one reward")
         for name, (_, weight) in self.rewards.items():
             if not name or "/" in name:
-                raise ValueError(f"rewards.{name}: a reward's name must be non-empty and without a slash")
+                raise ValueError(f"rewards.{name}: a reward's name must be non-empty and contain no slash")
             if not _is_finite(weight):
-                raise ValueError(f"rewards.{name}.weight is {weight!r}; it must be a finite number")
+                raise ValueError(f"rewards.{name}.weight: {weight!r}; must be a finite number")
         wants = {name for name, (reward, _) in self.rewards.items() if _takes_completion(reward)}
         object.__setattr__(self, "_wants_completion", frozenset(wants))
 
     @property
     def text_rewards(self) -> dict[str, Callable[..., Score]]:
-        """The rewards that need nothing but the problem and the text."""
+        """The rewards that need only the problem and the text."""
         return {
             name: reward
             for name, (reward, _) in self.rewards.items()
@@ -122,29 +115,36 @@ class WeightedReward:
 
     @property
     def judged(self) -> dict[str, JudgedReward]:
-        """The rewards that are waited for."""
+        """The rewards whose score takes a while."""
         return {name: reward for name, (reward, _) in self.rewards.items() if isinstance(reward, JudgedReward)}
+
+    def join(self, pool: JudgePool, section: str, problems: Sequence[Problem]) -> None:
+        """Register all judges with the run's pool, as ``<section>.<name>``.
+
+        Args:
+            pool: asks them from now on.
+            section: "rewards", "eval" or "eval.overoptimization".
+            problems: all that will be scored.
+
+        Raises:
+            ValueError: a problem lacks what it is judged by.
+        """
+        for name, reward in self.judged.items():
+            reward.check(problems)
+            reward.join(pool, f"{section}.{name}", problems[0])
 
     def __call__(self, problem: Problem, completion: Completion) -> Score:
         """Score one completion."""
         return self.finish(self.begin(problem, completion))
 
     def begin(self, problem: Problem, completion: Completion) -> PendingScore:
-        """Start the judges on a completion; returns at once."""
+        """Start the judged rewards, and return at once."""
         judged = {name: reward.begin(problem, completion.text) for name, reward in self.judged.items()}
         return PendingScore(problem=problem, completion=completion, judged=judged)
 
     def finish(self, pending: PendingScore) -> Score:
-        """Wait for the judges and return the score."""
-        return self._combine({name: self._score(name, pending) for name in self.rewards})
-
-    def _score(self, name: str, pending: PendingScore) -> Score:
-        if name in pending.judged:
-            return pending.judged[name]()
-        extra = {"completion": pending.completion} if name in self._wants_completion else {}
-        return self.rewards[name][0](pending.problem, pending.completion.text, **extra)
-
-    def _combine(self, scores: Mapping[str, Score]) -> Score:
+        """Wait for the judged rewards, and compute the others."""
+        scores = {name: self._score(name, pending) for name in self.rewards}
         total: float | None = 0.0
         parts: dict[str, float | None] = {}
         notes: dict[str, str] = {}
@@ -160,39 +160,12 @@ class WeightedReward:
                 total = None if total is None or score.total is None else total + weight * score.total
         return Score(total=total, parts=parts, failure=failures[0] if failures else None, notes=notes)
 
-    def check(self, problems: Sequence[Problem]) -> None:
-        for reward in self.judged.values():
-            reward.check(problems)
-
-    def smoke_test(self, problem: Problem) -> None:
-        for reward in self.judged.values():
-            reward.smoke_test(problem)
-
-    def bind(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, frozen: Callable[[], Sampler]) -> None:
-        for reward in self.judged.values():
-            reward.bind(sampler, tokenizer, frozen)
-
-    def share_budget(self, path: Path) -> None:
-        for reward in self.judged.values():
-            reward.share_budget(path)
-
-    @property
-    def stop_reason(self) -> str | None:
-        """Why a judged reward can judge nothing more; None while all can."""
-        reasons = (f"rewards.{name}: {r.stop_reason}" for name, r in self.judged.items() if r.stop_reason)
-        return next(reasons, None)
-
-    def metrics(self) -> dict[str, float]:
-        """What the judged rewards have cost so far, by ``judge/<reward>/<name>``."""
-        return {
-            f"judge/{name}/{key}": value
-            for name, reward in self.judged.items()
-            for key, value in reward.metrics().items()
-        }
-
-    def close(self) -> None:
-        for reward in self.judged.values():
-            reward.close()
+    def _score(self, name: str, pending: PendingScore) -> Score:
+        reward, _ = self.rewards[name]
+        if name in pending.judged:
+            return self.judged[name].finish(pending.judged[name])
+        extra = {"completion": pending.completion} if name in self._wants_completion else {}
+        return reward(pending.problem, pending.completion.text, **extra)
 
 
 def _takes_completion(reward: Callable[..., Score]) -> bool:

@@ -3,7 +3,7 @@
     def script(call: int, request: dict) -> Response: ...
 
     with FaultServer(script) as server:
-        endpoint = Endpoint(base_url=server.base_url, model="m")
+        endpoint = Endpoint(EndpointSettings(base_url=server.base_url, model="m"))
 
 The script is asked for each request, which are counted from 0 in the order of their arrival. Real sockets, real HTTP.
 """

@@ -1,8 +1,8 @@
 """The policy as its own judge, through its sampler (the self-critique of Kimi K2, arXiv 2507.20534, section 3.2.2).
 
-K2's critic is trained further on verifiable prompts, which keeps it honest; nothing of the kind is done here. A policy
-that is both paid and payer drifts, so compare it with a measure that it has no part in
-(``eval.overoptimization``), or let the weights from the start of the run judge (``frozen: true``).
+K2 keeps its critic honest by training it on verifiable prompts, which rolltune does not do. A policy that rewards
+itself drifts, so compare it with an independent measure (``eval.overoptimization``), or let the starting weights judge
+(``frozen: true``).
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ _log = logging.getLogger(__name__)
 class _Waiting:
     messages: tuple[Message, ...]
     loop: asyncio.AbstractEventLoop
-    reply: asyncio.Future[Completion | None]  # None: the sampler refuses it
+    reply: asyncio.Future[Completion | None]  # None: the sampler refuses the question
 
 
 class PolicyJudge:
     """A judge whose replies the policy's own sampler writes, many at a time, between sampling and training.
 
-    Questions wait until :meth:`answer_waiting` is called, by the thread that samples. Each answer says which weights
-    gave it: ``policy@12`` is the policy after 12 optimizer steps, ``start@0`` the frozen copy. A question that is too
-    long for the model is unscored (``judge_refused``), and so is one that other weights than the policy's had a part in
-    answering (``judge_stale``): an error on one rank would leave the others waiting, ``batch.max_unscored`` stops all.
+    Questions wait until the sampling thread calls :meth:`answer_waiting`. Each answer names its weights: ``policy@12``
+    is the policy after 12 optimizer steps, ``start@0`` the frozen copy. A question that is too long for the model is
+    unscored (``judge_refused``), and so is one answered by other weights than the policy's (``judge_stale``). Neither
+    raises, since an error on one rank would leave the others waiting; ``batch.max_unscored`` stops all ranks.
 
     Args:
-        frozen: judge by the weights that the run starts from. They are held in memory beside the policy.
-        max_new_tokens: of one reply; one that reaches it is cut, and unscored.
+        frozen: judge by the run's starting weights. They take memory beside the policy.
+        max_new_tokens: of one reply. A reply cut there is unscored.
         temperature: 0 for the likeliest reply.
-        seed: with the question it seeds a reply where the temperature is not 0.
+        seed: together with the question it seeds a sampled reply.
 
     Raises:
         ValueError: an argument is out of range.
     """
 
-    stop_reason = None  # it costs nothing but time
+    stop_reason = None  # it has no caps
 
     def __init__(
         self, *, frozen: bool = False, max_new_tokens: int = 512, temperature: float = 0.0, seed: int = 0
@@ -76,19 +76,21 @@ class PolicyJudge:
     def name(self) -> str:
         return "start" if self._frozen else "policy"
 
-    def bind(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, frozen: Callable[[], Sampler]) -> None:
-        """Say who answers.
+    def bind(
+        self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, starting_sampler: Callable[[], Sampler]
+    ) -> None:
+        """Set the sampler that answers.
 
         Args:
-            sampler: of the policy; whoever trains keeps it current.
-            tokenizer: whose chat template asks the questions.
-            frozen: makes a sampler of the weights that the run started from; called where they are wanted.
+            sampler: the policy's, which the training loop keeps current.
+            tokenizer: its chat template renders the questions.
+            starting_sampler: makes a sampler of the run's starting weights; called only if ``frozen``.
         """
-        self._sampler = frozen() if self._frozen else sampler
+        self._sampler = starting_sampler() if self._frozen else sampler
         self._tokenizer = tokenizer
 
     async def ask(self, question: Question) -> Answer:
-        """The policy's answer; asked once more where it cannot be read."""
+        """Return the policy's answer. An unparseable reply is asked for once more."""
         self._totals["questions"] += 1
         messages: tuple[Message, ...] = question.messages
         answer = Answer(value=None, failure="judge_unparseable", text="", judge=self.name, cached=False)
@@ -125,10 +127,10 @@ class PolicyJudge:
         return await waiting.reply
 
     def answer_waiting(self) -> int:
-        """Write the replies to all questions that wait; returns how many. For the thread that samples."""
+        """Answer all waiting questions, and return their number. Call it from the sampling thread."""
         with self._lock:
             waiting, self._waiting = self._waiting, []
-        waiting = [question for question in waiting if not question.reply.done()]  # nobody waits for a cancelled one
+        waiting = [question for question in waiting if not question.reply.done()]  # drops cancelled questions
         start = time.monotonic()
         replies = self._generate([self._request(question.messages) for question in waiting])
         self._totals["latency_seconds"] += time.monotonic() - start
@@ -138,10 +140,10 @@ class PolicyJudge:
         return len(waiting)
 
     def _generate(self, requests: Sequence[SampleRequest]) -> list[Completion | None]:
-        """A reply to each; None for those that the sampler refuses, which keep no other from being answered."""
+        """Return a reply to each request; None for a refused one, which does not affect the others."""
         if not requests:
             return []
-        assert self._sampler is not None, "bind() comes first"
+        assert self._sampler is not None, "JudgePool.bind() comes first"
         try:
             return [reply for (reply,) in self._sampler.generate(requests, self._params)]
         except ValueError as error:
@@ -159,14 +161,14 @@ class PolicyJudge:
         return SampleRequest(prompt=prompt, seeds=(derive_seed(self._seed, "judge", *map(str, messages)),))
 
     def share_budget(self, path: Path) -> None:
-        """It has no caps."""
+        """Do nothing: it has no caps."""
 
     def metrics(self) -> dict[str, float]:
-        """Totals of this process; ``latency_seconds`` is the time that sampling replies took."""
+        """Return this process's totals. ``latency_seconds`` is the time spent on sampling replies."""
         return dict(self._totals)
 
     async def aclose(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
 
 def _settle(future: asyncio.Future[Completion | None], reply: Completion | None) -> None:

@@ -1,130 +1,235 @@
-"""The judges of a reward at work: turns are judged while others are still being sampled, and waited for at the end."""
+"""All judges of a run. They grade responses while others are still being sampled."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from concurrent import futures
 from concurrent.futures import Future
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rolltune.config.components import instantiate
-from rolltune.config.schema import Component
+from transformers import PreTrainedTokenizerBase
+
 from rolltune.endpoints.background import BackgroundLoop
 from rolltune.rewards.judges.judge import Judge, JudgeStopped, Question
-from rolltune.rewards.judges.panel import Combine, Panel
+from rolltune.rewards.judges.panel import Panel
 from rolltune.rewards.judges.policy import PolicyJudge
 from rolltune.samplers import Sampler
 
 T = TypeVar("T")
 LATE, STOPPED = "judge_late", "judge_stopped"
-_BETWEEN_LOOKS = 0.01  # seconds, while a policy judge may be asked more
+_METRICS = {"rewards.": "judge/", "eval.overoptimization.gold": "overoptimization/judge", "eval.": "heldout/judge/"}
+_POLL_SECONDS = 0.01  # between two looks for questions to a policy judge
 _SECONDS_TO_CLOSE = 5.0
 _CANNOT_JUDGE = ("judge_down", "judge_refused")
 _log = logging.getLogger(__name__)
 
 
-class JudgePool:
-    """Judges, the loop that they answer in, and what a run has to know of them.
+@dataclass(eq=False, kw_only=True)
+class _Member:
+    """The judges of one reward.
 
-    Args:
-        judges: nodes of :class:`rolltune.rewards.judges.judge.Judge` classes.
-        combine: as for :class:`rolltune.rewards.judges.panel.Panel`.
-        quorum: the same.
-        wait_seconds: how long after the last question was begun answers are waited for. What comes later is unscored.
-            A policy that judges itself is always waited for.
-
-    Raises:
-        ValueError: an argument is out of range, or a judge refuses its own.
+    Attributes:
+        panel: the judges.
+        smoke_question: a question that each of them can be asked before the run starts.
+        wait_seconds: time after the last question within which an answer has to come.
+        late: answers that did not.
+        refusal: why a judge refuses every question; None while none does.
     """
 
-    def __init__(
-        self, judges: Sequence[Component], *, combine: Combine, quorum: int | None, wait_seconds: float
-    ) -> None:
-        if not wait_seconds > 0:
-            raise ValueError(f"wait_seconds: {wait_seconds}; must be > 0")
-        built: list[Judge] = [instantiate(node) for node in judges]
-        self.panel = Panel(built, combine=combine, quorum=quorum)
-        self._policy_judges = [judge for judge in built if isinstance(judge, PolicyJudge)]
-        self._loop = BackgroundLoop("judge")
-        self._wait_seconds = wait_seconds
-        self._last_begun = 0.0
-        self._refusal: str | None = None
-        self._late = 0
-
-    def bind(self, sampler: Sampler, tokenizer: Any, frozen: Callable[[], Sampler]) -> None:
-        """Give the policy to the judges that are the policy; see :meth:`PolicyJudge.bind`."""
-        for judge in self._policy_judges:
-            judge.bind(sampler, tokenizer, frozen)
-
-    def smoke_test(self, question: Question) -> None:
-        """Ask the judges that are not the policy once, so that a server that is not there shows before weights are
-        loaded.
-
-        Raises:
-            ValueError: one of them cannot judge at all. An answer that cannot be read is no such thing.
-        """
-        for judge in self.panel.judges:
-            if judge in self._policy_judges:
-                continue
-            answer = self._loop.submit(judge.ask(question)).result()
-            if judge.stop_reason is not None:
-                raise ValueError(judge.stop_reason)
-            if answer.failure in _CANNOT_JUDGE:
-                raise ValueError(
-                    f"judge {judge.name}: {answer.failure.replace('_', ' ')} when it was tried out"
-                    f"{f' ({answer.text[:200]})' if answer.text else ''}; is its server running, at this address?"
-                )
-
-    def submit(self, judging: Coroutine[Any, Any, T]) -> Future[T]:
-        """Have it run beside the sampling; returns at once."""
-        self._last_begun = time.monotonic()
-        return self._loop.submit(judging)
-
-    def wait(self, future: Future[T], otherwise: Callable[[str], T]) -> T:
-        """The result; or what ``otherwise`` makes of the failure word, where none came in time or none ever will."""
-        while True:
-            self._ask_policy()
-            left = max(0.0, self._last_begun + self._wait_seconds - time.monotonic())
-            futures.wait([future], timeout=min(left, _BETWEEN_LOOKS) if self._policy_judges else left)
-            if not future.done() and left > 0:
-                continue
-            if not future.done() and future.cancel():
-                self._late += 1
-            if future.cancelled():  # now, or when somebody else waited for it
-                return otherwise(LATE)
-            try:
-                return future.result()
-            except JudgeStopped as stopped:  # any other exception is a bug, and goes through
-                self._refusal = str(stopped)
-                return otherwise(STOPPED)
-
-    def _ask_policy(self) -> None:
-        """Let the policy answer all that waits for it, in one batch; its time is not counted against the others."""
-        for judge in self._policy_judges:
-            self._loop.settle()  # turns that were begun have put their questions by now
-            if judge.answer_waiting():
-                self._last_begun = time.monotonic()
-
-    def share_budget(self, path: Path) -> None:
-        """Where the judges keep what the run has spent."""
-        for judge in self.panel.judges:
-            judge.share_budget(path)
+    panel: Panel
+    smoke_question: Question
+    wait_seconds: float
+    late: int = 0
+    refusal: str | None = None
 
     @property
     def stop_reason(self) -> str | None:
-        return self._refusal or self.panel.stop_reason
+        return self.refusal or self.panel.stop_reason
 
     def metrics(self) -> dict[str, float]:
-        """The judges' totals, and the turns that were not waited for."""
-        return {**self.panel.metrics(), "late": float(self._late)}
+        total: dict[str, float] = {}
+        for judge in self.panel.judges:
+            for name, value in judge.metrics().items():
+                total[name] = total.get(name, 0.0) + value
+        return total | {"late": float(self.late)}
+
+
+class JudgePool:
+    """The judges of a run, and everything that the run asks of them other than verdicts.
+
+    A reward with judges registers them under its config key, such as ``rewards.rubric``, when the run starts
+    (:meth:`rolltune.rewards.combine.JudgedReward.join`). The run then owns budgets, smoke test, costs and closing
+    through this one object. Its event loop runs in a background thread that starts with the first question.
+
+    Example:
+        >>> pool = JudgePool()
+        >>> reward.join(pool, "rewards.rubric", problem)
+        >>> pool.smoke_test()
+        >>> score = reward.finish(reward.begin(problem, text))
+        >>> pool.metrics()["judge/rubric/calls"]
+        2.0
+        >>> pool.close()
+    """
+
+    def __init__(self) -> None:
+        self._members: dict[str, _Member] = {}
+        self._loop = BackgroundLoop("judge")
+        self._last_submitted = 0.0
+        self._exits = ExitStack()
+
+    # --- for rewards --------------------------------------------------------------------------------------------------
+
+    def add(self, key: str, panel: Panel, *, smoke_question: Question, wait_seconds: float) -> None:
+        """Register the judges of a reward.
+
+        Args:
+            key: the reward's config key: ``rewards.<name>``, ``eval.<name>`` or ``eval.overoptimization.gold``.
+            panel: the judges.
+            smoke_question: a question for :meth:`smoke_test`.
+            wait_seconds: seconds that :meth:`wait` waits after the last :meth:`submit`. A policy judge is always
+                waited for.
+        """
+        assert key not in self._members, key
+        self._members[key] = _Member(panel=panel, smoke_question=smoke_question, wait_seconds=wait_seconds)
+
+    def submit(self, judging: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine beside the sampling; returns at once."""
+        self._last_submitted = time.monotonic()
+        return self._loop.submit(judging)
+
+    def wait(self, key: str, future: Future[T], otherwise: Callable[[str], T]) -> T:
+        """Return the result of ``future``.
+
+        Args:
+            key: the reward that waits.
+            future: from :meth:`submit`.
+            otherwise: makes the result from a failure word: "judge_late" when the answer is late, "judge_stopped" when
+                a judge refuses every question.
+        """
+        member = self._members[key]
+        policies = [judge for judge in member.panel.judges if isinstance(judge, PolicyJudge)]
+        while True:
+            self._ask_policy(policies)
+            left = max(0.0, self._last_submitted + member.wait_seconds - time.monotonic())
+            futures.wait([future], timeout=min(left, _POLL_SECONDS) if policies else left)
+            if not future.done() and left > 0:
+                continue
+            if not future.done() and future.cancel():
+                member.late += 1
+            if future.cancelled():  # now, or by an earlier wait for the same future
+                return otherwise(LATE)
+            try:
+                return future.result()
+            except JudgeStopped as stopped:  # any other exception is a bug and is raised
+                member.refusal = str(stopped)
+                return otherwise(STOPPED)
+
+    def _ask_policy(self, judges: list[PolicyJudge]) -> None:
+        """Have the policy answer all waiting questions in one batch. Other judges get this time on top."""
+        for judge in judges:
+            self._loop.settle()  # coroutines submitted so far have queued their questions
+            if judge.answer_waiting():
+                self._last_submitted = time.monotonic()
+
+    # --- for the run --------------------------------------------------------------------------------------------------
+
+    def keep_budgets(self, folder: Path) -> None:
+        """Make caps hold for the whole run, over all its processes and restarts.
+
+        Args:
+            folder: one SQLite file for each reward counts its judges' calls and tokens here.
+        """
+        for key, member in self._members.items():
+            for judge in member.panel.judges:
+                judge.share_budget(folder / f"{key}.sqlite")
+
+    def smoke_test(self) -> None:
+        """Ask each judge but the policy a question, so that a missing server shows before weights are loaded.
+
+        An answer that cannot be parsed passes.
+
+        Raises:
+            ValueError: a judge cannot be reached, refuses, or has reached a cap.
+        """
+        for key, member in self._members.items():
+            for judge in member.panel.judges:
+                if isinstance(judge, PolicyJudge):
+                    continue
+                answer = self._loop.submit(judge.ask(member.smoke_question)).result()
+                if judge.stop_reason is not None:
+                    raise ValueError(f"{key}: {judge.stop_reason}")
+                if answer.failure in _CANNOT_JUDGE:
+                    said = f" ({answer.text[:200]})" if answer.text else ""
+                    raise ValueError(
+                        f"{key}: judge {judge.name} failed its smoke test: {answer.failure}{said}; is its server "
+                        "running at endpoint.base_url?"
+                    )
+
+    def bind(
+        self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, starting_sampler: Callable[[], Sampler]
+    ) -> None:
+        """Give the policy to the judges that are the policy.
+
+        Args:
+            sampler: the policy's. The pool does not close it.
+            tokenizer: its chat template renders the questions.
+            starting_sampler: makes a sampler of the weights that the run started from. It is called at most once, and
+                its sampler is closed with the pool.
+        """
+        shared = cache(lambda: self._exits.enter_context(closing(starting_sampler())))
+        for judge in self._judges():
+            if isinstance(judge, PolicyJudge):
+                judge.bind(sampler, tokenizer, shared)
+
+    @property
+    def stop_reasons(self) -> dict[str, str]:
+        """Why judges can grade no more (a cap, a refused key), by the reward's key; empty while all can."""
+        return {key: member.stop_reason for key, member in self._members.items() if member.stop_reason}
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the run has to stop: the first of :attr:`stop_reasons` in ``rewards``, with its key."""
+        reasons = self.stop_reasons.items()
+        return next((f"{key}: {reason}" for key, reason in reasons if key.startswith("rewards.")), None)
+
+    def metrics(self) -> dict[str, float]:
+        """Return this process's totals so far, which may be summed over processes.
+
+        ``judge/<reward>/...`` for ``rewards``, ``heldout/judge/<name>/...`` for ``eval.correct`` and ``eval.lenient``,
+        ``overoptimization/judge/...`` for ``eval.overoptimization.gold``; ``late`` counts answers that came too late,
+        and the judge documents the other names.
+        """
+        return {
+            f"{_metrics_prefix(key)}/{name}": value
+            for key, member in self._members.items()
+            for name, value in member.metrics().items()
+        }
 
     def close(self) -> None:
-        """End what still runs, within seconds. Raises nothing: it may be called while an exception is on its way."""
-        closing = self._loop.submit(self.panel.aclose())
-        futures.wait([closing], timeout=_SECONDS_TO_CLOSE)
-        self._loop.close()
-        if closing.cancelled() or closing.exception() is not None:
-            _log.warning("%s: could not be closed properly", self.panel.name)
+        """End all running questions within seconds. Raises nothing, since another exception may be propagating."""
+        with self._exits:
+            if not self._members:
+                return
+            ending = self._loop.submit(self._close_judges())
+            futures.wait([ending], timeout=_SECONDS_TO_CLOSE)
+            self._loop.close()
+            if ending.cancelled() or ending.exception() is not None:
+                _log.warning("judges of %s could not be closed properly", ", ".join(self._members))
+
+    async def _close_judges(self) -> None:
+        await asyncio.gather(*(judge.aclose() for judge in self._judges()))
+
+    def _judges(self) -> list[Judge]:
+        return [judge for member in self._members.values() for judge in member.panel.judges]
+
+
+def _metrics_prefix(key: str) -> str:
+    section = next(section for section in _METRICS if key.startswith(section))
+    return _METRICS[section] + key.removeprefix(section)

@@ -1,4 +1,4 @@
-"""Rubrics from rows: those of one's own files, and those of the data sets of Rubrics as Rewards (arXiv 2507.17746)."""
+"""Read rubrics from records: a user's own, and the data sets of Rubrics as Rewards (arXiv 2507.17746)."""
 
 from __future__ import annotations
 
@@ -24,84 +24,67 @@ from rolltune.types import Message, Problem
 Weights = Literal["categories", "numbers"]
 Unsure = Literal["error", "drop", "bad", "good"]
 
-_SHOWN = 20  # mistakes of a file that are told one by one
+_MAX_SHOWN = 20  # mistakes of a file that are listed
 _PREFIX = re.compile(r"\s*(\w+)\s+criteri(?:a|on)\s*:\s*", re.IGNORECASE)
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
-# --- rows of one's own ------------------------------------------------------------------------------------------------
+# --- a user's own records ---------------------------------------------------------------------------------------------
 
 _Text = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
 
 
-class _Turn(BaseModel):
+class _Message(BaseModel):
     role: Literal["system", "user", "assistant"]
     content: _Text
 
 
-class RubricRecord(BaseModel):
-    """A rubric and what it is for; columns beside these are passed over.
+class ProblemRecord(BaseModel):
+    """A problem with its rubric. Other fields are ignored.
 
     Attributes:
         id: of the problem.
-        criteria: of the rubric; or ``rubric: {criteria: [...]}``.
+        question: the user's only message; or ``messages``.
+        messages: the conversation, ending with a user message.
+        answer: the reference answer.
+        solution: a worked solution.
+        criteria: of the rubric; or ``rubric``.
+        rubric: ``{"criteria": [...]}``.
     """
 
     id: Annotated[_Text | StrictInt, Field(union_mode="left_to_right")] | None = None
+    question: _Text | None = None
+    messages: Annotated[tuple[_Message, ...], Field(min_length=1)] | None = None
+    answer: str | StrictInt | StrictFloat | None = None
+    solution: str | None = None
     criteria: Annotated[tuple[Criterion, ...], Field(min_length=1, max_length=100)] | None = None
     rubric: Rubric | None = None
 
-    @model_validator(mode="after")
-    def _check_rubric(self) -> Self:
-        if (self.criteria is None) == (self.rubric is None):
-            raise ValueError("either 'criteria', a list, or 'rubric', {\"criteria\": [...]}, is wanted")
-        return self
-
-    def to_rubric(self) -> Rubric:
-        if self.rubric is not None:
-            return self.rubric
-        assert self.criteria is not None
-        return Rubric(criteria=self.criteria)
-
-
-class ProblemRecord(RubricRecord):
-    """A problem with its rubric.
-
-    Attributes:
-        question: the one user turn; or ``messages``.
-        messages: the conversation, ending with a user turn.
-        answer: the reference answer.
-        solution: a worked solution.
-    """
-
-    question: _Text | None = None
-    messages: Annotated[tuple[_Turn, ...], Field(min_length=1)] | None = None
-    answer: str | StrictInt | StrictFloat | None = None
-    solution: str | None = None
-
     @field_validator("messages")
     @classmethod
-    def _check_messages(cls, turns: tuple[_Turn, ...] | None) -> tuple[_Turn, ...] | None:
-        if turns is not None and turns[-1].role != "user":
-            raise ValueError("must end with a user turn")
-        return turns
+    def _check_messages(cls, messages: tuple[_Message, ...] | None) -> tuple[_Message, ...] | None:
+        if messages is not None and messages[-1].role != "user":
+            raise ValueError("must end with a user message")
+        return messages
 
     @model_validator(mode="after")
-    def _check_question(self) -> Self:
+    def _check(self) -> Self:
+        if (self.criteria is None) == (self.rubric is None):
+            raise ValueError("must have either 'criteria', a list, or 'rubric', {\"criteria\": [...]}")
         if (self.question is None) == (self.messages is None):
-            raise ValueError("either 'question', a string, or 'messages', a list of turns, is wanted")
+            raise ValueError("must have either 'question', a string, or 'messages', a list of messages")
         return self
 
     def to_problem(self, default_id: str) -> Problem:
-        turns = self.messages or (_Turn(role="user", content=self.question or ""),)
-        messages: list[Message] = [{"role": turn.role, "content": turn.content} for turn in turns]
+        given = self.messages or (_Message(role="user", content=self.question or ""),)
+        messages: list[Message] = [{"role": message.role, "content": message.content} for message in given]
         return Problem(
             id=default_id if self.id is None else str(self.id),
             messages=tuple(messages),
             answer=_canonical(self.answer),
             solution=(self.solution or "").strip() or None,
-            rubric=self.to_rubric(),
+            rubric=self.rubric or Rubric(criteria=self.criteria or ()),
         )
 
 
@@ -111,8 +94,8 @@ def _canonical(answer: str | int | float | None) -> str | None:
     return None if answer is None else str(answer).strip() or None
 
 
-def problem_record(row: dict[str, Any]) -> ProblemRecord:
-    """A problem with its rubric, as ``write_rubrics`` writes it or flat.
+def problem_record(record: dict[str, Any]) -> ProblemRecord:
+    """Read a problem with its rubric, flat or as ``write_rubrics`` writes it.
 
     Example:
         >>> criteria = [{"title": "Cause", "description": "Names scattering.", "category": "essential"}]
@@ -120,44 +103,44 @@ def problem_record(row: dict[str, Any]) -> ProblemRecord:
         'sky'
 
     Args:
-        row: ``{"problem": {id, messages, answer, solution}, "rubric": {"criteria": [...]}}``, or the fields of
+        record: ``{"problem": {id, messages, answer, solution}, "rubric": {"criteria": [...]}}``, or the fields of
             :class:`ProblemRecord`.
 
     Raises:
-        ValueError: a field is missing or wrong; one line names them all.
+        ValueError: a field is missing or wrong; one line names all such fields.
     """
-    return parse(ProblemRecord, _flat(row))
+    return parse(ProblemRecord, _flat(record))
 
 
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    problem = row.get("problem")
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    problem = record.get("problem")
     if problem is None:
-        return row
+        return record
     if not isinstance(problem, dict):
         raise ValueError(f"'problem' must be an object, not {problem!r:.60}")
-    return {name: value for name, value in row.items() if name != "problem"} | problem
+    return {name: value for name, value in record.items() if name != "problem"} | problem
 
 
-def parse(schema: type[M], row: Any) -> M:
-    """``row`` as a ``schema``.
+def parse(schema: type[M], record: Any) -> M:
+    """Validate a record.
 
     Raises:
-        ValueError: it is none; one line tells each wrong field, what would be right and the value.
+        ValueError: it does not fit; one line says for each wrong field what is accepted, and the value.
     """
     try:
-        return schema.model_validate(row)
+        return schema.model_validate(record)
     except ValidationError as error:
         details = [dict(detail) for detail in error.errors(include_url=False, include_context=False)]
-        raise ValueError("; ".join(_told(detail) for detail in details if not _is_echo(detail, details))) from None
+        raise ValueError("; ".join(_describe(detail) for detail in details if not _is_echo(detail, details))) from None
 
 
 def _is_echo(detail: dict[str, Any], details: list[dict[str, Any]]) -> bool:
-    """Whether it says that a list is too short only because its items are wrong."""
+    """Whether it reports a list as too short only because its items are wrong."""
     inner = [other["loc"] for other in details if len(other["loc"]) > len(detail["loc"])]
     return detail["type"] == "too_short" and any(loc[: len(detail["loc"])] == detail["loc"] for loc in inner)
 
 
-def _told(detail: dict[str, Any]) -> str:
+def _describe(detail: dict[str, Any]) -> str:
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"]).lstrip(".")
     given = detail["input"]
     shown = "" if isinstance(given, dict | BaseModel) or detail["type"] == "missing" else f", not {given!r:.60}"
@@ -165,30 +148,30 @@ def _told(detail: dict[str, Any]) -> str:
     return f"{where}{': ' if where else ''}{message}{shown}"
 
 
-def collect(rows: Iterable[tuple[str, Any]], read: Callable[[str, Any], T]) -> list[T]:
-    """``read`` of every row.
+def collect(records: Iterable[tuple[str, Any]], read: Callable[[str, Any], T]) -> list[T]:
+    """Call ``read`` for every record.
 
     Args:
-        rows: each with the place that a message names, "rubrics.jsonl:3".
-        read: called with place and row; raises ValueError for a wrong row.
+        records: (place, record); messages name the place, such as "rubrics.jsonl:3".
+        read: called with place and record; raises ValueError for a wrong record.
 
     Raises:
-        ValueError: the mistakes of all rows, a line each; beyond twenty their number.
+        ValueError: the mistakes of all records, one a line; beyond twenty only their number.
     """
     found: list[T] = []
     wrong: list[str] = []
-    for where, row in rows:
+    for where, record in records:
         try:
-            found.append(read(where, row))
+            found.append(read(where, record))
         except ValueError as error:
             wrong.append(f"{where}: {error}")
     if wrong:
-        more = [f"... and {len(wrong) - _SHOWN} more rows"] if len(wrong) > _SHOWN else []
-        raise ValueError("\n".join([*wrong[:_SHOWN], *more]))
+        more = [f"... and {len(wrong) - _MAX_SHOWN} more records"] if len(wrong) > _MAX_SHOWN else []
+        raise ValueError("\n".join([*wrong[:_MAX_SHOWN], *more]))
     return found
 
 
-# --- rows of Rubrics as Rewards ---------------------------------------------------------------------------------------
+# --- records of Rubrics as Rewards ------------------------------------------------------------------------------------
 
 
 class _RarItem(BaseModel):
@@ -204,29 +187,30 @@ class _RarRecord(BaseModel):
 
 
 def rar_problem(
-    row: Any, problem_id: str, *, weights: Weights = "categories", unsure: Unsure = "error"
+    record: Any, problem_id: str, *, weights: Weights = "categories", unsure: Unsure = "error"
 ) -> Problem | None:
-    """A row of RaR-Medicine or RaR-Science.
+    """Read a record of RaR-Medicine or RaR-Science.
 
-    The category is the prefix of the description ("Essential Criteria: ..."), which is taken off; where there is none
-    that is known, the published number gives it as the writers were told: 5 essential, 3 and 4 important, 1 and 2
-    optional, below 0 a pitfall. A pitfall's number is negative whatever it says, so its direction comes from its
-    wording alone (:mod:`rolltune.rewards.rubric.wording`).
+    The prefix of the description ("Essential Criteria: ...") gives the category and is removed. Without a known prefix
+    the published number gives it, as the rubric writers were told: 5 essential, 3 and 4 important, 1 and 2 optional,
+    below 0 a pitfall. All pitfalls have negative numbers, so the direction of a pitfall comes from its wording
+    (:mod:`rolltune.rewards.rubric.wording`).
 
     Args:
-        row: question, reference_answer, and as rubric a list of {title, description, weight}.
-        problem_id: its id.
+        record: question, reference_answer, and rubric: a list of {title, description, weight}.
+        problem_id: id of the problem.
         weights: "categories" for the paper's weights of categories; "numbers" keeps the published ones, without sign.
-        unsure: what becomes of a pitfall whose wording does not say its direction. "error" names it; "drop" leaves it
-            out; "bad" takes it for a failure ("Does not mention x", the rule in RaR-Medicine), "good" for one avoided.
+        unsure: how to treat a pitfall whose wording does not show its direction. "error" names it; "drop" leaves it
+            out; "bad" treats satisfying it as a failure ("Does not mention x", as mostly in RaR-Medicine), "good" as
+            an avoided one.
 
     Returns:
-        None where nothing of the rubric is left.
+        None if no criterion of the rubric remains.
 
     Raises:
-        ValueError: a field is missing or wrong, or a pitfall's direction is not known and ``unsure`` is "error".
+        ValueError: a field is missing or wrong, or ``unsure`` is "error" and a pitfall's direction is unknown.
     """
-    parsed = parse(_RarRecord, row)
+    parsed = parse(_RarRecord, record)
     criteria: list[Criterion] = []
     wrong: list[str] = []
     for number, item in enumerate(parsed.rubric):
@@ -261,7 +245,7 @@ def rar_problem(
 
 
 def _category(item: _RarItem) -> tuple[Category, str]:
-    """Category and description without its prefix."""
+    """Return the category, and the description without its prefix."""
     prefix = _PREFIX.match(item.description)
     description = item.description[prefix.end() :].strip() if prefix else item.description.strip()
     for category in CATEGORIES:

@@ -1,8 +1,8 @@
-"""Questions about a response, and the grades in what comes back.
+"""Questions to judges about a response, and the grades in their answers.
 
-Explicit questions (Rubrics as Rewards, arXiv 2507.17746v2, section 4) have each criterion graded by itself, all of them
-in one call or each in a call of its own. The implicit one has the whole rubric weighed by the judge, in a rating from 1
-to 10; Likert questions are the paper's baselines without a rubric.
+Explicit questions (Rubrics as Rewards, arXiv 2507.17746v2, section 4) have the judge grade each criterion, all in one
+call or each in its own. The implicit question has it weigh the whole rubric in one rating from 1 to 10. The pairwise
+question has it compare two responses.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from rolltune.rewards.judges.delimit import MAX_CHARS, delimited
 from rolltune.rewards.judges.judge import Answer, Question
 from rolltune.rewards.rubric.schema import CATEGORY_WEIGHTS, Category, Criterion
+from rolltune.rewards.rubric.scoring import HIGHEST_RATING, LOWEST_RATING
 from rolltune.rewards.rubric.templates import JudgePrompt, Kind, packaged_prompt
 from rolltune.seeding import derive_seed
 from rolltune.types import Problem
 
-LOWEST_RATING, HIGHEST_RATING = 1, 10
 _MAX_REASON_CHARS = 1000
-_MAX_LEVELS = 11
 _Reason = Annotated[str, AfterValidator(lambda text: text[:_MAX_REASON_CHARS])]
 
 
@@ -32,19 +31,31 @@ class Verdict(BaseModel):
 
     Attributes:
         number: of the criterion, from 1.
-        reason: at most 1,000 characters of it.
-        grade: 0 .. 1. What a judge writes is a whole number of levels, see :func:`verdict_schema`.
+        reason: the first 1,000 characters of it.
+        grade: 1 if the response satisfies the criterion, else 0.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(
+        frozen=True,
+        extra="ignore",
+        json_schema_extra=lambda schema: _replace(schema, _VERDICT_SCHEMA),
+    )
 
     number: int = 1
     reason: _Reason = ""
-    grade: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+    grade: float
+
+    @field_validator("grade", mode="before")
+    @classmethod
+    def _check(cls, value: object) -> float:
+        # True and False are a pass and a fail, 1.0 and 0.0 too.
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise ValueError("must be 0 or 1")
+        return float(value)
 
 
 class Verdicts(BaseModel):
-    """A judge's grades of the criteria of one question."""
+    """A judge's grades of all criteria of a question."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -52,7 +63,7 @@ class Verdicts(BaseModel):
 
 
 class Rating(BaseModel):
-    """A judge's rating of a response as a whole."""
+    """A judge's rating of a whole response."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -72,7 +83,7 @@ class Rating(BaseModel):
 
 
 class Preference(BaseModel):
-    """Which of two responses a judge finds better."""
+    """Which of two responses a judge prefers."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -93,51 +104,48 @@ def explicit_questions(
     criteria: Sequence[Criterion],
     *,
     one_call: bool,
-    levels: int = 2,
     with_reference: bool = False,
     shuffle: bool = False,
     template: JudgePrompt | None = None,
     max_chars: int = MAX_CHARS,
 ) -> list[Question]:
-    """What has a judge grade each criterion of a response.
+    """Ask a judge to grade each criterion of a response.
+
+    Neither weights nor directions are shown: the judge says whether a criterion is satisfied, not what that is worth.
 
     Example:
         >>> len(explicit_questions(problem, "4", rubric.criteria, one_call=True))
         1
 
     Args:
-        problem: whose messages are shown, and with ``with_reference`` its answer.
+        problem: its messages are shown, and its answer if ``with_reference``.
         text: the response.
-        criteria: those that are graded. Neither weights nor directions are shown: a judge says what is, not what it
-            is worth.
-        one_call: all criteria in one question; else a question for each, in their order.
-        levels: 2 for pass and fail; n for whole grades 0 .. n - 1, which are read as k / (n - 1). At most 11.
-        with_reference: show the problem's answer (and its solution where there is one) as a reference.
-        shuffle: list the criteria in an order drawn from the response, so that no criterion always stands first.
-            They keep their numbers. Of no effect where each has its own question.
-        template: in the packaged one's place, of kind "explicit" for ``one_call``, else "explicit_one".
-        max_chars: of the response, and of each other text; what is longer is cut in its middle, and says so.
+        criteria: what is graded.
+        one_call: ask about all criteria in one question; otherwise one question for each, in order.
+        with_reference: show the problem's solution and answer as a reference.
+        shuffle: list the criteria in an order drawn from the response, so that no criterion is always first. They keep
+            their numbers. Has no effect without ``one_call``.
+        template: replaces the packaged prompt; of kind "explicit" with ``one_call``, else "explicit_one".
+        max_chars: limit on the characters of the response and of each other text. A longer text is cut in the middle,
+            which the prompt says.
 
     Raises:
-        ValueError: ``levels`` is out of range; ``with_reference`` without a reference, or with a prompt that does not
-            show it.
+        ValueError: ``with_reference``, and the problem has no reference or the prompt has no place for it.
     """
     assert criteria
-    check_levels(levels)
     prompt = _prompt(template, "explicit" if one_call else "explicit_one", with_reference)
-    values = _shown(problem, text, with_reference, max_chars) | {"grades": _grades(levels)}
+    values = _shown(problem, text, with_reference, max_chars)
     numbered = [f"{number}. {_item(criterion)}" for number, criterion in enumerate(criteria, start=1)]
     if not one_call:
-        answer = verdict_schema(levels)
         asked = [_delimited_list([_item(criterion)], "criterion", max_chars) for criterion in criteria]
         return [
-            Question(messages=prompt.messages(**values, criteria=shown, count="1"), answer=answer) for shown in asked
+            Question(messages=prompt.messages(**values, criteria=shown, count="1"), answer=Verdict) for shown in asked
         ]
     if shuffle:
         _by(problem, text).shuffle(numbered)
     shown = _delimited_list(numbered, "criteria", max_chars)
     messages = prompt.messages(**values, criteria=shown, count=str(len(criteria)))
-    return [Question(messages=messages, answer=verdicts_schema(len(criteria), levels))]
+    return [Question(messages=messages, answer=verdicts_schema(len(criteria)))]
 
 
 def implicit_question(
@@ -151,7 +159,7 @@ def implicit_question(
     template: JudgePrompt | None = None,
     max_chars: int = MAX_CHARS,
 ) -> Question:
-    """What has a judge weigh the whole rubric and rate the response from 1 to 10; the answer is a :class:`Rating`.
+    """Ask a judge to weigh the whole rubric and rate the response from 1 to 10. The answer is a :class:`Rating`.
 
     Each criterion is shown with its category or weight, and with its direction. Arguments and errors as for
     :func:`explicit_questions`.
@@ -167,23 +175,6 @@ def implicit_question(
     return Question(messages=prompt.messages(**values, criteria=shown, count=str(len(criteria))), answer=Rating)
 
 
-def likert_question(
-    problem: Problem,
-    text: str,
-    *,
-    with_reference: bool,
-    template: JudgePrompt | None = None,
-    max_chars: int = MAX_CHARS,
-) -> Question:
-    """What has a judge rate a response from 1 to 10 without a rubric; the answer is a :class:`Rating`.
-
-    Arguments and errors as for :func:`explicit_questions`; the prompt is of kind "likert", or "reference_likert" where
-    the reference is shown.
-    """
-    prompt = _prompt(template, "reference_likert" if with_reference else "likert", with_reference)
-    return Question(messages=prompt.messages(**_shown(problem, text, with_reference, max_chars)), answer=Rating)
-
-
 def pairwise_question(
     problem: Problem,
     first: str,
@@ -194,10 +185,9 @@ def pairwise_question(
     template: JudgePrompt | None = None,
     max_chars: int = MAX_CHARS,
 ) -> Question:
-    """What has a judge say which of two responses is better by the whole rubric; the answer is a :class:`Preference`.
+    """Ask a judge which of two responses is better by the whole rubric. The answer is a :class:`Preference`.
 
-    Judges prefer what stands first, or last; ask again with the two changed about. Arguments as for
-    :func:`implicit_question`.
+    Judges tend to prefer one place, so ask again with the two swapped. Arguments as for :func:`implicit_question`.
     """
     assert criteria
     prompt = _prompt(template, "pairwise", False)
@@ -217,22 +207,16 @@ def pairwise_question(
 
 
 def _by(problem: Problem, text: str) -> random.Random:
-    """Draws the order of the criteria."""
-    whole = text.encode(errors="backslashreplace").decode()  # of half a surrogate pair there is no hash
+    """A generator for the order of the criteria, seeded by the response."""
+    whole = text.encode(errors="backslashreplace").decode()  # a lone surrogate cannot be hashed
     return random.Random(derive_seed("criteria", problem.id, whole))
-
-
-def check_levels(levels: int) -> None:
-    """Raises ValueError where a grade cannot have so many levels."""
-    if not 2 <= levels <= _MAX_LEVELS:
-        raise ValueError(f"levels: {levels}; must be 2 (pass or fail) .. {_MAX_LEVELS}")
 
 
 def _prompt(template: JudgePrompt | None, kind: Kind, with_reference: bool) -> JudgePrompt:
     prompt = template or packaged_prompt(kind)
-    assert prompt.kind == kind, f"a prompt of kind {prompt.kind!r} where {kind!r} is asked"
+    assert prompt.kind == kind, (prompt.kind, kind)
     if with_reference and not prompt.has_reference:
-        raise ValueError("with_reference: true; the prompt has no ${reference} to show it in")
+        raise ValueError("with_reference: true; the prompt has no ${reference}, where it would be shown; add it")
     return prompt
 
 
@@ -255,32 +239,20 @@ def _shown(problem: Problem, text: str, with_reference: bool, max_chars: int) ->
 def _reference(problem: Problem, max_chars: int) -> str:
     known = [part for part in (problem.solution, problem.answer) if part]
     if not known:
-        raise ValueError(f"with_reference: true; {problem.id} has neither answer nor solution to show")
+        raise ValueError(f"with_reference: true; {problem.id} has neither an answer nor a solution to show")
     shown = delimited("\n\n".join(known), name="reference", max_chars=max_chars)
     return f"\nA reference answer, for what is right; it is not the only way to say it:\n\n{shown}\n"
 
 
 def _item(criterion: Criterion) -> str:
-    """Title and description on one line, so that no criterion can look like two."""
+    """Title and description on one line, so that one criterion cannot look like two."""
     return " ".join(f"{criterion.title}: {criterion.description}".split())
 
 
 def _delimited_list(items: Sequence[str], name: str, max_chars: int) -> str:
-    # A rubric is never cut: each criterion is graded by its number.
+    # Never cut: each criterion has to be graded by its number.
     text = "\n".join(items)
     return delimited(text, name=name, max_chars=max(max_chars, len(text)))
-
-
-def _grades(levels: int) -> str:
-    if levels == 2:
-        return (
-            "The grade is 1 where the response satisfies the criterion and 0 where it does not. A criterion that is "
-            "satisfied in part only, or perhaps, is not satisfied."
-        )
-    return (
-        f"The grade is a whole number from 0 to {levels - 1}: 0 where the response does nothing of what the criterion "
-        f"says, {levels - 1} where it does all of it, and in between by how much of it."
-    )
 
 
 def _stakes(criterion: Criterion, category_weights: Mapping[Category, float]) -> str:
@@ -293,37 +265,16 @@ def _stakes(criterion: Criterion, category_weights: Mapping[Category, float]) ->
 
 
 @functools.cache
-def verdict_schema(levels: int) -> type[Verdict]:
-    """The form of one verdict: reason, then a whole grade 0 .. levels - 1, read as a share of the highest."""
+def verdicts_schema(count: int) -> type[Verdicts]:
+    """Return the schema of the verdicts on ``count`` criteria, exactly one for each.
 
-    class Graded(Verdict):
-        model_config = ConfigDict(json_schema_extra=lambda schema: _replace(schema, _verdict_schema(levels)))
-
-        @field_validator("grade", mode="before")
-        @classmethod
-        def _share(cls, value: object) -> float:
-            # A float that equals a whole number is one; NaN equals nothing. True and False are a pass and a fail.
-            if (isinstance(value, bool) and levels > 2) or not isinstance(value, int | float):
-                value = None
-            if value is None or value not in range(levels):
-                raise ValueError(f"must be a whole number from 0 to {levels - 1}")
-            return value / (levels - 1)
-
-    return Graded
-
-
-@functools.cache
-def verdicts_schema(count: int, levels: int) -> type[Verdicts]:
-    """The form of the verdicts on ``count`` criteria, exactly one for each.
-
-    Of an answer that is not whole, the verdicts that can be read stay: a criterion whose verdict is missing, does not
-    fit, or is given twice with different grades has none, and the others are not touched by it. The context
-    ``{"whole": True}`` refuses such an answer.
+    From an incomplete answer it keeps the verdicts that can be read: a criterion whose verdict is missing, invalid, or
+    given twice with different grades has none, and the others are not affected. With the validation context
+    ``{"whole": True}`` it refuses such an answer.
     """
-    one = verdict_schema(levels)
 
     class Listed(Verdicts):
-        model_config = ConfigDict(json_schema_extra=lambda schema: _replace(schema, _verdicts_schema(count, levels)))
+        model_config = ConfigDict(json_schema_extra=lambda schema: _replace(schema, _verdicts_schema(count)))
 
         @field_validator("verdicts", mode="before")
         @classmethod
@@ -334,7 +285,7 @@ def verdicts_schema(count: int, levels: int) -> type[Verdicts]:
             problems: list[str] = []
             contradicted: set[int] = set()
             for item in value[: 4 * count]:
-                verdict = _one_of(item, one, count, problems)
+                verdict = _one_of(item, count, problems)
                 if verdict is not None and found.setdefault(verdict.number, verdict).grade != verdict.grade:
                     problems.append(f"criterion {verdict.number} has two grades")
                     contradicted.add(verdict.number)
@@ -347,14 +298,14 @@ def verdicts_schema(count: int, levels: int) -> type[Verdicts]:
     return Listed
 
 
-def _one_of(item: object, schema: type[Verdict], count: int, problems: list[str]) -> Verdict | None:
-    """A verdict on one of the criteria 1 .. count; None, and a line in ``problems``, where it is none."""
+def _one_of(item: object, count: int, problems: list[str]) -> Verdict | None:
+    """Read a verdict on one of the criteria 1 .. count; None, and a line in ``problems``, if that fails."""
     number = item.get("number") if isinstance(item, Mapping) else None
     if isinstance(number, bool) or not isinstance(number, int | float) or number not in range(1, count + 1):
         problems.append(f"a verdict has no number from 1 to {count}")
         return None
     try:
-        return schema.model_validate(item)
+        return Verdict.model_validate(item)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         said = first["msg"].removeprefix("Value error, ")
@@ -365,16 +316,15 @@ def _one_of(item: object, schema: type[Verdict], count: int, problems: list[str]
 def read_grades(
     answers: Sequence[Answer], number_of_criteria: int, *, one_call: bool
 ) -> list[tuple[float | None, str]]:
-    """The grade of each criterion, 0 .. 1, and the judge's reason.
+    """Read each criterion's grade, in [0, 1], and the judge's reason.
 
     Args:
         answers: to the questions of :func:`explicit_questions`, in their order.
-        number_of_criteria: that were asked about.
+        number_of_criteria: how many were asked about.
         one_call: as they were asked.
 
     Returns:
-        For each criterion (grade, reason); None and why it is unscored where there is no grade. Never a 0 for a grade
-        that is not there.
+        (grade, reason) for each criterion, or (None, failure word) without a grade. A missing grade is never 0.
     """
     assert len(answers) == (1 if one_call else number_of_criteria), (len(answers), number_of_criteria, one_call)
     if not one_call:
@@ -400,7 +350,7 @@ def _replace(schema: dict[str, Any], by: dict[str, Any]) -> None:
 
 
 def _object(**properties: dict[str, Any]) -> dict[str, Any]:
-    """A schema as strict servers want it: every key required, in order, and no other."""
+    """A schema that strict servers accept: all keys required, in order, and no others."""
     return {
         "type": "object",
         "properties": properties,
@@ -420,14 +370,13 @@ _PREFERENCE_SCHEMA = _object(
 )
 
 
-def _verdict_schema(levels: int) -> dict[str, Any]:
-    return _object(reason={"type": "string"}, grade={"type": "integer", "enum": list(range(levels))})
+_VERDICT_SCHEMA = _object(reason={"type": "string"}, grade={"type": "integer", "enum": [0, 1]})
 
 
-def _verdicts_schema(count: int, levels: int) -> dict[str, Any]:
+def _verdicts_schema(count: int) -> dict[str, Any]:
     verdict = _object(
         number={"type": "integer", "enum": list(range(1, count + 1))},
         reason={"type": "string"},
-        grade={"type": "integer", "enum": list(range(levels))},
+        grade={"type": "integer", "enum": [0, 1]},
     )
     return _object(verdicts={"type": "array", "items": verdict, "minItems": count, "maxItems": count})

@@ -1,4 +1,4 @@
-"""From a judge's grades to one number in [0, 1]: pure functions of Python floats."""
+"""Turn a judge's grades into one number in [0, 1]. Pure functions of Python floats."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass
 
 from rolltune.rewards.rubric.schema import CATEGORIES, Category, Criterion
 
-_ROUNDING = 1e-9  # a share of exactly min_scored is not lost to the last bit of a sum
+LOWEST_RATING, HIGHEST_RATING = 1, 10
+_ROUNDING = 1e-9  # so that rounding does not reject a share of exactly min_scored
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RubricScore:
-    """What the grades of one response come to.
+    """The score of one response.
 
     Attributes:
-        total: in [0, 1]; None where too little of the rubric was scored.
+        total: in [0, 1]; None if too little of the rubric was scored.
         scored_share: share of the rubric's weight that was scored, in [0, 1].
-        credits: for each criterion what it earns, in [0, 1]: the grade where satisfying it is good, else 1 - grade;
-            None where it is unscored.
-        by_category: the weighted mean of the credits of each category that the rubric has; None where none of them is
-            scored.
+        credits: each criterion's credit in [0, 1]: the grade if satisfying it is good, else 1 - grade; None if
+            unscored.
+        by_category: weighted mean of the credits of each category in the rubric; None if none of them is scored.
     """
 
     total: float | None
@@ -37,15 +37,15 @@ def explicit_score(
     category_weights: Mapping[Category, float],
     min_scored: float,
 ) -> RubricScore:
-    """The weighted mean of what the criteria earn, over those that are scored.
+    """Compute the weighted mean of the scored criteria's credits.
 
     With magnitudes m_j > 0 and credits c_j this is sum_j m_j c_j / sum_j m_j, the explicit aggregation of Rubrics as
-    Rewards (arXiv 2507.17746v2, section 4). The paper has good criteria alone, phrased so that a pitfall is satisfied
-    when it is avoided. With signed weights w_j and grades g_j it is (sum_j w_j g_j - N) / sum_j |w_j|, N the sum of the
-    negative weights: it lies in [0, 1] whatever the signs, where sum_j w_j g_j / sum_j w_j would not.
+    Rewards (arXiv 2507.17746v2, section 4). The paper has only good criteria: it phrases a pitfall so that avoiding it
+    satisfies the criterion. With signed weights w_j and grades g_j the mean is (sum_j w_j g_j - N) / sum_j |w_j|, where
+    N is the sum of the negative weights. It lies in [0, 1] for all signs, which sum_j w_j g_j / sum_j w_j does not.
 
-    A mean is not moved by the number of criteria, so long and short rubrics are on one scale. An unscored criterion
-    leaves it, weight and all: it counts neither as satisfied nor as not.
+    A mean does not depend on the number of criteria, so long and short rubrics share one scale. An unscored criterion
+    is left out of both sums.
 
     Example:
         >>> from rolltune.rewards.rubric.schema import CATEGORY_WEIGHTS
@@ -57,11 +57,11 @@ def explicit_score(
         0.75
 
     Args:
-        criteria: of the rubric; merged, or one that is said twice counts twice.
-        grades: how far each is satisfied, in [0, 1]; None where the judge gave no verdict.
-        category_weights: weights of the criteria without a number, see ``check_category_weights``.
-        min_scored: share of the weight that has to be scored for a total, in [0, 1]. A rubric of which nothing is
-            scored has none, even with 0.
+        criteria: the rubric's, merged; otherwise a repeated criterion counts twice.
+        grades: how far each criterion is satisfied, in [0, 1]; None without a verdict.
+        category_weights: weights of criteria without a number; see ``check_category_weights``.
+        min_scored: share of the weight that must be scored for a total, in [0, 1]. Without any grade there is no total,
+            even with 0.
     """
     assert criteria and len(criteria) == len(grades), (len(criteria), len(grades))
     assert 0 <= min_scored <= 1, min_scored
@@ -87,44 +87,20 @@ def explicit_score(
 
 
 def _mean(earned: Iterable[tuple[float, float | None]]) -> float | None:
-    """Weighted, over the scored ones; None where there is none."""
+    """Weighted mean of the scored credits; None without any."""
     scored = [(weight, credit) for weight, credit in earned if credit is not None]
     if not scored:
         return None
-    # fsum rounds once, so the order of the criteria does not matter to the last bit.
+    # fsum rounds once, so the result does not depend on the order of the criteria.
     return math.fsum(weight * credit for weight, credit in scored) / math.fsum(weight for weight, _ in scored)
 
 
-def rating_score(rating: float, low: float = 1, high: float = 10) -> float:
-    """A judge's rating as a number in [0, 1]: implicit aggregation and the Likert baselines of arXiv 2507.17746.
+def rating_score(rating: int) -> float:
+    """Map a rating from 1 .. 10 to [0, 1], for implicit aggregation.
 
     Example:
         >>> rating_score(10)
         1.0
-
-    Args:
-        rating: in low .. high; one outside is a reply that should have been refused.
-        low: the worst rating.
-        high: the best.
     """
-    assert low < high and low <= rating <= high, (rating, low, high)
-    return (rating - low) / (high - low)
-
-
-def gate(score: float | None, passed: bool | None) -> float | None:
-    """A score that counts only where a check has passed.
-
-    Example:
-        >>> gate(0.8, False), gate(0.8, None)
-        (0.0, None)
-
-    Args:
-        score: what is gated; None: unscored.
-        passed: the check's verdict; None where it gave none.
-
-    Returns:
-        The score where the check has passed; 0 where it has not, scored or not; None where it is not known.
-    """
-    if passed is None:
-        return None
-    return score if passed else 0.0
+    assert LOWEST_RATING <= rating <= HIGHEST_RATING, rating
+    return (rating - LOWEST_RATING) / (HIGHEST_RATING - LOWEST_RATING)

@@ -1,7 +1,7 @@
-"""The judge's prompts: files with a system part and a user part, packaged ones and a user's own.
+"""The judges' prompts: packaged files, and a user's own.
 
-The two parts are separated by the first line that is ``---`` alone. What is filled in stands as ``${name}``, a dollar
-sign as ``$$``.
+A file has a system part and a user part, separated by its first line ``---``. Placeholders are written ``${name}``, a
+dollar sign ``$$``.
 """
 
 from __future__ import annotations
@@ -15,35 +15,30 @@ from typing import Literal, get_args
 
 from rolltune.types import Message
 
-Kind = Literal["explicit", "explicit_one", "implicit", "likert", "reference_likert", "pairwise"]
+Kind = Literal["explicit", "explicit_one", "implicit", "pairwise"]
 _PROMPTS = Path(__file__).parent / "prompts"
-# What a prompt of a kind has to hold, and what else it may.
-_NEEDED: Mapping[Kind, tuple[str, ...]] = {
-    "explicit": ("problem", "criteria", "response", "grades"),
-    "explicit_one": ("problem", "criteria", "response", "grades"),
+_REQUIRED: Mapping[Kind, tuple[str, ...]] = {
+    "explicit": ("problem", "criteria", "response"),
+    "explicit_one": ("problem", "criteria", "response"),
     "implicit": ("problem", "criteria", "response"),
-    "likert": ("problem", "response"),
-    "reference_likert": ("problem", "reference", "response"),
     "pairwise": ("problem", "criteria", "first", "second"),
 }
-_ALLOWED: Mapping[Kind, tuple[str, ...]] = {
+_OPTIONAL: Mapping[Kind, tuple[str, ...]] = {
     "explicit": ("reference", "count"),
     "explicit_one": ("reference", "count"),
     "implicit": ("reference", "count"),
-    "likert": (),
-    "reference_likert": (),
     "pairwise": ("count",),
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgePrompt:
-    """A prompt whose placeholders are known to be those of its kind.
+    """A prompt with valid placeholders.
 
     Attributes:
-        kind: what it asks for.
-        system: the first part.
-        user: the second part.
+        kind: the kind of question.
+        system: the system part.
+        user: the user part.
     """
 
     kind: Kind
@@ -51,7 +46,7 @@ class JudgePrompt:
     user: str
 
     def messages(self, **values: str) -> tuple[Message, ...]:
-        """The conversation with the values filled in. Values are not searched for placeholders."""
+        """Fill in the values, which are not searched for placeholders themselves."""
         system, user = (string.Template(part).substitute(values) for part in (self.system, self.user))
         return ({"role": "system", "content": system}, {"role": "user", "content": user})
 
@@ -62,21 +57,19 @@ class JudgePrompt:
 
 @functools.cache
 def packaged_prompt(kind: Kind) -> JudgePrompt:
-    """The prompt that comes with the package."""
+    """Load the prompt that comes with the package."""
     path = _PROMPTS / f"{kind}.md"
     return _parsed(kind, path.read_text(encoding="utf-8"), str(path))
 
 
 def load_prompt(path: str, kind: Kind) -> JudgePrompt:
-    """A prompt from a file of one's own.
+    """Load a prompt from a user's file.
 
     Args:
-        path: a text file in UTF-8, laid out as the module says.
-        kind: which packaged prompt it takes the place of. Explicit ones need ``${problem}``, ``${criteria}``,
-            ``${response}`` and ``${grades}`` (what the grades mean), implicit ones the first three, Likert ones
-            ``${problem}`` and ``${response}``, with a reference also ``${reference}``; the pairwise one
-            ``${problem}``, ``${criteria}``, ``${first}`` and ``${second}``. The first two kinds may hold
-            ``${reference}`` (empty where none is shown) and ``${count}``.
+        path: a UTF-8 text file, laid out as this module's docstring says.
+        kind: the packaged prompt that it replaces. All kinds need ``${problem}`` and ``${criteria}``; the pairwise one
+            also ``${first}`` and ``${second}``, the others ``${response}``. ``${count}`` is optional, and so is
+            ``${reference}`` (empty if no reference is shown) except in the pairwise one.
 
     Raises:
         ValueError: the file cannot be read, has no ``---`` line, lacks a placeholder or has an unknown one.
@@ -84,7 +77,7 @@ def load_prompt(path: str, kind: Kind) -> JudgePrompt:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompt: {path}: {getattr(error, 'strerror', None) or 'is no UTF-8 text'}") from None
+        raise ValueError(f"prompt: {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
     return _parsed(kind, text, path)
 
 
@@ -92,19 +85,19 @@ def _parsed(kind: Kind, text: str, path: str) -> JudgePrompt:
     assert kind in get_args(Kind), kind
     lines = text.replace("\r\n", "\n").split("\n")
     if "---" not in lines:
-        raise ValueError(f"prompt: {path}: has no line that is --- alone; it separates the system part from the user's")
+        raise ValueError(f"prompt: {path}: has no line ---, which separates the system part from the user part")
     place = lines.index("---")
     system, user = ("\n".join(part).strip("\n") for part in (lines[:place], lines[place + 1 :]))
     if not (system.strip() and user.strip()):
-        raise ValueError(f"prompt: {path}: one of its parts is empty; both have to say something")
+        raise ValueError(f"prompt: {path}: the system or the user part is empty; write both")
     both = string.Template(system + "\n" + user)
     if not both.is_valid():
-        raise ValueError(f"prompt: {path}: has a $ that begins no placeholder; write $$ for a dollar sign")
+        raise ValueError(f"prompt: {path}: has a $ that starts no placeholder; write $$ for a dollar sign")
     names = both.get_identifiers()
-    known = (*_NEEDED[kind], *_ALLOWED[kind])
+    known = (*_REQUIRED[kind], *_OPTIONAL[kind])
     if unknown := [name for name in names if name not in known]:
         known_names = ", ".join(f"${{{name}}}" for name in known)
-        raise ValueError(f"prompt: {path}: ${{{unknown[0]}}} is unknown; a prompt for {kind} has {known_names}")
-    if lacking := [name for name in _NEEDED[kind] if name not in names]:
-        raise ValueError(f"prompt: {path}: lacks ${{{lacking[0]}}}, without which the judge would not see it")
+        raise ValueError(f"prompt: {path}: ${{{unknown[0]}}} is unknown; a prompt of kind {kind} may use {known_names}")
+    if missing := [name for name in _REQUIRED[kind] if name not in names]:
+        raise ValueError(f"prompt: {path}: has no ${{{missing[0]}}}, so the judge would not see it; add it")
     return JudgePrompt(kind=kind, system=system, user=user)

@@ -8,12 +8,14 @@ import re
 import threading
 
 import pytest
+from endpoint_options import as_arguments
 from fault_server import FaultServer, error, ok
 
 from rolltune.behaviours import BEHAVIOURS, BackgroundClassifier, BehaviourClassifier, BehaviourCounts
 from rolltune.behaviours.classifier import MAX_TRACE_CHARS, _parse_count
 from rolltune.endpoints import client as endpoint_module
-from rolltune.endpoints.client import BudgetExceeded, EndpointDown, Reply, Usage
+from rolltune.endpoints.budget import Usage
+from rolltune.endpoints.client import BudgetExceeded, EndpointDown, Reply
 
 KEY = "sk-secret/0123456789"
 TITLES = dict(zip(BEHAVIOURS, ("verifies a result", "backtracks", "sets a subgoal", "reasons backward"), strict=True))
@@ -43,7 +45,7 @@ class Stub:
 
 
 def stubbed(replies, **options) -> tuple[BehaviourClassifier, Stub]:
-    classifier = BehaviourClassifier(base_url="http://localhost:1/v1", model="m", **options)
+    classifier = BehaviourClassifier(**as_arguments(base_url="http://localhost:1/v1", model="m", **options))
     stub = Stub(replies)
     classifier.endpoint = stub
     return classifier, stub
@@ -156,7 +158,7 @@ def test_a_bug_is_not_hidden():
 
 def test_options_are_checked_as_the_endpoint_does():
     with pytest.raises(ValueError, match="max_dollars"):
-        BehaviourClassifier(base_url="http://localhost:1/v1", model="m", max_dollars=1.0)
+        BehaviourClassifier(**as_arguments(base_url="http://localhost:1/v1", model="m", max_dollars=1.0))
 
 
 # --- a real server ----------------------------------------------------------------------------------------------------
@@ -178,7 +180,9 @@ def test_over_http(environment, caplog):
         return ok('{"count": 2}' if call % 2 else "<count>2</count>", delay=0.02)
 
     with FaultServer(script) as server:
-        classifier = BehaviourClassifier(base_url=server.base_url, model="tiny", max_attempts=2, max_concurrency=3)
+        classifier = BehaviourClassifier(
+            **as_arguments(base_url=server.base_url, model="tiny", max_attempts=2, max_concurrency=3)
+        )
         twos = BehaviourCounts(**dict.fromkeys(BEHAVIOURS, 2))
         assert classifier.classify(["kept", "lost", "kept too"]) == [twos, None, twos]
         assert classifier.classify(["kept"]) == [twos]  # another event loop
@@ -189,7 +193,7 @@ def test_over_http(environment, caplog):
 
 def test_a_cap_over_http(environment):
     with FaultServer(lambda call, request: ok('{"count": 1}')) as server:
-        classifier = BehaviourClassifier(base_url=server.base_url, model="tiny", max_calls=6)
+        classifier = BehaviourClassifier(**as_arguments(base_url=server.base_url, model="tiny", max_calls=6))
         counts = classifier.classify(["one", "two", "three"])
     assert len(server.calls) == 6
     assert None in counts
@@ -197,7 +201,7 @@ def test_a_cap_over_http(environment):
 
 def test_a_wrong_key_over_http(environment):
     with FaultServer(lambda call, request: error(401, f"bad key {KEY}")) as server:
-        classifier = BehaviourClassifier(base_url=server.base_url, model="tiny")
+        classifier = BehaviourClassifier(**as_arguments(base_url=server.base_url, model="tiny"))
         with pytest.raises(ValueError, match="api_key_env") as raised:
             classifier.classify(["one"])
     assert KEY not in str(raised.value)

@@ -11,7 +11,9 @@ import pytest
 from fault_server import FaultServer, Response, error, ok
 
 from rolltune.endpoints import client as endpoint_module
-from rolltune.endpoints.client import BudgetExceeded, Endpoint, EndpointDown, Usage, _seconds
+from rolltune.endpoints.budget import Usage
+from rolltune.endpoints.client import BudgetExceeded, Endpoint, EndpointDown, _seconds
+from rolltune.endpoints.settings import EndpointSettings
 
 KEY = "sk-secret/0123456789"
 ASK = [{"role": "user", "content": "2 + 2?"}]
@@ -43,8 +45,9 @@ def in_turn(*responses: Response):
     return lambda call, request: responses[min(call, len(responses) - 1)]
 
 
-def connect(server: FaultServer, **options) -> Endpoint:
-    return Endpoint(**{"base_url": server.base_url, "model": "tiny", **options})
+def connect(server: FaultServer, *, max_concurrency: int | None = None, **options) -> Endpoint:
+    settings = EndpointSettings(**{"base_url": server.base_url, "model": "tiny", **options})
+    return Endpoint(settings, max_concurrency=max_concurrency)
 
 
 def test_a_reply():
@@ -53,7 +56,7 @@ def test_a_reply():
         reply = chat(endpoint, temperature=0.5, max_tokens=7, seed=3, response_format={"type": "json_object"})
     assert (reply.text, reply.model, reply.finish_reason) == ("4", "tiny-1", "stop")
     assert (reply.prompt_tokens, reply.completion_tokens) == (12, 3)
-    assert endpoint.spent == Usage(
+    assert endpoint.usage == Usage(
         calls=1, prompt_tokens=12, completion_tokens=3, dollars=pytest.approx((12 * 2 + 3 * 10) / 1e6)
     )
     (call,) = server.calls
@@ -94,26 +97,29 @@ FAULTS = {
     "late": (ok("4", delay=30), "no reply within 0.3 s"),
     "drip": (ok("4", drip=0.05), "no reply within 0.3 s"),
     "cut body": (ok("4", cut=True), "no connection"),
-    "cut JSON": (Response(body=ok("4").body[:-9]), "no chat completion (Invalid JSON: EOF"),
-    "no JSON": (Response(body=b"hello"), "no chat completion (Invalid JSON: expected value at line 1 column 1): hello"),
-    "nothing": (Response(), "no chat completion (Invalid JSON: EOF"),
-    "another object": (Response(body=b'{"id": 1}'), "no chat completion (choices: Field required)"),
+    "cut JSON": (Response(body=ok("4").body[:-9]), "not a chat completion (Invalid JSON: EOF"),
+    "no JSON": (
+        Response(body=b"hello"),
+        "not a chat completion (Invalid JSON: expected value at line 1 column 1): hello",
+    ),
+    "nothing": (Response(), "not a chat completion (Invalid JSON: EOF"),
+    "another object": (Response(body=b'{"id": 1}'), "not a chat completion (choices: Field required)"),
     "an error with status 200": (
         Response(body=error(500, "oops").body),
-        'no chat completion (choices: Field required): {"error"',
+        'not a chat completion (choices: Field required): {"error"',
     ),
-    "no choices": (Response(body=b'{"choices": []}'), "no chat completion (choices: is empty)"),
-    "no message": (Response(body=b'{"choices": [{}]}'), "no chat completion (choices.0.message: Field required)"),
+    "no choices": (Response(body=b'{"choices": []}'), "not a chat completion (choices: is empty)"),
+    "no message": (Response(body=b'{"choices": [{}]}'), "not a chat completion (choices.0.message: Field required)"),
     "parts": (
         Response(body=b'{"choices": [{"message": {"content": [1]}}]}'),
         "choices.0.message.content: Input should",
     ),
     "half a surrogate pair": (
         Response(body=rb'{"choices": [{"message": {"content": "\ud800"}}]}'),
-        "no chat completion",
+        "not a chat completion",
     ),
     "less than nothing": (ok("4", prompt_tokens=-1), "usage.prompt_tokens: Input should be greater"),
-    "deep": (Response(body=b"[" * 100_000), "no chat completion (Invalid JSON: recursion limit exceeded"),
+    "deep": (Response(body=b"[" * 100_000), "not a chat completion (Invalid JSON: recursion limit exceeded"),
 }
 
 
@@ -128,8 +134,8 @@ def test_what_may_pass_is_asked_again(name):
         endpoint = connect(server, **TIMEOUTS.get(name, {}))
         assert chat(endpoint).text == "4"
     assert len(server.calls) == 3
-    spent = endpoint.spent
-    assert (spent.calls, spent.retries, spent.failures) == (3, 2, 2)
+    usage = endpoint.usage
+    assert (usage.calls, usage.retries, usage.failures) == (3, 2, 2)
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -144,7 +150,7 @@ def test_attempts_are_used_up(name):
         f"{server.base_url}: 2 attempts failed, the last with:"
     )
     assert len(str(down.value)) < 600 and "\n" not in str(down.value)
-    assert (endpoint.spent.calls, endpoint.spent.retries, endpoint.spent.failures) == (2, 1, 2)
+    assert (endpoint.usage.calls, endpoint.usage.retries, endpoint.usage.failures) == (2, 1, 2)
 
 
 def test_no_server():
@@ -211,7 +217,7 @@ def test_what_would_fail_again_is_not_asked_again(status, says):
             chat(endpoint)
     host = server.base_url.removeprefix("http://").removesuffix("/v1")
     assert str(refused.value) == says.format(url=server.base_url, host=host)
-    assert len(server.calls) == 1 and endpoint.spent.failures == 1
+    assert len(server.calls) == 1 and endpoint.usage.failures == 1
 
 
 def test_a_path_that_is_not_there():
@@ -226,9 +232,7 @@ def test_no_key(monkeypatch):
         endpoint = connect(server, api_key_env="OTHER_KEY")
         assert chat(endpoint).text == "4"
         assert server.calls[0].headers["authorization"] == "Bearer none"
-        with pytest.raises(
-            ValueError, match=r"api_key_env: OTHER_KEY is not set, and a key is wanted by 127\.0\.0\.1:"
-        ):
+        with pytest.raises(ValueError, match=r"api_key_env: OTHER_KEY is not set, .*127\.0\.0\.1:"):
             chat(endpoint)
 
 
@@ -244,27 +248,25 @@ def test_no_call_beyond_the_cap(at_once):
             return await asyncio.gather(*(endpoint.chat(ASK) for _ in range(30)), return_exceptions=True)
 
         outcomes = asyncio.run(ask())
-    assert len(server.calls) == 10 and endpoint.spent.calls == 10
+    assert len(server.calls) == 10 and endpoint.usage.calls == 10
     assert sum(isinstance(o, BudgetExceeded) for o in outcomes) == 20
 
 
 def test_retries_count_against_the_cap():
     with FaultServer(in_turn(error(500))) as server:
         endpoint = connect(server, max_calls=3)
-        with pytest.raises(BudgetExceeded) as spent:
+        with pytest.raises(BudgetExceeded) as stopped:
             chat(endpoint)
     assert len(server.calls) == 3
-    assert str(spent.value) == (
-        "max_calls: the cap of 3 is reached: 3 calls, 0 tokens and $0.00 are spent; a higher max_calls goes further"
-    )
-    assert (spent.value.key, spent.value.limit, spent.value.spent.failures) == ("max_calls", 3, 3)
+    assert str(stopped.value).startswith("max_calls: the cap of 3 is reached after 3 calls, 0 tokens and $0.00")
+    assert (stopped.value.key, stopped.value.limit, stopped.value.usage.failures) == ("max_calls", 3, 3)
 
 
 @pytest.mark.parametrize(
     ("caps", "key"),
     [
-        ({"max_tokens": 45}, "max_tokens"),
-        ({"max_tokens": 31}, "max_tokens"),
+        ({"max_total_tokens": 45}, "max_total_tokens"),
+        ({"max_total_tokens": 31}, "max_total_tokens"),
         ({"max_dollars": 0.00024, "dollars_per_million_input": 1, "dollars_per_million_output": 14}, "max_dollars"),
     ],
 )
@@ -274,7 +276,7 @@ def test_tokens_and_dollars(caps, key):
         endpoint = connect(server, **caps)
         for _ in range(3):
             chat(endpoint)
-        with pytest.raises(BudgetExceeded, match=rf"^{key}: the cap of .* is reached: 3 calls, 45 tokens"):
+        with pytest.raises(BudgetExceeded, match=rf"^{key}: the cap of .* is reached after 3 calls, 45 tokens"):
             chat(endpoint)
     assert len(server.calls) == 3
 
@@ -285,14 +287,14 @@ def test_a_useless_reply_costs_all_the_same():
     with FaultServer(in_turn(empty, ok("4"))) as server:
         endpoint = connect(server)
         chat(endpoint)
-    assert (endpoint.spent.prompt_tokens, endpoint.spent.completion_tokens) == (20, 10)
+    assert (endpoint.usage.prompt_tokens, endpoint.usage.completion_tokens) == (20, 10)
 
 
-@pytest.mark.parametrize("cap", [{"max_tokens": 100}, {"max_dollars": 1.0, "dollars_per_million_input": 1.0}])
+@pytest.mark.parametrize("cap", [{"max_total_tokens": 100}, {"max_dollars": 1.0, "dollars_per_million_input": 1.0}])
 def test_a_cap_that_cannot_be_kept(cap):
     with FaultServer(in_turn(ok("4", usage=False))) as server:
         assert chat(connect(server)).prompt_tokens == 0
-        with pytest.raises(ValueError, match=rf"^{next(iter(cap))}: cannot be kept, as 127\.0\.0\.1:\d+ does not say"):
+        with pytest.raises(ValueError, match=rf"^{next(iter(cap))}: cannot be checked, since 127\.0\.0\.1:\d+"):
             chat(connect(server, **cap))
 
 
@@ -317,7 +319,7 @@ def test_event_loops_come_and_go(capfd):
             assert len(endpoint._connections) == 1  # those of loops that have ended are dropped
             assert len(chat(endpoint, times=3)) == 3
             asyncio.run(ask())
-    assert endpoint.spent.calls == 15 and server.most_at_once == 1
+    assert endpoint.usage.calls == 15 and server.most_at_once == 1
     assert capfd.readouterr() == ("", "")
 
 
@@ -327,35 +329,39 @@ def test_event_loops_come_and_go(capfd):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"base_url": "localhost:8000/v1"}, "base_url: 'localhost:8000/v1'; an address such as http"),
-        ({"base_url": "http:///v1"}, "base_url: 'http:///v1'; an address such as http"),
-        ({"base_url": "http://[::1/v1"}, "an address such as http"),
-        ({"base_url": "http://h:99999/v1"}, "an address such as http"),
+        ({"base_url": "localhost:8000/v1"}, "base_url: 'localhost:8000/v1'; must be an address such as http"),
+        ({"base_url": "http:///v1"}, "base_url: 'http:///v1'; must be an address such as http"),
+        ({"base_url": "http://[::1/v1"}, "such as http"),
+        ({"base_url": "http://h:99999/v1"}, "such as http"),
         ({"base_url": "http://h/v1/chat/completions/"}, "leave out /chat/completions"),
-        ({"base_url": "http://me:pass-word@h/v1"}, "base_url: holds a user name, password"),
-        ({"base_url": "http://h/v1?key=pass-word"}, "base_url: holds a user name, password, query"),
-        ({"base_url": "me:pass-word@h/v1"}, "base_url: holds a user name, password"),
+        ({"base_url": "http://me:pass-word@h/v1"}, "base_url: contains a user name"),
+        ({"base_url": "http://h/v1?key=pass-word"}, "base_url: contains a user name"),
+        ({"base_url": "me:pass-word@h/v1"}, "base_url: contains a user name"),
         ({"model": " "}, "model: is empty"),
-        ({"api_key_env": "sk-pass-word"}, "api_key_env: is no name of an environment variable"),
-        ({"max_concurrency": 0}, "max_concurrency: 0; must be >= 1"),
+        ({"api_key_env": "sk-pass-word"}, "api_key_env: not the name of an environment variable"),
         ({"max_attempts": 0}, "max_attempts: 0; must be >= 1"),
         ({"timeout_seconds": 0}, "timeout_seconds: 0; must be > 0"),
         ({"max_calls": 0}, "max_calls: 0; must be > 0"),
-        ({"max_tokens": -1}, "max_tokens: -1; must be > 0"),
+        ({"max_total_tokens": -1}, "max_total_tokens: -1; must be > 0"),
         ({"max_dollars": float("nan"), "dollars_per_million_input": 1}, "max_dollars: nan; must be > 0"),
         ({"dollars_per_million_output": -1}, "dollars_per_million_output: -1; must be >= 0"),
-        ({"max_dollars": 5}, "max_dollars: 5; needs prices to go by: set dollars_per_million_input and"),
+        ({"max_dollars": 5}, "max_dollars: 5; needs prices"),
     ],
 )
 def test_bad_arguments(options, says):
     with pytest.raises(ValueError) as wrong:
-        Endpoint(**{"base_url": "http://h/v1", "model": "m", **options})
+        EndpointSettings(**{"base_url": "http://h/v1", "model": "m", **options})
     assert says in str(wrong.value) and "pass-word" not in str(wrong.value)
 
 
+def test_no_calls_at_all_are_no_concurrency():
+    with pytest.raises(ValueError, match="max_concurrency: 0"):
+        Endpoint(EndpointSettings(base_url="http://h/v1", model="m"), max_concurrency=0)
+
+
 def test_hosts():
-    assert Endpoint(base_url="https://h.example/v1/", model="m").host == "h.example"
-    assert Endpoint(base_url="http://localhost:8000/v1", model="m").host == "localhost:8000"
+    assert EndpointSettings(base_url="https://h.example/v1/", model="m").host == "h.example"
+    assert EndpointSettings(base_url="http://localhost:8000/v1", model="m").host == "localhost:8000"
 
 
 # --- the key ----------------------------------------------------------------------------------------------------------
@@ -406,7 +412,7 @@ def test_a_key_that_is_none(monkeypatch):
     """The HTTP library shows a header that it refuses."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\nsecond line")
     with FaultServer(in_turn(ok("4"))) as server:
-        with pytest.raises(ValueError, match="api_key_env: what OPENAI_API_KEY holds is no key") as wrong:
+        with pytest.raises(ValueError, match="api_key_env: .*OPENAI_API_KEY") as wrong:
             chat(connect(server))
     assert "secret" not in everything_about(wrong.value)
     monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")

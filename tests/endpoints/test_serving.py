@@ -27,6 +27,7 @@ from rolltune.endpoints import serving
 from rolltune.endpoints import supervisor as guard
 from rolltune.endpoints.client import Endpoint
 from rolltune.endpoints.serving import ServerFailed, log_end, serve
+from rolltune.endpoints.settings import EndpointSettings
 from rolltune.errors import ConfigError
 from rolltune.run import checks
 from rolltune.run.checks import check_serve
@@ -141,7 +142,7 @@ def test_vllm_answers_in_the_form_of_a_schema_and_is_gone_afterwards(make_tiny_l
         str(model), log=log, name="tiny", dtype="float32", max_model_len=512, max_num_seqs=4, kv_cache_gib=0.0625
     ) as server:
         processes = [server.process.pid, *descendants(server.process.pid)]
-        replies = asyncio.run(ask(Endpoint(base_url=server.base_url, model=server.name)))
+        replies = asyncio.run(ask(Endpoint(EndpointSettings(base_url=server.base_url, model=server.name))))
     for reply in replies:  # a random model has no other way to write JSON
         verdict = json.loads(reply.text)
         assert verdict.keys() == {"number", "met"} and 1 <= verdict["number"] <= 10 and verdict["met"] in (True, False)

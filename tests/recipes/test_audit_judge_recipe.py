@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from endpoint_options import as_config
 from fault_server import FaultServer, error, ok
 from tiny_run import ROOT, load_recipe
 
@@ -93,11 +94,16 @@ def make_file(tmp_path):
     def make(server: FaultServer | None, name="out", **changes) -> Path:
         node = {
             "_component_": "rolltune.rewards.judges.endpoint.EndpointJudge",
-            "base_url": server.base_url if server else "http://127.0.0.1:9/v1",
-            "model": "tiny",
-            "max_attempts": 1,
-            "max_concurrency": 4,  # what the test's server has room for in its queue of connections
-        } | changes.pop("judge", {})
+            **as_config(
+                **{
+                    "base_url": server.base_url if server else "http://127.0.0.1:9/v1",
+                    "model": "tiny",
+                    "max_attempts": 1,
+                    "max_concurrency": 4,  # what the test's server has room for in its queue of connections
+                }
+                | changes.pop("judge", {})
+            ),
+        }
         tree = {
             "output_dir": str(tmp_path / name),
             "data": {"_component_": "rolltune.data.judge_labelled.judge_labelled"},
@@ -260,7 +266,7 @@ def test_a_call_for_each_criterion(audit):
 
 
 def test_a_template_of_ones_own(audit, tmp_path):
-    mine = "Be strict. The verdicts are JSON.\n---\n${problem}\n${criteria}\n${response}\n${grades}"
+    mine = "Be strict. The verdicts are JSON.\n---\n${problem}\n${criteria}\n${response}"
     (tmp_path / "mine.md").write_text(mine)
     _, found = audit(judge(perfect), template=str(tmp_path / "mine.md"), data=TEN)
     assert audit.calls[0].request["messages"][0]["content"].startswith("Be strict.") and found["accuracy"]["value"] == 1
@@ -298,7 +304,7 @@ def test_a_cap_stops_it_and_says_so(audit, tmp_path, capsys):
     assert found["failures"] == {"judge_budget": sum(len(response.labels) for response in RESPONSES[4:10])}
     assert found["accuracy"]["value"] == 1
     said = capsys.readouterr().err
-    assert re.search(r"^audit_judge: tiny@\S+: max_calls: the cap of 4 is reached: .*; the audit is of what was", said)
+    assert re.search(r"^audit_judge: tiny@\S+: max_calls: the cap of 4 is reached .*", said)
 
 
 def test_nobody_at_the_address(audit, capsys):
@@ -375,7 +381,12 @@ def problems(file: Path, *overrides: str) -> list[str]:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("judge.modell=x", "judge.modell: EndpointJudge takes no such argument; did you mean judge.model"),
+        ("judge.seeds=1", "judge.seeds: EndpointJudge takes no such argument; did you mean judge.seed"),
+        (
+            "judge.endpoint.modell=x",
+            "judge.endpoint.modell: EndpointSettings takes no such argument; did you mean judge.end",
+        ),
+        ("judge.endpoint.base_url=here", "judge.endpoint.base_url: 'here'"),
         ("judge.temperature=3", "judge.temperature: 3"),
         ("judge={_component_: planted_judges.numbers}", "judge._component_: planted_judges.numbers; must be a"),
         ("one_call=false reversed=true", "reversed: true; has no effect while one_call is false"),

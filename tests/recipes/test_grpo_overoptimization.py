@@ -53,29 +53,38 @@ def test_the_alarm_is_told(run_grpo, reward_module, capsys):
 
 
 GOLD_JUDGE = """
+from rolltune.rewards.judges.judge import Answer, Question
+from rolltune.rewards.judges.panel import Panel
+from rolltune.rewards.rubric.questions import Rating
 from rolltune.types import Score
 
 CALLED = []
 
-class Gold:
+class Judge:
+    name = "gold"
     stop_reason = None
+    async def ask(self, question):
+        CALLED.append("smoke_test")
+        return Answer(value=Rating(rating=5), failure=None, text="", judge=self.name, cached=False)
+    def share_budget(self, path):
+        CALLED.append(f"{path.parent.name}/{path.name}")
+    def metrics(self):
+        return {"calls": float(CALLED.count("finish"))}
+    async def aclose(self):
+        CALLED.append("close")
+
+class Gold:
     def __call__(self, problem, text):
-        return self.begin(problem, text)()
+        return self.finish(self.begin(problem, text))
     def check(self, problems):
         CALLED.append(f"check {len(problems)}")
-    def smoke_test(self, problem):
-        CALLED.append("smoke_test")
-    def share_budget(self, path):
-        pass
-    def bind(self, sampler, tokenizer, frozen):
-        CALLED.append(f"bind {type(sampler).__name__}")
+    def join(self, pool, key, problem):
+        pool.add(key, Panel([Judge()]), smoke_question=Question(messages=(), answer=Rating), wait_seconds=1.0)
     def begin(self, problem, text):
         CALLED.append("begin")
-        return lambda: Score(total=0.5)
-    def metrics(self):
-        return {"calls": float(CALLED.count("begin"))}
-    def close(self):
-        CALLED.append("close")
+    def finish(self, pending):
+        CALLED.append("finish")
+        return Score(total=0.5)
 """
 
 
@@ -88,5 +97,7 @@ def test_another_judge_as_the_gold_measure(run_grpo, reward_module, monkeypatch)
     assert called == ["check 4"], "a dry run asks nobody"
     called.clear()
     rows = read_rows(run_grpo(num_steps=2, eval=checked))
-    assert called == ["check 4", "smoke_test", "bind NativeSampler", *["begin"] * 8, "close"]
-    assert [row["overoptimization/judge/calls"] for row in rows if "overoptimization/scored" in row] == [4.0, 8.0]
+    measured = [*["begin"] * 4, *["finish"] * 4]
+    budget = "budgets/eval.overoptimization.gold.sqlite"
+    assert called == ["check 4", budget, "smoke_test", *measured, *measured, "close"]
+    assert [row["overoptimization/judge/calls"] for row in rows if row["step"] > 0] == [4.0, 8.0]

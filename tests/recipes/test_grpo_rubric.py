@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from endpoint_options import as_config
 from fault_server import FaultServer, Response, error, ok
 from judge_server import read_prompt
 from tiny_run import read_rows
@@ -32,14 +33,17 @@ def grade(call: int, request: dict[str, Any]) -> Response:
 
 def options(server: FaultServer, cache: Path | None, *, judge: dict[str, Any] | None = None, **rubric: Any) -> dict:
     """Changes to the tiny run: 2 problems of 4 completions a step, judged by ``server``."""
-    node = {
-        "_component_": "rolltune.rewards.judges.endpoint.EndpointJudge",
+    given = {
         "base_url": server.base_url,
         "model": "m",
         "max_attempts": 1,
         "max_concurrency": 4,
         "timeout_seconds": 20.0,
         "cache": None if cache is None else str(cache),
+    }
+    node = {
+        "_component_": "rolltune.rewards.judges.endpoint.EndpointJudge",
+        **as_config(**given | (judge or {})),
     }
     tasks = {"_component_": "rolltune.data.rubrics.rubric_tasks"}
     low = {"_component_": "tiny_reward.low_bytes"}
@@ -48,7 +52,7 @@ def options(server: FaultServer, cache: Path | None, *, judge: dict[str, Any] | 
         "rewards": {
             "rubric": {
                 "_component_": "rolltune.rewards.rubric.reward.RubricReward",
-                "judges": [node | (judge or {})],
+                "judges": [node],
                 "criterion_curves": True,
             }
             | rubric
@@ -175,10 +179,10 @@ def test_a_cap_ends_the_run_clearly_and_holds_for_the_run(run_grpo):
         with pytest.raises(RunStopped, match=r"step 2: rewards\.rubric: m@.*max_calls: the cap of 12 is reached"):
             run_grpo(**changes)
         assert len(server.calls) == 12
-        with pytest.raises(ValueError, match="max_calls: the cap of 12 is reached: 12 calls"):
+        with pytest.raises(ValueError, match="rewards.rubric: .*max_calls: the cap of 12 is reached after 12 calls"):
             run_grpo(overrides=("resume=true",), **changes)
         assert len(server.calls) == 12
-        changes["rewards"]["rubric"]["judges"][0]["max_calls"] = 100
+        changes["rewards"]["rubric"]["judges"][0]["endpoint"]["max_calls"] = 100
         output_dir = run_grpo(overrides=("resume=true",), **changes)
     assert threading.active_count() == before, "the judge's loop has ended with each run"
     assert [row["step"] for row in read_rows(output_dir)] == [0, 1, 2, 3]
@@ -198,7 +202,7 @@ def test_a_judge_that_is_not_there_shows_at_once(run_grpo, monkeypatch):
     with FaultServer(grade) as server:
         changes = options(server, None)
     monkeypatch.setattr("rolltune.model.policy.load_model", lambda *args, **kwargs: pytest.fail("weights were loaded"))
-    with pytest.raises(ValueError, match="judge m@127.*judge down when it was tried out.*is its server running"):
+    with pytest.raises(ValueError, match="rewards.rubric: judge m@127.*judge_down.*base_url"):
         run_grpo(**changes)
 
 

@@ -48,8 +48,8 @@ def test_make_rubric_in_small(tmp_path, make_tiny_llama):
         "batch.prompts_per_step=2",
         "batch.max_unscored=1.0",
         "eval.max_problems=2",
-        f"rewards.rubric.judges.0.base_url={url.format(port)}",
-        f"eval.correct.judges.0.base_url={url.format(port)}",
+        f"rewards.rubric.judges.0.endpoint.base_url={url.format(port)}",
+        f"eval.correct.judges.0.endpoint.base_url={url.format(port)}",
         "rewards.rubric.judges.0.max_tokens=48",
         "eval.correct.judges.0.max_tokens=48",
     ]

@@ -127,12 +127,12 @@ def test_a_part_is_checked_too_and_so_is_the_type_of_the_score() -> None:
 @pytest.mark.parametrize(
     ("rewards", "message"),
     [
-        ({}, "rewards is empty"),
-        ({"": (format_reward, 1.0)}, "name must be non-empty"),
-        ({"a/b": (format_reward, 1.0)}, "without a slash"),
-        ({"a": (format_reward, float("nan"))}, r"rewards\.a\.weight is nan"),
-        ({"a": (format_reward, "1")}, r"rewards\.a\.weight is '1'"),
-        ({"a": (format_reward, True)}, r"rewards\.a\.weight is True"),
+        ({}, "rewards: "),
+        ({"": (format_reward, 1.0)}, "must be non-empty"),
+        ({"a/b": (format_reward, 1.0)}, r"rewards\.a/b: .*no slash"),
+        ({"a": (format_reward, float("nan"))}, r"rewards\.a\.weight: nan"),
+        ({"a": (format_reward, "1")}, r"rewards\.a\.weight: '1'"),
+        ({"a": (format_reward, True)}, r"rewards\.a\.weight: True"),
     ],
 )
 def test_refuses_bad_names_and_weights(rewards: Any, message: str) -> None:

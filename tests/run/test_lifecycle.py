@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from endpoint_options import as_config
 from thread_world import on_ranks
 
 from rolltune.config.schema import (
@@ -27,6 +28,8 @@ from rolltune.distributed import World
 from rolltune.errors import ConfigError, RunStopped
 from rolltune.model.fp32_head import FP32Head
 from rolltune.model.policy import build_policy
+from rolltune.rewards.judges.pool import JudgePool
+from rolltune.rewards.rubric.schema import Criterion, Rubric
 from rolltune.rollout import Rollout, SampledGroup
 from rolltune.run import build, lifecycle
 from rolltune.run.checkpoint import Checkpoints, TrainState, load_state
@@ -137,10 +140,11 @@ def test_a_run_older_than_a_key_goes_on_with_its_default_alone(tmp_path):
 
 
 def judged(**changes) -> dict:
-    judge = {"_component_": "rolltune.rewards.judges.endpoint.EndpointJudge", "base_url": "http://a/v1"}
     reward = {"_component_": "rolltune.rewards.rubric.reward.RubricReward", "weight": 1.0, "wait_seconds": 9.0}
     own = {name: changes.pop(name) for name in [*changes] if name in ("wait_seconds", "min_scored")}
-    return {"rubric": reward | own | {"judges": [judge | {"model": "m", "max_calls": 9} | changes]}}
+    judge = as_config(**{"base_url": "http://a/v1", "model": "m", "max_calls": 9} | changes)
+    judge["_component_"] = "rolltune.rewards.judges.endpoint.EndpointJudge"
+    return {"rubric": reward | own | {"judges": [judge]}}
 
 
 def test_a_run_goes_on_with_a_judge_that_moved_or_may_cost_more_but_not_with_another(tmp_path):
@@ -255,7 +259,7 @@ def test_held_out_problems_are_the_first_ones_and_not_trained_on():
     assert len(train) == 5 and [p.id for p in heldout] == [f"sums/heldout/seed0/{i}" for i in range(3)]
     assert len(build.load_data(DataConfig(train=sums(), heldout=sums(split="heldout")), max_heldout=99)[1]) == 5
     with pytest.raises(
-        ConfigError, match=r"data\.heldout: 2 of its 2 questions are in data\.train too, first 'sums/train"
+        ConfigError, match=r"data\.heldout: 2 of its 2 questions are also in data\.train, first 'sums/train"
     ):
         build.load_data(DataConfig(train=sums(), heldout=sums(count=2)), max_heldout=99)
 
@@ -367,23 +371,24 @@ class Closing:
 def self_judged() -> build.Rewards:
     judge = {"_component_": "rolltune.rewards.judges.policy.PolicyJudge", "frozen": True}
     reward = {"_component_": "rolltune.rewards.rubric.reward.RubricReward", "judges": [judge]}
-    return build.Rewards(
-        training=build.build_reward({"rubric": reward}),
-        heldout=build.build_reward({"correct": reward}),
-        overoptimization=None,
-    )
+    training, heldout = build.build_reward({"rubric": reward}), build.build_reward({"correct": reward})
+    rubric = Rubric.of(Criterion(title="Right", description="Is right.", category="essential"))
+    pool = JudgePool()
+    for section, measure in (("rewards", training), ("eval", heldout)):
+        measure.join(pool, section, [Problem(id="p", messages=(), rubric=rubric)])
+    return build.Rewards(training=training, heldout=heldout, overoptimization=None, pool=pool)
 
 
 def test_the_starting_weights_are_sampled_from_until_the_judges_close(tokenizer):
     closed, made = [], []
     rewards = self_judged()
-    rewards.bind(
+    rewards.pool.bind(
         Closing("policy", tokenizer, closed=closed),
         tokenizer,
         lambda: made.append("start") or Closing("start", tokenizer, closed=closed),
     )
     assert made == ["start"] and closed == []
-    rewards.close()
+    rewards.pool.close()
     assert closed == ["start"], "the policy's own is the run's"
 
 
@@ -397,7 +402,7 @@ def test_a_policy_that_cannot_judge_leaves_no_sampler_open(policy, tokenizer, tm
     with pytest.raises(ValueError, match="no memory for the starting weights"):
         build.start_sampler(make_config(tmp_path), of, tokenizer, rewards, ALONE)
     assert closed == [of.model]
-    rewards.close()
+    rewards.pool.close()
 
 
 def test_the_schedule_knows_the_number_of_updates(policy, tmp_path):

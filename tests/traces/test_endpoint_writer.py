@@ -5,6 +5,7 @@ import hashlib
 import re
 
 import pytest
+from endpoint_options import as_arguments
 from fault_server import FaultServer, error, ok
 
 from rolltune.endpoints import client as endpoint_module
@@ -29,7 +30,9 @@ def at_once(monkeypatch):
 
 def make(base_url="http://h:1/v1", **options):
     return EndpointTraceWriter(
-        **{"condition": "backtracking", "task": "countdown", "base_url": base_url, "model": "m", **options}
+        **as_arguments(
+            **{"condition": "backtracking", "task": "countdown", "base_url": base_url, "model": "m", **options}
+        )
     )
 
 

@@ -223,8 +223,7 @@ def load(tmp_path):
                 "_component_": "rolltune.traces.endpoint.EndpointTraceWriter",
                 "task": "countdown",
                 "condition": "backtracking",
-                "base_url": "http://localhost:1/v1",
-                "model": "m",
+                "endpoint": {"base_url": "http://localhost:1/v1", "model": "m"},
             },
             "correct": {"_component_": "rolltune.rewards.countdown.countdown_reward"},
         }
@@ -252,7 +251,7 @@ def test_the_config_is_saved(started, load):
         ("seed=1", "seed: 1\\b.*output_dir"),
         ("data.count=5", "data.count: 5\\b.*4"),
         ("data.seed=5", "data.seed: 5\\b"),
-        ("writer.model=n", "writer.model: n\\b"),
+        ("writer.endpoint.model=n", "writer.endpoint.model: n\\b"),
         ("writer.condition=all_strategies", "writer.condition: all_strategies\\b.*backtracking"),
         ("~writer.task", "writer.task: .*countdown"),
         ("writer.temperature=0.6", "writer.temperature: 0.6"),
@@ -280,10 +279,10 @@ def test_what_traces_do_not_depend_on_may_change(started, load):
         "dollars_per_million_input": "6.0",
         "dollars_per_million_output": "7.0",
     }
-    changes = [f"writer.{name}={value}" for name, value in writer.items()]
+    changes = [f"writer.endpoint.{name}={value}" for name, value in writer.items()]
     save_config(load(*changes, "max_concurrency=3", "traces_per_problem=2"), started, TRACE.provenance)
     saved = yaml.safe_load((started.path.parent / "config.yaml").read_text())
-    assert saved["writer"]["max_calls"] == 3 and saved["traces_per_problem"] == 2
+    assert saved["writer"]["endpoint"]["max_calls"] == 3 and saved["traces_per_problem"] == 2
 
 
 def test_another_writer_behind_the_same_config_is_refused(started, load):

@@ -104,7 +104,7 @@ def test_a_broken_line_is_named(tmp_path, row, says):
 def test_a_problem_has_one_rubric(tmp_path):
     path = tmp_path / "rubrics.jsonl"
     path.write_bytes(to_line(record("a")) + to_line(record("b")) + to_line(record("a")))
-    with pytest.raises(ValueError, match=r"rubrics\.jsonl:3: a stands in line 1 too"):
+    with pytest.raises(ValueError, match=r"rubrics\.jsonl:3: a is also in line 1"):
         read_rubrics(path)
 
 

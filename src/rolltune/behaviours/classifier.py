@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from rolltune.behaviours.counter import BEHAVIOURS, MAX_COUNT, BehaviourCounts
 from rolltune.endpoints.client import BudgetExceeded, Endpoint, EndpointDown
+from rolltune.endpoints.settings import EndpointSettings
 from rolltune.types import Message
 
 MAX_TRACE_CHARS = 16_000  # the model sees only this many characters of a text
@@ -50,23 +51,15 @@ class BehaviourClassifier:
     data, so that instructions in a text do not become part of the question.
 
     Example:
-        >>> classifier = BehaviourClassifier(base_url="http://localhost:8000/v1", model="llama-3.3-70b")
+        >>> settings = EndpointSettings(base_url="http://localhost:8000/v1", model="llama-3.3-70b")
+        >>> classifier = BehaviourClassifier(endpoint=settings)
         >>> classifier.classify(["3 * 8 = 24. Let me check: 24 / 8 = 3."])
         [BehaviourCounts(verification=1, backtracking=0, subgoal_setting=0, backward_chaining=0)]
 
     Args:
-        base_url: of the endpoint, up to and with ``/v1``.
-        model: as the server names it.
+        endpoint: address, model, limits. Caps apply to this process.
         json_schema: ask for the reply by a JSON schema; False for a server that refuses one.
-        api_key_env: the environment variable with the key; need not be set for a server without keys.
         max_concurrency: calls at once.
-        timeout_seconds: for a whole reply.
-        max_attempts: calls for one reply, at most, where calls fail.
-        max_calls: cap on the calls of this process, as with :class:`rolltune.endpoints.client.Endpoint`.
-        max_total_tokens: cap on its tokens, prompts included.
-        max_dollars: cap on its price.
-        dollars_per_million_input: price of prompt tokens.
-        dollars_per_million_output: price of completion tokens.
 
     Raises:
         ValueError: an argument is out of range.
@@ -75,32 +68,11 @@ class BehaviourClassifier:
     def __init__(
         self,
         *,
-        base_url: str,
-        model: str,
+        endpoint: EndpointSettings,
         json_schema: bool = True,
-        api_key_env: str = "OPENAI_API_KEY",
         max_concurrency: int = 16,
-        timeout_seconds: float = 120.0,
-        max_attempts: int = 6,
-        max_calls: int | None = None,
-        max_total_tokens: int | None = None,
-        max_dollars: float | None = None,
-        dollars_per_million_input: float = 0.0,
-        dollars_per_million_output: float = 0.0,
     ) -> None:
-        self.endpoint = Endpoint(
-            base_url=base_url,
-            model=model,
-            api_key_env=api_key_env,
-            max_concurrency=max_concurrency,
-            timeout_seconds=timeout_seconds,
-            max_attempts=max_attempts,
-            max_calls=max_calls,
-            max_tokens=max_total_tokens,
-            max_dollars=max_dollars,
-            dollars_per_million_input=dollars_per_million_input,
-            dollars_per_million_output=dollars_per_million_output,
-        )
+        self.endpoint = Endpoint(endpoint, max_concurrency=max_concurrency)
         self._response_format = _RESPONSE_FORMAT if json_schema else None
         self._prompts = {name: (_PROMPTS / f"{name}.md").read_text(encoding="utf-8") for name in BEHAVIOURS}
 

@@ -56,6 +56,8 @@ def instantiate(node: Component, *args: Any, **kwargs: Any) -> Any:
 def component(node: Component, *, ignore: Collection[str] = ()) -> functools.partial[Any]:
     """Bind the node's arguments to its component, for functions that are called later.
 
+    A mapping for an argument that is annotated as a dataclass is passed as an object of that class.
+
     Args:
         node: ``_component_`` and arguments.
         ignore: keys of the node that are not arguments, such as the ``weight`` of a reward.

@@ -1,4 +1,4 @@
-"""What a run has spent at an endpoint, over all its processes and all its starts: an SQLite file in its folder."""
+"""Count a run's use of an endpoint over all its processes and restarts, in an SQLite file of its output folder."""
 
 from __future__ import annotations
 
@@ -12,69 +12,79 @@ _WAIT_SECONDS = 30.0  # for another process that writes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Account:
-    """Totals.
+class Usage:
+    """Use of an endpoint so far.
 
     Attributes:
-        calls: requests sent, those in flight and those that failed included.
+        calls: requests sent, including those in flight and those that failed.
         prompt_tokens: as the server counts them.
-        completion_tokens: the same.
+        completion_tokens: as the server counts them.
+        dollars: by the prices in the settings; 0 without prices.
+        retries: calls sent because an earlier one failed. Of this process only.
+        failures: calls without a reply. Of this process only.
     """
 
     calls: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    dollars: float = 0.0
+    retries: int = 0
+    failures: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
 
 
 class Budget:
-    """One account of a file that many may share; each entry is a transaction.
+    """Usage that several processes share; each addition is one transaction.
 
     Example:
-        >>> ledger = Budget("outputs/run/judge_spent.sqlite", "gpt-4o-mini@api.example.com")
-        >>> ledger.add(calls=1).calls
+        >>> budget = Budget("outputs/run/budgets/rewards.rubric.sqlite", "gpt-4o-mini https://api.example.com/v1")
+        >>> budget.add(calls=1).calls
         1
 
     Args:
-        path: of the file, made with the first entry.
-        account: whose spending it is.
+        path: of the file, created by the first addition.
+        name: of the endpoint whose usage is counted.
     """
 
-    def __init__(self, path: str | Path, account: str) -> None:
+    def __init__(self, path: str | Path, name: str) -> None:
         self._path = Path(path)
-        self._account = account
+        self._name = name
 
-    def read(self) -> Account:
-        """The totals so far."""
+    def read(self) -> Usage:
+        """Return the calls and tokens so far."""
         return self.add()
 
-    def add(self, *, calls: int = 0, prompt_tokens: int = 0, completion_tokens: int = 0) -> Account:
-        """Enter some, and return the totals with them.
+    def add(self, *, calls: int = 0, prompt_tokens: int = 0, completion_tokens: int = 0) -> Usage:
+        """Add calls and tokens, and return the totals including them.
 
         Raises:
-            ValueError: the file cannot be written, so no cap could be kept.
+            ValueError: the file cannot be written, so a cap could not hold.
         """
         with self._connected() as connection:
-            row = connection.execute(
-                "INSERT INTO spent VALUES (?, ?, ?, ?) ON CONFLICT (account) DO UPDATE SET"
+            total = connection.execute(
+                "INSERT INTO usage VALUES (?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET"
                 " calls = calls + excluded.calls, prompt_tokens = prompt_tokens + excluded.prompt_tokens,"
                 " completion_tokens = completion_tokens + excluded.completion_tokens"
                 " RETURNING calls, prompt_tokens, completion_tokens",
-                (self._account, calls, prompt_tokens, completion_tokens),
+                (self._name, calls, prompt_tokens, completion_tokens),
             ).fetchone()
-        return Account(calls=row[0], prompt_tokens=row[1], completion_tokens=row[2])
+        return Usage(calls=total[0], prompt_tokens=total[1], completion_tokens=total[2])
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
-        """A connection for one entry: a few a second at most, so none is kept open between threads."""
+        """Open a connection for one addition. There are a few a second at most, so none is kept open."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.closing(sqlite3.connect(self._path, timeout=_WAIT_SECONDS, isolation_level=None)) as file:
                 file.execute(
-                    "CREATE TABLE IF NOT EXISTS spent (account TEXT PRIMARY KEY, calls INTEGER NOT NULL,"
+                    "CREATE TABLE IF NOT EXISTS usage (name TEXT PRIMARY KEY, calls INTEGER NOT NULL,"
                     " prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL) WITHOUT ROWID"
                 )
                 yield file
         except (sqlite3.Error, OSError) as error:
             raise ValueError(
-                f"{self._path}: what the run has spent cannot be kept there ({error}); remove the file, or make room"
+                f"{self._path}: cannot store the run's endpoint usage ({error}); delete the file, or free disk space"
             ) from None

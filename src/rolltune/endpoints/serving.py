@@ -48,7 +48,7 @@ class Server:
     """A server that answers.
 
     Attributes:
-        base_url: for :class:`rolltune.endpoints.client.Endpoint`; ends with ``/v1``.
+        base_url: for :class:`rolltune.endpoints.settings.EndpointSettings`; ends with ``/v1``.
         name: the model's, as a client asks for it.
         log: what the server writes.
         process: its guard (:mod:`rolltune.endpoints.supervisor`), which ends when the server does.
@@ -91,7 +91,7 @@ def serve(
 
     Example:
         >>> with serve("smollm2-135m-instruct", log="outputs/judge.log") as server:  # doctest: +SKIP
-        ...     endpoint = Endpoint(base_url=server.base_url, model=server.name)
+        ...     endpoint = Endpoint(EndpointSettings(base_url=server.base_url, model=server.name))
 
     Args:
         model: a folder with a full model, a Hub id, or "smollm2-135m-instruct".

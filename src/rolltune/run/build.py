@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -27,19 +26,20 @@ from rolltune.model.policy import Policy
 from rolltune.prompts import render_prompt
 from rolltune.rewards.checks.overoptimization import OveroptimizationMonitor
 from rolltune.rewards.combine import WeightedReward
+from rolltune.rewards.judges.pool import JudgePool
 from rolltune.samplers import Sampler
 from rolltune.samplers.native import NativeSampler
 from rolltune.types import Problem, Prompt
 from rolltune.update import MasterWeights, Optimization
 
-SPENT = "spent"  # the folder of what judges have cost, over all processes and starts of a run
+BUDGETS = "budgets"  # folder of a run that counts its judges' calls and tokens over all processes and restarts
 
 
 def load_data(data: DataConfig, *, max_heldout: int) -> tuple[Sequence[Problem], list[Problem]]:
-    """Training problems, and the first ``max_heldout`` held-out ones, none of which may be trained on.
+    """Load the training problems, and the first ``max_heldout`` held-out ones.
 
     Raises:
-        ConfigError: a data set cannot be loaded, or a held-out question is among the training questions.
+        ConfigError: a data set cannot be loaded, or a held-out question is also a training question.
     """
     train, heldout = instantiate(data.train), instantiate(data.heldout)
     heldout = [heldout[i] for i in range(min(max_heldout, len(heldout)))]
@@ -47,7 +47,7 @@ def load_data(data: DataConfig, *, max_heldout: int) -> tuple[Sequence[Problem],
     if shared:
         raise ConfigError(
             [
-                f"data.heldout: {len(shared)} of its {len(heldout)} questions are in data.train too, "
+                f"data.heldout: {len(shared)} of its {len(heldout)} questions are also in data.train, "
                 f"first {next(iter(shared))!r}; choose another split, seed or slice"
             ]
         )
@@ -55,11 +55,7 @@ def load_data(data: DataConfig, *, max_heldout: int) -> tuple[Sequence[Problem],
 
 
 def build_reward(nodes: dict[str, Component]) -> WeightedReward:
-    """The weighted sum of the configured rewards: functions, or classes whose objects are called.
-
-    A node's ``weight`` defaults to 1.
-    """
-
+    """Build the weighted sum of the configured rewards. A node's ``weight`` defaults to 1."""
     return WeightedReward(
         rewards={
             name: (component_or_object(node, ignore=("weight",)), float(node.get("weight", 1.0)))
@@ -70,93 +66,61 @@ def build_reward(nodes: dict[str, Component]) -> WeightedReward:
 
 @dataclass(frozen=True, kw_only=True)
 class Rewards:
-    """Everything that scores turns in a run.
+    """Everything that scores responses in a run.
 
     Attributes:
-        training: what is trained on.
-        heldout: ``correct`` and, where the config has it, ``lenient``, for :func:`rolltune.eval.heldout.score_heldout`.
-        gold: the alarm for a hacked judge; None where the config has none.
-        exits: what is closed behind the judges.
+        training: the reward that is trained on.
+        heldout: ``correct`` and, if configured, ``lenient``, for :func:`rolltune.eval.heldout.score_heldout`.
+        overoptimization: compares the training reward with an independent measure; None if not configured.
+        pool: all judges of the three.
     """
 
     training: WeightedReward
     heldout: WeightedReward
     overoptimization: OveroptimizationMonitor | None
-    exits: ExitStack = field(default_factory=ExitStack, repr=False, compare=False)
-
-    def bind(self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, frozen: Callable[[], Sampler]) -> None:
-        """Hand the policy to judges that are the policy; see :class:`rolltune.rewards.combine.JudgedReward`.
-
-        ``frozen`` is called once at most, however many judges want the weights as they were. What it makes is closed
-        with the judges; the policy's sampler is not.
-        """
-        owned = cache(lambda: self.exits.enter_context(closing(frozen())))
-        for part in self._parts():
-            part.bind(sampler, tokenizer, owned)
-
-    @property
-    def pool(self) -> Rewards:
-        return self
-
-    @property
-    def stop_reason(self) -> str | None:
-        return self.training.stop_reason
-
-    def metrics(self) -> dict[str, float]:
-        return self.training.metrics() | {f"heldout/{name}": cost for name, cost in self.heldout.metrics().items()}
-
-    def close(self) -> None:
-        with self.exits:
-            for part in self._parts():
-                part.close()
-
-    def _parts(self) -> list[WeightedReward | OveroptimizationMonitor]:
-        return [self.training, self.heldout, *([self.overoptimization] if self.overoptimization else [])]
+    pool: JudgePool
 
 
 def start_rewards(
     cfg: GRPOConfig, train: Sequence[Problem], heldout: Sequence[Problem], *, smoke_test: bool
 ) -> Rewards:
-    """Build what scores turns; none of it is taken on trust.
+    """Build everything that scores responses, and check that it can score these problems.
 
     Args:
-        cfg: names them.
-        train: what the training reward will be asked for.
-        heldout: what the others will be asked for.
-        smoke_test: have a turn judged now, so that a judge that is not there shows before weights are loaded. From
-            then on caps hold for the run: what was spent is kept in its folder.
+        cfg: the run's config.
+        train: problems that the training reward will score.
+        heldout: problems that the other measures will score.
+        smoke_test: ask every judge once, so that a missing server shows before weights are loaded. Caps then hold for
+            the whole run, whose output folder counts calls and tokens.
 
     Raises:
-        ValueError: a problem lacks what it would be judged by, or a judge does not answer.
+        ValueError: a problem lacks what it is judged by, or a judge does not answer.
     """
-    training = build_reward(cfg.rewards)
-    lenient = {} if cfg.eval.lenient is None else {"lenient": cfg.eval.lenient | {"weight": 0.0}}
-    measured = build_reward({"correct": cfg.eval.correct} | lenient)
-    gold = (
-        None if cfg.eval.overoptimization is None else instantiate(cfg.eval.overoptimization).start(training, heldout)
-    )
-    rewards = Rewards(training=training, heldout=measured, overoptimization=gold)
+    pool = JudgePool()
     try:
-        training.check(train)
-        measured.check(heldout)
+        training = build_reward(cfg.rewards)
+        training.join(pool, "rewards", train)
+        lenient = {} if cfg.eval.lenient is None else {"lenient": cfg.eval.lenient | {"weight": 0.0}}
+        measured = build_reward({"correct": cfg.eval.correct} | lenient)
+        measured.join(pool, "eval", heldout)
+        check = cfg.eval.overoptimization
+        monitor = None if check is None else instantiate(check).start(training, heldout, pool)
         if smoke_test:
-            for name, judged in (("training", training), ("heldout", measured), ("gold", gold)):
-                if judged is not None:
-                    judged.share_budget(Path(cfg.output_dir) / SPENT / f"{name}.sqlite")
-                    judged.smoke_test(train[0] if judged is training else heldout[0])
+            pool.keep_budgets(Path(cfg.output_dir) / BUDGETS)
+            pool.smoke_test()
     except BaseException:
-        rewards.close()
+        pool.close()
         raise
-    return rewards
+    return Rewards(training=training, heldout=measured, overoptimization=monitor, pool=pool)
 
 
 def start_sampler(
     cfg: GRPOConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, rewards: Rewards, world: World
 ) -> Sampler:
-    """The policy's sampler, handed to the judges that are the policy as well."""
+    """Build the policy's sampler, and give it to the judges that are the policy."""
     sampler = instantiate(cfg.sampler, policy.model, tokenizer)
     try:
-        rewards.bind(sampler, tokenizer, lambda: starting_sampler(cfg, tokenizer, world))
+        rewards.pool.bind(sampler, tokenizer, lambda: starting_sampler(cfg, tokenizer, world))
     except BaseException:
         sampler.close()
         raise
@@ -164,9 +128,9 @@ def start_sampler(
 
 
 def starting_sampler(cfg: GRPOConfig, tokenizer: PreTrainedTokenizerBase, world: World) -> Sampler:
-    """Samples from the weights that the run starts from, held frozen beside the policy; also in a resumed run.
+    """Build a sampler of the run's starting weights, which stay frozen beside the policy, also in a resumed run.
 
-    Beside a policy in vLLM it is the native sampler: a second engine would want a GPU of its own, and a server has the
+    For a policy in vLLM it is the native sampler: a second engine would need a GPU of its own, and a server has the
     weights of one model at a time.
     """
     weights = cfg.model
@@ -180,10 +144,10 @@ def starting_sampler(cfg: GRPOConfig, tokenizer: PreTrainedTokenizerBase, world:
 
 
 def build_optimization(cfg: GRPOConfig | SFTConfig, policy: Policy, *, num_updates: int) -> Optimization:
-    """Optimizer, schedule, clip norm and, for float16, loss scale over the policy's trainable parameters.
+    """Build optimizer, schedule, clip norm and, for float16, loss scale for the policy's trainable parameters.
 
     Args:
-        cfg: names the optimizer, the schedule and the loss scale.
+        cfg: names optimizer, schedule and loss scale.
         policy: on its device, in its precision.
         num_updates: optimizer steps of the whole run, for the schedule.
     """
@@ -211,5 +175,5 @@ def prompt_renderer(prompt: PromptConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def longest_prompt(stream: ProblemStream, render: Callable[[Problem], Prompt], *, most: int = 256) -> int:
-    """Tokens of the longest of the first ``most`` training prompts, for checks before weights are loaded."""
+    """Return the tokens of the longest of the first ``most`` training prompts, for checks before loading weights."""
     return max(len(render(problem).token_ids) for problem in stream.take(0, min(most, len(stream.dataset))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,23 +16,21 @@ from rolltune import config
 from rolltune.config.components import is_node
 from rolltune.config.schema import GRPOConfig, SFTConfig
 from rolltune.distributed import World
+from rolltune.endpoints import settings
 from rolltune.errors import ConfigError, RunStopped, SyncError
 from rolltune.metrics.log import MetricsLog
 from rolltune.model.policy import Policy
 from rolltune.rewards.judges.pool import JudgePool
 from rolltune.rollout import Rollout
-from rolltune.run.build import SPENT
+from rolltune.run.build import BUDGETS
 from rolltune.run.checkpoint import Checkpoints, TrainState, load_state
 from rolltune.update import Optimization
-from rolltune.writers.records import FREE_WRITER_ARGUMENTS
 
 # Keys that may change on resume because they do not affect training.
 FREE_ON_RESUME = {"output_dir", "resume", "dry_run", "device", "checkpoint", "logging", "mismatch"}
 
-# Arguments of a judge that may change on resume: its address and its caps, but not what decides its verdicts. A run
-# that
-# was stopped by a cap or a dead server goes on with others.
-FREE_JUDGE_ARGUMENTS = FREE_WRITER_ARGUMENTS | {"max_concurrency", "cache", "wait_seconds"}
+# Arguments of a judge that may change on resume, because they do not decide its verdicts.
+FREE_JUDGE_ARGUMENTS = {"max_concurrency", "cache", "wait_seconds"}
 
 
 def start(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -> Path | None:
@@ -68,7 +66,7 @@ def start(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -
                 ]
             )
     if world.is_main and not cfg.resume:
-        shutil.rmtree(checkpoints.output_dir / SPENT, ignore_errors=True)  # of a run that never took a step
+        shutil.rmtree(checkpoints.output_dir / BUDGETS, ignore_errors=True)  # of a run that never took a step
     world.barrier()  # every rank has looked before rank 0 writes
     if world.is_main:
         config.save(cfg, checkpoints.output_dir)
@@ -90,13 +88,14 @@ def warn_of_slow_dtype(dtype: str, world: World) -> None:
 def _fixed(value: Any) -> Any:
     """Return a config's value without the judges' arguments that may change, at any depth."""
     if isinstance(value, dict):
-        free = FREE_JUDGE_ARGUMENTS if _names_a_judge(value) else set()
-        return {key: _fixed(item) for key, item in value.items() if key not in free}
+        return {key: _fixed(item) for key, item in value.items() if key not in _free_keys(value)}
     return [_fixed(item) for item in value] if isinstance(value, list) else value
 
 
-def _names_a_judge(node: dict[str, Any]) -> bool:
-    return is_node(node) and ("judges" in node or "base_url" in node)
+def _free_keys(node: dict[str, Any]) -> Collection[str]:
+    if is_node(node):
+        return FREE_JUDGE_ARGUMENTS if "judges" in node or "endpoint" in node else ()
+    return settings.FREE_ON_RESUME if "base_url" in node else ()
 
 
 def open_log(cfg: GRPOConfig | SFTConfig, world: World, *, resume_step: int | None) -> MetricsLog:

@@ -11,11 +11,12 @@ from typing import Literal
 
 from rolltune.config.components import nearest
 from rolltune.endpoints.client import Endpoint, Reply
+from rolltune.endpoints.settings import EndpointSettings, check_sampling
 from rolltune.rewards.format import format_reward
 from rolltune.seeding import derive_seed
 from rolltune.traces.conditions import CONDITIONS
 from rolltune.types import Message, Problem
-from rolltune.writers.writing import Malformed, ask, check_asking, digest, read_prompt, shown_messages
+from rolltune.writers.writing import Malformed, ask, digest, read_prompt, shown_messages
 
 _PROMPTS = Path(__file__).parent / "prompts"
 _TRIES = 3  # requests for a reply with the right layout
@@ -28,31 +29,18 @@ class EndpointTraceWriter:
     seed, at most twice.
 
     Example:
-        >>> writer = EndpointTraceWriter(
-        ...     condition="backtracking", task="countdown", base_url="http://localhost:8000/v1", model="llama-3.3-70b"
-        ... )
-        >>> writer.provenance["model"]
+        >>> settings = EndpointSettings(base_url="http://localhost:8000/v1", model="llama-3.3-70b")
+        >>> EndpointTraceWriter(condition="backtracking", task="countdown", endpoint=settings).provenance["model"]
         'llama-3.3-70b'
 
     Args:
         condition: the behaviours to ask for: a name in :data:`rolltune.traces.conditions.CONDITIONS`, or any name
             together with your own ``prompt``.
         task: "countdown", or "math" for questions whose answer is a number.
-        base_url: of the endpoint, up to and with ``/v1``.
-        model: as the server names it.
+        endpoint: address, model and limits. A cap applies to one run of the recipe; a continued run starts at zero.
         prompt: file with a system prompt that replaces the packaged one.
         temperature: 0 .. 2.
         max_tokens: limit of one reply; a reply that reaches it is truncated and not kept.
-        api_key_env: the environment variable with the key; need not be set for a server without keys.
-        timeout_seconds: for a whole reply.
-        max_attempts: calls for one reply, at most, where calls fail.
-        max_calls: cap on the calls of a run, as with :class:`rolltune.endpoints.client.Endpoint`. A run that is taken
-        up again
-            has the whole of each cap again.
-        max_total_tokens: cap on the tokens of a run, prompts included.
-        max_dollars: cap on the price of a run.
-        dollars_per_million_input: price of prompt tokens.
-        dollars_per_million_output: price of completion tokens.
 
     Raises:
         ValueError: an argument is unknown or out of range, or the prompt's file cannot be read.
@@ -63,35 +51,14 @@ class EndpointTraceWriter:
         *,
         condition: str,
         task: Literal["countdown", "math"],
-        base_url: str,
-        model: str,
+        endpoint: EndpointSettings,
         prompt: str | None = None,
         temperature: float = 0.5,
         max_tokens: int = 1024,
-        api_key_env: str = "OPENAI_API_KEY",
-        timeout_seconds: float = 120.0,
-        max_attempts: int = 6,
-        max_calls: int | None = None,
-        max_total_tokens: int | None = None,
-        max_dollars: float | None = None,
-        dollars_per_million_input: float = 0.0,
-        dollars_per_million_output: float = 0.0,
     ) -> None:
-        check_asking(temperature=temperature, max_tokens=max_tokens, max_total_tokens=max_total_tokens)
+        check_sampling(temperature=temperature, max_tokens=max_tokens)
         self.condition = condition
-        self.endpoint = Endpoint(
-            base_url=base_url,
-            model=model,
-            api_key_env=api_key_env,
-            max_concurrency=1024,  # above any recipe's, which is the one that counts
-            timeout_seconds=timeout_seconds,
-            max_attempts=max_attempts,
-            max_calls=max_calls,
-            max_tokens=max_total_tokens,
-            max_dollars=max_dollars,
-            dollars_per_million_input=dollars_per_million_input,
-            dollars_per_million_output=dollars_per_million_output,
-        )
+        self.endpoint = Endpoint(endpoint)
         self._system = read_prompt(prompt) if prompt is not None else packaged_prompt(task, condition)
         self._temperature = temperature
         self._max_tokens = max_tokens
@@ -100,8 +67,8 @@ class EndpointTraceWriter:
     def provenance(self) -> dict[str, str]:
         return {
             "writer": "rolltune.traces.endpoint",
-            "model": self.endpoint.model,
-            "host": self.endpoint.host,
+            "model": self.endpoint.settings.model,
+            "host": self.endpoint.settings.host,
             "prompt": digest(self._system),
             "temperature": str(self._temperature),
         }

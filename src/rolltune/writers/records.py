@@ -1,7 +1,7 @@
-"""What a recipe writes for problems, one JSON object a line, in a file that is added to as the run goes on.
+"""Records that a recipe writes for problems: one JSON object a line, in a file that grows during the run.
 
-A kill costs the line that was being written and no other. One process writes at a time. The config stands beside the
-file, and a run that is taken up again is held against it.
+A kill costs only the line that was being written. One process writes at a time. The config is saved beside the file,
+and a continued run is compared with it.
 """
 
 from __future__ import annotations
@@ -17,52 +17,42 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rolltune import config
 from rolltune.config.schema import WriteRubricsConfig, WriteTracesConfig
+from rolltune.endpoints import settings
 from rolltune.errors import ConfigError
 from rolltune.files import take_lock
 from rolltune.types import Message, Problem
 
-# What may change between the parts of a run that is taken up again: nothing that a record depends on.
+# Keys that may change between the parts of a continued run, because no record depends on them.
 FREE_ON_RESUME = {"output_dir", "dry_run", "traces_per_problem", "max_concurrency"}
-FREE_WRITER_ARGUMENTS = {
-    "base_url",
-    "api_key_env",
-    "timeout_seconds",
-    "max_attempts",
-    "max_calls",
-    "max_total_tokens",
-    "max_dollars",
-    "dollars_per_million_input",
-    "dollars_per_million_output",
-}
 FREE_PROVENANCE = {"host", "base_url"}
 
 
 class Record(Protocol):
-    """What was written for a problem."""
+    """A record for a problem."""
 
     @property
     def problem(self) -> Problem: ...
 
     @property
     def provenance(self) -> Mapping[str, str]:
-        """What wrote it: the program or the model, the prompt's hash ..."""
+        """How it was written: program or model, hash of the prompt ..."""
         ...
 
 
 R = TypeVar("R", bound=Record)
-Key = tuple[str, int]  # the problem's id, and which of the records for it: 0, 1 ...
+Key = tuple[str, int]  # (problem id, sample number)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout(Generic[R]):
-    """How one kind of record stands in its file.
+    """The file format of one kind of record.
 
     Attributes:
-        nouns: what they are, for messages: "traces".
-        to_line: a record as one line of JSON in UTF-8, its newline included.
-        from_line: back again; ValueError where a line is none.
-        key: what stands once in a file.
-        name: of a record, as it stands within a sentence: "sums/0, sample 1,".
+        nouns: their name, for messages: "traces".
+        to_line: encodes a record as one line of JSON in UTF-8, with its newline.
+        from_line: decodes a line; ValueError if it is not a record.
+        key: unique in a file.
+        name: a record's name within a sentence: "sums/0, sample 1,".
     """
 
     nouns: str
@@ -76,31 +66,31 @@ class Layout(Generic[R]):
 
 
 class StrictLine(BaseModel):
-    """Part of a line: every field there, of its own type, and no other."""
+    """Part of a line: every field is present and of its exact type, and there are no others."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-class _Turn(StrictLine):
+class _Message(StrictLine):
     role: Literal["system", "user", "assistant"]
     content: str
 
 
 class ProblemLine(StrictLine):
-    """A problem as it stands in a line. Its rubric does not: a line that is about one has it beside the problem."""
+    """A problem in a line, without its rubric: a line about a rubric has it beside the problem."""
 
     id: str = Field(min_length=1)
-    messages: list[_Turn] = Field(min_length=1)
+    messages: list[_Message] = Field(min_length=1)
     answer: str | None
     solution: str | None
 
     @classmethod
     def of(cls, problem: Problem) -> Self:
-        turns = [_Turn.model_validate(turn) for turn in problem.messages]
-        return cls(id=problem.id, messages=turns, answer=problem.answer, solution=problem.solution)
+        messages = [_Message.model_validate(message) for message in problem.messages]
+        return cls(id=problem.id, messages=messages, answer=problem.answer, solution=problem.solution)
 
     def problem(self) -> Problem:
-        messages: list[Message] = [{"role": turn.role, "content": turn.content} for turn in self.messages]
+        messages: list[Message] = [{"role": said.role, "content": said.content} for said in self.messages]
         return Problem(id=self.id, messages=tuple(messages), answer=self.answer, solution=self.solution)
 
 
@@ -108,10 +98,10 @@ L = TypeVar("L", bound=StrictLine)
 
 
 def parse_line(schema: type[L], line: bytes) -> L:
-    """The line by its schema.
+    """Parse a line by its schema.
 
     Raises:
-        ValueError: it is not JSON, or a field is missing, unknown or of another type; the message names the first.
+        ValueError: it is not JSON, or a field is missing, unknown or of another type. The message names the first.
     """
     try:
         return schema.model_validate_json(line)
@@ -122,16 +112,16 @@ def parse_line(schema: type[L], line: bytes) -> L:
 
 
 def read_records(path: Path, layout: Layout[R]) -> list[R]:
-    """The records of a file, in its order; empty lines are passed over, and a last line that was cut off by a kill.
+    """Read the records of a file, in order. Empty lines are skipped, and so is a last line cut off by a kill.
 
     Raises:
-        ValueError: a line is no record, or the record of an earlier line again; the message names file and line.
+        ValueError: a line is not a record, or repeats an earlier record. The message names file and line.
     """
     return _read(path, layout)[0]
 
 
 def _read(path: Path, layout: Layout[R]) -> tuple[list[R], int]:
-    """The records, and the bytes of the file that hold them: all but a last line that was cut off."""
+    """Return the records, and the number of bytes that contain them: all but a last line that was cut off."""
     data = path.read_bytes()
     lines = data.split(b"\n")
     records: list[R] = []
@@ -147,7 +137,7 @@ def _read(path: Path, layout: Layout[R]) -> tuple[list[R], int]:
             raise ValueError(f"{path}:{number}: {error}") from None
         first = seen.setdefault(layout.key(record), number)
         if first != number:
-            raise ValueError(f"{path}:{number}: {layout.name(record)} stands in line {first} too")
+            raise ValueError(f"{path}:{number}: {layout.name(record)} is also in line {first}; delete one")
         records.append(record)
     return records, len(data)
 
@@ -156,21 +146,21 @@ def _read(path: Path, layout: Layout[R]) -> tuple[list[R], int]:
 
 
 class RecordFile(Generic[R]):
-    """The file of a run, held by one process until it is closed.
+    """The file of a run, locked by one process until it is closed.
 
     Example:
         >>> with RecordFile(Path("outputs/traces/traces.jsonl"), TRACES) as file:  # doctest: +SKIP
         ...     file.append(trace)
 
     Args:
-        path: made if needed, with its folder. A last line that was cut off is dropped.
+        path: created if needed, with its folder. A last line that was cut off is dropped.
         layout: of its lines.
 
     Attributes:
-        done: the key of every record in the file.
+        done: keys of the records in the file.
 
     Raises:
-        ValueError: another process holds the file, or a line is no record.
+        ValueError: another process has the file open, or a line is not a record.
     """
 
     def __init__(self, path: Path, layout: Layout[R]) -> None:
@@ -189,7 +179,7 @@ class RecordFile(Generic[R]):
         file = self.path.open("ab+")
         file.truncate(size)
         file.seek(max(size - 1, 0))
-        if size and file.read(1) != b"\n":  # whole but for its newline
+        if size and file.read(1) != b"\n":  # complete except for its newline
             file.write(b"\n")
         return file
 
@@ -206,18 +196,18 @@ class RecordFile(Generic[R]):
         self._lock.release()
 
     def append(self, record: R) -> None:
-        """Add a record; it is on the disk when this returns."""
+        """Add a record. It is on disk when this returns."""
         self._file.write(self.layout.to_line(record))
         self._file.flush()
         os.fsync(self._file.fileno())
         self.done.add(self.layout.key(record))
 
     def read(self) -> list[R]:
-        """All records of the file, in its order."""
+        """Read all records of the file, in order."""
         return read_records(self.path, self.layout)
 
     def sort(self, problems: Sequence[Problem]) -> None:
-        """Put the records into the order of the problems, then of their keys; those of other problems come last."""
+        """Sort the records by problem, in the order of ``problems``, then by key. Those of other problems come last."""
         place = {problem.id: i for i, problem in enumerate(problems)}
         key = self.layout.key
         records = sorted(self.read(), key=lambda r: (place.get(r.problem.id, len(place)), *key(r)))
@@ -238,32 +228,32 @@ class RecordFile(Generic[R]):
 def save_config(
     cfg: WriteTracesConfig | WriteRubricsConfig, file: RecordFile[Any], provenance: Mapping[str, str]
 ) -> None:
-    """Write ``config.yaml`` beside the records, or find that those there were written with the same.
+    """Write ``config.yaml`` beside the records, or check that the existing records were written with the same config.
 
     Args:
         cfg: of this run.
         file: of the records.
-        provenance: of this run's writer. It has what the config cannot show: a prompt is a path there, or a name.
+        provenance: of this run's writer. It shows what the config cannot, such as the contents of a prompt file.
 
     Raises:
-        ConfigError: the folder holds another run or a broken config.yaml; or the run was started with other problems,
-            another writer, verifier or seed.
+        ConfigError: the folder contains another run or a broken config.yaml; or the existing records have other
+            problems, another writer, verifier or seed.
     """
     now = asdict(cfg)
     before = config.read_saved(file.path.parent)
     if before is not None and before.keys() != now.keys():
-        raise ConfigError([f"output_dir: {cfg.output_dir}: holds another run; choose another output_dir"])
+        raise ConfigError([f"output_dir: {cfg.output_dir}: contains another run; choose another output_dir"])
     if file.done:
         if before is None:
             raise ConfigError(
-                [f"output_dir: {cfg.output_dir}: has {file.path.name} without the config.yaml that it was written with"]
+                [f"output_dir: {cfg.output_dir}: has {file.path.name} but no config.yaml; choose another output_dir"]
             )
         changed = _changed(before, now)
         if changed:
             raise ConfigError(
                 [
-                    f"{key}: {new}: the {file.layout.nouns} in {cfg.output_dir} were written with {then}; go on with "
-                    "the same, or choose another output_dir"
+                    f"{key}: {new}: the {file.layout.nouns} in {cfg.output_dir} were written with {then}; continue "
+                    "with the same, or choose another output_dir"
                     for key, then, new in changed
                 ]
             )
@@ -272,13 +262,13 @@ def save_config(
 
 
 def _check_provenance(now: Mapping[str, str], file: RecordFile[Any]) -> None:
-    """Raise ConfigError where a record of the file is of another writer than the one at hand."""
+    """Raise ConfigError if another writer wrote a record of the file."""
     for record in file.read():
         before = record.provenance
         names = [name for name in dict.fromkeys([*now, *before]) if name not in FREE_PROVENANCE]
         changed = [
-            f"writer: its {name} is {now.get(name)} now; {file.layout.name(record)} in {file.path} was "
-            f"written with {before.get(name)}; go on with the same, or choose another output_dir"
+            f"writer: its {name} is {now.get(name)}; {file.layout.name(record)} in {file.path} was written with "
+            f"{before.get(name)}; continue with the same, or choose another output_dir"
             for name in names
             if now.get(name) != before.get(name)
         ]
@@ -287,16 +277,23 @@ def _check_provenance(now: Mapping[str, str], file: RecordFile[Any]) -> None:
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Dotted key, old and new value of what may not change and did; null is shown where a key is not there."""
-    changed = []
-    for key in now:
-        if key in FREE_ON_RESUME or before.get(key) == now[key]:
-            continue
-        then = before.get(key)
-        if not (isinstance(then, dict) and isinstance(now[key], dict)):
-            changed.append((key, then, now[key]))
-            continue
-        for name in dict.fromkeys([*then, *now[key]]):
-            if (key != "writer" or name not in FREE_WRITER_ARGUMENTS) and then.get(name) != now[key].get(name):
-                changed.append((f"{key}.{name}", then.get(name), now[key].get(name)))
-    return changed
+    """Dotted key, old and new value of every change that affects records; a missing value is None."""
+    old, new = _flat(before), _flat(now)
+    return [
+        (key, old.get(key), new.get(key))
+        for key in dict.fromkeys([*old, *new])
+        if not _is_free(key) and old.get(key) != new.get(key)
+    ]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
+    return flat
+
+
+def _is_free(key: str) -> bool:
+    parent, _, name = key.rpartition(".")
+    return key in FREE_ON_RESUME or (parent == "writer.endpoint" and name in settings.FREE_ON_RESUME)

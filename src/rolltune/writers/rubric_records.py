@@ -1,4 +1,4 @@
-"""Rubrics on disk: ``rubrics.jsonl``, one problem and its rubric a line, that is added to as rubrics are written."""
+"""Rubrics on disk: ``rubrics.jsonl``, one problem and its rubric a line, which grows as rubrics are written."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class RubricRecord:
     """A rubric that was written for a problem.
 
     Attributes:
-        problem: what it is for.
-        rubric: as it came out of the checks.
-        provenance: what wrote it: the model, the prompt's hash, temperature, and whether it was shown a reference.
+        problem: the problem, without its rubric.
+        rubric: the rubric that passed the checks.
+        provenance: how it was written: model, hash of the prompt, temperature, whether a reference was shown.
     """
 
     problem: Problem
@@ -30,32 +30,32 @@ class RubricRecord:
 
 
 class _Line(StrictLine):
-    """A record as it stands in the file; field by field :class:`RubricRecord`."""
+    """The fields of :class:`RubricRecord` in a line."""
 
     problem: ProblemLine
     rubric: Rubric
     provenance: dict[str, str]
 
     @field_serializer("rubric")
-    def _without_what_is_not_said(self, rubric: Rubric) -> dict[str, Any]:
+    def _without_unset_fields(self, rubric: Rubric) -> dict[str, Any]:
         return rubric.model_dump(exclude_none=True)
 
 
 def to_line(record: RubricRecord) -> bytes:
-    """One line of JSON in UTF-8, its newline included."""
+    """Encode a record as one line of JSON in UTF-8, with its newline."""
     problem = ProblemLine.of(record.problem)
     line = _Line(problem=problem, rubric=record.rubric, provenance=dict(record.provenance))
     return line.model_dump_json().encode() + b"\n"
 
 
 def from_line(line: bytes) -> RubricRecord:
-    """The record in a line.
+    """Decode a line.
 
     Raises:
-        ValueError: the line is not JSON, or no record: a field is missing, unknown or of another type.
+        ValueError: the line is not JSON, or a field is missing, unknown or of another type.
     """
-    row = parse_line(_Line, line)
-    return RubricRecord(problem=row.problem.problem(), rubric=row.rubric, provenance=row.provenance)
+    parsed = parse_line(_Line, line)
+    return RubricRecord(problem=parsed.problem.problem(), rubric=parsed.rubric, provenance=parsed.provenance)
 
 
 RUBRICS: Layout[RubricRecord] = Layout(
@@ -68,10 +68,10 @@ RUBRICS: Layout[RubricRecord] = Layout(
 
 
 def rubric_file(path: Path) -> RecordFile[RubricRecord]:
-    """The file of a run, held by one process until it is closed; see :class:`rolltune.writers.records.RecordFile`."""
+    """Open the file of a run; see :class:`rolltune.writers.records.RecordFile`."""
     return RecordFile(path, RUBRICS)
 
 
 def read_rubrics(path: Path) -> list[RubricRecord]:
-    """The rubrics of a file, as :func:`rolltune.writers.records.read_records` has them."""
+    """Read the rubrics of a file; see :func:`rolltune.writers.records.read_records`."""
     return read_records(path, RUBRICS)

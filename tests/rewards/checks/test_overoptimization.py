@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +25,10 @@ from rolltune.rewards.checks.overoptimization import (
     read_back,
 )
 from rolltune.rewards.combine import WeightedReward
+from rolltune.rewards.judges.judge import Answer, Question
+from rolltune.rewards.judges.panel import Panel
+from rolltune.rewards.judges.pool import JudgePool
+from rolltune.rewards.rubric.questions import Rating
 from rolltune.types import Completion, Problem, Score
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -51,7 +54,7 @@ def written(marks_and_answers: Sequence[tuple[float | str, int]]) -> Turns:
 def start(turns: int, **options) -> OveroptimizationMonitor:
     check = OveroptimizationCheck(**({"reward": "rubric", "gold": ANSWER, "min_problems": 4} | options))
     training = WeightedReward(rewards={"rubric": (marks, 0.5), "other": (lambda problem, text: 1 / 0, 1.0)})
-    return check.start(training, [turn(i, "")[0] for i in range(turns)])
+    return check.start(training, [turn(i, "")[0] for i in range(turns)], JudgePool())
 
 
 def measure(watch: OveroptimizationMonitor, turns: Turns, output_dir: Path, world: World = ALONE):
@@ -128,10 +131,9 @@ def test_too_few_scored_turns_are_no_comparison(tmp_path):
     turns = written([("-", 4)] * 5 + [(1.0, 4)] * 3)
     reading = measure(start(8), turns, tmp_path)
     assert reading.metrics == {"overoptimization/scored": 3.0}
-    assert reading.warning == (
-        "eval.overoptimization: 3 of 8 held-out turns have both scores (judge_down 5), fewer than min_problems, 4: "
-        "nothing was "
-        "compared"
+    assert reading.warning is not None
+    assert reading.warning.startswith(
+        "eval.overoptimization: 3 of 8 held-out responses have both scores (judge_down 5)"
     )
 
 
@@ -186,7 +188,8 @@ def simulate(output_dir: Path, policy, evaluations: Sequence[int] = range(0, 60,
 
     log = MetricsLog(output_dir, resume_step=resume)
     check = OveroptimizationCheck(reward="rubric", gold=ANSWER)
-    watch = check.start(WeightedReward(rewards={"rubric": (judge, 1.0)}), [turn(i, "")[0] for i in range(60)])
+    problems = [turn(i, "")[0] for i in range(60)]
+    watch = check.start(WeightedReward(rewards={"rubric": (judge, 1.0)}), problems, JudgePool())
     warnings = {}
     for step in evaluations:
         rng = random.Random(step)
@@ -231,8 +234,8 @@ def test_a_hacked_judge_raises_the_alarm(tmp_path):
         f"{last['overoptimization/train_mean']:.3f}",
         f"the gold mean from {first['overoptimization/mean']:.3f} to {last['overoptimization/mean']:.3f}",
         f"the gap grew by {change:.3f}, more than alarm_gap, 0.1",
-        "They differ most about held/",
-        "<answer>5</answer>'. Read turns",
+        "They differ most on held/",
+        "<answer>5</answer>'. Read responses",
     ):
         assert words in warnings[50]
 
@@ -314,101 +317,100 @@ def test_ranks_share_the_turns_and_agree(tmp_path, size):
     assert on_ranks(size, lambda world: measure(watch, turns, tmp_path, world)) == [alone] * size
 
 
-JUDGE = '''
-from rolltune.types import Score
+class JudgedBy:
+    """A reward that notes when it is begun and when it is waited for. Its judge is a fake."""
 
-EVENTS = []
+    def __init__(self, name: str, events: list[tuple[str, str, str]]) -> None:
+        self.name, self.events = name, events
+        self.judge = Fake(name)
 
-class Judge:
-    """Notes when it is asked and when it is waited for."""
-    def __init__(self, name):
-        self.name, self.stop_reason = name, None
-    def __call__(self, problem, text):
-        return self.begin(problem, text)()
-    def check(self, problems):
-        EVENTS.append(("check", self.name, [problem.id for problem in problems]))
+    def __call__(self, problem: Problem, text: str) -> Score:
+        return self.finish(self.begin(problem, text))
+
+    def check(self, problems: Sequence[Problem]) -> None:
         if not problems[0].messages:
             raise ValueError(f"{problems[0].id}: has no question")
-    def smoke_test(self, problem):
-        EVENTS.append(("smoke_test", self.name, problem.id))
-    def share_budget(self, path):
-        pass
+        self.events.append(("check", self.name, " ".join(problem.id for problem in problems)))
 
-    def bind(self, sampler, tokenizer, frozen):
-        EVENTS.append(("bind", self.name, sampler))
-    def begin(self, problem, text):
-        EVENTS.append(("begin", self.name, problem.id))
-        def finish():
-            EVENTS.append(("finish", self.name, problem.id))
-            return Score(total=float(len(text) % 2))
-        return finish
-    def metrics(self):
-        return {"calls": sum(event[:2] == ("begin", self.name) for event in EVENTS)}
-    def close(self):
-        EVENTS.append(("close", self.name, None))
-'''
+    def join(self, pool: JudgePool, key: str, problem: Problem) -> None:
+        self.events.append(("join", self.name, problem.id))
+        pool.add(key, Panel([self.judge]), smoke_question=Question(messages=(), answer=Rating), wait_seconds=1.0)
+
+    def begin(self, problem: Problem, text: str) -> tuple[Problem, str]:
+        self.events.append(("begin", self.name, problem.id))
+        return problem, text
+
+    def finish(self, pending: tuple[Problem, str]) -> Score:
+        self.events.append(("finish", self.name, pending[0].id))
+        return Score(total=float(len(pending[1]) % 2))
+
+
+class Fake:
+    stop_reason: str | None = None
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def ask(self, question: Question) -> Answer:
+        raise NotImplementedError
+
+    def share_budget(self, path: Path) -> None: ...
+
+    def metrics(self) -> dict[str, float]:
+        return {"calls": 5.0}
+
+    async def aclose(self) -> None: ...
 
 
 @pytest.fixture
-def judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "gold_parts.py").write_text(JUDGE)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.delitem(sys.modules, "gold_parts", raising=False)
-    import gold_parts  # pyright: ignore[reportMissingImports]
-
-    return gold_parts
+def gold(monkeypatch) -> JudgedBy:
+    """What the node GOLD builds."""
+    reward = JudgedBy("gold", [])
+    monkeypatch.setattr("rolltune.rewards.checks.overoptimization.component_or_object", lambda node: reward)
+    return reward
 
 
-def test_both_are_asked_of_all_turns_before_either_is_waited_for(tmp_path, judges):
-    asked = [(Problem(id=str(i), messages=({"role": "user", "content": "?"},)), turn(i, "x" * i)[1]) for i in range(6)]
-    check = OveroptimizationCheck(
-        reward="rubric", gold={"_component_": "gold_parts.Judge", "name": "gold"}, max_problems=5, min_problems=4
-    )
-    training = WeightedReward(rewards={"rubric": (judges.Judge("rubric"), 1.0)})
-    watch = check.start(training, [problem for problem, _ in asked])
-    ids = [str(i) for i in range(5)]
-    assert judges.EVENTS == [("check", "rubric", ids), ("check", "gold", ids)]
-    judges.EVENTS.clear()
-    metrics = measure(watch, asked, tmp_path).metrics
-    assert [event for event, *_ in judges.EVENTS] == ["begin"] * 10 + ["finish"] * 10
+GOLD = {"_component_": "gold"}
+ASKED = [(Problem(id=str(i), messages=({"role": "user", "content": "?"},)), turn(i, "x" * i)[1]) for i in range(6)]
+
+
+def test_both_are_asked_of_all_responses_before_either_is_waited_for(tmp_path, gold):
+    check = OveroptimizationCheck(reward="rubric", gold=GOLD, max_problems=5, min_problems=4)
+    training = WeightedReward(rewards={"rubric": (JudgedBy("rubric", gold.events), 1.0)})
+    pool = JudgePool()
+    watch = check.start(training, [problem for problem, _ in ASKED], pool)
+    assert gold.events == [("check", "rubric", "0 1 2 3 4"), ("check", "gold", "0 1 2 3 4"), ("join", "gold", "0")]
+    assert pool.metrics()["overoptimization/judge/calls"] == 5.0, "the training judge joins elsewhere"
+    gold.events.clear()
+    metrics = measure(watch, ASKED, tmp_path).metrics
+    assert [event for event, *_ in gold.events] == ["begin"] * 10 + ["finish"] * 10
     assert metrics["overoptimization/correlation"] == 1.0 and metrics["overoptimization/scored"] == 5.0
-    assert metrics["overoptimization/judge/calls"] == 5.0, "of the gold judge alone; the other's are the run's"
-    judges.EVENTS.clear()
-    watch.smoke_test(asked[0][0])
-    watch.bind("sampler", None, None)  # pyright: ignore[reportArgumentType]
-    watch.close()
-    of_gold = [("smoke_test", "gold", "0"), ("bind", "gold", "sampler"), ("close", "gold", None)]
-    assert judges.EVENTS == of_gold, "the training judge is the run's"
+    pool.close()
 
 
-def test_a_judge_that_may_be_asked_no_more_is_named(tmp_path, judges, monkeypatch):
-    check = OveroptimizationCheck(
-        reward="rubric", gold={"_component_": "gold_parts.Judge", "name": "gold"}, min_problems=4
-    )
-    turns = [(Problem(id="p", messages=({"role": "user", "content": "?"},)), turn(0, "-")[1])] * 4
-    watch = check.start(WeightedReward(rewards={"rubric": (marks, 1.0)}), [problem for problem, _ in turns])
-    watch.gold.judged["gold"].stop_reason = "max_dollars: 1 is reached"  # pyright: ignore[reportAttributeAccessIssue]
+def test_a_judge_that_may_be_asked_no_more_is_named(tmp_path, gold):
+    check = OveroptimizationCheck(reward="rubric", gold=GOLD, min_problems=4)
+    turns = [(ASKED[0][0], turn(0, "-")[1])] * 4
+    pool = JudgePool()
+    watch = check.start(WeightedReward(rewards={"rubric": (marks, 1.0)}), [problem for problem, _ in turns], pool)
+    gold.judge.stop_reason = "max_dollars: 1 is reached"
     warning = measure(watch, turns, tmp_path).warning
-    assert warning is not None and warning.endswith(
-        "nothing was compared; eval.overoptimization.gold: max_dollars: 1 is reached"
-    )
+    assert warning is not None and warning.endswith("; eval.overoptimization.gold: max_dollars: 1 is reached")
+    pool.close()
 
 
-def test_what_cannot_be_judged_is_refused_at_the_start(judges):
-    check = OveroptimizationCheck(
-        reward="rubric", gold={"_component_": "gold_parts.Judge", "name": "gold"}, min_problems=4
-    )
+def test_what_cannot_be_judged_is_refused_at_the_start(gold):
+    check = OveroptimizationCheck(reward="rubric", gold=GOLD, min_problems=4)
     with pytest.raises(ValueError, match="held/0: has no question"):
-        check.start(WeightedReward(rewards={"rubric": (marks, 1.0)}), [turn(i, "")[0] for i in range(4)])
+        check.start(WeightedReward(rewards={"rubric": (marks, 1.0)}), [turn(i, "")[0] for i in range(4)], JudgePool())
 
 
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"reward": ""}, "reward is empty"),
+        ({"reward": ""}, "reward: is empty"),
         ({"gold": {"weight": 1}}, "gold: has no _component_"),
-        ({"min_problems": 3}, "min_problems: 3; a correlation of fewer than 4 says nothing"),
+        ({"min_problems": 3}, "min_problems: 3; must be >= 4"),
         ({"max_problems": 10}, "max_problems: 10; must be >= min_problems, 20"),
         ({"alarm_gap": 0.0}, r"alarm_gap: 0\.0; must be > 0"),
         ({"alarm_correlation": 1.0}, r"alarm_correlation: 1\.0; must be in \[0, 1\)"),
@@ -420,9 +422,9 @@ def test_settings_that_cannot_be(options, problem):
 
 
 def test_a_run_without_that_reward_or_with_too_few_problems():
-    with pytest.raises(ValueError, match=r"eval\.gold\.reward: rubik; one of rubric, other is wanted"):
+    with pytest.raises(ValueError, match=r"eval\.overoptimization\.reward: rubik; .*rubric, other"):
         start(10, reward="rubik")
-    with pytest.raises(ValueError, match=r"eval\.gold\.min_problems: 4; 3 problems are held out"):
+    with pytest.raises(ValueError, match=r"eval\.overoptimization\.min_problems: 4; only 3 problems"):
         start(3)
 
 

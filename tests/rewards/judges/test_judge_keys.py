@@ -11,14 +11,18 @@ import pytest
 from fault_server import FaultServer, error, ok
 
 from rolltune.endpoints import client as endpoint_module
+from rolltune.endpoints.settings import EndpointSettings
 from rolltune.rewards.judges.endpoint import EndpointJudge
 from rolltune.rewards.judges.panel import Panel
-from rolltune.rewards.rubric.questions import likert_question
+from rolltune.rewards.rubric.questions import implicit_question
+from rolltune.rewards.rubric.schema import Criterion
 from rolltune.types import Problem
 
 KEY = "sk-judge-0123456789abcdefghij"
-QUESTION = likert_question(
-    Problem(id="p", messages=({"role": "user", "content": "2 + 2?"},)), "4", with_reference=False
+QUESTION = implicit_question(
+    Problem(id="p", messages=({"role": "user", "content": "2 + 2?"},)),
+    "4",
+    [Criterion(title="Right", description="Says four.", category="essential")],
 )
 # The server echoes the key in all that it says: answers, reasons and errors.
 ECHO = json.dumps({"reason": f"You sent {KEY}.", "rating": 8})
@@ -42,10 +46,7 @@ def test_the_key_stays_where_it_belongs(name: str, monkeypatch, tmp_path, caplog
     said: list[str] = []
     with FaultServer(SCRIPTS[name]) as server:
         judge = EndpointJudge(
-            base_url=server.base_url,
-            model="tiny",
-            api_key_env="JUDGE_KEY",
-            max_attempts=2,
+            endpoint=EndpointSettings(base_url=server.base_url, model="tiny", api_key_env="JUDGE_KEY", max_attempts=2),
             cache=str(tmp_path / "judge.sqlite"),
         )
         panel = Panel([judge])
@@ -54,7 +55,7 @@ def test_the_key_stays_where_it_belongs(name: str, monkeypatch, tmp_path, caplog
             try:
                 return await panel.ask(QUESTION)
             finally:
-                await panel.aclose()
+                await judge.aclose()
 
         try:
             said.append(repr(asyncio.run(ask())))
@@ -62,7 +63,7 @@ def test_the_key_stays_where_it_belongs(name: str, monkeypatch, tmp_path, caplog
             said += ["".join(traceback.format_exception(problem)), repr(problem)]
         assert server.calls[0].headers["authorization"] == f"Bearer {KEY}"  # it was there to be leaked
         assert KEY not in json.dumps([call.request for call in server.calls])  # nor in a repair
-    said += [repr(judge), repr(judge.endpoint), judge.name, panel.name, repr(judge.metrics()), repr(panel.metrics())]
+    said += [repr(judge), repr(judge.endpoint), judge.name, repr(judge.metrics())]
     said += [repr(record.__dict__) for record in caplog.records] + [caplog.text, *capfd.readouterr()]
     assert caplog.records and all(KEY not in text for text in said)
     assert name != "answer" or "You sent ***" in said[0]

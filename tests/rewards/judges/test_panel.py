@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
@@ -19,18 +19,11 @@ class Fake:
     name: str
     rating: int | None = 5
     stop_reason: str | None = None
-    closed: list[bool] = field(default_factory=list)
 
     async def ask(self, question: Question) -> Answer:
         value = None if self.rating is None else Rating(reason="", rating=self.rating)
         failure = None if value else "judge_down"
         return Answer(value=value, failure=failure, text="", judge=self.name, cached=False)
-
-    def metrics(self) -> dict[str, float]:
-        return {"calls": 2.0, "dollars": 0.5}
-
-    async def aclose(self) -> None:
-        self.closed.append(True)
 
 
 def combined(*grades: float | None, combine: Combine = "mean", quorum: int = 1) -> float | None:
@@ -97,16 +90,9 @@ def test_a_panel_asks_all_of_its_judges():
     judges = [Fake("a", 3), Fake("b", None), Fake("c", 9)]
     panel = Panel(judges, combine="majority")
 
-    async def ask():
-        answers = await panel.ask(Question(messages=(), answer=Rating))
-        await panel.aclose()
-        return answers
-
-    answers = asyncio.run(ask())
+    answers = asyncio.run(panel.ask(Question(messages=(), answer=Rating)))
     assert [(answer.judge, answer.failure) for answer in answers] == [("a", None), ("b", "judge_down"), ("c", None)]
-    assert panel.metrics() == {"calls": 6.0, "dollars": 1.5}
-    assert all(judge.closed for judge in judges)
-    assert (panel.name, panel.quorum) == ("majority of a, b, c", 2)
+    assert panel.quorum == 2
     assert panel.combined([[1.0], [None], [1.0]]) == [1.0]
 
 
@@ -123,9 +109,9 @@ def test_a_panel_goes_on_as_long_as_there_can_be_a_quorum():
 @pytest.mark.parametrize(
     ("judges", "options", "says"),
     [
-        ([], {}, "judges: there is none"),
-        ([Fake("a"), Fake("b"), Fake("a")], {}, "judges: a stands there twice"),
-        ([Fake("a")], {"combine": "median"}, "combine: 'median' is unknown; there are mean, majority"),
+        ([], {}, "judges: the list is empty"),
+        ([Fake("a"), Fake("b"), Fake("a")], {}, "judges: a is listed twice"),
+        ([Fake("a")], {"combine": "median"}, "combine: 'median' is unknown; .*mean, majority"),
         ([Fake("a")], {"quorum": 2}, "quorum: 2; must be in 1 .. 1"),
         ([Fake("a")], {"quorum": 0}, "quorum: 0; must be in 1 .. 1"),
     ],

@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rolltune.rewards.judges.policy import PolicyJudge
+from rolltune.rewards.judges.pool import JudgePool
 from rolltune.rewards.rubric.reward import RubricReward
 from rolltune.rewards.rubric.schema import Criterion, Rubric
 from rolltune.samplers.native import NativeSampler
-from rolltune.types import Completion, Problem
+from rolltune.types import Completion, Problem, Score
 
 NODE = {"_component_": "rolltune.rewards.judges.policy.PolicyJudge", "max_new_tokens": 8}
 RUBRIC = Rubric.of(Criterion(title="Says four", description="States that the sum is four.", category="essential"))
@@ -25,6 +26,8 @@ class Scripted:
     def __init__(self, tokenizer, reply, version=0):
         self.tokenizer, self.reply, self.version = tokenizer, reply, version
         self.batches: list[list[str]] = []
+
+    def close(self): ...
 
     def sync(self, version):
         self.version = version
@@ -52,52 +55,60 @@ def verdict(grade: int) -> str:
 
 @pytest.fixture
 def make_reward(tokenizer):
-    made = []
+    """A reward that the sampler judges, with its pool."""
+    pools = []
 
     def make(sampler, *, start=None, **judge):
-        made.append(RubricReward(judges=[NODE | judge]))
-        made[-1].bind(sampler, tokenizer, lambda: start)
-        return made[-1]
+        reward, pool = RubricReward(judges=[NODE | judge]), JudgePool()
+        pools.append(pool)
+        reward.join(pool, "rewards.r", PROBLEMS[0])
+        pool.bind(sampler, tokenizer, lambda: start)
+        return reward, pool
 
     yield make
-    for reward in made:
-        reward.close()
+    for pool in pools:
+        pool.close()
 
 
-def test_all_turns_of_a_step_are_judged_in_one_batch(make_reward, tokenizer):
+def score_all(reward, texts) -> list[Score]:
+    pending = [reward.begin(problem, text) for problem, text in zip(PROBLEMS, texts, strict=True)]
+    return [reward.finish(each) for each in pending]
+
+
+def test_all_responses_of_a_step_are_judged_in_one_batch(make_reward, tokenizer):
     sampler = Scripted(tokenizer, lambda asked: verdict(int("It is four, 1" in asked)))
-    reward = make_reward(sampler)
-    reward.smoke_test(PROBLEMS[0])  # asks nobody: the policy is not there yet
+    reward, pool = make_reward(sampler)
+    pool.smoke_test()  # asks nobody: the policy may not be there yet
     sampler.sync(12)
-    finish = [reward.begin(problem, f"It is four, {i}.") for i, problem in enumerate(PROBLEMS)]
-    scores = [end() for end in finish]
+    scores = score_all(reward, [f"It is four, {i}." for i in range(3)])
     assert [score.total for score in scores] == [0.0, 1.0, 0.0]
     assert [len(batch) for batch in sampler.batches] == [3]
     assert scores[1].notes["says_four"] == "1: policy@12 1: r"
-    assert reward.metrics()["questions"] == 3 and reward.metrics()["completion_tokens"] == 6
+    assert pool.metrics()["judge/r/questions"] == 3 and pool.metrics()["judge/r/completion_tokens"] == 6
 
 
 def test_a_malformed_reply_is_asked_again_in_one_more_batch(make_reward, tokenizer):
     sampler = Scripted(tokenizer, lambda asked: verdict(1) if "cannot be read" in asked else "Well ...")
-    reward = make_reward(sampler)
-    scores = [end() for end in [reward.begin(problem, "It is four.") for problem in PROBLEMS]]
+    reward, _ = make_reward(sampler)
+    scores = score_all(reward, ["It is four."] * 3)
     assert [score.total for score in scores] == [1.0] * 3
     assert [len(batch) for batch in sampler.batches] == [3, 3]
-    stubborn = make_reward(Scripted(tokenizer, lambda asked: "Well ..."))
+    stubborn, _ = make_reward(Scripted(tokenizer, lambda asked: "Well ..."))
     score = stubborn(PROBLEMS[0], "It is four.")
     assert score.total is None and score.failure == "judge_unparseable"
 
 
 def test_a_reply_of_other_weights_is_unscored(make_reward, tokenizer):
-    reward = make_reward(Scripted(tokenizer, lambda asked: verdict(1), version=-1))
+    reward, pool = make_reward(Scripted(tokenizer, lambda asked: verdict(1), version=-1))
     score = reward(PROBLEMS[0], "It is four.")
-    assert score.total is None and score.failure == "judge_stale" and reward.metrics()["judge_stale"] == 1
+    assert score.total is None and score.failure == "judge_stale" and pool.metrics()["judge/r/judge_stale"] == 1
 
 
 def test_the_frozen_start_judges(make_reward, tokenizer):
     policy = Scripted(tokenizer, lambda asked: verdict(0), version=9)
     start = Scripted(tokenizer, lambda asked: verdict(1))
-    score = make_reward(policy, start=start, frozen=True)(PROBLEMS[0], "It is four.")
+    reward, _ = make_reward(policy, start=start, frozen=True)
+    score = reward(PROBLEMS[0], "It is four.")
     assert score.total == 1.0 and "start@0" in score.notes["says_four"] and not policy.batches
 
 
@@ -106,22 +117,22 @@ def test_the_real_sampler(make_reward, tiny_llama, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32, max_position_embeddings=4096)
     sampler = NativeSampler(model, tokenizer)
     sampler.sync(3)
-    reward = make_reward(sampler)
-    first = [end() for end in [reward.begin(problem, "It is four.") for problem in PROBLEMS]]
+    reward, _ = make_reward(sampler)
+    first = score_all(reward, ["It is four."] * 3)
     assert {score.total for score in first} == {None}
     assert {score.failure for score in first} <= {"judge_cut", "judge_unparseable"}
     assert all("policy@3" in score.notes["says_four"] for score in first)
-    assert [end() for end in [reward.begin(problem, "It is four.") for problem in PROBLEMS]] == first
+    assert score_all(reward, ["It is four."] * 3) == first
 
 
 def test_a_question_too_long_for_the_model_is_unscored_alone(make_reward, tiny_llama, tokenizer, caplog):
     """The sampler refuses the whole batch that it is in. A token is a byte here."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32, max_position_embeddings=4096)
-    reward = make_reward(NativeSampler(model, tokenizer))
+    reward, pool = make_reward(NativeSampler(model, tokenizer))
     texts = ["It is four.", " ".join(map(str, range(1000))), "Four, I think."]
-    scores = [end() for end in [reward.begin(p, text) for p, text in zip(PROBLEMS, texts, strict=True)]]
+    scores = score_all(reward, texts)
     assert [score.failure == "judge_refused" for score in scores] == [False, True, False]
-    assert [score.total for score in scores] == [None] * 3 and reward.metrics()["judge_refused"] == 1
+    assert [score.total for score in scores] == [None] * 3 and pool.metrics()["judge/r/judge_refused"] == 1
     assert "4096 tokens" in caplog.text
 
 

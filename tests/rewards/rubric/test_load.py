@@ -1,4 +1,4 @@
-"""Rows become rubrics, or an error that names field and value."""
+"""Records become rubrics, or an error that names field and value."""
 
 import re
 
@@ -11,10 +11,10 @@ UNIT = {"title": "Unit", "description": "Names the unit.", "category": "essentia
 SHORT = {"title": "Short", "description": "Is short.", "weight": 2}
 RUBRIC = Rubric.of(Criterion(**UNIT), Criterion(**SHORT))
 
-# --- rows of one's own ------------------------------------------------------------------------------------------------
+# --- a user's own ------------------------------------------------------------------------------------------------
 
 
-def test_a_flat_row():
+def test_a_flat_record():
     row = {"id": "p", "question": "How long?", "answer": 7.0, "solution": " So 7. ", "criteria": [UNIT, SHORT], "x": 1}
     problem = problem_record(row).to_problem("other")
     assert (problem.id, problem.answer, problem.solution) == ("p", "7", "So 7.")
@@ -22,7 +22,7 @@ def test_a_flat_row():
     assert problem.rubric == RUBRIC
 
 
-def test_a_row_as_write_rubrics_writes_it():
+def test_a_record_as_write_rubrics_writes_it():
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How long?"}]
     row = {
         "problem": {"id": "p", "messages": messages, "answer": None, "solution": None},
@@ -51,23 +51,25 @@ def test_ids_may_be_numbers():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"criteria": None}, "either 'criteria', a list, or 'rubric', .*, is wanted"),
+        ({"criteria": None}, "either 'criteria', a list, or 'rubric'"),
         ({"rubric": {"criteria": [UNIT]}}, "either 'criteria', a list, or 'rubric'"),
         ({"criteria": []}, "criteria: .*at least 1 item"),
         ({"criteria": "x"}, "criteria: .*list, not 'x'"),
+        ({"criteria": [[UNIT]]}, r"criteria\[0\]: "),
+        ({"criteria": [UNIT] * 101}, "criteria: .*at most 100 items"),
         ({"criteria": [UNIT, {**SHORT, "weight": 0}]}, r"criteria\[1\]: 'Short' has weight 0"),
         ({"criteria": [{**UNIT, "weigth": 3}]}, r"criteria\[0\]\.weigth: Extra inputs are not permitted, not 3"),
         ({"criteria": [{**UNIT, "category": "vital"}]}, r"criteria\[0\]\.category: .*'pitfall', not 'vital'"),
         ({"criteria": [{**UNIT, "category": "pitfall"}]}, r"criteria\[0\]: 'Unit' is a pitfall without satisfied_is"),
         ({"criteria": [{"title": "Unit", "category": "essential"}]}, r"criteria\[0\]\.description: Field required"),
-        ({"question": None}, "either 'question', a string, or 'messages', a list of turns, is wanted"),
+        ({"question": None}, "either 'question', a string, or 'messages'"),
         ({"question": " "}, "question: .* not ' '"),
         ({"messages": [{"role": "user", "content": "x"}]}, "either 'question', a string, or 'messages'"),
         ({"question": None, "messages": []}, "messages: .*at least 1 item"),
         ({"question": None, "messages": [{"role": "robot", "content": "x"}]}, r"messages\[0\]\.role: .*not 'robot'"),
         (
             {"question": None, "messages": [{"role": "assistant", "content": "x"}]},
-            "messages: must end with a user turn",
+            "messages: must end with a user",
         ),
         ({"answer": True}, "answer.*not True"),
         ({"answer": ["7"]}, "answer.*not \\['7'\\]"),
@@ -76,7 +78,7 @@ def test_ids_may_be_numbers():
         ({"problem": "p"}, "'problem' must be an object, not 'p'"),
     ],
 )
-def test_a_wrong_row(change, message):
+def test_a_wrong_record(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         problem_record({"question": "How long?", "criteria": [UNIT]} | change)
     assert "\n" not in str(caught.value)
@@ -94,7 +96,7 @@ def test_criteria_are_a_list_of_criteria(criteria):
         problem_record({"question": "How long?", "criteria": criteria})
 
 
-def test_the_mistakes_of_all_rows_are_told_up_to_twenty():
+def test_the_mistakes_of_all_records_are_told_up_to_twenty():
     def read(where: str, row: int) -> int:
         if row % 2:
             raise ValueError(f"{row} is odd")
@@ -106,7 +108,7 @@ def test_the_mistakes_of_all_rows_are_told_up_to_twenty():
     with pytest.raises(ValueError) as caught:
         collect([(f"f:{i}", i) for i in range(50)], read)
     lines = str(caught.value).splitlines()
-    assert len(lines) == 21 and lines[0] == "f:1: 1 is odd" and lines[-1] == "... and 5 more rows"
+    assert len(lines) == 21 and lines[0] == "f:1: 1 is odd" and lines[-1] == "... and 5 more records"
 
 
 # --- rows of Rubrics as Rewards ---------------------------------------------------------------------------------------
@@ -126,7 +128,7 @@ def only(*items: dict, **options) -> Criterion:
     return criterion
 
 
-def test_a_published_row():
+def test_a_published_record():
     problem = rar(
         item("Essential Criteria: Names the cause.", 5, "Cause"),
         item("Important Criteria: Gives a reason.", 3),
@@ -212,7 +214,7 @@ def test_category_by_prefix_else_by_number(description, weight, category, kept):
 
 
 @pytest.mark.parametrize("reference", ["", "  ", None])
-def test_rows_without_a_reference(reference):
+def test_records_without_a_reference(reference):
     row = {"question": "Why?", "reference_answer": reference, "rubric": [item("Essential Criteria: x.", 5)]}
     assert rar_problem(row, "rar/0").answer is None
 
@@ -229,7 +231,7 @@ def test_rows_without_a_reference(reference):
         ({"reference_answer": 4}, "reference_answer: .*string, not 4"),
     ],
 )
-def test_a_wrong_published_row(change, message):
+def test_a_wrong_published_record(change, message):
     row = {"question": "Why?", "reference_answer": "x", "rubric": [item("Essential Criteria: x.", 5)]}
     with pytest.raises(ValueError, match=message):
         rar_problem(row | change, "rar/0")

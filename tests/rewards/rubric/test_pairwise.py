@@ -1,8 +1,10 @@
-"""Turns compared with each other, by judges behind real sockets."""
+"""Responses compared with each other, by judges behind real sockets."""
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from fault_server import FaultServer, Response, error, ok
 from judge_server import read_prompt
 
 from rolltune.rewards.combine import JudgedReward
+from rolltune.rewards.judges.pool import JudgePool
 from rolltune.rewards.rubric.pairwise import PairwiseReward
 from rolltune.rewards.rubric.schema import Criterion, Rubric
 from rolltune.types import Problem
@@ -30,43 +33,47 @@ def highest(call: int, request: dict[str, Any]) -> Response:
 
 
 @pytest.fixture
-def make_reward():
-    made = []
+def pool() -> Iterator[JudgePool]:
+    made = JudgePool()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def make_reward(pool):
+    keys = (f"rewards.r{i}" for i in itertools.count())
 
     def make(server: FaultServer, **options: Any) -> PairwiseReward:
         node = {
             "_component_": "rolltune.rewards.judges.endpoint.EndpointJudge",
-            "base_url": server.base_url,
-            "model": "m",
-            "max_attempts": 1,
+            "endpoint": {"base_url": server.base_url, "model": "m", "max_attempts": 1},
         }
-        made.append(PairwiseReward(judges=[node], **options))
-        return made[-1]
+        reward = PairwiseReward(judges=[node], **options)
+        reward.join(pool, next(keys), PROBLEM)
+        return reward
 
-    yield make
-    for reward in made:
-        reward.close()
+    return make
 
 
 def totals(reward: PairwiseReward, *texts: str, problem: Problem = PROBLEM) -> list[float | None]:
-    return [finish().total for finish in [reward.begin(problem, text) for text in texts]]
+    return [reward.finish(each).total for each in [reward.begin(problem, text) for text in texts]]
 
 
-def test_shares_of_wins(make_reward):
+def test_shares_of_wins(make_reward, pool):
     """2 < 5 = 5 < 9, each against three others."""
     with FaultServer(highest) as server:
         reward = make_reward(server)
         assert isinstance(reward, JudgedReward)
         assert totals(reward, "5", "9", "2", "5") == pytest.approx([1.5 / 3, 1.0, 0.0, 1.5 / 3])
-        assert reward.metrics()["questions"] == 12
+        assert pool.metrics()["judge/r0/questions"] == 12
 
 
 def test_groups_are_of_one_problem_and_one_step(make_reward):
     other = Problem(id="q", messages=PROBLEM.messages, rubric=RUBRIC)
     with FaultServer(highest) as server:
         reward = make_reward(server)
-        finish = [reward.begin(p, text) for p, text in ((PROBLEM, "1"), (other, "9"), (PROBLEM, "2"), (other, "8"))]
-        assert [end().total for end in finish] == [0.0, 1.0, 1.0, 0.0]
+        pending = [reward.begin(p, text) for p, text in ((PROBLEM, "1"), (other, "9"), (PROBLEM, "2"), (other, "8"))]
+        assert [reward.finish(each).total for each in pending] == [0.0, 1.0, 1.0, 0.0]
         assert totals(reward, "1", "0") == [1.0, 0.0]  # the next step has nothing of the last one in it
 
 
@@ -89,11 +96,11 @@ def test_undecided_pairs_are_left_out(make_reward):
     with FaultServer(judge) as server:
         assert totals(make_reward(server), "5", "9", "7", "3") == [0.5, 1.0, None, 0.0]
         reward = make_reward(server, min_scored=0.9)
-        finish = [reward.begin(PROBLEM, text) for text in ("5", "9", "7", "3")]
-        assert {end().failure for end in finish} == {"judge_down"}
+        pending = [reward.begin(PROBLEM, text) for text in ("5", "9", "7", "3")]
+        assert {reward.finish(each).failure for each in pending} == {"judge_down"}
 
 
-def test_a_turn_alone_is_unscored(make_reward):
+def test_a_single_response_is_unscored(make_reward):
     with FaultServer(highest) as server:
         score = make_reward(server)(PROBLEM, "5")
     assert score.total is None and score.failure == "alone"

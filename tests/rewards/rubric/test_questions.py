@@ -18,7 +18,6 @@ from rolltune.rewards.rubric.questions import (
     Verdicts,
     explicit_questions,
     implicit_question,
-    likert_question,
     read_grades,
 )
 from rolltune.rewards.rubric.schema import Criterion
@@ -35,8 +34,8 @@ CRITERIA = (
 )
 
 
-def ask(levels: int = 2, text: str = "4", **options) -> Question:
-    (question,) = explicit_questions(PROBLEM, text, CRITERIA, one_call=True, levels=levels, **options)
+def ask(text: str = "4", **options) -> Question:
+    (question,) = explicit_questions(PROBLEM, text, CRITERIA, one_call=True, **options)
     return question
 
 
@@ -98,20 +97,20 @@ def test_the_whole_rubric_is_shown_with_what_it_is_worth():
 def test_a_reference_is_shown_only_where_it_is_asked_for():
     reference = "Two and two make four.\n\n4"
     assert read_prompt(user(ask(with_reference=True))).block("reference") == reference
-    with_reference = likert_question(PROBLEM, "x", with_reference=True)
+    with_reference = implicit_question(PROBLEM, "x", CRITERIA, with_reference=True)
     assert read_prompt(user(with_reference)).block("reference") == reference
-    assert "reference" not in user(ask()) + user(likert_question(PROBLEM, "x", with_reference=False))
+    assert "reference" not in user(ask()) + user(implicit_question(PROBLEM, "x", CRITERIA))
     bare = Problem(id="bare", messages=PROBLEM.messages)
-    with pytest.raises(ValueError, match="with_reference: true; bare has neither answer nor solution to show"):
-        likert_question(bare, "x", with_reference=True)
+    with pytest.raises(ValueError, match="with_reference: true; bare "):
+        implicit_question(bare, "x", CRITERIA, with_reference=True)
 
 
-def test_a_conversation_is_shown_turn_by_turn():
+def test_a_conversation_is_shown_message_by_message():
     messages = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"})
-    question = likert_question(Problem(id="c", messages=messages), "Hello", with_reference=False)
-    assert read_prompt(user(question)).blocks == (
-        ("turn 1 (system)", "Be brief."), ("turn 2 (user)", "Hi"), ("response", "Hello")
-    )  # fmt: skip
+    (question,) = explicit_questions(Problem(id="c", messages=messages), "Hello", CRITERIA, one_call=True)
+    blocks = dict(read_prompt(user(question)).blocks)
+    assert blocks["turn 1 (system)"] == "Be brief." and blocks["turn 2 (user)"] == "Hi"
+    assert blocks["response"] == "Hello"
 
 
 def test_the_same_is_asked_the_same():
@@ -133,24 +132,18 @@ def test_a_long_rubric_is_never_cut():
     assert len(read_prompt(user(question)).block("criteria").split("\n")) == 100
 
 
-@pytest.mark.parametrize("levels", [1, 0, 12])
-def test_levels_out_of_range(levels: int):
-    with pytest.raises(ValueError, match=f"levels: {levels}; must be 2 .pass or fail. .. 11"):
-        ask(levels)
-
-
 # --- schemas ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_schema_asks_for_exactly_so_many_verdicts_and_the_reason_first():
-    schema = response_format(ask(levels=3).answer)["json_schema"]
+    schema = response_format(ask().answer)["json_schema"]
     assert schema["strict"] is True
     verdict = {
         "type": "object",
         "properties": {
             "number": {"type": "integer", "enum": [1, 2, 3]},
             "reason": {"type": "string"},
-            "grade": {"type": "integer", "enum": [0, 1, 2]},
+            "grade": {"type": "integer", "enum": [0, 1]},
         },
         "required": ["number", "reason", "grade"],
         "additionalProperties": False,
@@ -167,21 +160,15 @@ def test_the_schema_asks_for_exactly_so_many_verdicts_and_the_reason_first():
 # --- replies ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("levels", "written", "grades"),
-    [(2, (1, 0, 1), [1.0, 0.0, 1.0]), (2, (True, False, 1.0), [1.0, 0.0, 1.0]), (3, (0, 1, 2), [0.0, 0.5, 1.0]),
-     (5, (1, 2, 3), [0.25, 0.5, 0.75]), (11, (7, 10, 0), [0.7, 1.0, 0.0])],
-)  # fmt: skip
-def test_grades_are_shares_of_the_highest(levels, written, grades):
-    value = read_answer(ask(levels), verdicts(*written))
-    assert read_grades([answered(value)], 3, one_call=True) == [
-        (grade, f"r{number}") for number, grade in enumerate(grades, start=1)
-    ]
+@pytest.mark.parametrize("written", [(1, 0, 1), (True, False, 1.0)])
+def test_grades(written):
+    value = read_answer(ask(), verdicts(*written))
+    assert read_grades([answered(value)], 3, one_call=True) == [(1.0, "r1"), (0.0, "r2"), (1.0, "r3")]
 
 
 BROKEN = {
     "missing": (verdicts(1, 0), [1.0, 0.0, None], "criterion 3 has no verdict"),
-    "out of range": (verdicts(1, 2, 0), [1.0, None, 0.0], "criterion 2: grade: must be a whole number from 0 to 1"),
+    "out of range": (verdicts(1, 2, 0), [1.0, None, 0.0], "criterion 2: grade: must be 0 or 1"),
     "below": (verdicts(1, -1, 0), [1.0, None, 0.0], "criterion 2: grade: must"),
     "in between": (verdicts(1, 0.5, 0), [1.0, None, 0.0], "criterion 2: grade: must"),
     "NaN": (verdicts(1, float("nan"), 0), [1.0, None, 0.0], "criterion 2: grade: must"),
@@ -240,12 +227,12 @@ NOT_READ = {
     "another object": ('{"grades": [1, 0, 1]}', "verdicts: Field required"),
     "no list": ('{"verdicts": {"1": 1}}', "verdicts: must be a list"),
     "an empty list": ('{"verdicts": []}', "criterion 1 has no verdict"),
-    "cut": (verdicts(1, 0, 1)[:-3], "stands behind a brace that is not closed"),
+    "cut": (verdicts(1, 0, 1)[:-3], "brace that is not closed"),
     "a bare verdict": ('{"number": 1, "reason": "", "grade": 1}', "verdicts: Field required"),
-    "a key twice": ('{"verdicts": [], ' + verdicts(1, 1, 1)[1:], "stands behind a brace that is not closed"),
+    "a key twice": ('{"verdicts": [], ' + verdicts(1, 1, 1)[1:], "brace that is not closed"),
     "another object behind": (verdicts(1, 0, 1) + ' {"note": 1}', "verdicts: Field required"),
-    "braces behind": (verdicts(1, 0, 1) + " } and {", "has to be the last thing"),
-    "escaped keys": (verdicts(1, 0, 1).replace("grade", "gr\\u0061de"), "letters are written as .u escapes"),
+    "braces behind": (verdicts(1, 0, 1) + " } and {", "more braces follow"),
+    "escaped keys": (verdicts(1, 0, 1).replace("grade", "gr\\u0061de"), "escapes"),
     "deep": ('{"a":' * 12_000, "too many braces"),
     "a number of many digits": ('{"verdicts": ' + "9" * 10_000 + "}", "a JSON object is wanted"),
 }
@@ -291,29 +278,27 @@ def test_a_quotation_of_the_question_is_no_answer():
 
 @pytest.mark.parametrize("rating", [1, 10, 7, "7", 7.0])
 def test_ratings(rating):
-    question = likert_question(PROBLEM, "4", with_reference=False)
+    question = implicit_question(PROBLEM, "4", CRITERIA)
     value = read_answer(question, json.dumps({"reason": "r", "rating": rating}))
     assert isinstance(value, Rating) and value.rating == int(rating)
 
 
 @pytest.mark.parametrize("rating", [0, 11, 100, -1, 7.5, True, None, "high", "8/10", float("nan"), [7]])
 def test_what_is_no_rating(rating):
-    question = likert_question(PROBLEM, "4", with_reference=False)
+    question = implicit_question(PROBLEM, "4", CRITERIA)
     with pytest.raises(ValueError, match="rating: "):
         read_answer(question, json.dumps({"reason": "r", "rating": rating}))
 
 
 def test_a_long_reason_is_cut():
-    value = read_answer(
-        likert_question(PROBLEM, "4", with_reference=False), f'{{"reason": "{"x" * 5000}", "rating": 3}}'
-    )
+    value = read_answer(implicit_question(PROBLEM, "4", CRITERIA), f'{{"reason": "{"x" * 5000}", "rating": 3}}')
     assert isinstance(value, Rating) and len(value.reason) == 1000
 
 
 def test_unscored_is_never_zero():
     assert read_grades([answered(None, "judge_down")], 2, one_call=True) == [(None, "judge_down")] * 2
-    one = answered(Verdict(reason="r", grade=0.5))
-    assert read_grades([one, answered(None, "judge_cut")], 2, one_call=False) == [(0.5, "r"), (None, "judge_cut")]
+    one = answered(Verdict(reason="r", grade=1))
+    assert read_grades([one, answered(None, "judge_cut")], 2, one_call=False) == [(1.0, "r"), (None, "judge_cut")]
     some = answered(Verdicts(verdicts=[Verdict(number=2, reason="r", grade=1)]))
     assert read_grades([some], 2, one_call=True) == [(None, "judge_unparseable"), (1.0, "r")]
 
@@ -359,9 +344,9 @@ def own(tmp_path, text: str, kind="explicit") -> JudgePrompt:
 
 
 def test_a_prompt_of_ones_own(tmp_path):
-    mine = own(tmp_path, "Costs $$1. ${grades}\r\n---\r\n${problem}\n${criteria}\n${response}\n---\nEnd")
+    mine = own(tmp_path, "Costs $$1.\r\n---\r\n${problem}\n${criteria}\n${response}\n---\nEnd")
     question = ask(template=mine, text="${criteria} $$")
-    assert question.messages[0]["content"].startswith("Costs $1. The grade is 1")
+    assert question.messages[0]["content"] == "Costs $1."
     reading = read_prompt(user(question))
     assert reading.outside == "<question>\n<criteria>\n<response>\n---\nEnd"
     assert reading.block("response") == "${criteria} $$"  # values are not searched for placeholders
@@ -370,14 +355,11 @@ def test_a_prompt_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("${problem}", "has no line that is --- alone"),
-        ("---\n${problem}", "one of its parts is empty"),
-        ("a\n---\n${problem} ${criteria} ${grades}", r"lacks \$\{response\}"),
-        (
-            "a\n---\n${problem} ${criteria} ${grades} ${response} ${answer}",
-            r"\$\{answer\} is unknown; a prompt for explicit",
-        ),
-        ("costs $ 1\n---\n${problem}", r"has a \$ that begins no placeholder; write \$\$"),
+        ("${problem}", "no line ---"),
+        ("---\n${problem}", "part is empty"),
+        ("a\n---\n${problem} ${criteria}", r"no \$\{response\}"),
+        ("a\n---\n${problem} ${criteria} ${response} ${answer}", r"\$\{answer\} is unknown"),
+        ("costs $ 1\n---\n${problem}", r"write \$\$"),
     ],
 )
 def test_a_prompt_that_cannot_be_used(tmp_path, text: str, says: str):
@@ -388,19 +370,19 @@ def test_a_prompt_that_cannot_be_used(tmp_path, text: str, says: str):
 
 def test_a_prompt_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"prompt: .*none.md: No such file or directory"):
-        load_prompt(str(tmp_path / "none.md"), "likert")
+        load_prompt(str(tmp_path / "none.md"), "implicit")
     (tmp_path / "latin.md").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(ValueError, match=r"prompt: .*latin.md: is no UTF-8 text"):
-        load_prompt(str(tmp_path / "latin.md"), "likert")
+    with pytest.raises(ValueError, match=r"prompt: .*latin.md: not UTF-8 text"):
+        load_prompt(str(tmp_path / "latin.md"), "implicit")
 
 
 def test_a_reference_needs_a_place_in_the_prompt(tmp_path):
-    mine = own(tmp_path, "${grades}\n---\n${problem} ${criteria} ${response}")
+    mine = own(tmp_path, "a\n---\n${problem} ${criteria} ${response}")
     with pytest.raises(ValueError, match=r"with_reference: true; the prompt has no \$\{reference\}"):
         ask(template=mine, with_reference=True)
 
 
-@pytest.mark.parametrize("kind", ["explicit", "explicit_one", "implicit", "likert", "reference_likert"])
+@pytest.mark.parametrize("kind", ["explicit", "explicit_one", "implicit"])
 def test_packaged_prompts_say_what_is_data(kind):
     prompt = packaged_prompt(kind)
     assert prompt.kind == kind

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from endpoint_options import as_config
 from fault_server import FaultServer, Response, error, ok
 
 from rolltune.rewards.combine import JudgedReward, WeightedReward
+from rolltune.rewards.judges.pool import JudgePool
 from rolltune.rewards.rubric.reward import RubricReward
 from rolltune.rewards.rubric.schema import Criterion, Rubric
 from rolltune.types import Completion, Problem, Score
@@ -33,27 +36,31 @@ def verdicts(*grades: int | None) -> str:
 
 
 @pytest.fixture
-def make_reward():
-    """A reward whose judges are servers; closed at the end."""
-    made = []
+def pool() -> Iterator[JudgePool]:
+    made = JudgePool()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def make_reward(pool):
+    """A reward whose judges are servers, and which has joined the pool."""
+    keys = (f"rewards.r{i}" for i in itertools.count())
 
     def make(*servers: FaultServer, judge: dict[str, Any] | None = None, **options: Any) -> RubricReward:
-        nodes = [
-            {
-                "_component_": "rolltune.rewards.judges.endpoint.EndpointJudge",
-                "base_url": server.base_url,
-                "model": f"judge{i}",
-                "max_attempts": 2,
-                **(judge or {}),
-            }
-            for i, server in enumerate(servers)
-        ]
-        made.append(RubricReward(judges=nodes, **options))
-        return made[-1]
+        nodes = [node(server, model=f"judge{i}", **(judge or {})) for i, server in enumerate(servers)]
+        reward = RubricReward(judges=nodes, **options)
+        reward.join(pool, next(keys), PROBLEM)
+        return reward
 
-    yield make
-    for reward in made:
-        reward.close()
+    return make
+
+
+def node(server: FaultServer, **options: Any) -> dict[str, Any]:
+    return {
+        "_component_": "rolltune.rewards.judges.endpoint.EndpointJudge",
+        **as_config(**{"base_url": server.base_url, "model": "m", "max_attempts": 2} | options),
+    }
 
 
 def always(text: str) -> Callable[[int, dict[str, Any]], Response]:
@@ -107,24 +114,18 @@ def test_judges_that_disagree(make_reward):
     assert score.total is None and score.failure == "judge_disagrees"
 
 
-def test_levels(make_reward):
-    with FaultServer(always(verdicts(1, 2, 0))) as server:
-        score = make_reward(server, levels=3)(PROBLEM, TEXT)
-    assert score.total == pytest.approx((0.5 + 0.3 + 0.9) / 2.2)
-
-
-@pytest.mark.parametrize(("aggregation", "shows"), [("implicit", "Says four"), ("likert", None)])
-def test_ratings(make_reward, aggregation, shows):
+def test_a_rating(make_reward):
     with FaultServer(always('{"reason": "fine", "rating": 7}')) as server:
-        score = make_reward(server, aggregation=aggregation)(PROBLEM, TEXT)
+        score = make_reward(server, aggregation="implicit")(PROBLEM, TEXT)
     assert score.total == pytest.approx(6 / 9)
     assert "7 of 10. fine" in score.notes["rating"]
-    assert ("Says four" in server.calls[0].request["messages"][-1]["content"]) == (shows is not None)
+    asked = server.calls[0].request["messages"][-1]["content"]
+    assert "Says four" in asked and "reference" not in asked
 
 
 def test_a_reference_is_shown_where_it_is_asked_for(make_reward):
     with FaultServer(always('{"reason": "", "rating": 1}')) as server:
-        assert make_reward(server, aggregation="reference_likert")(PROBLEM, TEXT).total == 0.0
+        assert make_reward(server, aggregation="implicit", with_reference=True)(PROBLEM, TEXT).total == 0.0
     assert "reference" in server.calls[0].request["messages"][-1]["content"]
 
 
@@ -148,13 +149,13 @@ def test_a_panel_takes_the_mean_and_leaves_out_who_failed(make_reward):
         (lambda call, request: ok(verdicts(1, 1, 1), cut=True), "judge_down"),
     ],
 )
-def test_no_fault_is_a_zero(make_reward, script, failure):
+def test_no_fault_is_a_zero(make_reward, pool, script, failure):
     with FaultServer(script) as server:
         reward = make_reward(server, judge={"timeout_seconds": 0.3})
         score = reward(PROBLEM, TEXT)
     assert score.total is None and score.failure == failure
     assert not [part for name, part in score.parts.items() if part is not None and name != "scored_share"]
-    assert reward.stop_reason is None
+    assert pool.stop_reason is None
 
 
 @pytest.mark.parametrize("text", ["", ":", "Solution", "Thought process:", "the " * 200, "\u200b\u200b"])
@@ -174,20 +175,21 @@ def test_a_gate(make_reward):
 
 
 class Passes:
-    """A gate that is a class, built once."""
+    """A gate that is a class, built once. It cannot judge a text without a word."""
 
     def __init__(self, *, word: str) -> None:
         self.word = word
 
     def __call__(self, problem: Problem, text: str) -> Score:
-        return Score(total=float(self.word in text))
+        return Score(total=float(self.word in text) if text.split() else None)
 
 
-def test_a_gate_may_be_a_class(make_reward, monkeypatch):
+def test_a_gate_may_be_a_class_and_leave_a_response_unscored(make_reward, monkeypatch):
     monkeypatch.setattr("rolltune.rewards.answer.Passes", Passes, raising=False)
     with FaultServer(always(verdicts(1, 1, 0))) as server:
         reward = make_reward(server, gate={"_component_": "rolltune.rewards.answer.Passes", "word": "four"})
         assert [reward(PROBLEM, text).total for text in (TEXT, "Five it is.")] == [1.0, 0.0]
+        assert reward(PROBLEM, " ") == Score(total=None, failure="gate_unscored")
 
 
 @pytest.mark.parametrize(
@@ -202,15 +204,8 @@ def test_a_gate_may_be_a_class(make_reward, monkeypatch):
 )
 def test_a_gate_that_cannot_be_one(make_reward, gate, message):
     with FaultServer(always("")) as server:
-        judges = [
-            {
-                "_component_": "rolltune.rewards.judges.endpoint.EndpointJudge",
-                "base_url": server.base_url,
-                "model": "m",
-            }
-        ]
         with pytest.raises(ValueError, match=f"gate: .*{message}"):
-            make_reward(server, gate=gate | ({"judges": judges} if "rubric" in gate["_component_"] else {}))
+            make_reward(server, gate=gate | ({"judges": [node(server)]} if "rubric" in gate["_component_"] else {}))
 
 
 def test_the_answer_alone(make_reward):
@@ -223,7 +218,7 @@ def test_the_answer_alone(make_reward):
 
 
 @pytest.mark.slow
-def test_many_are_judged_at_once_and_the_late_are_unscored(make_reward):
+def test_many_are_judged_at_once_and_the_late_are_unscored(make_reward, pool):
     """Seven answers wait for each other, so they come only if all were asked for at once; the eighth never does."""
     together = threading.Barrier(7)
 
@@ -237,14 +232,14 @@ def test_many_are_judged_at_once_and_the_late_are_unscored(make_reward):
 
     with FaultServer(judge) as server:
         reward = make_reward(server, wait_seconds=8.0)
-        reward.smoke_test(PROBLEM)  # the library is imported by now
-        finish = [reward.begin(PROBLEM, f"It is four, {i}, {'slow' if i == 3 else 'fast'}.") for i in range(8)]
-        totals = [end().total for end in finish]
+        pool.smoke_test()  # the library is imported by now
+        pending = [reward.begin(PROBLEM, f"It is four, {i}, {'slow' if i == 3 else 'fast'}.") for i in range(8)]
+        totals = [reward.finish(each).total for each in pending]
     assert [total for i, total in enumerate(totals) if i != 3] == [1.0] * 7
-    assert totals[3] is None and reward.metrics()["late"] == 1
+    assert totals[3] is None and pool.metrics()["judge/r0/late"] == 1
 
 
-def test_what_nobody_waits_for_any_more_keeps_nothing_else_from_being_judged(make_reward):
+def test_what_nobody_waits_for_any_more_keeps_nothing_else_from_being_judged(make_reward, pool):
     """Both places are taken by calls that hang when their step is over."""
 
     def judge(call: int, request: dict[str, Any]) -> Response:
@@ -252,72 +247,74 @@ def test_what_nobody_waits_for_any_more_keeps_nothing_else_from_being_judged(mak
 
     with FaultServer(judge) as server:
         reward = make_reward(server, judge={"max_concurrency": 2}, wait_seconds=1.0)
-        reward.smoke_test(PROBLEM)
+        pool.smoke_test()
         first = [reward.begin(PROBLEM, f"It is four, {i}, hang.") for i in range(4)]
-        assert [end().failure for end in first] == ["judge_late"] * 4
-        reward._bench._wait_seconds = 30.0
+        assert [reward.finish(each).failure for each in first] == ["judge_late"] * 4
+        pool._members["rewards.r0"].wait_seconds = 30.0
         assert reward(PROBLEM, TEXT).total == 1.0
 
 
-def test_a_cap_stops_and_says_so(make_reward):
+def test_a_cap_stops_and_says_so(make_reward, pool):
     with FaultServer(always(verdicts(1, 1, 0))) as server:
         reward = make_reward(server, judge={"max_calls": 1})
-        assert reward(PROBLEM, TEXT).total == 1.0 and reward.stop_reason is None
+        assert reward(PROBLEM, TEXT).total == 1.0 and pool.stop_reason is None
         assert reward(PROBLEM, f"{TEXT} Yes.").failure == "judge_budget"
-    assert "max_calls: the cap of 1 is reached" in str(reward.stop_reason)
+    assert re.match(r"rewards\.r0: judge0@.*max_calls: the cap of 1 is reached", str(pool.stop_reason))
 
 
-def test_a_server_that_refuses_everything_stops_and_says_so(make_reward):
+def test_a_server_that_refuses_everything_stops_and_says_so(make_reward, pool):
     with FaultServer(lambda call, request: error(401, "bad key")) as server:
         reward = make_reward(server)
         assert reward(PROBLEM, TEXT) == Score(total=None, failure="judge_stopped")
-    assert "api_key_env" in str(reward.stop_reason)
+    assert str(pool.stop_reason).startswith("rewards.r0: api_key_env")
 
 
 def test_what_cannot_be_judged_shows_before_anything_is_sampled(make_reward):
     with FaultServer(always(verdicts(1, 1, 0))) as server:
         reward = make_reward(server)
         reward.check([PROBLEM])
-        bare = Problem(id="bare", messages=PROBLEM.messages)
         with pytest.raises(ValueError, match="data: bare has no rubric"):
-            reward.check([PROBLEM, bare])
+            reward.check([PROBLEM, Problem(id="bare", messages=PROBLEM.messages)])
         with pytest.raises(ValueError, match="data: bare has no answer"):
-            make_reward(server, aggregation="reference_likert").check([bare])
+            unanswered = Problem(id="bare", messages=PROBLEM.messages, rubric=PROBLEM.rubric)
+            make_reward(server, with_reference=True).check([unanswered])
         assert server.calls == []
-        reward.smoke_test(PROBLEM)
-        assert len(server.calls) == 1
-    with pytest.raises(ValueError, match=r"judge judge0@127.*: judge down .*is its server running"):
-        make_reward(server).smoke_test(PROBLEM)  # which has gone
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"aggregation": "best"}, "aggregation: 'best' is unknown"),
-        ({"aggregation": "implicit", "levels": 3}, "levels: does nothing with aggregation implicit"),
-        ({"aggregation": "likert", "shuffle": True}, "with_reference, shuffle: do nothing"),
+        ({"aggregation": "implicit", "criterion_curves": True}, "criterion_curves: has no effect"),
         ({"min_scored": 0.0}, "min_scored: 0.0"),
         ({"wait_seconds": 0.0}, "wait_seconds: 0.0"),
         ({"category_weights": {"vital": 1.0}}, "category_weights.vital"),
         ({"template": "nowhere.md"}, "prompt: nowhere.md"),
-        ({"judges": []}, "judges: there is none"),
+        ({"judges": []}, "judges: the list is empty"),
+        ({"temperature": 3}, "judges[0].temperature: 3"),
+        ({"base_url": "h/v1"}, "judges[0].endpoint.base_url: 'h/v1'"),
     ],
 )
 def test_bad_options(options, message):
-    node = {"_component_": "rolltune.rewards.judges.endpoint.EndpointJudge", "model": "m"}
-    with pytest.raises(ValueError, match=re.escape(message)):
-        RubricReward(**({"judges": [node | {"base_url": "http://localhost:1/v1"}]} | options))
+    with FaultServer(always("")) as server:
+        judge = {name: options[name] for name in options if name in ("temperature", "base_url")}
+        rest = {name: value for name, value in options.items() if name not in judge}
+        with pytest.raises(ValueError, match=re.escape(message)):
+            RubricReward(**({"judges": [node(server, **judge)]} | rest))
 
 
-def test_it_is_a_judged_reward_and_composes_by_weight(make_reward):
+def test_it_is_a_judged_reward_and_composes_by_weight(pool):
+    completion = Completion(token_ids=(1,), logprobs=(0.0,), finish_reason="stop", policy_version=0, text=TEXT)
     with FaultServer(always(verdicts(1, 0, 0))) as server:
-        judged = make_reward(server)
+        judged = RubricReward(judges=[node(server)])
         assert isinstance(judged, JudgedReward)
         reward = WeightedReward(
             rewards={"rubric": (judged, 2.0), "plain": (lambda problem, text: Score(total=0.25), 1.0)}
         )
-        completion = Completion(token_ids=(1,), logprobs=(0.0,), finish_reason="stop", policy_version=0, text=TEXT)
-        score = reward(PROBLEM, completion)
+        reward.join(pool, "rewards", [PROBLEM])
+        pending = reward.begin(PROBLEM, completion)
+        assert list(pending.judged) == ["rubric"] and pending.completion is completion
+        score = reward.finish(pending)
     assert score.total == pytest.approx(2 * 1.9 / 2.2 + 0.25)
     assert score.parts["rubric/category/essential"] == 1.0 and "rubric/says_four" in score.notes
-    assert reward.metrics()["judge/rubric/calls"] == 1 and list(reward.text_rewards) == ["plain"]
+    assert pool.metrics()["judge/rubric/calls"] == 1 and list(reward.text_rewards) == ["plain"]
