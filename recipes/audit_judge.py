@@ -126,7 +126,8 @@ def dry_run(job: Job) -> None:
     tokens = sum(len(message["content"]) for question in questions for message in question.messages) // 4
     labels = [label for response in job.responses for label in response.labels]
     console.print(
-        f"dry run: everything resolves; {job.judges[0].name} was to be asked {len(questions)} questions about "
+        f"dry run: the config is complete and valid; {job.judges[0].name} would be asked {len(questions)} questions "
+        f"about "
         f"{len(labels)} labelled verdicts ({sum(label.satisfied for label in labels)} satisfied) on "
         f"{len(job.responses)} responses, some {tokens:,} tokens; nothing was asked",
         markup=False,

@@ -44,7 +44,7 @@ def run(cfg: AuditRewardsConfig) -> None:
     if left_out := [name for name in cfg.rewards if name not in rewards]:
         console.print(f"not audited, because they do not give a right response 1 for its text: {', '.join(left_out)}")
     if cfg.dry_run:
-        console.print("dry run: everything resolves; nothing was audited")
+        console.print("dry run: the config is complete and valid; nothing was audited")
         return
     reports = {name: audit_one(problems, reward, cfg) for name, reward in rewards.items()}
     for name, report in reports.items():

@@ -304,7 +304,7 @@ def dry_run(cfg: EvaluateConfig) -> None:
             f"completions, at most {completions * cfg.sampling.max_new_tokens} sampled tokens"
         )
     console.print(f"at most {len(cfg.models) * completions * cfg.sampling.max_new_tokens} sampled tokens in all")
-    console.print("dry run: everything resolves; nothing was loaded, nothing was written")
+    console.print("dry run: the config is complete and valid; no weights were loaded and nothing was written")
 
 
 if __name__ == "__main__":

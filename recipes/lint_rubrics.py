@@ -41,7 +41,7 @@ def run(cfg: LintRubricsConfig) -> None:
     criteria = sum(len(problem.rubric.criteria) for problem in problems if problem.rubric is not None)
     console.print(f"{len(problems)} problems, {criteria} criteria")
     if cfg.dry_run:
-        console.print("dry run: everything resolves; nothing was linted")
+        console.print("dry run: the config is complete and valid; nothing was linted")
         return
     findings = [finding for problem in problems for finding in lint_problem(problem, cfg)]
     findings.sort(key=lambda finding: finding.severity)  # errors first; else in the order of the problems

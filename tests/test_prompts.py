@@ -135,7 +135,7 @@ def test_completion_ids_go_on_behind_the_prefill_and_end_with_eos(tokenizer):
         USER,
         END,
     ]
-    with pytest.raises(ValueError, match=r"answer_format: a turn must start with the prefill '<think>', not 'think 4'"):
+    with pytest.raises(ValueError, match=r"answer_format: .*'<think>', not 'think 4'"):
         completion_ids("think 4", prompt, tokenizer)
 
 

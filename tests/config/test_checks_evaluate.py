@@ -35,8 +35,8 @@ MISTAKES = [
         "classifier._component_: rolltune.losses.grpo.GRPOLoss;",
     ),
     (
-        "classifier={_component_: rolltune.behaviours.BehaviourClassifier, base_url: nowhere, model: m}",
-        "classifier.base_url: 'nowhere'",
+        "classifier={_component_: rolltune.behaviours.BehaviourClassifier, endpoint: {base_url: nowhere, model: m}}",
+        "classifier.endpoint.base_url: 'nowhere'",
     ),
     ("correct={_component_: rolltune.rewards.answer.answer_rewrd}", "has no answer_rewrd; did you mean answer_reward?"),
     ("lenient={_component_: rolltune.losses.grpo.GRPOLoss}", "GRPOLoss takes 0 positional arguments"),

@@ -12,7 +12,7 @@ from thread_world import on_ranks
 from rolltune.distributed import World
 from rolltune.metrics.step_metrics import rollout_metrics, update_metrics
 from rolltune.metrics.summary import live_line, write_summary
-from rolltune.rollout import Rollout
+from rolltune.rollout import Rollout, SampledGroup
 from rolltune.types import Completion, Group, Problem, Prompt, Score
 
 ONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -32,7 +32,8 @@ def make_group(*members: tuple[int, str, Score]) -> Group:
 
 
 def make_rollout(*groups: Group) -> Rollout:
-    return Rollout(sampled=list(groups), kept={}, num_kept=0, data_position=0)
+    sampled = [SampledGroup(group=group, number=None, advantages=None) for group in groups]
+    return Rollout(groups=sampled, num_kept=0, data_position=0)
 
 
 def score(total, answer, *, failure=None, **parts) -> Score:

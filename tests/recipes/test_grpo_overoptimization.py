@@ -94,7 +94,7 @@ def test_another_judge_as_the_gold_measure(run_grpo, reward_module, monkeypatch)
     checked = eval_with("low", {"_component_": "gold_judge.Gold"})
     run_grpo("dry", eval=checked, overrides=("dry_run=true",))
     called = sys.modules["gold_judge"].CALLED
-    assert called == ["check 4"], "a dry run asks nobody"
+    assert called == ["check 4", "close"], "a dry run asks nobody"
     called.clear()
     rows = read_rows(run_grpo(num_steps=2, eval=checked))
     measured = [*["begin"] * 4, *["finish"] * 4]

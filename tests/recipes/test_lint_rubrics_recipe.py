@@ -91,7 +91,7 @@ def test_a_long_list_is_cut_in_the_table_alone(lint):
 
 def test_dry_run_writes_nothing(lint):
     status, shown, report = lint([*GOOD, AGAINST], dry_run=True)
-    assert (status, report) == (0, None) and "dry run: ; nothing was linted" in shown
+    assert (status, report) == (0, None) and "nothing was linted" in shown
 
 
 def test_a_rubric_cannot_write_to_the_terminal(lint):
@@ -113,7 +113,7 @@ def test_broken_files_are_told_by_line(lint):
         ({"fewest_criteria": 0}, "fewest_criteria: 0; must be >= 1"),
         ({"most_criteria": 2}, "most_criteria: 2; must be at least fewest_criteria, 3"),
         ({"max_problems": 0}, "max_problems: 0; must be >= 1"),
-        ({"output_dir": ""}, "output_dir: is empty"),
+        ({"output_dir": ""}, "output_dir: empty"),
         ({"data": {"_component_": "rolltune.data.rubrics.rubrics_jsonl"}}, "did you mean .*rubric_jsonl"),
     ],
 )
