@@ -1,7 +1,7 @@
-"""Traces asked of a model behind an endpoint, as in arXiv 2503.01307: one system prompt for each set of behaviours.
+"""Ask a model behind an endpoint for traces, as in arXiv 2503.01307: one system prompt for each set of behaviours.
 
-The prompts are files, ``prompts/<task>/<condition>.md`` beside this one; a file of one's own can take their place. The
-paper's settings are the defaults: temperature 0.5, 1,024 tokens. Its model is another, and its prompts are not these.
+The prompts are the files ``prompts/<task>/<condition>.md`` beside this one; a user's file can replace them. Temperature
+0.5 and 1,024 tokens are the paper's settings. Its model and prompts are different.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from rolltune.types import Message, Problem
 from rolltune.writers.writing import Malformed, ask, digest, read_prompt, shown_messages
 
 _PROMPTS = Path(__file__).parent / "prompts"
-_TRIES = 3  # replies that are asked for until one has the layout
+_TRIES = 3  # replies asked for until one has the layout
 
 
 class EndpointTraceWriter:
     """A model that is told which behaviours to show.
 
-    A reply that was cut, or is not one think block and one answer block alone, is asked for again with another seed,
-    twice at most.
+    A reply that was cut, or is not exactly one think block and one answer block, is asked for again with another seed,
+    at most twice.
 
     Example:
         >>> settings = EndpointSettings(base_url="http://localhost:8000/v1", model="llama-3.3-70b")
@@ -34,13 +34,13 @@ class EndpointTraceWriter:
         'llama-3.3-70b'
 
     Args:
-        condition: which behaviours are asked for: a name of :data:`rolltune.traces.conditions.CONDITIONS`, or with a
-            ``prompt`` of one's own any name for what that asks for.
-        task: what is solved: "countdown", or "math" for questions whose answer is a number.
+        condition: a name of :data:`rolltune.traces.conditions.CONDITIONS`; with your own ``prompt``, any name for what
+            it asks for.
+        task: "countdown", or "math" for questions with a numeric answer.
         endpoint: address, model, limits. A cap applies to one run of the recipe; a continued run starts at zero.
-        prompt: a file that is the system prompt instead of the packaged one.
+        prompt: file with a system prompt that replaces the packaged one.
         temperature: 0 .. 2.
-        max_tokens: of one reply; a reply that reaches it is cut, and not kept.
+        max_tokens: of one reply. A reply cut there is not kept.
 
     Raises:
         ValueError: an argument is unknown or out of range, or the prompt's file cannot be read.
@@ -74,10 +74,10 @@ class EndpointTraceWriter:
         }
 
     async def write(self, problem: Problem, *, seed: int) -> str:
-        """The reply that has the layout.
+        """Return the first reply with the layout.
 
         Raises:
-            Malformed: none has.
+            Malformed: no reply has it.
             BudgetExceeded, EndpointDown, ValueError: as in :meth:`rolltune.endpoints.client.Endpoint.chat`.
         """
         messages = self._messages(problem)
@@ -98,7 +98,7 @@ class EndpointTraceWriter:
         )
 
     def preview(self, problem: Problem) -> str:
-        """What is sent for a problem."""
+        """Render the messages that are sent for a problem."""
         return shown_messages(self._messages(problem))
 
     def _messages(self, problem: Problem) -> list[Message]:
@@ -109,7 +109,7 @@ class EndpointTraceWriter:
 
 
 def packaged_prompt(task: str, condition: str) -> str:
-    """The system prompt that asks for a condition's behaviours.
+    """Load the system prompt for a condition's behaviours.
 
     Raises:
         ValueError: there is no such task or condition.
