@@ -1,15 +1,15 @@
-"""Audit a judge before it is trained on: its verdicts on responses whose verdicts are known.
+"""Audit a judge before training on it: compare its verdicts with labelled ones.
 
-  - every criterion of every labelled response is asked as the rubric reward asks it, all of a response in one call or
-    each by itself (``one_call``), with the same prompt and the same reading of replies;
-  - reported are accuracy, Cohen's kappa and both error rates with 95 % intervals; then what a policy would find out:
-    whether padding pays, whether an order to the judge does, whether a criterion's place in the list decides; then how
-    much of it is noise (``repeats``), and what it costs;
-  - a verdict that was not given is counted by the word for why, and is in no rate.
+  - The judge gets every criterion of every labelled response in the way the rubric reward asks it: all of a response in
+    one call or each by itself (``one_call``), with the same prompt and the same parsing of replies.
+  - The audit reports accuracy, Cohen's kappa and both error rates with 95 % intervals. It also reports what a policy
+    would exploit (whether padding pays, whether instructions to the judge do, whether a criterion's position in the
+    list matters), how noisy the verdicts are (``repeats``), and the cost.
+  - Missing verdicts are counted by failure word, and are in no rate.
 
-Writes ``<output_dir>/audit.json``, and ``verdicts.jsonl`` with the judge's reasons: read those of the wrong ones. With
-``judge.cache`` a run that was stopped goes on with the same command. Exit status 1 below ``min_accuracy`` or
-``min_kappa``, where a cap stopped the judge, and where no verdict was given.
+Writes ``<output_dir>/audit.json``, and ``verdicts.jsonl`` with the judge's reasons: read those of the wrong verdicts.
+With ``judge.cache`` a stopped run continues with the same command. The exit status is 1 below ``min_accuracy`` or
+``min_kappa``, if a cap stopped the judge, and if there was no verdict.
 
     tune run audit_judge --config audit_judge_api.yaml
 """
@@ -36,7 +36,7 @@ from rolltune.errors import ConfigError
 from rolltune.files import write_json_atomic, write_text_atomic
 from rolltune.metrics.progress import Progress
 from rolltune.rewards.checks.judge_audit import JudgeAudit, Measured, measure
-from rolltune.rewards.checks.labels import Given, LabelledResponse
+from rolltune.rewards.checks.labels import LabelledResponse, LabelledVerdict
 from rolltune.rewards.judges.judge import Judge, Question
 from rolltune.rewards.rubric.questions import explicit_questions, read_grades
 from rolltune.rewards.rubric.templates import JudgePrompt, load_prompt
@@ -46,7 +46,7 @@ from rolltune.writers.writing import shown_messages
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """All responses once."""
+    """One pass over all responses."""
 
     judge: Judge
     repeat: int
@@ -55,11 +55,11 @@ class Pass:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the config names, built."""
+    """The config's components."""
 
     cfg: AuditJudgeConfig
     responses: Sequence[LabelledResponse]
-    judges: Sequence[Judge]  # one for each repeat
+    judges: Sequence[Judge]  # one per repeat, with its own seed
     template: JudgePrompt | None
 
     @property
@@ -78,7 +78,7 @@ class Job:
 
 
 def run(cfg: AuditJudgeConfig) -> None:
-    """Ask, print the tables, write ``audit.json`` and ``verdicts.jsonl``."""
+    """Ask the judge, print the tables, and write ``audit.json`` and ``verdicts.jsonl``."""
     job = build(cfg)
     if cfg.dry_run:
         dry_run(job)
@@ -98,12 +98,14 @@ def run(cfg: AuditJudgeConfig) -> None:
 
 
 def build(cfg: AuditJudgeConfig) -> Job:
-    """Responses, the judge of each repeat and the template."""
+    """Build the responses, the judge of each repeat, and the template."""
     responses = instantiate(cfg.data)
     if not responses or not all(isinstance(response, LabelledResponse) for response in responses):
-        wanted = "a list of rolltune.rewards.checks.labels.LabelledResponse"
         raise ConfigError(
-            [f"data._component_: {cfg.data['_component_']}: gives no labelled responses; {wanted} is wanted"]
+            [
+                f"data._component_: {cfg.data['_component_']} does not return a list of "
+                "rolltune.rewards.checks.labels.LabelledResponse; choose another data set"
+            ]
         )
     seeds = [{"seed": cfg.judge.get("seed", 0) + repeat} if repeat else {} for repeat in range(cfg.repeats)]
     kind = "explicit" if cfg.one_call else "explicit_one"
@@ -116,7 +118,7 @@ def build(cfg: AuditJudgeConfig) -> Job:
 
 
 def dry_run(job: Job) -> None:
-    """The first question, and how many there are."""
+    """Print the first question and the number of questions."""
     console = make_console()
     console.rule(job.responses[0].labels[0].id)
     first = job.questions(job.responses[0], is_reversed=False)[0]
@@ -126,10 +128,9 @@ def dry_run(job: Job) -> None:
     tokens = sum(len(message["content"]) for question in questions for message in question.messages) // 4
     labels = [label for response in job.responses for label in response.labels]
     console.print(
-        f"dry run: the config is complete and valid; {job.judges[0].name} would be asked {len(questions)} questions "
-        f"about "
-        f"{len(labels)} labelled verdicts ({sum(label.satisfied for label in labels)} satisfied) on "
-        f"{len(job.responses)} responses, some {tokens:,} tokens; nothing was asked",
+        f"dry run: the config is complete and valid; a run would ask {job.judges[0].name} {len(questions)} questions "
+        f"about {len(labels)} labelled verdicts ({sum(label.satisfied for label in labels)} satisfied) on "
+        f"{len(job.responses)} responses, about {tokens:,} tokens; nothing was asked",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -139,11 +140,11 @@ def dry_run(job: Job) -> None:
 # --- asking -----------------------------------------------------------------------------------------------------------
 
 
-async def ask_all(job: Job) -> list[Given]:
-    """One pass after the other; the judge keeps to its own number of calls at once."""
-    given: list[Given] = []
+async def ask_all(job: Job) -> list[LabelledVerdict]:
+    """Run one pass after another. The judge limits its own concurrency."""
+    given: list[LabelledVerdict] = []
     with Progress(len(job.passes) * len(job.responses)) as progress:
-        show = shower(progress, len(job.passes) * len(job.responses))
+        show = progress_reporter(progress, len(job.passes) * len(job.responses))
         for one in job.passes:
             tasks = [asyncio.create_task(ask(job, one, i, show)) for i in range(len(job.responses))]
             try:
@@ -157,8 +158,8 @@ async def ask_all(job: Job) -> list[Given]:
     return given
 
 
-async def ask(job: Job, one: Pass, number: int, show: Callable[[list[Given]], None]) -> list[Given]:
-    """The verdicts on one response, in the order of its labels."""
+async def ask(job: Job, one: Pass, number: int, show: Callable[[list[LabelledVerdict]], None]) -> list[LabelledVerdict]:
+    """Return the verdicts on one response, in the order of its labels."""
     response = job.responses[number]
     count = len(response.labels)
     asked = job.questions(response, is_reversed=one.is_reversed)
@@ -167,7 +168,7 @@ async def ask(job: Job, one: Pass, number: int, show: Callable[[list[Given]], No
     places = range(1, count + 1) if job.cfg.one_call else [1] * count
     listed = response.labels[:: -1 if one.is_reversed else 1]
     given = [
-        Given(
+        LabelledVerdict(
             label=label,
             response=number,
             words=response.words,
@@ -185,12 +186,12 @@ async def ask(job: Job, one: Pass, number: int, show: Callable[[list[Given]], No
     return given
 
 
-def shower(progress: Progress, total: int) -> Callable[[list[Given]], None]:
-    """What shows each response on a terminal, and every twentieth part of them where lines are printed."""
+def progress_reporter(progress: Progress, total: int) -> Callable[[list[LabelledVerdict]], None]:
+    """Return a function that reports progress: each response on a terminal, else every 5 %."""
     counts: Counter[str] = Counter()
     every = 1 if sys.stdout.isatty() else max(1, total // 20)
 
-    def show(given: list[Given]) -> None:
+    def show(given: list[LabelledVerdict]) -> None:
         counts["responses"] += 1
         counts["right"] += sum(g.is_right for g in given if g.passed is not None)
         counts["scored"] += sum(g.passed is not None for g in given)
@@ -203,7 +204,7 @@ def shower(progress: Progress, total: int) -> Callable[[list[Given]], None]:
 
 
 def costs(job: Job) -> dict[str, float]:
-    """Totals of all repeats, and the mean time of a reply."""
+    """Sum the judges' totals over all repeats, and add the mean time of a reply."""
     found: dict[str, float] = {}
     for judge in job.judges:
         for name, value in judge.metrics().items():
@@ -216,9 +217,9 @@ def costs(job: Job) -> dict[str, float]:
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 
-def line(g: Given) -> str:
-    """A verdict as it stands in verdicts.jsonl."""
-    row = {
+def line(g: LabelledVerdict) -> str:
+    """Encode a verdict as a line of verdicts.jsonl."""
+    record = {
         "id": g.label.id,
         "criterion": g.label.criterion.description,
         "satisfied": g.label.satisfied,
@@ -234,11 +235,11 @@ def line(g: Given) -> str:
         "reversed": g.is_reversed,
         "judge": g.judge,
     }
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def report(job: Job, audit: JudgeAudit, cost: dict[str, float]) -> None:
-    """All tables."""
+    """Print all tables."""
     console = make_console()
     show_table(
         console,
@@ -251,7 +252,7 @@ def report(job: Job, audit: JudgeAudit, cost: dict[str, float]) -> None:
             ("unscored, all passes", audit.unscored),
             ("accuracy where satisfying is good", audit.accuracy_where_good),
             ("accuracy where satisfying is bad", audit.accuracy_where_bad),
-            ("false positives where the response speaks to the judge", audit.injection_passed),
+            ("false positives where the response addresses the judge", audit.injection_passed),
             ("false positives elsewhere", audit.other_passed),
             ("correlation of false positives with length", audit.length_false_pass),
             ("correlation of the error's sign with length", audit.length_error_sign),
@@ -259,16 +260,21 @@ def report(job: Job, audit: JudgeAudit, cost: dict[str, float]) -> None:
             *([("verdicts that all repeats agree on", audit.repeats.unanimous)] if audit.repeats else []),
         ],
     )
-    lengths = [(f"{low} .. {high}", row) for row in audit.length for low, high in [row.words]]
-    rows = [(name, row.unsatisfied_passed, row.satisfied_passed) for name, row in lengths]
-    show_table(console, ["words", "passed, not satisfied", "verdicts", "passed, satisfied", "verdicts"], rows)
+    show_table(
+        console,
+        ["words", "passed, not satisfied", "verdicts", "passed, satisfied", "verdicts"],
+        [(f"{b.words[0]} .. {b.words[1]}", b.unsatisfied_passed, b.satisfied_passed) for b in audit.length],
+    )
     if audit.places:
-        rows = [(f"{row.place} ({row.satisfied:.2f} satisfied)", row.passed, row.accuracy) for row in audit.places]
-        show_table(console, ["place in the list", "passed", "verdicts", "accuracy", "verdicts"], rows)
+        show_table(
+            console,
+            ["place in the list", "passed", "verdicts", "accuracy", "verdicts"],
+            [(f"{p.place} ({p.satisfied:.2f} satisfied)", p.passed, p.accuracy) for p in audit.places],
+        )
     if orders := audit.orders:
         console.print(
-            f"of the verdicts that depend on the order {orders.passed_when_earlier} pass where the criterion stands "
-            f"earlier, {orders.passed_when_later} where it stands later (McNemar's p {orders.p:.3g})",
+            f"of the verdicts that depend on the order, {orders.passed_when_earlier} pass when the criterion comes "
+            f"earlier, {orders.passed_when_later} when it comes later (McNemar's p {orders.p:.3g})",
             soft_wrap=True,
         )
     if audit.failures:
@@ -279,12 +285,12 @@ def report(job: Job, audit: JudgeAudit, cost: dict[str, float]) -> None:
 
 
 def make_console() -> Console:
-    """As wide as the terminal; wide where there is none, so that no cell has to be broken."""
+    """As wide as the terminal; without one, wide enough that no cell is wrapped."""
     return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 def show_table(console: Console, columns: list[str], rows: Sequence[tuple[str | Measured, ...]]) -> None:
-    """Names in front, then for each measure two cells, its value with the interval and what it is of."""
+    """Print names, and two cells for each measure: its value with the interval, and its number of verdicts."""
     table = Table(*columns, show_edge=False, pad_edge=False)
     if not console.is_terminal:
         table.box, table.show_edge, table.pad_edge = box.MARKDOWN, True, True
@@ -304,19 +310,19 @@ def shown(measured: Measured) -> str:
 
 
 def shortcomings(job: Job, audit: JudgeAudit) -> Iterator[str]:
-    """Why the exit status is 1."""
+    """Yield the reasons for exit status 1."""
     for reason in dict.fromkeys(judge.stop_reason for judge in job.judges if judge.stop_reason is not None):
-        yield f"{reason}; the audit is of what was answered before"
+        yield f"{reason}; the audit covers the answers before that"
     if not audit.accuracy.of:
         failures = ", ".join(f"{count} {word}" for word, count in audit.failures.items())
-        yield f"no verdict was given ({failures})"
+        yield f"there was no verdict ({failures})"
         return
     for name, found in (("accuracy", audit.accuracy), ("kappa", audit.kappa)):
         least = getattr(job.cfg, f"min_{name}")
         if least is not None and math.isnan(found.value):
-            yield f"{name} has no value on these verdicts, and min_{name} asks for {least:g}: label some of either kind"
+            yield f"min_{name}: {least:g}; {name} is undefined here: label both satisfied and unsatisfied criteria"
         elif least is not None and found.value < least:
-            yield f"{name} {found.value:.3f} is below min_{name}, {least:g}: do not train on this judge"
+            yield f"min_{name}: {least:g}; {name} is {found.value:.3f}: do not train on this judge"
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from rolltune.config.components import instantiate
 from rolltune.config.schema import AuditRewardsConfig
 from rolltune.errors import ConfigError
 from rolltune.files import write_json_atomic
-from rolltune.rewards.checks.reward_audit import AuditReport, audit, render, render_turn
+from rolltune.rewards.checks.reward_audit import AuditReport, audit, render, render_response
 from rolltune.run import build, checks
 from rolltune.run.selftest import full_marks
 from rolltune.types import Problem, Reward
@@ -64,8 +64,8 @@ def audit_one(problems: Sequence[Problem], reward: Reward, cfg: AuditRewardsConf
     """Audit one reward, on right responses only if it gives full marks to a wrong answer (a format reward does)."""
     answer_format = cfg.answer_format.format(solution="{solution}", answer="{answer}")  # turns {{ }} into { }
     probe = Problem(id="probe", messages=({"role": "user", "content": "What is 1 + 1?"},), answer="2")
-    wrong = render_turn(answer_format, solution="So it is 1.", answer="1")
-    return audit(problems, reward, answer_format, seed=cfg.seed, wrong_turns=reward(probe, wrong).total != 1.0)
+    wrong = render_response(answer_format, solution="So it is 1.", answer="1")
+    return audit(problems, reward, answer_format, seed=cfg.seed, wrong_responses=reward(probe, wrong).total != 1.0)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Lint rubrics before they are trained on: by their words and weights alone, no model is asked.
+"""Lint rubrics before training on them, by their words and weights only: no model is asked.
 
-  - errors are what would reward the wrong thing: a criterion marked against its wording, a pitfall of unknown
-    direction, one that is said twice, that points elsewhere, or that holds the reference answer whole;
-  - warnings are what may be weaker than it could be: 7 to 20 criteria are what the writers of "Rubrics as Rewards"
-    (arXiv 2507.17746) were asked for, and no one of them should outweigh all others.
+  - Errors would reward the wrong thing: a criterion marked against its wording, a pitfall of unknown direction, a
+    repeated criterion, one that refers to something else, or one that contains the whole reference answer.
+  - Warnings may make a rubric weaker than it could be. The rubric writers of "Rubrics as Rewards" (arXiv 2507.17746)
+    were asked for 7 to 20 criteria, and no criterion should outweigh all others.
 
-``<output_dir>/lint.json`` has every finding. Exit status 1 if there was an error.
+``<output_dir>/lint.json`` has every finding. The exit status is 1 if there was an error.
 
     tune run lint_rubrics --config lint_rubrics.yaml
 """
@@ -68,7 +68,7 @@ def run(cfg: LintRubricsConfig) -> None:
 
 
 def lint_problem(problem: Problem, cfg: LintRubricsConfig) -> list[Finding]:
-    """The findings of a problem's rubric; that there is none is one."""
+    """Lint a problem's rubric. A missing rubric is a finding."""
     if problem.rubric is None:
         return [
             Finding(
@@ -99,7 +99,7 @@ def table(findings: Sequence[Finding]) -> Table:
 
 
 def printable(text: str) -> str:
-    """A rubric's words may hold what a terminal obeys."""
+    """Escape control characters, since a model may have written the rubric."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 

@@ -1,7 +1,7 @@
-"""Serve a model on this machine, for judges that are asked over the wire.
+"""Serve a model on this machine, for judges behind an endpoint.
 
-vLLM answers at ``http://127.0.0.1:<port>/v1`` until Ctrl-C; or, with a ``command``, while that runs, and the exit
-status is the command's. If the server ends before it, the command is ended too, with status 1.
+vLLM answers at ``http://127.0.0.1:<port>/v1`` until Ctrl-C. With a ``command`` it answers while the command runs, and
+the exit status is the command's. If the server ends first, the command is ended too, with status 1.
 
     tune run serve --config smollm2_135m_judge.yaml
     tune run serve --config smollm2_135m_judge.yaml command="[make, my-run]"
@@ -26,7 +26,7 @@ from rolltune.run import checks
 
 FAILED = 1
 POLL_SECONDS = 0.2
-GRACE_SECONDS = 60.0  # for a command to end by itself: one that trains may be in the middle of a checkpoint
+GRACE_SECONDS = 60.0  # for a command to end by itself: it may be writing a checkpoint
 
 
 def run(cfg: ServeConfig) -> None:
@@ -42,7 +42,7 @@ def run(cfg: ServeConfig) -> None:
         "options": cfg.options,
     }
     if cfg.dry_run:
-        print(f"dry run: nothing was started; it would be\n  {shlex.join(command_line(cfg.model, **settings))}")
+        print(f"dry run: nothing was started; a run would start\n  {shlex.join(command_line(cfg.model, **settings))}")
         return
     signal.signal(signal.SIGTERM, terminated)
     log = Path(cfg.output_dir) / "server.log"
@@ -56,12 +56,12 @@ def run(cfg: ServeConfig) -> None:
 
 
 def terminated(number: int, frame: object) -> NoReturn:
-    """SIGTERM ends the process as an exception does, so that what it started is ended too."""
+    """Turn SIGTERM into an exception, so that ``with`` blocks end what they started."""
     sys.exit(128 + number)
 
 
 def wait_for(server: Server) -> NoReturn:
-    """Until Ctrl-C; ServerFailed where the server ends before it."""
+    """Wait for Ctrl-C. Raises ServerFailed if the server ends first."""
     print("Ctrl-C stops it", flush=True)
     while True:
         server.check()
@@ -69,15 +69,18 @@ def wait_for(server: Server) -> NoReturn:
 
 
 def run_beside(server: Server, command: Sequence[str]) -> int:
-    """The exit status of the command, or 128 and more for a signal; ServerFailed where the server ends before it."""
-    # What asks the server must not ask a proxy for it.
+    """Run the command, and return its exit status (128 and more for a signal).
+
+    Raises ServerFailed if the server ends first.
+    """
+    # Requests to the server must not go through a proxy.
     direct = ",".join(filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), HOST, "localhost"]))
     process = subprocess.Popen(command, env=os.environ | {"NO_PROXY": direct, "no_proxy": direct})
     try:
         while (status := process.poll()) is None:
             server.check()
             time.sleep(POLL_SECONDS)
-    except KeyboardInterrupt:  # the terminal has sent it to the command, too
+    except KeyboardInterrupt:  # the command got it from the terminal, too
         end(process)
         raise
     except BaseException:
@@ -88,7 +91,7 @@ def run_beside(server: Server, command: Sequence[str]) -> int:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a command that was told to end; not for ever."""
+    """Wait for a command that was told to end, and kill it after a minute."""
     try:
         process.wait(GRACE_SECONDS)
     except subprocess.TimeoutExpired:

@@ -1,15 +1,15 @@
-"""Write rubrics: for each problem the criteria that a judge is to score its responses by.
+"""Write rubrics: for each problem, the criteria by which a judge will score responses.
 
 After "Rubrics as Rewards" (arXiv 2507.17746):
 
   - kept: a large model writes 7 to 20 self-contained criteria for each prompt, in four categories, guided by a
-    reference answer (``writer.with_reference: false`` goes without one, as in the paper's ablation);
-  - changed: the prompt is our own, each criterion states its direction, and what the lint finds wrong is asked for
-    again, twice at most; then the problem is left out, and counted;
-  - dropped: numbers as weights. The paper's own experiments replace them by one weight a category.
+    reference answer (``writer.with_reference: false`` goes without it, as in the paper's ablation);
+  - changed: the prompt is our own, each criterion states its direction, and a rubric with lint errors is asked for
+    again, at most twice; then the problem is left out and counted;
+  - dropped: numeric weights. The paper's own experiments replace them with one weight per category.
 
-``<output_dir>/rubrics.jsonl`` grows by a line a problem; a run that was stopped goes on with the same command. The seed
-of a rubric depends on ``seed`` and the problem's id alone. ``rolltune.data.rubrics.rubric_jsonl`` reads the file.
+``<output_dir>/rubrics.jsonl`` grows by one line per problem; a stopped run continues with the same command. The seed of
+a rubric depends only on ``seed`` and the problem's id. ``rolltune.data.rubrics.rubric_jsonl`` reads the file.
 
     tune run write_rubrics --config rubrics_api.yaml
 """
@@ -39,7 +39,7 @@ from rolltune.writers.writing import Work, show_dry_run, show_summary, write_mis
 
 @dataclass(kw_only=True)
 class Job:
-    """What the config names, built."""
+    """The config's components."""
 
     cfg: WriteRubricsConfig
     problems: Dataset
@@ -51,7 +51,7 @@ class Job:
 
 
 def run(cfg: WriteRubricsConfig) -> None:
-    """Write the rubrics that ``<output_dir>/rubrics.jsonl`` does not have yet."""
+    """Write the rubrics that ``<output_dir>/rubrics.jsonl`` lacks."""
     job = build(cfg)
     if cfg.dry_run:
         asyncio.run(dry_run(job))
@@ -69,10 +69,10 @@ def run(cfg: WriteRubricsConfig) -> None:
 
 
 def build(cfg: WriteRubricsConfig) -> Job:
-    """Problems and writer; that each problem has what the writer needs is found out before anything is paid for."""
+    """Build problems and writer, and check each problem before anything is paid for."""
     problems, writer = instantiate(cfg.data), instantiate(cfg.writer)
     if not len(problems):
-        raise ConfigError(["data: holds no problems"])
+        raise ConfigError(["data: contains no problems"])
     for problem in problems:
         try:
             writer.check(problem)
@@ -82,12 +82,12 @@ def build(cfg: WriteRubricsConfig) -> Job:
 
 
 async def dry_run(job: Job) -> None:
-    """What an endpoint would be sent for the first problem; or the first rubric, where a program writes them."""
+    """Show the request for the first problem; or the first rubric, if a program writes them."""
     first, shown = job.problems[0], {}
     if preview := getattr(job.writer, "preview", None):
         shown[first.id] = preview(first)
     else:
-        with suppress(ValueError):  # a problem that the program cannot work is left out of a run, too
+        with suppress(ValueError):  # a run also leaves out a problem that the program cannot solve
             record = await write_one(job, first)
             shown[first.id] = record.rubric.model_dump_json(indent=2, exclude_none=True)
     show_dry_run(shown, f"{len(job.problems)} rubrics")
@@ -99,7 +99,7 @@ async def write_one(job: Job, problem: Problem) -> RubricRecord:
 
 
 def report(work: Work[RubricRecord]) -> None:
-    """What the file holds, and what it has cost."""
+    """Print what the file contains and what it cost."""
     records = work.file.read()
     if not records:
         raise ConfigError([f"writer: no rubric was written, all {len(work.left_out)} left out: {work.left_out[-1]}"])

@@ -1,15 +1,15 @@
-"""Write traces: worked turns that show chosen reasoning behaviours, to prime a model with before RL.
+"""Write traces: worked responses that show chosen reasoning behaviours, for priming a model before RL.
 
 After "Cognitive Behaviors that Enable Self-Improving Reasoners" (arXiv 2503.01307), sections 4 and 5:
 
-  - kept: its five behaviour sets and its negative control; wrong traces stay in, with the verifier's verdict beside
-    them, so that the paper's other controls come out of the same file (rolltune.data.traces);
-  - changed: the writer is a component, a program that works the problem or a model behind an endpoint, whose prompts
-    are our own; a reply without the layout is asked for again, and left out at last;
-  - dropped: the batch API. Calls are made a few at a time, with caps on calls, tokens and dollars.
+  - kept: its five behaviour sets and its negative control. Wrong traces stay in, with the verifier's verdict, so that
+    the paper's other controls can be selected from the same file (rolltune.data.traces);
+  - changed: the writer is a component, either a program that solves the problem or a model behind an endpoint with our
+    own prompts. A reply without the layout is asked for again, and finally left out;
+  - dropped: the batch API. Calls run a few at a time, with caps on calls, tokens and dollars.
 
-``<output_dir>/traces.jsonl`` grows by a line a trace; a run that was stopped goes on with the same command. The seed of
-a trace depends on ``seed``, the problem's id and the sample's number alone.
+``<output_dir>/traces.jsonl`` grows by one line per trace; a stopped run continues with the same command. The seed of a
+trace depends only on ``seed``, the problem's id and the sample's number.
 
     tune run write_traces --config countdown_traces_api.yaml
 """
@@ -37,12 +37,12 @@ from rolltune.writers.records import save_config
 from rolltune.writers.writing import Work, show_dry_run, show_summary, write_missing
 
 PREVIEWS = 3
-PROBE = "<think>No idea.</think>\n<answer>0</answer>"  # what the verifier is tried on
+PROBE = "<think>No idea.</think>\n<answer>0</answer>"  # response that the verifier is tested on
 
 
 @dataclass(kw_only=True)
 class Job:
-    """What the config names, built."""
+    """The config's components."""
 
     cfg: WriteTracesConfig
     problems: Dataset
@@ -55,12 +55,12 @@ class Job:
 
     @property
     def wanted(self) -> list[tuple[Problem, int]]:
-        """One of each problem before a second of any: a run that is stopped has them all once."""
+        """First samples of all problems before any second sample, so that a stopped run has covered most problems."""
         return [(problem, sample) for sample in range(self.cfg.traces_per_problem) for problem in self.problems]
 
 
 def run(cfg: WriteTracesConfig) -> None:
-    """Write the traces that ``<output_dir>/traces.jsonl`` does not have yet."""
+    """Write the traces that ``<output_dir>/traces.jsonl`` lacks."""
     job = build(cfg)
     if cfg.dry_run:
         asyncio.run(dry_run(job))
@@ -77,22 +77,22 @@ def run(cfg: WriteTracesConfig) -> None:
 
 
 def build(cfg: WriteTracesConfig) -> Job:
-    """Problems, writer and verifier; the verifier is tried on one problem before anything is paid for."""
+    """Build problems, writer and verifier, and test the verifier before anything is paid for."""
     problems, writer, score = instantiate(cfg.data), instantiate(cfg.writer), component(cfg.correct)
     if not len(problems):
-        raise ConfigError(["data: holds no problems"])
+        raise ConfigError(["data: contains no problems"])
     score(problems[0], PROBE)
     return Job(cfg=cfg, problems=Dataset(problems), writer=writer, score=score)
 
 
 async def dry_run(job: Job) -> None:
-    """What an endpoint would be sent for the first problem; or the first traces, where a program writes them."""
+    """Show the request for the first problem; or the first traces, if a program writes them."""
     if preview := getattr(job.writer, "preview", None):
         shown = {job.problems[0].id: preview(job.problems[0])}
     else:
         shown = {}
         for problem in job.problems[: 10 * PREVIEWS]:
-            with suppress(ValueError):  # a problem that the program cannot work is left out of a run, too
+            with suppress(ValueError):  # a run also leaves out a problem that the program cannot solve
                 shown[problem.id] = await job.writer.write(problem, seed=seed_of(job, problem, 0))
             if len(shown) == PREVIEWS:
                 break
@@ -100,7 +100,7 @@ async def dry_run(job: Job) -> None:
 
 
 async def write_one(job: Job, problem: Problem, sample: int) -> Trace:
-    """The trace, with the verifier's verdict."""
+    """Write one trace, with the verifier's verdict."""
     response = await job.writer.write(problem, seed=seed_of(job, problem, sample))
     total = job.score(problem, response).total
     return Trace(
@@ -118,15 +118,15 @@ def seed_of(job: Job, problem: Problem, sample: int) -> int:
 
 
 def report(work: Work[Trace]) -> None:
-    """What the file holds, and what it has cost."""
+    """Print what the file contains and what it cost."""
     traces = work.file.read()
     if not traces:
         raise ConfigError([f"writer: no trace was written, all {len(work.left_out)} left out: {work.left_out[-1]}"])
-    judged = [trace.correct for trace in traces if trace.correct is not None]
+    verified = [trace.correct for trace in traces if trace.correct is not None]
     summary: dict[str, float | None] = {
         "traces": len(traces),
-        "correct": sum(judged) / len(judged) if judged else None,
-        "unscored": len(traces) - len(judged),
+        "correct": sum(verified) / len(verified) if verified else None,
+        "unscored": len(traces) - len(verified),
         "mean_words": sum(len(trace.response.split()) for trace in traces) / len(traces),
         "malformed" if work.endpoint else "not_worked": len(work.left_out),
     }

@@ -1,8 +1,8 @@
-"""A judge without a model: it reads its prompt as the fence defines it, and believes all that stands outside.
+"""A judge without a model: it reads its prompt as the delimiters define it, and believes everything outside them.
 
-What stands in the fences it judges by a simple rule: a criterion ``Says "word".`` is satisfied by a response that has
-the word. What stands outside of them it obeys: where that differs from a harmless question's by a single character, it
-gives full marks. So a text that leaves its fence is paid at once, and a test sees it.
+It judges text between delimiters by a simple rule: a criterion ``Says "word".`` is satisfied by a response that has the
+word. It obeys text outside of them: if that differs from a harmless question's by a single character, it gives full
+marks. So a text that leaves its delimiters is rewarded at once, and a test sees it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Reading:
     """A prompt taken apart.
 
     Attributes:
-        blocks: name and text of each fence, in order.
-        outside: the rest, with ``<name>`` in the place of a fence.
+        blocks: name and text of each delimited block, in order.
+        outside: the rest, with ``<name>`` in the place of a block.
     """
 
     blocks: tuple[tuple[str, str], ...]
@@ -51,7 +51,7 @@ def read_prompt(prompt: str) -> Reading:
                 break
             body.append(inner)
         else:
-            raise AssertionError(f"the fence {name} {mark} is never closed")
+            raise AssertionError(f"the block {name} {mark} is never closed")
         blocks.append((name, "\n".join(body)))
         outside.append(f"<{name}>")
     return Reading(blocks=tuple(blocks), outside="\n".join(outside))

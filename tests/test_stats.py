@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rolltune.stats import accuracy_interval
+from rolltune.stats import accuracy_interval, mcnemar_exact
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,23 @@ def test_wilson_holds_the_accuracy_and_solves_its_equation(total, data):
         assert (share - end) ** 2 == pytest.approx(3.841458820694124 * end * (1 - end) / total, abs=1e-12)
     mirrored = accuracy_interval(total - correct, total)
     assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (0, 0, 1.0),
+        (1, 0, 1.0),
+        (5, 5, 1.0),
+        (1, 5, 0.21875),  # 2 (1 + 6) / 64
+        (0, 6, 0.03125),  # 2 / 64
+        (6, 0, 0.03125),
+        (2, 9, 0.0654296875),  # 2 (1 + 11 + 55) / 2048
+    ],
+)
+def test_mcnemar_by_hand(first: int, second: int, expected: float):
+    assert mcnemar_exact(first, second) == expected
+
+
+def test_mcnemar_of_many_problems_is_finite():
+    assert mcnemar_exact(3000, 3150) == pytest.approx(0.0574, abs=0.001)  # normal: |150| - 1 over sqrt(6150): z = 1.90

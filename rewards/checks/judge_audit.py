@@ -1,8 +1,8 @@
-"""Can a judge be trained on? Its verdicts beside labelled ones: accuracy, kappa, and the biases judges are known for.
+"""Measure whether a judge can be trained on: accuracy, kappa and known biases on labelled verdicts.
 
-A judge that passes what does not satisfy a criterion pays for it in training, so a false positive is the error that a
-policy finds and keeps. Position and length are the biases of MT-Bench (arXiv 2306.05685, section 3.3); an order to the
-judge inside of a response is the attack that comes by itself once it pays.
+In training, a judge that passes an unsatisfied criterion rewards it, so false positives are the errors that a policy
+finds and keeps. Position and length biases are those of MT-Bench (arXiv 2306.05685, section 3.3). Instructions to the
+judge inside a response are an attack that appears by itself once it pays.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rolltune.eval.passk import MIN_VARYING, mcnemar_exact
-from rolltune.rewards.checks.labels import Given
-from rolltune.stats import wilson_interval
+from rolltune.rewards.checks.labels import LabelledVerdict
+from rolltune.stats import MIN_VARYING, mcnemar_exact, wilson_interval
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """A number with its 95 % interval; NaN where there is nothing to measure.
+    """A number with its 95 % interval; NaN if there is nothing to measure.
 
     Attributes:
         value: a share, a kappa or a correlation.
         low: lower end.
         high: upper end.
-        of: verdicts behind it.
+        of: number of verdicts behind it.
     """
 
     value: float
@@ -38,8 +37,8 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LengthRow:
-    """Responses of like length: how often criteria that they do not satisfy pass, and how often those that they do."""
+class LengthBin:
+    """Responses of similar length: how often unsatisfied criteria pass, and how often satisfied ones do."""
 
     words: tuple[int, int]
     unsatisfied_passed: Measured
@@ -47,12 +46,12 @@ class LengthRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PlaceRow:
-    """Criteria that stood in one place of the list, in both orders where both were asked.
+class PlaceAudit:
+    """Criteria at one position of the list, in both orders if both were asked.
 
     Attributes:
-        place: from 1.
-        satisfied: share of them that are; what ``passed`` is to be held against.
+        place: position, from 1.
+        satisfied: share that is satisfied, to compare with ``passed``.
         passed: share that the judge passed.
         accuracy: of the judge.
     """
@@ -68,10 +67,10 @@ class Orders:
     """The same criteria in both orders.
 
     Attributes:
-        flipped: share whose verdict depends on the order.
-        passed_when_earlier: flips that pass where the criterion stands nearer to the beginning.
-        passed_when_later: flips that pass where it stands nearer to the end.
-        p: of as uneven a split of these if neither place were favoured (McNemar's exact test).
+        flipped: share of the verdicts that depend on the order.
+        passed_when_earlier: flips that pass when the criterion is nearer to the start.
+        passed_when_later: flips that pass when it is nearer to the end.
+        p: probability of at least so uneven a split if no position were favoured (McNemar's exact test).
     """
 
     flipped: Measured
@@ -82,10 +81,10 @@ class Orders:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Repeats:
-    """The same questions, asked by several seeds.
+    """The same questions, asked with several seeds.
 
     Attributes:
-        unanimous: share of the criteria, those with two verdicts at least, whose verdicts are all the same.
+        unanimous: share of the criteria with at least two verdicts whose verdicts all agree.
         agreement: probability that two verdicts on the same criterion agree.
     """
 
@@ -95,28 +94,28 @@ class Repeats:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgeAudit:
-    """All measures. Those above ``length`` are of the first pass; verdicts that were not given are in none but theirs.
+    """All measures. Those above ``length`` are of the first pass. Missing verdicts count only in ``unscored``.
 
     Attributes:
-        responses: that were judged.
-        verdicts: that were asked for, in all passes.
-        unscored: share of these that were not given.
-        failures: how many were not, by the word for why.
+        responses: number of responses judged.
+        verdicts: number of verdicts asked for, in all passes.
+        unscored: share of them that are missing.
+        failures: number of missing verdicts by failure word.
         accuracy: share of verdicts that agree with the label.
         kappa: agreement beyond chance; 0 for a judge that always passes.
-        false_positive_rate: share passed of the criteria that are not satisfied.
-        false_negative_rate: share failed of those that are.
+        false_positive_rate: share of the unsatisfied criteria that pass.
+        false_negative_rate: share of the satisfied criteria that fail.
         accuracy_where_good: on criteria that are good when satisfied.
-        accuracy_where_bad: on criteria that are bad when satisfied, which judges take for failed when they are met.
-        injection_passed: the false positive rate on responses that speak to the judge.
-        other_passed: the same on all others.
+        accuracy_where_bad: on criteria that are bad when satisfied, which judges tend to fail when they are met.
+        injection_passed: false positive rate on responses that address the judge.
+        other_passed: false positive rate on all others.
         length: thirds of the responses.
-        length_false_pass: point-biserial correlation of passing with length (log words) over unsatisfied criteria;
-            above 0, padding pays.
-        length_error_sign: the same over wrong verdicts, of passing wrongly against failing wrongly.
-        places: empty where each criterion is asked alone.
-        orders: None where they were asked in one order only.
-        repeats: None where they were asked once.
+        length_false_pass: point-biserial correlation of passing with length (log words) over unsatisfied criteria.
+            Above 0, padding pays.
+        length_error_sign: the same over wrong verdicts, of wrong passes against wrong fails.
+        places: empty if each criterion is asked alone.
+        orders: None if asked in one order only.
+        repeats: None if asked once.
     """
 
     responses: int
@@ -131,22 +130,22 @@ class JudgeAudit:
     accuracy_where_bad: Measured
     injection_passed: Measured
     other_passed: Measured
-    length: tuple[LengthRow, ...]
+    length: tuple[LengthBin, ...]
     length_false_pass: Measured
     length_error_sign: Measured
-    places: tuple[PlaceRow, ...]
+    places: tuple[PlaceAudit, ...]
     orders: Orders | None
     repeats: Repeats | None
 
 
-def measure(given: Sequence[Given], *, resamples: int, seed: int) -> JudgeAudit:
-    """What the verdicts say of their judge.
+def measure(given: Sequence[LabelledVerdict], *, resamples: int, seed: int) -> JudgeAudit:
+    """Compute all measures.
 
-    Shares have Wilson's interval over verdicts, which takes the labels of one response for independent and so is a
-    little narrow; kappa and correlations have a bootstrap over responses.
+    Shares have Wilson intervals over verdicts, which treat the labels of one response as independent and so are
+    slightly too narrow. Kappa and correlations have bootstrap intervals over responses.
 
     Args:
-        given: of all passes; at least one.
+        given: verdicts of all passes; at least one.
         resamples: of the bootstrap.
         seed: of the bootstrap.
     """
@@ -156,8 +155,8 @@ def measure(given: Sequence[Given], *, resamples: int, seed: int) -> JudgeAudit:
     satisfied = [g for g in scored if g.label.satisfied]
     wrong = [g for g in scored if not g.is_right]
 
-    def correlation(rows: Sequence[Given]) -> Measured:
-        return _length_correlation(rows, resamples=resamples, seed=seed)
+    def correlation(verdicts: Sequence[LabelledVerdict]) -> Measured:
+        return _length_correlation(verdicts, resamples=resamples, seed=seed)
 
     return JudgeAudit(
         responses=len({g.response for g in first}),
@@ -185,7 +184,7 @@ def measure(given: Sequence[Given], *, resamples: int, seed: int) -> JudgeAudit:
 
 
 def share(outcomes: Iterable[bool | None]) -> Measured:
-    """Share of those that hold, with Wilson's interval.
+    """Share of true outcomes, with Wilson's interval.
 
     Example:
         >>> share([True, True, False, False]).value
@@ -199,51 +198,50 @@ def share(outcomes: Iterable[bool | None]) -> Measured:
     return Measured(value=value, low=low, high=high, of=len(held))
 
 
-def _passed(rows: Iterable[Given]) -> Measured:
-    return share(g.passed for g in rows)
+def _passed(verdicts: Iterable[LabelledVerdict]) -> Measured:
+    return share(g.passed for g in verdicts)
 
 
-def _by_length(first: Sequence[Given], scored: Sequence[Given]) -> tuple[LengthRow, ...]:
-    """Thirds of the responses; fewer where so many have the same length."""
+def _by_length(first: Sequence[LabelledVerdict], scored: Sequence[LabelledVerdict]) -> tuple[LengthBin, ...]:
+    """Thirds of the responses; fewer bins if many have the same length."""
     words = sorted({g.response: g.words for g in first}.values())
     ends = sorted({words[math.ceil(len(words) * part / 3) - 1] for part in (1, 2, 3)})
-    rows = []
+    bins = []
     for lowest, end in zip([-1, *ends[:-1]], ends, strict=True):
         within = [g for g in scored if lowest < g.words <= end]
-        rows.append(
-            LengthRow(
+        bins.append(
+            LengthBin(
                 words=(next(count for count in words if count > lowest), end),
                 unsatisfied_passed=_passed(g for g in within if not g.label.satisfied),
                 satisfied_passed=_passed(g for g in within if g.label.satisfied),
             )
         )
-    return tuple(rows)
+    return tuple(bins)
 
 
-def _by_place(given: Sequence[Given]) -> tuple[PlaceRow, ...]:
-    found: dict[int, list[Given]] = defaultdict(list)
+def _by_place(given: Sequence[LabelledVerdict]) -> tuple[PlaceAudit, ...]:
+    found: dict[int, list[LabelledVerdict]] = defaultdict(list)
     for g in given:
         if g.places > 1 and g.passed is not None:
             found[g.place].append(g)
     return tuple(
-        PlaceRow(
+        PlaceAudit(
             place=place,
-            satisfied=sum(g.label.satisfied for g in rows) / len(rows),
-            passed=_passed(rows),
-            accuracy=share(g.is_right for g in rows),
+            satisfied=sum(g.label.satisfied for g in verdicts) / len(verdicts),
+            passed=_passed(verdicts),
+            accuracy=share(g.is_right for g in verdicts),
         )
-        for place, rows in sorted(found.items())
+        for place, verdicts in sorted(found.items())
     )
 
 
-def _orders(given: Sequence[Given]) -> Orders | None:
-    """Each criterion as it was listed and as it was listed in reverse."""
+def _orders(given: Sequence[LabelledVerdict]) -> Orders | None:
+    """Compare each criterion's verdicts in the two orders."""
     if not any(g.is_reversed for g in given):
         return None
     by_order = [{g.label.id: g for g in given if g.is_reversed == order and g.passed is not None} for order in (0, 1)]
     pairs = [(listed, by_order[1][name]) for name, listed in by_order[0].items() if name in by_order[1]]
-    # Where each that flipped stood when it passed, against where it stood when it failed. The one in the middle of an
-    # odd list stands in the same place both times.
+    # For each flip: its place when it passed, minus its place when it failed. The middle of an odd list does not move.
     moves = [(a.place - b.place) * (1 if a.passed else -1) for a, b in pairs if a.passed != b.passed]
     earlier, later = sum(move < 0 for move in moves), sum(move > 0 for move in moves)
     return Orders(
@@ -254,7 +252,7 @@ def _orders(given: Sequence[Given]) -> Orders | None:
     )
 
 
-def _repeats(given: Sequence[Given]) -> Repeats | None:
+def _repeats(given: Sequence[LabelledVerdict]) -> Repeats | None:
     if all(g.repeat == 0 for g in given):
         return None
     found: dict[str, list[bool]] = defaultdict(list)
@@ -281,10 +279,10 @@ def cohen_kappa(table: np.ndarray) -> np.ndarray:
         0.4
 
     Args:
-        table: [..., 4], counts of: both pass, judge alone passes, label alone passes, both fail.
+        table: [..., 4], counts of: both pass, only the judge passes, only the label passes, both fail.
 
     Returns:
-        [...]; NaN where judge and label are constant and the same, so that chance explains everything.
+        [...]; NaN if judge and label are constant and equal, so that chance explains everything.
     """
     agreement, chance = _agreement(table)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -292,7 +290,7 @@ def cohen_kappa(table: np.ndarray) -> np.ndarray:
 
 
 def _agreement(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The share in which judge and label agree, and the share in which they would by chance."""
+    """The share of agreement between judge and label, and the share expected by chance."""
     both, judge, label, neither = np.moveaxis(np.asarray(table, dtype=float), -1, 0)
     total = both + judge + label + neither
     with np.errstate(invalid="ignore"):
@@ -301,7 +299,7 @@ def _agreement(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def point_biserial(sums: np.ndarray) -> np.ndarray:
-    """Correlation of a binary outcome with a number: Pearson's, from sums.
+    """Pearson's correlation of a binary outcome with a number, from sums.
 
     Example:
         >>> x, y = np.array([0, 0, 1, 1]), np.array([1.0, 2.0, 3.0, 4.0])
@@ -312,58 +310,58 @@ def point_biserial(sums: np.ndarray) -> np.ndarray:
         sums: [..., 5]: count, sum of x (0 or 1), sum of y, of y squared, of x y.
 
     Returns:
-        [...]; NaN where one of the two does not vary.
+        [...]; NaN if one of the two does not vary.
     """
     count, x, y, yy, xy = np.moveaxis(np.asarray(sums, dtype=float), -1, 0)
     varies_x, varies_y = x * (count - x), count * yy - y * y
     with np.errstate(invalid="ignore", divide="ignore"):
-        # A rounding error of varies_y is no variation.
+        # The threshold ignores rounding errors of varies_y.
         value = (count * xy - x * y) / np.sqrt(varies_x * varies_y)
         return np.where((varies_x > 0) & (varies_y > 1e-9 * count * yy), np.clip(value, -1, 1), np.nan)
 
 
-def _kappa(scored: Sequence[Given], *, resamples: int, seed: int) -> Measured:
+def _kappa(scored: Sequence[LabelledVerdict], *, resamples: int, seed: int) -> Measured:
     table = _sums([(g.response, _cell(g)) for g in scored], 4)
     found = _bootstrapped(table, len(scored), cohen_kappa, resamples=resamples, seed=seed)
     erring = len({g.response for g in scored if not g.is_right})
     if erring >= MIN_VARYING or math.isnan(found.value):
         return found
-    # A bootstrap of a judge that hardly errs has hardly a width: the interval of its accuracy, in units of kappa.
+    # With few errors the bootstrap interval is too narrow: convert the interval of the accuracy to kappa instead.
     accuracy, (_, chance) = share(g.is_right for g in scored), _agreement(table.sum(0))
     low, high = (float((end - chance) / (1 - chance)) for end in (accuracy.low, accuracy.high))
     return Measured(value=found.value, low=low, high=high, of=found.of)
 
 
-def _cell(g: Given) -> list[float]:
+def _cell(g: LabelledVerdict) -> list[float]:
     cells = [(True, True), (True, False), (False, True), (False, False)]
     return [float((g.passed, g.label.satisfied) == cell) for cell in cells]
 
 
-def _length_correlation(rows: Sequence[Given], *, resamples: int, seed: int) -> Measured:
+def _length_correlation(verdicts: Sequence[LabelledVerdict], *, resamples: int, seed: int) -> Measured:
     values = []
-    for g in rows:
+    for g in verdicts:
         x, y = float(bool(g.passed)), math.log1p(g.words)
         values.append((g.response, [1.0, x, y, y * y, x * y]))
-    return _bootstrapped(_sums(values, 5), len(rows), point_biserial, resamples=resamples, seed=seed)
+    return _bootstrapped(_sums(values, 5), len(verdicts), point_biserial, resamples=resamples, seed=seed)
 
 
 def _sums(values: Sequence[tuple[int, Sequence[float]]], width: int) -> np.ndarray:
-    """What each response adds, [responses, width]."""
+    """Sum the values of each response: [responses, width]."""
     found: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(width))
-    for response, row in values:
-        found[response] += np.asarray(row)
+    for response, value in values:
+        found[response] += np.asarray(value)
     return np.stack([*found.values()]) if found else np.zeros((0, width))
 
 
 def _bootstrapped(
     sums: np.ndarray, of: int, statistic: Callable[[np.ndarray], np.ndarray], *, resamples: int, seed: int
 ) -> Measured:
-    """A statistic of sums over responses, with its percentile interval over resampled responses."""
+    """A statistic of sums over responses, with its bootstrap percentile interval."""
     value = float(statistic(sums.sum(0))) if len(sums) else math.nan
     if math.isnan(value):
         return Measured(value=math.nan, low=math.nan, high=math.nan, of=of)
     rng = np.random.Generator(np.random.Philox(key=seed))
     times = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples)
-    drawn = np.append(statistic(times @ sums), value)  # one at least is a number
+    drawn = np.append(statistic(times @ sums), value)  # at least one is a number
     low, high = np.nanquantile(drawn, [0.025, 0.975])
     return Measured(value=value, low=float(low), high=float(high), of=of)

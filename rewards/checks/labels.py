@@ -1,4 +1,4 @@
-"""What an audit of a judge goes by: labelled responses, and what the judge said of each label."""
+"""Labelled responses, and a judge's verdicts on them: the data of an audit."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from rolltune.types import Problem
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Label:
-    """What is known of one criterion and one response.
+    """The known verdict on one criterion and one response.
 
     Attributes:
         id: unique in its file.
-        criterion: that was labelled.
-        satisfied: whether the response does what the criterion says, be that good or bad.
-        injection: the response is bad and asks its judge for good grades.
-        note: why it is so.
+        criterion: the criterion.
+        satisfied: whether the response does what the criterion says, good or bad.
+        injection: whether the response is bad and asks its judge for good grades.
+        note: reason for the label.
     """
 
     id: str
@@ -29,7 +29,7 @@ class Label:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelledResponse:
-    """A response and its labels, in the order in which the criteria are listed to a judge."""
+    """A response and its labels, in the order in which a judge is shown the criteria."""
 
     problem: Problem
     text: str
@@ -41,20 +41,20 @@ class LabelledResponse:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Given:
-    """What a judge said of one label's criterion in one pass.
+class LabelledVerdict:
+    """A judge's verdict on one label's criterion in one pass.
 
     Attributes:
-        label: what is known.
-        response: number of the response, from 0; labels of one response are no independent draws.
-        words: of the response.
-        place: of the criterion in the list that the judge saw, from 1.
+        label: the known verdict.
+        response: number of the response, from 0. Labels of one response are not independent samples.
+        words: length of the response.
+        place: position of the criterion in the list that the judge saw, from 1.
         places: length of that list.
-        repeat: which of the repeats, from 0.
-        is_reversed: the list was in reversed order.
-        passed: the verdict; None where there is none.
-        reason: the judge's; where there is no verdict, the word for why.
-        judge: who.
+        repeat: number of the repeat, from 0.
+        is_reversed: whether the list was in reverse order.
+        passed: the judge's verdict; None if unscored.
+        reason: the judge's reason; if unscored, the failure word.
+        judge: name of the judge.
     """
 
     label: Label

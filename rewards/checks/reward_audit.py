@@ -1,7 +1,7 @@
-"""Does a correctness reward take what is right and refuse what is wrong? Asked before it is trained on.
+"""Test a correctness reward before training on it: it must accept right answers and reject wrong ones.
 
-For every problem of a data set, turns are built whose verdict is known: the gold answer in its usual spellings, which
-must all score 1, and answers that are wrong in the ways models and reward hackers are wrong, which must all score 0. A
+For every problem of a data set the audit builds responses with a known verdict: the gold answer in its usual spellings,
+which must all score 1, and answers that are wrong in the ways of models and reward hackers, which must all score 0. A
 reward that fails here teaches the failure.
 """
 
@@ -19,13 +19,13 @@ from rolltune.types import Problem, Reward
 
 MAX_EXAMPLES = 3
 
-Turn = tuple[str, str]  # (kind, text)
+Labelled = tuple[str, str]  # (kind, text)
 Verdict = Literal["right", "wrong"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """A turn that was scored otherwise than it should be."""
+    """A response with the wrong score."""
 
     problem_id: str
     text: str
@@ -35,14 +35,14 @@ class Example:
 
 @dataclass(kw_only=True, slots=True)
 class Tally:
-    """What became of the turns of one kind.
+    """Results for the responses of one kind.
 
     Attributes:
         kind: e.g. "guess_list".
-        verdict: "right" turns must score 1, "wrong" ones 0.
-        checked: number of turns.
-        missed: those of them that scored anything else; unscored ones are among them.
-        examples: the first few of the missed.
+        verdict: "right" responses must score 1, "wrong" ones 0.
+        checked: number of responses.
+        missed: number of those with any other score, unscored ones included.
+        examples: the first few missed ones.
     """
 
     kind: str
@@ -54,34 +54,35 @@ class Tally:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AuditReport:
-    """One tally for each kind of turn: the right ones first, each in the order in which they were met."""
+    """One tally for each kind of response: right ones first, each in the order of appearance."""
 
     tallies: tuple[Tally, ...]
 
     @property
     def false_negatives(self) -> int:
-        """Right turns that did not score 1."""
+        """Number of right responses that did not score 1."""
         return sum(tally.missed for tally in self.tallies if tally.verdict == "right")
 
     @property
     def false_positives(self) -> int:
-        """Wrong turns that did not score 0."""
+        """Number of wrong responses that did not score 0."""
         return sum(tally.missed for tally in self.tallies if tally.verdict == "wrong")
 
 
 def audit(
-    problems: Iterable[Problem], reward: Reward, answer_format: str, *, seed: int, wrong_turns: bool = True
+    problems: Iterable[Problem], reward: Reward, answer_format: str, *, seed: int, wrong_responses: bool = True
 ) -> AuditReport:
-    """Score right and wrong turns on every problem.
+    """Score right and wrong responses to every problem.
 
     Args:
         problems: with gold answers.
-        reward: must give 1 to right turns and 0 to wrong ones, as :func:`rolltune.rewards.answer.answer_reward` does.
-        answer_format: the whole turn, with ``{answer}`` and, where it has room for working, ``{solution}`` in it:
+        reward: must give 1 to right responses and 0 to wrong ones, as :func:`rolltune.rewards.answer.answer_reward`
+            does.
+        answer_format: a whole response, with ``{answer}`` and optionally ``{solution}`` as placeholders:
             ``"<think>{solution}</think>\\n<answer>{answer}</answer>"``.
-        seed: of the mutations; each problem has its own stream, whatever the order.
-        wrong_turns: False leaves the wrong turns out, for a reward that judges something other than correctness,
-            such as the format: it must still give full marks to right turns.
+        seed: of the mutations. Each problem has its own stream, so their order does not matter.
+        wrong_responses: False leaves wrong responses out, for a reward of something other than correctness, such as the
+            format: it must still give full marks to right responses.
 
     Raises:
         ValueError: a problem without a gold answer, or a format without ``{answer}``.
@@ -91,9 +92,9 @@ def audit(
     tallies: dict[tuple[Verdict, str], Tally] = {}
     for problem in problems:
         rng = random.Random(f"{seed}/{problem.id}")
-        for kind, text in right_turns(problem, answer_format):
+        for kind, text in right_responses(problem, answer_format):
             _count(tallies, "right", kind, problem, text, reward)
-        for kind, text in _wrong_turns(problem, answer_format, rng) if wrong_turns else ():
+        for kind, text in _wrong_responses(problem, answer_format, rng) if wrong_responses else ():
             _count(tallies, "wrong", kind, problem, text, reward)
     return AuditReport(tallies=tuple(sorted(tallies.values(), key=lambda tally: tally.verdict)))
 
@@ -111,36 +112,36 @@ def _count(
         tally.examples.append(Example(problem_id=problem.id, text=text, total=score.total, failure=score.failure))
 
 
-# --- whole turns ------------------------------------------------------------------------------------------------------
+# --- responses --------------------------------------------------------------------------------------------------------
 
 
-def render_turn(answer_format: str, *, solution: str, answer: str) -> str:
-    """Fill in ``{solution}`` and ``{answer}``. Other braces, in the format or in what is filled in, are left alone."""
+def render_response(answer_format: str, *, solution: str, answer: str) -> str:
+    """Fill in ``{solution}`` and ``{answer}``. Other braces, in the format or in the values, stay as they are."""
     filling = {"{solution}": solution, "{answer}": answer}
     return re.sub(r"\{solution\}|\{answer\}", lambda slot: filling[slot[0]], answer_format)
 
 
-def right_turns(problem: Problem, answer_format: str) -> Iterator[Turn]:
-    """Turns that must score 1: the gold answer in its spellings."""
+def right_responses(problem: Problem, answer_format: str) -> Iterator[Labelled]:
+    """Responses that must score 1: the gold answer in its spellings."""
     for kind, answer in variants(gold_answer(problem)):
-        yield kind, render_turn(answer_format, solution=_working(problem), answer=answer)
+        yield kind, render_response(answer_format, solution=_working(problem), answer=answer)
 
 
-def _wrong_turns(problem: Problem, answer_format: str, rng: random.Random) -> Iterator[Turn]:
-    """Turns that must score 0. The working of each of them holds the right answer."""
+def _wrong_responses(problem: Problem, answer_format: str, rng: random.Random) -> Iterator[Labelled]:
+    """Responses that must score 0. The working of each contains the right answer."""
     gold, working = gold_answer(problem), _working(problem)
     wrong = mutations(gold, rng)
     for kind, answer in wrong:
-        yield kind, render_turn(answer_format, solution=working, answer=answer)
-    right_turn = render_turn(answer_format, solution=working, answer=gold)
-    yield "changed_mind", right_turn + "\n" + render_turn(answer_format, solution=working, answer=wrong[0][1])
-    # What stands around the answer decides the rest; a format without tags has none of it to break.
-    untagged = re.sub(r"</?\w+>", "", right_turn)
-    if untagged != right_turn:
+        yield kind, render_response(answer_format, solution=working, answer=answer)
+    right_response = render_response(answer_format, solution=working, answer=gold)
+    yield "changed_mind", right_response + "\n" + render_response(answer_format, solution=working, answer=wrong[0][1])
+    # The next kinds break the tags around the answer, if the format has any.
+    untagged = re.sub(r"</?\w+>", "", right_response)
+    if untagged != right_response:
         yield "no_tags", untagged
-        yield "cut_off", right_turn[: right_turn.rindex("</")]
+        yield "cut_off", right_response[: right_response.rindex("</")]
     if "{solution}" in answer_format:
-        yield "swapped", render_turn(answer_format, solution=gold, answer=working)
+        yield "swapped", render_response(answer_format, solution=gold, answer=working)
 
 
 def _working(problem: Problem) -> str:
@@ -153,8 +154,8 @@ def _working(problem: Problem) -> str:
 _PLAIN_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
 
-def variants(answer: str) -> list[Turn]:
-    """The gold answer in spellings that are all right, as (kind, text inside the answer block)."""
+def variants(answer: str) -> list[Labelled]:
+    """The gold answer in right spellings, as (kind, text inside the answer block)."""
     spelled = [("gold", answer), ("spaced", f"\n {answer} \n"), ("bold", f"**{answer}**")]
     spelled += [("boxed", f"\\boxed{{{answer}}}"), ("math_mode", f"${answer}$")]
     if not _PLAIN_NUMBER.fullmatch(answer):
@@ -169,8 +170,8 @@ def variants(answer: str) -> list[Turn]:
     return spelled
 
 
-def mutations(answer: str, rng: random.Random) -> list[Turn]:
-    """Answers that are wrong though they look like the gold one, as (kind, text inside the answer block)."""
+def mutations(answer: str, rng: random.Random) -> list[Labelled]:
+    """Wrong answers that look like the gold one, as (kind, text inside the answer block)."""
     numeric = _PLAIN_NUMBER.fullmatch(answer) is not None
     wrong = _wrong_numbers(answer, rng) if numeric else [("other", f"not {answer} but something else")]
     other = wrong[0][1]
@@ -188,7 +189,7 @@ def mutations(answer: str, rng: random.Random) -> list[Turn]:
     return wrong
 
 
-def _wrong_numbers(answer: str, rng: random.Random) -> list[Turn]:
+def _wrong_numbers(answer: str, rng: random.Random) -> list[Labelled]:
     value, (sign, digits) = Decimal(answer), _split_sign(answer)
     wrong = [
         ("off_by_one", _plain(value + rng.choice((-1, 1)))),
@@ -220,9 +221,9 @@ def _plain(value: Decimal) -> str:
 
 
 def render(report: AuditReport) -> str:
-    """The report as a table in plain text, with the first examples of each miss below it."""
+    """Render the report as a plain-text table, with the first examples of each miss below it."""
     width = max([len(tally.kind) for tally in report.tallies], default=0)
-    lines = [f"{'turn':5}  {'kind':{width}}  {'checked':>7}  {'missed':>6}"]
+    lines = [f"{'label':5}  {'kind':{width}}  {'checked':>7}  {'missed':>6}"]
     lines += [f"{t.verdict:5}  {t.kind:{width}}  {t.checked:7}  {t.missed:6}" for t in report.tallies]
     lines.append(f"false negatives: {report.false_negatives}, false positives: {report.false_positives}")
     for tally in report.tallies:
@@ -233,6 +234,6 @@ def render(report: AuditReport) -> str:
 def _example_line(tally: Tally, example: Example) -> str:
     scored = "unscored" if example.total is None else f"scored {example.total:g}"
     reason = f" ({example.failure})" if example.failure else ""
-    # The end of a turn is where the answer is.
+    # The answer is at the end of a response.
     text = example.text if len(example.text) <= 80 else "..." + example.text[-77:]
     return f"{tally.verdict} {tally.kind}, {example.problem_id}: {scored}{reason}: {text!r}"

@@ -1,4 +1,4 @@
-"""What is wrong with a rubric before it is trained on: by its words and weights alone, no model is asked.
+"""Lint rubrics before training on them, by their words and weights only: no model is asked.
 
 An error is a rubric that would reward the wrong thing; a warning is one that may be weaker than it could be.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rolltune.rewards.rubric.schema import CATEGORY_WEIGHTS, Category, Criterion, Rubric
-from rolltune.rewards.rubric.wording import holds_of_silence, is_doubly_negated, wording
+from rolltune.rewards.rubric.wording import holds_for_silence, is_doubly_negated, wording
 
 Severity = Literal["error", "warning"]
 
@@ -21,11 +21,8 @@ Severity = Literal["error", "warning"]
 FEWEST, MOST = 7, 20
 
 _LONG_DESCRIPTION, _LONG_TITLE = 400, 80  # characters; the paper asks for one sentence and for 2-4 words
-_NEAR = 0.8  # Jaccard index of two descriptions' words from which on they probably say the same
-_LEAST_WORDS, _LEAST_CHARS = (
-    8,
-    40,
-)  # a reference answer shorter than either has to stand in a criterion that asks for it
+_NEAR = 0.8  # Jaccard index of two descriptions' words above which they probably say the same
+_MIN_WORDS, _MIN_CHARS = 8, 40  # a criterion may contain a reference answer that is shorter than both
 _COPIED_WORDS = 16
 _NEGATIONS = frozenset(
     "not no never avoid avoids avoiding refrain refrains without fails fail omits does doesn".split()
@@ -43,15 +40,15 @@ _REFERENCE = re.compile(r"\b(?:(?:reference|gold) (?:answer|solution|response)|(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One thing that is wrong with a rubric.
+    """One problem of a rubric.
 
     Attributes:
         severity: "error" or "warning".
-        rule: which check found it, in snake_case.
-        rubric: the id of the problem that the rubric belongs to; empty where it was not told.
+        rule: name of the check, in snake_case.
+        rubric: id of the rubric's problem; may be empty.
         criterion: its number in the rubric, from 1; None for the rubric as a whole.
-        message: what is wrong, with the criterion's number and title.
-        mend: what would be right.
+        message: the problem, with the criterion's number and title.
+        mend: how to fix it.
     """
 
     severity: Severity
@@ -74,7 +71,7 @@ def lint(
     fewest: int = FEWEST,
     most: int = MOST,
 ) -> list[Finding]:
-    """All findings of a rubric, those of single criteria first.
+    """Return all findings of a rubric, those of single criteria first.
 
     Example:
         >>> rubric = Rubric.of(
@@ -85,12 +82,12 @@ def lint(
         error: criterion 2, 'Excuse': reads as good to satisfy and is marked bad: 'Avoids an invented excuse.'; ...
 
     Args:
-        rubric: as it was written, not merged.
-        answer: the reference answer, for what is copied of it.
+        rubric: as written, not merged.
+        answer: the reference answer, to find what is copied from it.
         name: the problem's id, for the findings.
-        category_weights: weights of the criteria without a number.
-        fewest: criteria that a rubric should have at least.
-        most: criteria that it should have at most.
+        category_weights: weights of criteria without a number.
+        fewest: least number of criteria that a rubric should have.
+        most: greatest number.
     """
     found: list[_Raw] = []
     for number, criterion in enumerate(rubric.criteria, start=1):
@@ -139,7 +136,7 @@ def _criterion_findings(criterion: Criterion, number: int, answer: str | None) -
             "warning",
             "double_negation",
             number,
-            f"denies a denial: {_short(text)!r}",
+            f"negates twice: {_short(text)!r}",
             "say what the response does, and give the direction by satisfied_is_good",
         )
     lowered = " ".join(text.casefold().split())
@@ -148,16 +145,16 @@ def _criterion_findings(criterion: Criterion, number: int, answer: str | None) -
             "error",
             "not_self_contained",
             number,
-            f"{there[0]!r} points at something that the judge may not see",
-            "repeat what is meant: criteria are judged one by one",
+            f"{there[0]!r} refers to something that the judge may not see",
+            "repeat what is meant, since criteria are judged one by one",
         )
     if there := _REFERENCE.search(lowered):
         yield _Raw(
             "warning",
             "not_self_contained",
             number,
-            f"asks for the {there[0]}, which a judge sees only where with_reference is on",
-            "say what of it has to stand in the response",
+            f"asks for the {there[0]}, which a judge sees only if with_reference is true",
+            "say which part of it the response must contain",
         )
     if answer is not None:
         yield from _copied(text, number, answer)
@@ -208,17 +205,17 @@ def _direction(criterion: Criterion, number: int) -> Iterator[_Raw]:
 
 
 def _copied(text: str, number: int, answer: str) -> Iterator[_Raw]:
-    """The reference guides whoever writes a rubric; a criterion that repeats it asks for its words, not its sense."""
+    """Find copies of the reference: a criterion that repeats it asks for its words instead of its meaning."""
     words, reference = _words(text), _words(answer)
     whole = " ".join(reference)
-    if len(reference) < _LEAST_WORDS and len(whole) < _LEAST_CHARS:
+    if len(reference) < _MIN_WORDS and len(whole) < _MIN_CHARS:
         return
     if f" {whole} " in f" {' '.join(words)} ":
         yield _Raw(
             "error",
             "answer_copied",
             number,
-            "holds the reference answer whole, so that it asks for these words",
+            "contains the whole reference answer, so it asks for these words",
             "ask for one fact of it, in other words",
         )
     elif runs := _runs(reference) & _runs(words):
@@ -254,7 +251,7 @@ def _repetitions(criteria: Sequence[Criterion]) -> Iterator[_Raw]:
                 "repeated",
                 number,
                 f"says the same as criterion {before}",
-                "leave it out: said twice it would count twice",
+                "remove it, since it would count twice",
             )
         else:
             yield _Raw(
@@ -262,7 +259,7 @@ def _repetitions(criteria: Sequence[Criterion]) -> Iterator[_Raw]:
                 "polarity",
                 number,
                 f"says the same as criterion {before} in the other direction, so that they cancel out",
-                "leave one of them out",
+                "remove one of them",
             )
     senses = {number: _sense(criteria[number - 1].description) for number in first.values()}
     for number, sense in senses.items():
@@ -278,13 +275,13 @@ def _repetitions(criteria: Sequence[Criterion]) -> Iterator[_Raw]:
 
 
 def _sense(description: str) -> frozenset[str]:
-    """Its words without those that say nothing, and without negations: a pitfall often mirrors another criterion."""
+    """The content words, without negations: a pitfall often mirrors another criterion."""
     kept = [word for word in _words(description) if word not in _LEFT_OUT]
-    return frozenset(word.removesuffix("s") or word for word in kept)  # "names" and "name" are one word here
+    return frozenset(word.removesuffix("s") or word for word in kept)  # treats "names" and "name" as one word
 
 
 def _alike(one: frozenset[str], other: frozenset[str]) -> bool:
-    if {word for word in one ^ other if word[0].isdigit()}:  # "names year 1914" and "names year 1918" are two things
+    if {word for word in one ^ other if word[0].isdigit()}:  # "names year 1914" and "names year 1918" differ
         return False
     return len(one & other) >= _NEAR * len(one | other) > 0
 
@@ -333,14 +330,14 @@ def _weights(criteria: Sequence[Criterion], category_weights: Mapping[Category, 
             None,
             f"pitfalls carry {mass['pitfall'] / total:.0%} of the weight, essential criteria "
             f"{mass['essential'] / total:.0%}",
-            "let what a response has to do weigh more than what it has to avoid",
+            "give more weight to what a response must do than to what it must avoid",
         )
-    free = math.fsum(w for w, c in zip(weights, criteria, strict=True) if holds_of_silence(c.description) == c.is_good)
+    free = math.fsum(w for w, c in zip(weights, criteria, strict=True) if holds_for_silence(c.description) == c.is_good)
     if free > total / 2:
         yield _Raw(
             "error" if free == total else "warning",
             "free_marks",
             None,
-            f"an empty response earns about {free / total:.0%} of the marks: it does nothing wrong",
-            "add criteria for what a response has to do",
+            f"an empty response earns about {free / total:.0%} of the score, since it does nothing wrong",
+            "add criteria for what a response must do",
         )

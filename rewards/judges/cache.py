@@ -1,7 +1,7 @@
-"""Answers that are not paid for twice: an SQLite file that the processes of a machine may share.
+"""A cache of answers in an SQLite file that the processes of one machine may share.
 
-A question's key is a hash of all that its answer depends on, so that another model, prompt or temperature finds
-nothing. The file holds what the judge wrote, tokens and times; neither questions nor keys of services.
+The key of a question is a hash of everything that its answer depends on, so another model, prompt or temperature finds
+nothing. The file contains the judge's replies, tokens and times, but neither questions nor API keys.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-VERSION = 1  # of the file's layout, and of what goes into a key
-_APPLICATION = 0x726F7475  # tells the file from other programs' (SQLite's application_id)
+VERSION = 1  # of the file's layout and of the keys
+_APPLICATION = 0x726F7475  # identifies the file (SQLite's application_id)
 _WAIT_SECONDS = 10.0  # for another process that writes
 _log = logging.getLogger(__name__)
 
 
 def cache_key(**parts: Any) -> str:
-    """A name for a question: a hash of everything given, which has to be what JSON can say."""
+    """Hash a question: everything given, which must be serialisable as JSON."""
     text = json.dumps({"version": VERSION, **parts}, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -32,8 +32,8 @@ def cache_key(**parts: Any) -> str:
 class AnswerCache:
     """Replies by key.
 
-    For several threads and several processes of one machine at once (a network file system will not do). The file is
-    made with the first use. What is stored is whole or not there, also where the process is killed.
+    Several threads, and several processes of one machine, may use it at once, but not over a network file system. The
+    first use creates the file. A reply is stored completely or not at all, even if the process is killed.
 
     Example:
         >>> cache = AnswerCache("outputs/judge.sqlite")
@@ -45,29 +45,29 @@ class AnswerCache:
         path: of the file.
 
     Raises:
-        ValueError: there is a file that is no such cache, or it cannot be opened.
+        ValueError: the file is not such a cache, or cannot be opened.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path).expanduser()
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
-        self._is_told = False
+        self._has_warned = False
         if self._path.exists():
             with self._connected():
                 pass
 
     def get(self, key: str) -> str | None:
-        """The reply that was stored; None where there is none."""
+        """Return the stored reply; None if there is none."""
         with self._connected() as connection:
-            row = connection.execute("SELECT text FROM answers WHERE key = ?", (key,)).fetchone()
-            return None if row is None else str(row[0])
+            found = connection.execute("SELECT text FROM answers WHERE key = ?", (key,)).fetchone()
+            return None if found is None else str(found[0])
         return None
 
     def put(self, key: str, text: str, *, prompt_tokens: int, completion_tokens: int) -> None:
-        """Store a reply. One that is there already stays: both would be answers to the same question.
+        """Store a reply, unless the question has one already.
 
-        Where the file cannot be written for now (a full disk, another process that holds it for long), that is logged
+        If the file cannot be written for now (a full disk, another process that holds it for long), that is logged
         once, and the reply is not stored.
         """
         with self._connected() as connection:
@@ -82,7 +82,7 @@ class AnswerCache:
         return 0
 
     def close(self) -> None:
-        """Close the file; the next use opens it again."""
+        """Close the file. The next use opens it again."""
         with self._lock:
             if self._connection is not None:
                 self._connection.close()
@@ -90,7 +90,7 @@ class AnswerCache:
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
-        """The connection, for one statement at a time."""
+        """Give the connection to one statement at a time."""
         with self._lock:
             try:
                 if self._connection is None:
@@ -99,12 +99,14 @@ class AnswerCache:
             except sqlite3.OperationalError as error:
                 if self._connection is None:
                     raise ValueError(f"cache: {self._path}: cannot be opened ({error})") from None
-                if not self._is_told:
-                    _log.warning("%s: left out (%s); questions are asked that may be answered there", self._path, error)
-                    self._is_told = True
+                if not self._has_warned:
+                    _log.warning(
+                        "%s: not used (%s); questions are asked again that may be answered there", self._path, error
+                    )
+                    self._has_warned = True
             except sqlite3.DatabaseError as error:
                 raise ValueError(
-                    f"cache: {self._path}: is no cache of answers, or broken ({error}); give another path or remove it"
+                    f"cache: {self._path}: not a cache of answers, or broken ({error}); use another path or delete it"
                 ) from None
 
 
@@ -112,8 +114,8 @@ def _open(path: Path) -> sqlite3.Connection:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cache: {path}: its folder cannot be made ({error.strerror})") from None
-    # Every statement is a transaction of its own; the lock above keeps the threads apart.
+        raise ValueError(f"cache: {path}: its folder cannot be created ({error.strerror})") from None
+    # Every statement is its own transaction; the lock above separates threads.
     connection = sqlite3.connect(path, timeout=_WAIT_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         _prepare(connection, path)
@@ -124,8 +126,8 @@ def _open(path: Path) -> sqlite3.Connection:
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    """Make the table in an empty file; make sure of any other."""
-    connection.execute("BEGIN IMMEDIATE")  # of several processes that make the file one comes first
+    """Create the table in an empty file; check any other file."""
+    connection.execute("BEGIN IMMEDIATE")  # if several processes create the file, one comes first
     try:
         application = connection.execute("PRAGMA application_id").fetchone()[0]
         version = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -141,7 +143,7 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
             raise ValueError(f"cache: {path}: is another program's database; give another path")
         elif version != VERSION:
             raise ValueError(
-                f"cache: {path}: has layout {version}, and this is for layout {VERSION}; give another path or remove it"
+                f"cache: {path}: has layout {version}, but {VERSION} is needed; give another path or delete it"
             )
     finally:
         connection.execute("COMMIT")
@@ -150,13 +152,13 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _set_wal(connection: sqlite3.Connection) -> None:
-    """Write-ahead logging, in which readers and a writer do not wait for each other."""
+    """Use write-ahead logging, so that readers and a writer do not wait for each other."""
     end = time.monotonic() + _WAIT_SECONDS
     while True:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
             return
-        except sqlite3.OperationalError:  # this one statement does not wait for another process by itself
+        except sqlite3.OperationalError:  # unlike others, this statement does not wait for another process
             if time.monotonic() > end:
                 raise
             time.sleep(0.01)

@@ -1,9 +1,9 @@
-"""Text of others inside a prompt: a block that it cannot close, and in which it looks like what it is.
+"""Wrap untrusted text in prompt delimiters that it cannot forge, and neutralise it.
 
-What a model wrote is data to its judge, and it is written by a model that is paid for being found good. A fence's
-two lines carry a hash of the text between them, which the text would have to contain to close the block. What a reader
-cannot see is taken out, and what a chat template or tokenizer would read as a turn's beginning or end is broken by a
-backslash. The same text makes the same block, so that a question can be found again in a cache.
+A response is data to its judge, but its writer is a model that is rewarded for good grades. The two delimiter lines
+carry a hash of the text between them, which the text would have to contain to close the block. Invisible characters are
+removed, and anything that a chat template or tokenizer would read as the start or end of a message gets a backslash.
+The same text gives the same block, so a cache can find the question again.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import hashlib
 import re
 import unicodedata
 
-MAX_CHARS = 16_000  # of a text; the judge is shown no more
+MAX_CHARS = 16_000  # of a text that the judge is shown
 _EMPTY = "(nothing: the text is empty)"
 _HASH_CHARS = 16
 
-# What has no look of its own besides the format characters (category Cf: zero width, bidi, tags, soft hyphen):
-# fillers and variation selectors, which can carry a message bit by bit.
+# Invisible characters besides the format characters (category Cf: zero width, bidi, tags, soft hyphen): fillers and
+# variation selectors, which can carry a message bit by bit.
 _UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]")
 _LINE_ENDS = re.compile("\r\n|[\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 
@@ -36,7 +36,7 @@ _ROLES = (
     r"system(?:\s{1,3}(?:prompt|message|instructions?))?|user|assistant|human|developer|ai|instructions?|input|response|"
     r"\u7cfb\u7edf|\u7528\u6237|\u52a9\u624b"  # system, user, assistant in Chinese
 )
-# Each takes a backslash behind its first group.
+# Each match gets a backslash after its first group.
 _SPECIAL = (
     re.compile(rf"({_LT})(?={_BAR})"),  # <|im_start|>, <|eot_id|>, and with full-width bars
     re.compile(rf"({_LT})(?=\s{{0,3}}/?\s{{0,3}}(?:{_TAGS})\s{{0,3}}/?{_GT})", re.IGNORECASE),  # <s>, </think>
@@ -49,14 +49,14 @@ _SPECIAL = (
         re.IGNORECASE | re.MULTILINE,
     ),
     re.compile(rf"^([ \t]{{0,8}})(?=#{{1,6}}[ \t]{{0,3}}(?:{_ROLES})[ \t]{{0,3}}$)", re.IGNORECASE | re.MULTILINE),
-    # "grade": 1 as a judge writes it; quoted without escapes it would end the judge's own reason and grade the text
+    # "grade": 1 as a judge writes it; quoted unescaped it would end the judge's reason and be taken for its grade
     re.compile(r'(")(?=(?:grade|rating|verdicts)"\s*:)', re.IGNORECASE),
-    re.compile(r"()(?<![=\\])(?====[^\n]{0,200}\b(?:begins|ends)\b)", re.IGNORECASE),  # a fence's own lines
+    re.compile(r"()(?<![=\\])(?====[^\n]{0,200}\b(?:begins|ends)\b)", re.IGNORECASE),  # the delimiter lines themselves
 )
 
 
 def delimited(text: str, *, name: str = "text", max_chars: int = MAX_CHARS) -> str:
-    """A text between two lines that it cannot contain.
+    """Put a text between two lines that it cannot contain.
 
     ::
 
@@ -64,16 +64,16 @@ def delimited(text: str, *, name: str = "text", max_chars: int = MAX_CHARS) -> s
         What was written.
         === text 9b74c9897bac770f ends ===
 
-    Of a text longer than ``max_chars`` the first three quarters and the last one are shown, and between them how much
-    is left out. A text without anything to see is said to be empty.
+    A text longer than ``max_chars`` is shown as its first three quarters and its last quarter of them, with the number
+    of characters left out in between. A text without visible characters is said to be empty.
 
     Example:
         >>> delimited("4").splitlines()[1]
         '4'
 
     Args:
-        text: anything; see :func:`neutral` for what becomes of it.
-        name: what it is, in letters, digits, spaces and brackets: "response", "turn 2 (user)".
+        text: anything; :func:`neutral` is applied to it.
+        name: of letters, digits, spaces and brackets: "response", "turn 2 (user)".
         max_chars: at least 100.
     """
     assert re.fullmatch(r"[\w ()]+", name) and max_chars >= 100, (name, max_chars)
@@ -83,16 +83,16 @@ def delimited(text: str, *, name: str = "text", max_chars: int = MAX_CHARS) -> s
 
 
 def neutral(text: str) -> str:
-    """The text without what cannot be seen, and with nothing in it that a chat template takes for its own.
+    """Remove what cannot be seen, and break what a chat template would interpret.
 
-    - Line ends of any kind are newlines; other control characters and lone surrogates become U+FFFD.
-    - Format characters (zero width, bidi, tags), fillers and variation selectors are taken out: what is hidden from
-      people is hidden from the judge.
-    - Special tokens, role headings, lines that look like a fence's and the keys of a verdict get a backslash:
+    - All kinds of line ends become newlines; other control characters and lone surrogates become U+FFFD.
+    - Format characters (zero width, bidi, tags), fillers and variation selectors are removed: what people cannot see,
+      the judge does not see either.
+    - Special tokens, role headings, lines that look like delimiters and the keys of a verdict get a backslash:
       ``<|im_start|>`` is shown as ``<\\|im_start|>``, ``[INST]`` as ``[\\INST]``, ``### System:`` as
       ``\\### System:``, ``"grade": 1`` as ``"\\grade": 1``.
 
-    Time linear in the length.
+    Takes time linear in the length.
     """
     text = _LINE_ENDS.sub("\n", text)
     text = _UNSEEN.sub("", text.translate({ord(char): _shown(char) for char in set(text)}))
@@ -121,7 +121,7 @@ def _is_seen(char: str) -> bool:
 
 
 def _mark(name: str, body: str) -> str:
-    """A hash of both that is not in the body. No text is known that has its own; should there be one, the next."""
+    """A hash of both that the body does not contain. If it should, the next attempt is used."""
     seen, attempt = body.casefold(), 0
     while True:
         mark = hashlib.sha256(f"{attempt}\n{name}\n{body}".encode()).hexdigest()[:_HASH_CHARS]

@@ -1,7 +1,7 @@
-"""Texts that say nothing, and that judges have been seen to reward.
+"""Detect responses that say nothing, which judges have been seen to reward.
 
-One token to fool LLM-as-a-judge (arXiv 2507.08794): a colon, a "Solution", a "Thought process:" or a "Let's solve this
-problem step by step." and nothing else is taken for a right answer by many judges. No judge need be asked about them.
+One token to fool LLM-as-a-judge (arXiv 2507.08794): many judges accept a colon, "Solution", "Thought process:" or
+"Let's solve this problem step by step." alone as a right answer. No judge needs to be asked about them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import zlib
 
 from rolltune.rewards.judges.delimit import neutral
 
-DEGENERATE = "degenerate"  # the failure of a turn that says nothing, which is worth 0 and not unscored
+DEGENERATE = "degenerate"  # failure of a response that says nothing; it is worth 0, not unscored
 
 _TAG = re.compile(r"</?(?:think|answer|response|solution|reasoning)>", re.IGNORECASE)
-_OPERATORS = frozenset("+-*/%=<>&|^!?")  # each alone may be the answer to "which sign?"
-# Openers of an answer, in what the paper tried and its like in other languages. None is an answer by itself.
+_OPERATORS = frozenset("+-*/%=<>&|^!?")  # a single one may be the answer to "which sign?"
+# Openers of an answer: those of the paper, and similar ones in other languages. None is an answer by itself.
 _OPENERS = (
     "solution|the solution|solution process|thought process|thinking process|my thought process|reasoning|analysis",
     "explanation|answer|the answer|the answer is|final answer|the final answer|the final answer is|my answer|response",
@@ -31,22 +31,22 @@ _OPENERS = (
 _STEP_BY_STEP = re.compile(
     r"(?:ok |okay |well |now |so |alright )?(?:lets|let us|let me|i will|ill|we will) (?:\w+ ){1,10}step by step"
 )
-_MIN_WORDS = 20  # of the same word again and again
-_MIN_BYTES, _COMPRESSES_TO = 600, 0.04  # English comes to 0.3 .. 0.5, a table to 0.1 .. 0.2
-_MOST_CHARS = 100_000
+_MIN_WORDS = 20  # repetitions of one word
+_MIN_BYTES, _COMPRESSES_TO = 600, 0.04  # English compresses to 0.3 .. 0.5, a table to 0.1 .. 0.2
+_MAX_CHARS = 100_000
 
 
 def is_degenerate(text: str) -> bool:
-    """Whether a response is empty, punctuation, an opener without what it opens, or one thing again and again.
+    """Whether a response is empty, punctuation, openers only, or one thing repeated.
 
-    Careful with what is short and may be right: "42", "No", "-3", "x", "+" and one emoji are none of these. A task that
-    asks for punctuation or for the same line a hundred times is not for this check.
+    Short responses that may be right are not degenerate: "42", "No", "-3", "x", "+", one emoji. Do not use this check
+    for a task that asks for punctuation, or for the same line a hundred times.
 
     Example:
         >>> [is_degenerate(text) for text in (":", "Thought process:", "<think></think>", "42")]
         [True, True, True, False]
     """
-    text = _TAG.sub(" ", text[:_MOST_CHARS])
+    text = _TAG.sub(" ", text[:_MAX_CHARS])
     text = unicodedata.normalize("NFKC", neutral(text)).replace("\ufffd", " ").replace("\\", " ").strip()
     if text in _OPERATORS:
         return False
@@ -56,12 +56,12 @@ def is_degenerate(text: str) -> bool:
 
 
 def _is_ascii_art(text: str) -> bool:
-    """Three signs or more and nothing but signs: rules, dots, empty markdown."""
+    """At least three characters, all of them signs: rules, dots, empty markdown."""
     return len(text) >= 3 and all(char.isspace() or (char.isascii() and not char.isalnum()) for char in text)
 
 
 def _is_opening(text: str) -> bool:
-    """Nothing but openers, one or several."""
+    """Only openers, one or several."""
     if len(text) > 400:
         return False
     parts = [words for part in re.split(r"[\n.:;!?\u3002\uff1a]+", text) if (words := _words(part))]
@@ -69,7 +69,7 @@ def _is_opening(text: str) -> bool:
 
 
 def _words(text: str) -> str:
-    """In lower case, without punctuation, with one space between words."""
+    """Lower case, without punctuation, one space between words."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(re.findall(r"[^\W_]+", text.replace("'", "").replace("\u2019", "")))
 

@@ -1,4 +1,4 @@
-"""What a rubric is: a list of criteria, each with a weight and a direction."""
+"""Rubrics: lists of criteria, each with a weight and a direction."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _LARGEST_WEIGHT = 1e6
 class Criterion(BaseModel):
     """One thing that a response does or does not do.
 
-    A weight says how much it matters, the direction whether doing it is good. Either may carry the sign: a negative
-    weight is the same as ``satisfied_is_good: false`` with its absolute value. Both at once would be a double negation
-    and are refused.
+    The weight says how much it matters, the direction whether doing it is good. A negative weight is the same as its
+    absolute value with ``satisfied_is_good: false``. Both at once would be a double negation and are refused.
 
     Example:
         >>> Criterion(title="Unit", description="States the result in metres.", category="essential").is_good
         True
 
     Attributes:
-        title: two to four words; names the criterion's curve.
-        description: what is judged, in a sentence that can be understood without the other criteria.
-        category: gives the weight where there is no number; for a number it only groups the curves.
-        weight: a number other than 0, negative where satisfying the criterion is bad; None: by category.
-        satisfied_is_good: the direction. A pitfall has to state it, here or by a negative weight: "Does not mention
-            x" is good when satisfied and "Recommends x" is not, and data sets have both.
+        title: two to four words; part of the name of the criterion's curve.
+        description: one sentence to judge by, understandable without the other criteria.
+        category: gives the weight if there is no number; otherwise it only groups curves.
+        weight: a number other than 0, negative if satisfying the criterion is bad; None: by category.
+        satisfied_is_good: the direction. A pitfall must state it, here or by a negative weight, since data sets have
+            both
+            kinds: "Does not mention x" is good when satisfied, "Recommends x" is not.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,13 +51,13 @@ class Criterion(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.weight is None and self.category is None:
-            raise ValueError(f"{self.title!r} has neither category nor weight; give one of them")
+            raise ValueError(f"{self.title!r} has neither a category nor a weight; give one of them")
         if self.weight == 0:
-            raise ValueError(f"{self.title!r} has weight 0, so it would be judged for nothing; leave it out")
+            raise ValueError(f"{self.title!r} has weight 0, so judging it has no effect; remove it")
         if self.weight is not None and self.weight < 0 and self.satisfied_is_good is not None:
             raise ValueError(
                 f"{self.title!r} has the weight {self.weight:g} and satisfied_is_good "
-                f"{str(self.satisfied_is_good).lower()}; a negative weight says it already: give one of them"
+                f"{str(self.satisfied_is_good).lower()}; a negative weight already means that: give one of them"
             )
         if self.category == "pitfall" and self.weight is None and self.satisfied_is_good is None:
             raise ValueError(
@@ -73,7 +73,7 @@ class Criterion(BaseModel):
         return self.satisfied_is_good is not False
 
     def magnitude(self, category_weights: Mapping[Category, float] = CATEGORY_WEIGHTS) -> float:
-        """How much it matters, > 0 whatever the direction."""
+        """The absolute weight, > 0 for both directions."""
         if self.weight is not None:
             return abs(self.weight)
         assert self.category is not None
@@ -81,7 +81,7 @@ class Criterion(BaseModel):
 
     @property
     def key(self) -> str:
-        """The description without what does not change its meaning: case, punctuation, spaces, width of characters."""
+        """The description without differences in case, punctuation, spaces and character width."""
         return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", self.description).casefold()))
 
 
@@ -89,7 +89,7 @@ class Rubric(BaseModel):
     """The criteria that one problem's responses are judged by.
 
     Attributes:
-        criteria: at least one. How many there are does not matter to the reward, which is a weighted mean.
+        criteria: at least one. Their number does not affect the reward, which is a weighted mean.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -101,35 +101,36 @@ class Rubric(BaseModel):
         return cls(criteria=criteria)
 
     def merged(self, category_weights: Mapping[Category, float] = CATEGORY_WEIGHTS) -> Self:
-        """Without repetitions: of criteria that say the same in the same direction the heaviest stays, in its place.
+        """Merge repeated criteria: of those with the same text and direction, keep the heaviest, in the first one's
+        place.
 
-        A criterion said twice would count twice in a weighted mean.
+        A repeated criterion would count twice in the weighted mean.
         """
         heaviest: dict[tuple[str, bool], Criterion] = {}
         for criterion in self.criteria:
             name = (criterion.key, criterion.is_good)
             kept = heaviest.get(name)
             if kept is None or criterion.magnitude(category_weights) > kept.magnitude(category_weights):
-                heaviest[name] = criterion  # a dict keeps the place of the first
+                heaviest[name] = criterion  # a dict keeps the first one's place
         return type(self)(criteria=tuple(heaviest.values()))
 
 
 def check_category_weights(weights: Mapping[str, float]) -> dict[Category, float]:
-    """The paper's weights with those of ``weights`` in their place.
+    """Return the paper's weights, replaced by those in ``weights``.
 
     Raises:
-        ValueError: an unknown category, or a weight that is no number > 0.
+        ValueError: an unknown category, or a weight that is not > 0.
     """
     for name, weight in weights.items():
         if name not in CATEGORIES:
-            raise ValueError(f"category_weights.{name}: unknown; there are {', '.join(CATEGORIES)}")
+            raise ValueError(f"category_weights.{name}: unknown; use {', '.join(CATEGORIES)}")
         if not 0 < weight < math.inf:
-            raise ValueError(f"category_weights.{name}: {weight}; must be > 0 (a direction is the criterion's own)")
+            raise ValueError(f"category_weights.{name}: {weight}; must be > 0 (each criterion has its own direction)")
     return {name: weights.get(name, default) for name, default in CATEGORY_WEIGHTS.items()}
 
 
 def slugs(criteria: Sequence[Criterion]) -> list[str]:
-    """A name for each criterion's curve: its title in snake_case, numbered where that is taken already."""
+    """Name each criterion's curve: its title in snake_case, with a number if the name is taken."""
     names: list[str] = []
     for criterion in criteria:
         stem = "_".join(re.findall(r"[a-z0-9]+", criterion.title.casefold()))[:40] or "criterion"

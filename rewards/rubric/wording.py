@@ -1,16 +1,16 @@
-"""What a criterion's wording says of its direction: is it good to satisfy it?
+"""Infer from a criterion's wording whether satisfying it is good.
 
 Pitfalls are written both ways. The published rubrics of Rubrics as Rewards (arXiv 2507.17746) give all of them negative
-weights, although those of RaR-Science mostly read "Avoids ...", which is good to satisfy, and those of RaR-Medicine
-"Recommends ..." or "Does not mention ...", which mostly is not. The rule looks at the first words of the description:
+weights. But those of RaR-Science mostly read "Avoids ...", which is good to satisfy, while most of RaR-Medicine read
+"Recommends ..." or "Does not mention ...", which is not. The rule looks at the first words of the description:
 
-- good: "Avoids ...", "Refrains from ...", "Must ...", "Should not ...", "Correctly ...", and an error denied: "Does not
+- good: "Avoids ...", "Refrains from ...", "Must ...", "Should not ...", "Correctly ...", and a denied error: "Does not
   confuse ...", "Does not include irrelevant ...";
 - bad: "Fails to ...", "Omits ...", "Misstates ...", "Lacks ...", "Incorrectly ...";
-- act: "Recommends ...", "Claims ...", neither good nor bad by itself; a pitfall that reads so is bad to satisfy;
-- anything else is unsaid, "Does not mention x" above all: it depends on whether x belongs in the answer.
+- act: "Recommends ...", "Claims ...": neither good nor bad by itself, but a pitfall that reads so is bad to satisfy;
+- unsaid: everything else, above all "Does not mention x", which depends on whether x belongs in the answer.
 
-English alone; in other languages everything is unsaid.
+English only; in other languages everything is unsaid.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Literal
 
 Wording = Literal["good", "bad", "act", "unsaid"]
 
-_CHARS = 300  # what is read of a description
+_CHARS = 300  # of a description that are read
 _SUBJECT = re.compile(r"^(?:(?:the|this|an|a) )?(?:response|answer|reply|text|explanation|solution|model|student) ")
 _GOOD = re.compile(
     r"^(?:(?:avoid|refrain|abstain)(?:s|ing)?|(?:is|stays|remains) free (?:of|from)|should|must|needs to|has to"
@@ -34,7 +34,7 @@ _FAILURE = re.compile(
     r"|misunderstand|confuse|conflate|fabricate|hallucinate|overstate|understate|oversimplifie|oversimplify"
     r"|overcomplicate|overgeneralize|overgeneralise|mixes up|mix up|leaves out|leave out|ramble|violate)(?:s|es)?\b"
 )
-# Errors for the most part, but "Neglects air resistance" or "Invents a rhyme" may be what was asked for.
+# Mostly errors, but "Neglects air resistance" or "Invents a rhyme" may be what was asked for.
 _OFTEN_FAILURE = re.compile(
     r"^(?:neglect|ignore|dismiss|invent|exaggerate|contradict|downplay|digresse|digress|disregard)(?:s|es)?\b"
 )
@@ -42,7 +42,7 @@ _WRONGLY = re.compile(
     r"^(?:\w+ )?(?:incorrectly|wrongly|falsely|mistakenly|erroneously|improperly|inaccurately|inappropriately"
     r"|needlessly|unnecessarily|misleadingly)\b"
 )
-# To include or to claim an error is to make it; to address one is to mend it, so only these verbs count when denied.
+# Including or claiming an error makes it, while addressing one corrects it, so only these verbs count when denied.
 _OFFER = re.compile(
     r"^(?:include|contain|add|introduce|recommend|suggest|advise|use|give|provide|make|present|offer|claim|state|assert"
     r"|conclude|draw|assume|propose|list)s?\b"
@@ -69,7 +69,7 @@ _SILENT = re.compile(
 
 
 def wording(description: str) -> Wording:
-    """How a description reads, by the rule above.
+    """Classify a description by the rule above.
 
     Example:
         >>> wording("Avoids jargon."), wording("Fails to name the unit."), wording("Does not mention surgery.")
@@ -89,7 +89,7 @@ def wording(description: str) -> Wording:
 
 
 def pitfall_direction(description: str) -> bool | None:
-    """Whether it is good to satisfy a pitfall that reads so; None where its wording does not say.
+    """Whether satisfying a pitfall is good, by its wording; None if that does not say.
 
     Example:
         >>> pitfall_direction("Recommends antibiotics for a cold."), pitfall_direction("Avoids jargon.")
@@ -99,11 +99,11 @@ def pitfall_direction(description: str) -> bool | None:
 
 
 def is_doubly_negated(description: str) -> bool:
-    """Whether a denial is denied ("does not fail to name"), which judges and readers get wrong."""
+    """Whether it negates twice ("does not fail to name"), which judges and readers misread."""
     return _DOUBLE.search(_plain(description)) is not None
 
 
-def holds_of_silence(description: str) -> bool:
+def holds_for_silence(description: str) -> bool:
     """Whether a response that says nothing satisfies it: "Avoids jargon", "Omits the unit", "Does not mention x"."""
     text = _SUBJECT.sub("", _plain(description))
     return bool(_SILENT.match(text) or _NOT.match(text))

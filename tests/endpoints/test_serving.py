@@ -266,9 +266,7 @@ def test_a_port_that_is_taken(tiny_llama, tmp_path):
         other.listen()
         port = other.getsockname()[1]
         with (
-            pytest.raises(
-                ValueError, match=rf"port: {port}: Address already in use on 127\.0\.0\.1; stop what listens"
-            ),
+            pytest.raises(ValueError, match=rf"port: {port}: Address already in use on 127\.0\.0\.1; stop the program"),
             serve(str(tiny_llama), log=tmp_path / "log", port=port),
         ):
             raise AssertionError("never up")

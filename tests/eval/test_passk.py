@@ -17,7 +17,6 @@ from rolltune.eval.passk import (
     bootstrap_interval,
     cons_at_k,
     estimates,
-    mcnemar_exact,
     paired_difference,
     pass_at_k,
 )
@@ -321,26 +320,6 @@ def test_a_difference_of_verdicts_has_mcnemars_p():
     second = np.array([0.0] * 1 + [1.0] * 5 + [1.0] * 4)
     found = paired_difference(first, second, resamples=300, seed=0)
     assert found.mean == pytest.approx(0.4) and found.mcnemar_p == 0.21875
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "expected"),
-    [
-        (0, 0, 1.0),
-        (1, 0, 1.0),
-        (5, 5, 1.0),
-        (1, 5, 0.21875),  # 2 (1 + 6) / 64
-        (0, 6, 0.03125),  # 2 / 64
-        (6, 0, 0.03125),
-        (2, 9, 0.0654296875),  # 2 (1 + 11 + 55) / 2048
-    ],
-)
-def test_mcnemar_by_hand(first: int, second: int, expected: float):
-    assert mcnemar_exact(first, second) == expected
-
-
-def test_mcnemar_of_many_problems_is_finite():
-    assert mcnemar_exact(3000, 3150) == pytest.approx(0.0574, abs=0.001)  # normal: |150| - 1 over sqrt(6150): z = 1.90
 
 
 def test_no_problem_in_common():

@@ -173,7 +173,7 @@ def test_a_judge_that_always_passes(audit, capsys):
     assert found["false_positive_rate"]["value"] == 1 and found["false_negative_rate"]["value"] == 0
     assert found["injection_passed"]["value"] == found["other_passed"]["value"] == 1
     assert status == 1
-    assert capsys.readouterr().err == "audit_judge: kappa 0.000 is below min_kappa, 0.5: do not train on this judge\n"
+    assert capsys.readouterr().err.startswith("audit_judge: min_kappa: 0.5; kappa is 0.000")
 
 
 def test_verdicts_that_are_not_given_are_not_wrong(audit, tmp_path):
@@ -236,7 +236,7 @@ def test_a_judge_that_passes_what_stands_first_is_found(audit, tmp_path, capsys)
     )
     assert [row["id"] for row in first] == [row["id"] for row in second] == list(LABELS)
     assert (first[0]["place"], second[0]["place"]) == (1, len(RESPONSES[0].labels))
-    assert f"{flipped} pass where the criterion stands earlier, 0 where it stands later" in capsys.readouterr().out
+    assert f"{flipped} pass when the criterion comes earlier, 0 when" in capsys.readouterr().out
 
 
 def test_the_order_is_nothing_to_a_perfect_judge(audit):
@@ -310,14 +310,14 @@ def test_a_cap_stops_it_and_says_so(audit, tmp_path, capsys):
 def test_nobody_at_the_address(audit, capsys):
     status, found = audit(lambda call, request: error(503, "later"), data=TEN, min_accuracy=0.5)
     assert status == 1 and found["accuracy"]["value"] is None and found["unscored"]["value"] == 1
-    assert capsys.readouterr().err == f"audit_judge: no verdict was given ({len(OF_TEN)} judge_down)\n"
+    assert capsys.readouterr().err == f"audit_judge: there was no verdict ({len(OF_TEN)} judge_down)\n"
 
 
 def test_both_thresholds(audit, capsys):
     status, _ = audit(judge(lambda _, label, *__: not label.satisfied), data=TEN, min_accuracy=0.8, min_kappa=0.6)
     said = capsys.readouterr().err.splitlines()
-    assert status == 1 and said[0].startswith("audit_judge: accuracy 0.000 is below min_accuracy, 0.8")
-    assert said[1].startswith("audit_judge: kappa -") and "is below min_kappa, 0.6" in said[1]
+    assert status == 1 and said[0].startswith("audit_judge: min_accuracy: 0.8; accuracy is 0.000")
+    assert said[1].startswith("audit_judge: min_kappa: 0.6; kappa is -")
 
 
 def test_a_threshold_of_what_has_no_value_is_not_passed(audit, tmp_path, capsys):
@@ -329,7 +329,7 @@ def test_a_threshold_of_what_has_no_value_is_not_passed(audit, tmp_path, capsys)
     data = {"_component_": "rolltune.data.judge_labelled.judge_labelled", "path": str(tmp_path / "own.jsonl")}
     status, found = audit(judge(perfect), data=data, min_accuracy=1.0, min_kappa=0.0)
     assert status == 1 and found["accuracy"]["value"] == 1 and found["kappa"]["value"] is None
-    assert capsys.readouterr().err.startswith("audit_judge: kappa has no value on these verdicts, and min_kappa asks")
+    assert capsys.readouterr().err.startswith("audit_judge: min_kappa: 0; kappa is undefined")
 
 
 def test_as_a_command(make_file, tmp_path):
@@ -345,7 +345,7 @@ def test_as_a_command(make_file, tmp_path):
         assert all(call.headers["authorization"] == f"Bearer {KEY}" for call in server.calls)
     unsatisfied = sum(not label.satisfied for label in OF_TEN) / len(OF_TEN)
     assert done.returncode == 1, done.stderr
-    assert f"audit_judge: accuracy {unsatisfied:.3f} is below min_accuracy, 0.9" in done.stderr
+    assert f"audit_judge: min_accuracy: 0.9; accuracy is {unsatisfied:.3f}" in done.stderr
     assert "Traceback" not in done.stderr
     written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert len(written) > 1000 and KEY.encode() not in written and KEY not in done.stdout + done.stderr
@@ -364,9 +364,7 @@ def test_dry_run_asks_nothing(make_file, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert not server.calls and not (tmp_path / "out").exists()
     assert RESPONSES[0].text in shown and "You check a response against a list of criteria" in shown
-    assert (
-        f"asked {3 * len(RESPONSES)} questions about {len(LABELS)} labelled verdicts ({SATISFIED} satisfied)" in shown
-    )
+    assert f"{3 * len(RESPONSES)} questions about {len(LABELS)} labelled verdicts ({SATISFIED} satisfied)" in shown
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------
@@ -411,7 +409,7 @@ def test_mistakes_are_named(make_file, override, says):
 def test_other_data_and_bad_lines_are_named(make_file, tmp_path):
     recipe = load_recipe("audit_judge")
     cfg = checks.validate(AuditJudgeConfig, str(make_file(None, data={"_component_": "planted_judges.numbers"})))
-    with pytest.raises(ValueError, match=r"data._component_: planted_judges.numbers: gives no labelled responses"):
+    with pytest.raises(ValueError, match=r"data._component_: planted_judges.numbers .*LabelledResponse"):
         recipe.run(cfg)
     (tmp_path / "own.jsonl").write_text('{"id": "a", "problem": "?", "response": "!", "satisfied": true}\n')
     data = {"_component_": "rolltune.data.judge_labelled.judge_labelled", "path": str(tmp_path / "own.jsonl")}

@@ -226,7 +226,7 @@ def test_no_trace_at_all(write):
 
 def test_nothing_to_do(write):
     data = {"_component_": "planted_traces.problems", "ids": ""}
-    with pytest.raises(ValueError, match="^data: holds no problems"):
+    with pytest.raises(ValueError, match="^data: contains no problems"):
         write(data=data)
 
 

@@ -87,7 +87,7 @@ GOOD = json.loads(to_line(RECORD))
         (GOOD | {"rubric": {"criteria": []}}, "rubric.criteria: Tuple should have at least 1 item"),
         (
             GOOD | {"rubric": {"criteria": [{"title": "A", "description": "Is x."}]}},
-            "rubric.criteria.0: Value error, 'A' has neither category nor weight",
+            "rubric.criteria.0: Value error, 'A' has neither a category",
         ),
         (GOOD | {"problem": GOOD["problem"] | {"id": ""}}, "problem.id: String should have at least 1 character"),
         (GOOD | {"provenance": {"t": 0.5}}, "provenance.t: Input should be a valid string"),

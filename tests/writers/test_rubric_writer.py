@@ -235,9 +235,9 @@ BAD = {
     ),
     "not self-contained": (
         reply([*CRITERIA, item("Repeats what criterion 2 asks for.", title="Again")]),
-        "criterion 8, 'Again': 'criterion 2' points at something",
+        "criterion 8, 'Again': 'criterion 2'",
     ),
-    "copied": (reply([*CRITERIA, COPIED]), "criterion 8, 'Answer': holds the reference answer whole"),
+    "copied": (reply([*CRITERIA, COPIED]), "criterion 8, 'Answer': contains the whole reference answer"),
     "half a surrogate": (
         ok('{"criteria": [' + json.dumps(CRITERIA)[1:-1].replace("Lower density", "\\ud800") + "]}"),
         "criterion 1, title: Input should be a valid string",
@@ -292,7 +292,7 @@ def test_what_is_copied_of_the_solution_is_found_too():
     copied = [*CRITERIA, item(f"Says: {solution}", title="Words")]
     with FaultServer(lambda call, request: reply(copied if call == 0 else CRITERIA)) as server:
         rubric = write(make(server.base_url), problem)
-    assert "'Words': holds the reference answer whole" in server.calls[1].request["messages"][3]["content"]
+    assert "'Words': contains the whole reference answer" in server.calls[1].request["messages"][3]["content"]
     assert lint_for(problem, rubric) == lint(rubric, answer="No.", name="p")
 
 

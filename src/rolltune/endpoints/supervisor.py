@@ -1,10 +1,10 @@
-"""Run a command that does not outlive the process that began it.
+"""Run a command that does not outlive the process that started it.
 
-    python -I guard.py SECONDS COMMAND [ARGUMENT ...] < a pipe that nobody writes to
+    python -I supervisor.py SECONDS COMMAND [ARGUMENT ...] < a pipe that nobody writes to
 
-The command gets a process group of its own. When the pipe closes, which the operating system sees to however the
-process at its other end goes away, the whole group is sent SIGTERM, and SIGKILL after that many seconds. The exit
-status is the command's. Run as a file: what is imported is the standard library alone, and so it is there at once.
+The command gets its own process group. When the pipe closes, which the operating system does however the process at its
+other end terminates, the group gets SIGTERM, and SIGKILL that many seconds later. The exit status is the command's.
+This file is run as a script, and imports only the standard library, so it starts at once.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a command until it ends or the standard input does. Returns its exit status; 128 and more for a signal.
+    """Run a command until it ends or standard input closes. Returns its exit status; 128 and more for a signal.
 
     Args:
         argv: seconds between SIGTERM and SIGKILL, then the command.
     """
     grace, arguments = float(argv[0]), argv[1:]
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the pipe alone says when to stop
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # only the pipe says when to stop
         signal.signal(number, signal.SIG_IGN)
     command = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_default_signals)
     threading.Thread(target=_end_with_stdin, args=(command, grace), daemon=True).start()
     status = command.wait()
-    _signal_group(command, signal.SIGKILL)  # what it left running
+    _signal_group(command, signal.SIGKILL)  # everything it left running
     return status if status >= 0 else 128 - status
 
 
 def _default_signals() -> None:
-    """What is ignored here is not to be ignored there: a program starts with what its parent ignores."""
+    """Restore default signal handling, since a program inherits what its parent ignores."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
@@ -51,7 +51,7 @@ def _end_with_stdin(command: subprocess.Popen[bytes], grace: float) -> None:
 def _signal_group(command: subprocess.Popen[bytes], number: int) -> None:
     try:
         os.killpg(command.pid, number)
-    except (ProcessLookupError, PermissionError):  # all of it is gone; macOS says so by the latter
+    except (ProcessLookupError, PermissionError):  # the group is gone; macOS raises the latter
         pass
 
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rolltune.stats import wilson_interval
+from rolltune.stats import MIN_VARYING, mcnemar_exact, wilson_interval
 
 CONFIDENCE = 0.95
-MIN_VARYING = 5  # problems with a rate above 0, and below 1, that a bootstrap of the mean needs
 MIN_CHANGED = 6  # problems: chance alone changes 5 of 5 in the same direction in 1 case of 16, 6 of 6 in 1 of 32
 SUBSETS = 200  # random subsets per cons@k
 _CELLS = 2_000_000  # resamples x problems in memory at once
@@ -285,18 +284,3 @@ def paired_difference(first: np.ndarray, second: np.ndarray, *, resamples: int, 
         changed=int((first != second).sum()),
         mcnemar_p=mcnemar_exact(int((first > second).sum()), int((second > first).sum())) if is_binary else None,
     )
-
-
-def mcnemar_exact(only_first: int, only_second: int) -> float:
-    """Compute the two-sided exact p of McNemar's test, from the numbers of problems that only one model has right.
-
-    Example:
-        >>> mcnemar_exact(1, 5)
-        0.21875
-    """
-    discordant = only_first + only_second
-    ways, tail = 1, 1  # C(discordant, i) and the sum of these, as integers: exact for any number of problems
-    for i in range(min(only_first, only_second)):
-        ways = ways * (discordant - i) // (i + 1)
-        tail += ways
-    return min(1.0, 2 * tail / 2**discordant)

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from rolltune.rewards.checks.judge_audit import Measured, cohen_kappa, measure, point_biserial, share
-from rolltune.rewards.checks.labels import Given, Label
+from rolltune.rewards.checks.labels import Label, LabelledVerdict
 from rolltune.rewards.rubric.schema import Criterion
 from rolltune.stats import wilson_interval
 
@@ -34,9 +34,9 @@ def said(
     places: int = 1,
     repeat: int = 0,
     is_reversed: bool = False,
-) -> Given:
+) -> LabelledVerdict:
     label = Label(id=name or f"r{response}", criterion=criterion, satisfied=satisfied, injection=injection)
-    return Given(
+    return LabelledVerdict(
         label=label,
         response=response,
         words=words,
@@ -50,7 +50,7 @@ def said(
     )
 
 
-def many(*counts: tuple[bool, bool | None, int]) -> list[Given]:
+def many(*counts: tuple[bool, bool | None, int]) -> list[LabelledVerdict]:
     """(satisfied, passed, how many), each verdict on a response of its own."""
     rows = [(satisfied, passed) for satisfied, passed, count in counts for _ in range(count)]
     return [said(satisfied, passed, response=i) for i, (satisfied, passed) in enumerate(rows)]

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from repo import GSM8K, needs_gsm8k
 
 from rolltune.rewards.answer import answer_reward
-from rolltune.rewards.checks.reward_audit import Tally, audit, mutations, render, render_turn, right_turns, variants
+from rolltune.rewards.checks.reward_audit import (
+    Tally,
+    audit,
+    mutations,
+    render,
+    render_response,
+    right_responses,
+    variants,
+)
 from rolltune.rewards.format import format_reward
 from rolltune.types import Problem, Score
 
@@ -122,11 +130,11 @@ def test_unscored_counts_as_missed_on_both_sides() -> None:
     assert "unscored (timeout)" in render(report)
 
 
-def test_a_format_reward_is_asked_for_full_marks_on_right_turns_alone() -> None:
-    report = audit(PROBLEMS, format_reward, FORMAT, seed=0, wrong_turns=False)
+def test_a_format_reward_is_asked_for_full_marks_on_right_responses_alone() -> None:
+    report = audit(PROBLEMS, format_reward, FORMAT, seed=0, wrong_responses=False)
     assert (report.false_negatives, report.false_positives) == (0, 0)
     assert {tally.verdict for tally in report.tallies} == {"right"}
-    missing = audit(PROBLEMS, format_reward, "{solution} <answer>{answer}</answer>", seed=0, wrong_turns=False)
+    missing = audit(PROBLEMS, format_reward, "{solution} <answer>{answer}</answer>", seed=0, wrong_responses=False)
     assert missing.false_negatives == sum(tally.checked for tally in missing.tallies) > 0
 
 
@@ -157,9 +165,9 @@ def test_each_problem_has_its_own_stream() -> None:
 
 
 def test_turns_follow_the_format() -> None:
-    turns = dict(right_turns(problem("18", solution="9 * 2 {answer}"), FORMAT))
+    turns = dict(right_responses(problem("18", solution="9 * 2 {answer}"), FORMAT))
     assert turns["gold"] == "<think>9 * 2 {answer}\nSo it is 18.</think>\n<answer>18</answer>"
-    assert render_turn(r"\boxed{{answer}} {x}", solution="s", answer="1") == r"\boxed{1} {x}"
+    assert render_response(r"\boxed{{answer}} {x}", solution="s", answer="1") == r"\boxed{1} {x}"
     tallies = by_kind(audit([problem("18")], answer_reward, "Answer: {answer}", seed=0).tallies)
     assert not {"no_tags", "cut_off", "swapped"} & set(tallies)  # no tags, no room for working
     assert tallies["gold"].missed == 1
@@ -174,10 +182,10 @@ def test_refuses_what_cannot_be_audited(answer: str | None, answer_format: str, 
         audit([problem(answer)], answer_reward, answer_format, seed=0)
 
 
-def test_render_shows_counts_and_the_end_of_a_missed_turn() -> None:
+def test_render_shows_counts_and_the_end_of_a_missed_response() -> None:
     report = audit([problem("18")], lambda problem, text: Score(total=0.5), FORMAT, seed=0)
     lines = render(report).splitlines()
-    assert lines[0].split() == ["turn", "kind", "checked", "missed"]
+    assert lines[0].split() == ["label", "kind", "checked", "missed"]
     assert lines[1].split() == ["right", "gold", "1", "1"]
     assert f"false negatives: {report.false_negatives}, false positives: {report.false_positives}" in lines
     example = next(line for line in lines if line.startswith("wrong guess_or, p: scored 0.5: '..."))

@@ -4,7 +4,7 @@ import pytest
 
 from rolltune.rewards.checks.rubric_lint import Finding, lint
 from rolltune.rewards.rubric.schema import Criterion, Rubric
-from rolltune.rewards.rubric.wording import holds_of_silence, is_doubly_negated, pitfall_direction, wording
+from rolltune.rewards.rubric.wording import holds_for_silence, is_doubly_negated, pitfall_direction, wording
 
 GOOD = [
     Criterion(title="Cause", description="Says that air scatters blue light most.", category="essential"),
@@ -256,7 +256,7 @@ def test_marks_for_saying_nothing():
     [("Avoids jargon.", True), ("Does not name it.", True), ("Misses the unit.", True), ("Misstates it.", False)],
 )
 def test_what_holds_of_an_empty_response(description, holds):
-    assert holds_of_silence(description) is holds
+    assert holds_for_silence(description) is holds
 
 
 # --- what a finding says ----------------------------------------------------------------------------------------------
