@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import threading
 
 import pytest
 from endpoint_options import as_arguments
 from fault_server import FaultServer, error, ok
 
-from rolltune.behaviours import BEHAVIOURS, BackgroundClassifier, BehaviourClassifier, BehaviourCounts
+from rolltune.behaviours import BEHAVIOURS, BehaviourClassifier, BehaviourCounts
 from rolltune.behaviours.classifier import MAX_TRACE_CHARS, _parse_count
 from rolltune.endpoints import client as endpoint_module
 from rolltune.endpoints.budget import Usage
@@ -205,117 +204,3 @@ def test_a_wrong_key_over_http(environment):
         with pytest.raises(ValueError, match="api_key_env") as raised:
             classifier.classify(["one"])
     assert KEY not in str(raised.value)
-
-
-# --- beside a training run --------------------------------------------------------------------------------------------
-
-
-class Gate:
-    """A classifier that waits to be let through."""
-
-    def __init__(self):
-        self.entered = threading.Semaphore(0)
-        self.may_go = threading.Semaphore(0)
-        self.seen = []
-        self.thread = None
-
-    def classify(self, texts):
-        self.thread = threading.current_thread()
-        self.entered.release()
-        assert self.may_go.acquire(timeout=10)
-        self.seen.append(list(texts))
-        return [None if text == "?" else BehaviourCounts(verification=int(text)) for text in texts]
-
-
-def test_results_come_at_later_steps():
-    gate = Gate()
-    background = BackgroundClassifier(gate)
-    background.submit(1, ["1", "2", "?", "?"])
-    assert background.collect() == []
-    gate.may_go.release()
-    background.submit(2, ["?"])
-    gate.may_go.release()
-    assert background.close(10)
-    assert background.collect() == [
-        (
-            1,
-            {
-                "behaviours_llm/verification": 1.5,
-                "behaviours_llm/backtracking": 0.0,
-                "behaviours_llm/subgoal_setting": 0.0,
-                "behaviours_llm/backward_chaining": 0.0,
-                "behaviours_llm/unscored": 0.5,
-            },
-        ),
-        (2, {"behaviours_llm/unscored": 1.0}),
-    ]
-    assert background.collect() == []
-    assert gate.thread is not threading.current_thread()
-    assert background.dropped == 0
-
-
-def test_steps_that_find_too_many_waiting_are_left_out():
-    gate = Gate()
-    background = BackgroundClassifier(gate, max_waiting=2)
-    background.submit(0, ["0"])
-    assert gate.entered.acquire(timeout=10)  # step 0 is with the classifier, so that two may wait
-    for step in range(1, 6):
-        background.submit(step, [str(step)])
-    assert background.dropped == 3
-    gate.may_go.release(3)
-    assert background.close(10)
-    assert [step for step, _ in background.collect()] == [0, 1, 2]
-    background.submit(6, ["6"])  # closed
-    assert background.dropped == 4
-    assert gate.seen == [["0"], ["1"], ["2"]]
-
-
-def test_texts_are_those_of_the_time():
-    gate = Gate()
-    background = BackgroundClassifier(gate)
-    texts = ["1"]
-    background.submit(1, texts)
-    texts.append("?")
-    background.submit(2, [])  # nothing to classify
-    gate.may_go.release()
-    assert background.close(10)
-    assert gate.seen == [["1"]]
-
-
-@pytest.mark.parametrize("waiting", [0, 1])
-def test_closing_does_not_wait_for_ever(waiting):
-    gate = Gate()
-    background = BackgroundClassifier(gate, max_waiting=1)
-    background.submit(0, ["0"])
-    assert gate.entered.acquire(timeout=10)
-    for step in range(waiting):
-        background.submit(step, ["1"])
-    assert not background.close(0.05)
-    assert not background.close(0.0)
-    gate.may_go.release(2)
-    assert background.close(10)
-
-
-def test_a_classifier_that_raises_ends_itself_and_not_the_run(caplog):
-    class Refused:
-        calls = 0
-
-        def classify(self, texts):
-            self.calls += 1
-            raise ValueError("api_key_env: OPENAI_API_KEY is refused")
-
-    refused = Refused()
-    background = BackgroundClassifier(refused)
-    for step in range(3):
-        background.submit(step, ["1"])
-    assert background.close(10)
-    assert background.dropped == 3 and refused.calls == 1
-    assert background.collect() == []
-    assert [record.getMessage() for record in caplog.records] == [
-        "behaviours are no longer classified: api_key_env: OPENAI_API_KEY is refused"
-    ]
-
-
-def test_room_for_one_step_at_least():
-    with pytest.raises(ValueError, match="max_waiting=0"):
-        BackgroundClassifier(Gate(), max_waiting=0)

@@ -6,13 +6,12 @@ words, at no cost; :class:`BehaviourClassifier` asks a model behind an endpoint,
 """
 
 from rolltune.behaviours.agreement import Agreement, LabelledTrace, agreement, labelled_traces
-from rolltune.behaviours.classifier import BackgroundClassifier, BehaviourClassifier
+from rolltune.behaviours.classifier import BehaviourClassifier
 from rolltune.behaviours.counter import BEHAVIOURS, BehaviourCounts, count_behaviours, thinking
 
 __all__ = [
     "BEHAVIOURS",
     "Agreement",
-    "BackgroundClassifier",
     "BehaviourClassifier",
     "BehaviourCounts",
     "LabelledTrace",

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import queue
 import re
 import secrets
-import statistics
-import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -147,109 +143,7 @@ def _counts(found: dict[str, int | None]) -> BehaviourCounts | None:
     return BehaviourCounts(**known) if len(known) == len(found) else None
 
 
-# --- beside a training run --------------------------------------------------------------------------------------------
-
-
 class Classifier(Protocol):
-    """The interface that :class:`BackgroundClassifier` needs; :class:`BehaviourClassifier` implements it."""
+    """Counts behaviours in texts; :class:`BehaviourClassifier` implements it."""
 
     def classify(self, texts: Sequence[str]) -> list[BehaviourCounts | None]: ...
-
-
-class BackgroundClassifier:
-    """Classifies the texts of training steps in a thread, so that no step waits for an endpoint.
-
-    ``submit`` and ``collect`` return at once. If the endpoint is slower than training, whole steps are dropped and
-    counted. If the classifier raises, because of a wrong key for example, one warning is logged and all later steps are
-    dropped too: a measurement must not end a run.
-
-    Example:
-        >>> background = BackgroundClassifier(classifier)
-        >>> background.submit(10, texts)  # training continues
-        >>> for step, metrics in background.collect():  # at some later step
-        ...     log.log(step, metrics)
-
-    Args:
-        classifier: called in the thread with the texts of one step at a time.
-        max_waiting: largest number of waiting steps.
-    """
-
-    def __init__(self, classifier: Classifier, *, max_waiting: int = 2) -> None:
-        if max_waiting < 1:
-            raise ValueError(f"BackgroundClassifier: max_waiting={max_waiting} must be at least 1")
-        self._left_out = 0  # written only by the caller's thread
-        self._failed_on = 0  # written only by the background thread
-        self._classifier = classifier
-        self._waiting: queue.Queue[tuple[int, list[str]] | None] = queue.Queue(max_waiting)
-        self._done: queue.SimpleQueue[tuple[int, dict[str, float]]] = queue.SimpleQueue()
-        self._stopped = threading.Event()  # set by close, or when the classifier raises
-        self._thread = threading.Thread(target=self._work, name="behaviours", daemon=True)
-        self._thread.start()
-
-    @property
-    def dropped(self) -> int:
-        """Number of steps dropped so far."""
-        return self._left_out + self._failed_on
-
-    def submit(self, step: int, texts: Sequence[str]) -> None:
-        """Queue a step's texts for classification, or drop the step if too many are waiting."""
-        if not texts:
-            return
-        try:
-            if self._stopped.is_set():
-                raise queue.Full
-            self._waiting.put_nowait((step, list(texts)))
-        except queue.Full:
-            self._left_out += 1
-
-    def collect(self) -> list[tuple[int, dict[str, float]]]:
-        """Return the steps classified since the last call, with their metrics.
-
-        ``behaviours_llm/<behaviour>`` is the mean count over the texts with counts, and ``behaviours_llm/unscored`` the
-        share of texts without. If no text has counts, only ``unscored`` is present.
-        """
-        found = []
-        while True:
-            try:
-                found.append(self._done.get_nowait())
-            except queue.Empty:
-                return found
-
-    def close(self, timeout: float) -> bool:
-        """Accept no more steps, and wait for the submitted ones.
-
-        Args:
-            timeout: longest wait in seconds; unfinished steps are lost.
-
-        Returns:
-            Whether all steps are done. Finished steps can still be collected.
-        """
-        deadline = time.monotonic() + timeout
-        self._stopped.set()
-        try:
-            self._waiting.put(None, timeout=timeout)
-        except queue.Full:
-            return False
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        return not self._thread.is_alive()
-
-    def _work(self) -> None:
-        while (submitted := self._waiting.get()) is not None:
-            step, texts = submitted
-            if self._failed_on:
-                self._failed_on += 1
-                continue
-            try:
-                self._done.put((step, _metrics(self._classifier.classify(texts))))
-            except Exception as error:
-                self._failed_on = 1
-                self._stopped.set()
-                _log.warning("behaviours are no longer classified: %s", error)
-
-
-def _metrics(counts: Sequence[BehaviourCounts | None]) -> dict[str, float]:
-    known = [count.as_dict() for count in counts if count is not None]
-    metrics = {
-        f"behaviours_llm/{name}": statistics.fmean(count[name] for count in known) for name in BEHAVIOURS if known
-    }
-    return metrics | {"behaviours_llm/unscored": 1.0 - len(known) / max(1, len(counts))}

@@ -1,1 +1,1 @@
-"""What recipes share around their loop: build, checks, checkpoints, self-test. Imported by recipes only."""
+"""Shared by the recipes around their loop: build, checks, checkpoints, self-test. Imported by recipes only."""

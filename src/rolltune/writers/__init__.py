@@ -1,1 +1,1 @@
-"""What the writing recipes share: records, resumable output, and the rubric writer."""
+"""Shared by the writing recipes: records, resumable output, and the rubric writer."""
