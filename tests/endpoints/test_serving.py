@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from rolltune.config.schema import ServeConfig
 from rolltune.endpoints import serving
-from rolltune.endpoints import supervisor as guard
+from rolltune.endpoints import supervisor
 from rolltune.endpoints.client import Endpoint
 from rolltune.endpoints.serving import ServerFailed, log_end, serve
 from rolltune.endpoints.settings import EndpointSettings
@@ -148,7 +148,7 @@ def test_vllm_answers_in_the_form_of_a_schema_and_is_gone_afterwards(make_tiny_l
         assert verdict.keys() == {"number", "met"} and 1 <= verdict["number"] <= 10 and verdict["met"] in (True, False)
         assert (reply.model, reply.finish_reason) == ("tiny", "stop")
         assert "\n" not in reply.text
-    assert len(processes) >= 4, "the guard, the front end, the engine and a worker"
+    assert len(processes) >= 4, "the supervisor, the front end, the engine and a worker"
     assert_gone(processes)
     assert "Application startup complete" in log.read_text()
     assert re.fullmatch(rf"tiny: {model} answers at http://127\.0\.0\.1:\d+/v1 after \d+ s\n", capsys.readouterr().out)
@@ -204,7 +204,7 @@ with serve({str(tiny_llama)!r}, log={str(tmp_path / "log")!r}) as server:
 
 def test_the_guard_passes_a_status_on_and_gives_time_before_it_kills():
     def run(code: str, *, grace: float = 5.0, close: bool = True) -> tuple[int, str]:
-        command = [sys.executable, "-I", guard.__file__, str(grace), sys.executable, "-I", "-S", "-u", "-c", code]
+        command = [sys.executable, "-I", supervisor.__file__, str(grace), sys.executable, "-I", "-S", "-u", "-c", code]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert process.stdin and process.stdout
         said = process.stdout.readline()
@@ -223,7 +223,7 @@ def test_the_guard_passes_a_status_on_and_gives_time_before_it_kills():
     deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up'); time.sleep(60)"
     assert run(deaf, grace=0.1) == (128 + signal.SIGKILL, "up\n")
     plain = "import time; print('up'); time.sleep(60)"
-    assert run(plain) == (128 + signal.SIGTERM, "up\n"), "what the guard ignores, the command does not"
+    assert run(plain) == (128 + signal.SIGTERM, "up\n"), "what the supervisor ignores, the command does not"
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

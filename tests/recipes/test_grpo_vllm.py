@@ -135,7 +135,7 @@ def test_completions_of_another_version_are_not_trained_on(run_grpo, model, monk
         return replace(completion, policy_version=-1) if params.temperature > 0 else completion
 
     monkeypatch.setattr(VLLMSampler, "_completion", stray)
-    said = r"step 1: 16 completions were not written by the policy's weights, which are of version 0: 16 by version -1"
+    said = r"step 1: 16 completions were not written by the policy's weights, which are version 0: 16 by version -1"
     with pytest.raises(RunStopped, match=said):
         run_grpo("older", model=model, sampler=COLOCATED)
 
@@ -204,6 +204,6 @@ def servers(tmp_path: Path) -> list[int]:
             log = os.readlink(entry / "fd" / "1")
         except OSError:
             continue
-        if b"vllm.entrypoints.openai.api_server" in command and b"guard.py" not in b" ".join(command):
+        if b"vllm.entrypoints.openai.api_server" in command and b"supervisor.py" not in b" ".join(command):
             found += [int(entry.name)] if log.startswith(str(tmp_path)) else []
     return found

@@ -225,7 +225,7 @@ class ServerEngine:
     def _unreachable(self, url: str, problem: str) -> EngineError:
         with suppress(subprocess.TimeoutExpired):
             if self._server is not None:
-                self._server.process.wait(timeout=2)  # its guard process ends shortly after it
+                self._server.process.wait(timeout=2)  # its supervisor ends shortly after it
                 problem = f"the server has ended{serving.log_end(self._server.log)}"
         return EngineError(f"{url}: {problem}")
 
