@@ -23,8 +23,7 @@ from repo import ROOT
 from transformers import AutoModelForCausalLM
 
 from rolltune.config.schema import ServeConfig
-from rolltune.endpoints import serving
-from rolltune.endpoints import supervisor
+from rolltune.endpoints import serving, supervisor
 from rolltune.endpoints.client import Endpoint
 from rolltune.endpoints.serving import ServerFailed, log_end, serve
 from rolltune.endpoints.settings import EndpointSettings
