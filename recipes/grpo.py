@@ -7,10 +7,10 @@ Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, eq. 3-4), ou
   - changed by config, one component each: the advantage (``rolltune.advantages``) and the objective
     (``rolltune.losses``), which together give Dr. GRPO, DAPO, GSPO, CISPO and RLOO;
   - dropped: refreshing the reference during the run, and process supervision;
-  - the old policy is the trainer, not the sampler: with several updates a step its log-probs are computed before the
-    first, and with a single update the ratio is exactly 1. The mismatch between sampler and trainer is measured
-    (``rolltune.mismatch``) and can be corrected for (``rolltune.corrections``); ``old_policy: sampler`` takes the ratio
-    to the sampler instead.
+  - the old policy is the trainer's, not the sampler's: with several updates per step its log-probs are computed before
+    the first update, and with a single update the ratio is exactly 1. The mismatch between sampler and trainer is
+    measured (``rolltune.mismatch``) and can be corrected for (``rolltune.corrections``); ``old_policy: sampler`` takes
+    the ratio to the sampler instead.
 
 One process or many: every rank samples and trains its share of the step's prompts, whole groups at a time; denominators
 and metrics are global. All randomness comes from (seed, step, purpose), so a killed run resumes to the same numbers.
@@ -80,7 +80,7 @@ class Components:
 
 
 def run(cfg: GRPOConfig) -> None:
-    """Train from the config to ``<output_dir>/summary.json``."""
+    """Run the training that the config describes, and write ``<output_dir>/summary.json``."""
     if cfg.dry_run:
         dry_run(cfg)
         return
@@ -141,7 +141,7 @@ def run_steps(cfg: GRPOConfig, world: World) -> None:
                     metrics |= evaluate(cfg, components, progress)
             except (SyncError, EngineError, MismatchError) as error:  # the weights are still those of ``state``
                 if isinstance(error, EngineError) and world.size > 1:
-                    raise  # only this rank has it, so the others would not save with it
+                    raise  # only this rank has the error, so the others would not join it in saving
                 saver.stop(state, str(error))
             except FloatingPointError as error:  # earlier updates of the step may have been taken
                 saver.stop_without_saving(state, str(error))
@@ -163,7 +163,7 @@ def run_steps(cfg: GRPOConfig, world: World) -> None:
 
 
 def dry_run(cfg: GRPOConfig) -> None:
-    """Do everything except loading weights: build data, prompts and rewards, estimate tokens and memory."""
+    """Check a run without loading weights: build data, prompts and rewards, estimate tokens and memory."""
     console = Console()
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
     train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
@@ -230,7 +230,7 @@ def set_up(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Component
         correction=component_or_object(cfg.correction) if cfg.correction else None,
         mismatch=instantiate(cfg.mismatch) if cfg.mismatch else None,
         optimization=optimization,
-        sampler=build.start_sampler(cfg, policy, tokenizer, rewards, world),  # last: it may have a server to end
+        sampler=build.start_sampler(cfg, policy, tokenizer, rewards, world),  # last: it may start a server
     )
 
 

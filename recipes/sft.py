@@ -42,7 +42,7 @@ from rolltune.seeding import derive_seed
 from rolltune.types import LossTotals, Problem, Prompt
 from rolltune.update import Optimization
 
-Example = TrainGroup[TokenSequence]  # a prompt with the one response that is learnt
+Example = TrainGroup[TokenSequence]  # a prompt and its response
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Components:
 
 
 def run(cfg: SFTConfig) -> None:
-    """Train from the config to ``<output_dir>/best``."""
+    """Run the training that the config describes, and write ``<output_dir>/best``."""
     if cfg.dry_run:
         dry_run(cfg)
         return
@@ -124,7 +124,7 @@ def run_steps(cfg: SFTConfig, world: World) -> None:
 
 
 def dry_run(cfg: SFTConfig) -> None:
-    """Do everything except loading weights: build data and responses, estimate tokens and memory."""
+    """Check a run without loading weights: build data and responses, estimate tokens and memory."""
     console = Console()
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
     train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
@@ -183,7 +183,7 @@ def set_up(cfg: SFTConfig, world: World, resume_from: Path | None) -> Components
 def example(
     cfg: SFTConfig, problem: Problem, render: Callable[[Problem], Prompt], tokenizer: PreTrainedTokenizerBase
 ) -> Example:
-    """Turn a problem into its prompt and the response that is learnt."""
+    """Turn a problem into its prompt and the response to train on."""
     prompt = render(problem)
     token_ids = completion_ids(worked_response(problem, cfg.answer_format), prompt, tokenizer)
     return TrainGroup(prompt=prompt, sequences=(TokenSequence(token_ids=token_ids),))
@@ -196,7 +196,7 @@ def check_lengths(
     render: Callable[[Problem], Prompt],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Refuse examples beyond the model's context now: all that will be trained on, and the held-out ones."""
+    """Reject training and held-out examples that are longer than the model's context, before weights are loaded."""
     trained = min(cfg.num_steps * cfg.batch.examples_per_step, len(train_set))
     for key, problems in (
         ("data.train", ProblemStream(train_set, seed=cfg.seed).take(0, trained)),

@@ -146,9 +146,8 @@ def lenient_countdown_reward(problem: Problem, text: str, *, use_all: bool = Tru
     """
     for candidate in reversed(_LENIENT.findall(text.translate(_SPELLINGS))):
         candidate = _without_loose_brackets(candidate)
-        if any(
-            operator in candidate for operator in _PRECEDENCE
-        ):  # without one it is the right-hand side of an equation
+        # Without an operator it is the right-hand side of an equation.
+        if any(operator in candidate for operator in _PRECEDENCE):
             return _check(problem, candidate, use_all=use_all)
     return Score(total=0.0, failure="no_answer")
 

@@ -131,8 +131,7 @@ class Optimization:
 # The policy that the ratio of the loss is taken to, where pi_old stands in the papers:
 #   "current": the policy itself, before its only update of the step. The ratio is exactly 1 and costs no pass.
 #   "trainer": the trainer's log-probs before the first of several updates.
-#   "sampler": the sampler's log-probs (verl's bypass mode). Costs no pass; the clipping of the loss bounds the
-# mismatch.
+#   "sampler": the sampler's log-probs (verl's bypass mode). Costs no pass; the loss's clipping bounds the mismatch.
 OldPolicy = Literal["current", "trainer", "sampler"]
 
 
@@ -303,7 +302,6 @@ class _Meter:
         if tokens == 0:
             return {}
         # The loss is divided by the step's totals already. The rest are means over the tokens in the microbatches,
-        # which
-        # are fewer than the totals if completions without an advantage were left out.
+        # which are fewer than the totals if completions without an advantage were left out.
         means = {name: value / tokens for name, value in sums.items()}
         return means | {"loss": loss, "ratio/max": largest, "ratio/min": -smallest}

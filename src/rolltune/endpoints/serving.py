@@ -207,9 +207,9 @@ def installed_version() -> str:
     how = 'on a CPU `make install-vllm` installs it, on a GPU `pip install "rolltune[vllm]"`'
     found = importlib.util.find_spec("vllm") and _distribution()
     if not found:
-        raise ValueError(f"vLLM is not installed, which serves the model; {how}")
+        raise ValueError(f"vLLM is not installed, but it is needed to serve the model; {how}")
     if not re.match(rf"{re.escape(SUPPORTED)}[.+]", found):
-        raise ValueError(f"vLLM {found} is installed; rolltune.endpoints.serving goes with {SUPPORTED}.*: {how}")
+        raise ValueError(f"vLLM {found} is installed; rolltune supports {SUPPORTED}.*: {how}")
     return found
 
 

@@ -1,8 +1,8 @@
 """Checks of the whole gradient path on one real batch, before the first step.
 
-Each check has caught a real fault in a published trainer: a temperature that the trainer did not apply, an EOS masked
-with the padding, prompt tokens in the loss, a reference other than the starting policy, a reward that the gold answer
-does not satisfy.
+Each check stands for a fault that published trainers have had: a temperature that the trainer did not apply, an EOS
+masked with the padding, prompt tokens in the loss, a reference other than the starting policy, a reward that the gold
+answer does not satisfy.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ from rolltune.prompts import worked_response
 from rolltune.types import Group, Reward, RolloutMicrobatch
 
 # Limits on |trainer - sampler| log-prob: (mean, max) over tokens. In fp32 only the order of summation differs. bf16
-# keeps 8
-# bits of each logit, so single unlikely tokens may be far off while the mean stays small. fp16 keeps 11 bits; vLLM in
-# fp16
-# was seen 1.4e-2 off in the mean. Batch-invariant models must agree exactly.
+# keeps 8 bits of each logit, so single unlikely tokens may be far off while the mean stays small. fp16 keeps 11 bits;
+# vLLM in fp16 was seen 1.4e-2 off in the mean. Batch-invariant models must agree exactly.
 TOLERANCE = {"exact": (0.0, 0.0), "float32": (1e-4, 1e-2), "float16": (0.02, 0.3), "bfloat16": (0.05, 1.0)}
 KL_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-3 / 8}
 
