@@ -84,8 +84,15 @@ def run(cfg: GRPOConfig) -> None:
     if cfg.dry_run:
         dry_run(cfg)
         return
-    output_dir = Path(cfg.output_dir)
     world = init_world(cfg.device)
+    with lifecycle.exclusive(cfg.output_dir, world):
+        run_steps(cfg, world)
+    close_world()
+
+
+def run_steps(cfg: GRPOConfig, world: World) -> None:
+    """Set up or resume, take the steps, and write curves and summary."""
+    output_dir = Path(cfg.output_dir)
     checkpoints = Checkpoints(output_dir, keep_last=cfg.checkpoint.keep_last)
     resume_from = lifecycle.start(cfg, checkpoints, world)
     state = load_state(resume_from) if resume_from else TrainState()
@@ -103,6 +110,7 @@ def run(cfg: GRPOConfig) -> None:
     console = Console(quiet=not world.is_main)
     with (
         lifecycle.barrier_on_exit(world),
+        lifecycle.stop_requests(world) as stop_requested,
         closing(log),
         closing(rewards.pool),
         closing(components.sampler),
@@ -135,19 +143,23 @@ def run(cfg: GRPOConfig) -> None:
                 if isinstance(error, EngineError) and world.size > 1:
                     raise  # only this rank has the error, so the others would not join it in saving
                 saver.stop(state, str(error))
+            except FloatingPointError as error:  # earlier updates of the step may have been taken
+                saver.stop_without_saving(state, str(error))
             log.log(step, metrics | lifecycle.judge_costs(rewards.pool, world))
             if step % cfg.logging.samples_every_n_steps == 0:
                 log.log_samples(step, rollout.sampled, [sampled.advantages for sampled in rollout.groups])
             progress.step(step, live_line(metrics))
+            why = stop_requested()
             state = saver.save(
                 state,
                 score=lifecycle.best_score(metrics, max_unscored=cfg.batch.max_unscored, world=world),
-                is_due=is_last or step % cfg.checkpoint.every_n_steps == 0,
+                is_due=is_last or why is not None or step % cfg.checkpoint.every_n_steps == 0,
             )
+            if why and not is_last:
+                saver.stop(state, why)
     if world.is_main:
         plot_curves(output_dir)
         write_summary(output_dir, console)
-    close_world()
 
 
 def dry_run(cfg: GRPOConfig) -> None:

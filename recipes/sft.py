@@ -63,8 +63,15 @@ def run(cfg: SFTConfig) -> None:
     if cfg.dry_run:
         dry_run(cfg)
         return
-    output_dir = Path(cfg.output_dir)
     world = init_world(cfg.device)
+    with lifecycle.exclusive(cfg.output_dir, world):
+        run_steps(cfg, world)
+    close_world()
+
+
+def run_steps(cfg: SFTConfig, world: World) -> None:
+    """Set up or resume, and take the steps."""
+    output_dir = Path(cfg.output_dir)
     checkpoints = Checkpoints(output_dir, keep_last=cfg.checkpoint.keep_last)
     resume_from = lifecycle.start(cfg, checkpoints, world)
     state = load_state(resume_from) if resume_from else TrainState()
@@ -78,12 +85,20 @@ def run(cfg: SFTConfig) -> None:
         world=world,
     )
     log = lifecycle.open_log(cfg, world, resume_step=state.step if resume_from else None)
-    with closing(log), Progress(cfg.num_steps, state.step, enabled=world.is_main) as progress:
+    with (
+        lifecycle.barrier_on_exit(world),
+        lifecycle.stop_requests(world) as stop_requested,
+        closing(log),
+        Progress(cfg.num_steps, state.step, enabled=world.is_main) as progress,
+    ):
         if state.step == 0:
             log.log(0, {"heldout/loss": heldout_loss(cfg, components)})
         for step in range(state.step + 1, cfg.num_steps + 1):
             started = time.perf_counter()
-            metrics = train(cfg, components, step, state.data_position)
+            try:
+                metrics = train(cfg, components, step, state.data_position)
+            except FloatingPointError as error:  # the weights are still those of ``state``
+                saver.stop(state, str(error))
             is_last = step == cfg.num_steps
             if step % cfg.eval.every_n_steps == 0 or is_last:
                 metrics["heldout/loss"] = heldout_loss(cfg, components)
@@ -96,14 +111,16 @@ def run(cfg: SFTConfig) -> None:
                 policy_version=components.policy.version,
                 seconds=state.seconds + time.perf_counter() - started,
             )
+            why = stop_requested()
             state = saver.save(
                 state,
                 score=-metrics["heldout/loss"] if "heldout/loss" in metrics else None,
-                is_due=is_last or step % cfg.checkpoint.every_n_steps == 0,
+                is_due=is_last or why is not None or step % cfg.checkpoint.every_n_steps == 0,
             )
+            if why and not is_last:
+                saver.stop(state, why)
     if world.is_main:
         Console().print(f"{cfg.num_steps} steps in {state.seconds / 60:.1f} minutes; weights: {output_dir / 'best'}")
-    close_world()
 
 
 def dry_run(cfg: SFTConfig) -> None:

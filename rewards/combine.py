@@ -157,7 +157,8 @@ class WeightedReward:
                 parts[f"{name}/failure/{score.failure}"] = 1.0
             weight = self.rewards[name][1]
             if weight != 0:
-                total = None if total is None or score.total is None else total + weight * score.total
+                number = parts[name]
+                total = None if total is None or number is None else total + weight * number
         return Score(total=total, parts=parts, failure=failures[0] if failures else None, notes=notes)
 
     def _score(self, name: str, pending: PendingScore) -> Score:
@@ -176,10 +177,15 @@ def _named_parts(name: str, score: Score) -> dict[str, float | None]:
     if not isinstance(score, Score):
         raise ValueError(f"reward {name!r} returned {score!r}; a reward returns a rolltune.types.Score")
     parts = {name: score.total} | {f"{name}/{part}": value for part, value in score.parts.items()}
-    for part, value in parts.items():
-        if value is not None and not _is_finite(value):
-            raise ValueError(f"reward {part!r} is {value!r}; it must be a finite number, or None for unscored")
-    return parts
+    return {part: None if value is None else _to_float(part, value) for part, value in parts.items()}
+
+
+def _to_float(part: str, value: Any) -> float:
+    """Convert a number, a bool, or a scalar of numpy or torch."""
+    scalar = value.item() if getattr(value, "ndim", None) == 0 else value
+    if not isinstance(scalar, int | float) or not math.isfinite(scalar):
+        raise ValueError(f"reward {part!r} is {value!r}; it must be a finite number, or None for unscored")
+    return float(scalar)
 
 
 def _is_finite(value: object) -> bool:

@@ -9,6 +9,7 @@ import pytest
 
 from rolltune import config
 from rolltune.config import schema
+from rolltune.config.tree import parse_yaml
 from rolltune.errors import ConfigError
 from rolltune.run import checks
 
@@ -237,3 +238,10 @@ def test_files_that_cannot_be_read(tmp_path: Path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="binary.yaml: not UTF-8"):
         config.load(schema.GRPOConfig, tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize("text", ["0100", "017", "1:30"])
+def test_octal_and_base_60_are_no_numbers(tmp_path, text):
+    """YAML 1.1 reads 64, 15 and 90."""
+    assert parse_yaml(text) == text
+    assert [parse_yaml(each) for each in ("0", "100", "-7", "1_000", "0x1F")] == [0, 100, -7, 1000, 31]

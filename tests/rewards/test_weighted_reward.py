@@ -4,7 +4,9 @@ from dataclasses import FrozenInstanceError
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from rolltune.rewards.answer import answer_reward
 from rolltune.rewards.combine import WeightedReward
@@ -109,7 +111,7 @@ def test_a_bug_in_a_reward_is_never_a_zero() -> None:
         WeightedReward(rewards={"a": (broken, 0.0)})(PROBLEM, completion(""))
 
 
-@pytest.mark.parametrize("total", [float("nan"), float("inf"), -float("inf"), "1", True, [1.0]])
+@pytest.mark.parametrize("total", [float("nan"), float("inf"), -float("inf"), "1", [1.0]])
 @pytest.mark.parametrize("weight", [1.0, 0.0])
 def test_a_total_that_is_no_finite_number_names_the_reward(total: Any, weight: float) -> None:
     with pytest.raises(ValueError, match="reward 'odd' is"):
@@ -144,3 +146,22 @@ def test_is_frozen() -> None:
     reward = WeightedReward(rewards={"format": (format_reward, 1.0)})
     with pytest.raises(FrozenInstanceError):
         reward.rewards = {}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5)], ids=str)
+def test_scalars_of_numpy_and_torch_are_numbers(value):
+    score = score_of(lambda problem, text: Score(total=value, parts={"part": value}))
+    assert (score.total, score.parts["r"], score.parts["r/part"]) == (1.0, 0.5, 0.5)
+    assert all(type(number) is float for number in (score.total, *score.parts.values()))
+
+
+def test_a_bool_is_a_number_and_more_than_a_scalar_is_not():
+    assert score_of(lambda problem, text: Score(total=True)).total == 2.0
+    for value in (np.array([0.5]), torch.ones(2), np.float32("nan"), "1"):
+        with pytest.raises(ValueError, match="reward 'r' is"):
+            score_of(lambda problem, text, value=value: Score(total=value))
+
+
+def score_of(reward) -> Score:
+    completion = Completion(token_ids=(1,), logprobs=(0.0,), finish_reason="stop", policy_version=0, text="x")
+    return WeightedReward(rewards={"r": (reward, 2.0)})(Problem(id="p", messages=()), completion)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 import yaml
 from endpoint_options import as_config
+from safetensors.torch import save_file
 from thread_world import on_ranks
 
 from rolltune.config.schema import (
@@ -69,10 +72,15 @@ def start(cfg: GRPOConfig, world: World = ALONE) -> Path | None:
 def save_step(output_dir: Path, step: int, *, is_best: bool = False, **state) -> None:
     Checkpoints(output_dir, keep_last=2).save(
         TrainState(step=step, **state),
-        save_policy=lambda folder: folder.mkdir(parents=True),
+        save_policy=save_weights,
         optimization={},
         is_best=is_best,
     )
+
+
+def save_weights(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    save_file({"weight": torch.ones(3)}, folder / "model.safetensors")
 
 
 # --- start ------------------------------------------------------------------------------------------------------------
@@ -107,6 +115,67 @@ def test_resumes_from_the_newest(tmp_path):
     for step in (1, 2):
         save_step(tmp_path, step)
     assert start(make_config(tmp_path, resume=True)) == tmp_path / "checkpoints/step_000002"
+
+
+DAMAGES = {
+    "state.json": lambda path: (path / "state.json").write_text(""),
+    "trainer.pt": lambda path: os.truncate(path / "trainer.pt", 200),
+    "policy/model.safetensors": lambda path: os.truncate(path / "policy/model.safetensors", 40),
+    "policy: no": lambda path: (path / "policy/model.safetensors").unlink(),
+}
+
+
+@pytest.mark.parametrize("part", DAMAGES)
+def test_a_damaged_newest_checkpoint_is_named(tmp_path, part):
+    start(make_config(tmp_path))
+    for step in (1, 2):
+        save_step(tmp_path, step)
+    DAMAGES[part](tmp_path / "checkpoints/step_000002")
+    with pytest.raises(ConfigError, match=rf"step_000002: .*{part}.*delete it to resume from step 1"):
+        start(make_config(tmp_path, resume=True))
+    shutil.rmtree(tmp_path / "checkpoints/step_000001")
+    with pytest.raises(ConfigError, match="delete it and start over"):
+        start(make_config(tmp_path, resume=True))
+
+
+def test_nothing_that_cannot_be_resumed_is_started_over(tmp_path):
+    start(make_config(tmp_path))
+    save_step(tmp_path, 1)
+    (tmp_path / "config.yaml").rename(tmp_path / "kept.yaml")
+    with pytest.raises(ConfigError, match="no config.yaml"):
+        start(make_config(tmp_path, resume=True, seed=3))
+    (tmp_path / "kept.yaml").rename(tmp_path / "config.yaml")
+    (tmp_path / "checkpoints/step_000001/trainer.pt").unlink()
+    with pytest.raises(ConfigError, match="none with a trainer.pt"):
+        start(make_config(tmp_path, resume=True))
+    assert Checkpoints(tmp_path, keep_last=2).steps() == [1]
+
+
+def test_one_run_at_a_time_writes_a_folder(tmp_path):
+    with lifecycle.exclusive(str(tmp_path / "run"), ALONE):
+        with (
+            pytest.raises(ConfigError, match="output_dir: .*another process"),
+            lifecycle.exclusive(str(tmp_path / "run"), ALONE),
+        ):
+            pass
+    with lifecycle.exclusive(str(tmp_path / "run"), ALONE):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="output_dir: .*file/run: Not a directory"):
+        with lifecycle.exclusive(str(tmp_path / "file/run"), ALONE):
+            pass
+
+
+def test_a_signal_asks_to_stop_and_a_second_one_stops():
+    with lifecycle.stop_requests(ALONE) as requested:
+        assert requested() is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert requested() == "stopped by SIGTERM"
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "a second signal ends the process"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_resuming_names_every_change(tmp_path):
@@ -454,6 +523,8 @@ def test_longest_prompt_of_those_that_come_first():
 class Nothing:
     """A policy and an optimization that hold nothing."""
 
+    trainable_parameters = ()
+
     def save(self, folder: Path, tokenizer) -> None:
         folder.mkdir(parents=True)
 
@@ -496,6 +567,15 @@ def test_an_accuracy_of_0_is_the_best_of_a_run_that_has_no_other(tmp_path):
 def test_saved_when_due_and_when_best(tmp_path):
     save_all(tmp_path, [None, None, 0.5, 0.4, None, None, 0.6, None], every=4)
     assert Checkpoints(tmp_path, keep_last=99).steps() == [3, 4, 7, 8]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    saver = saver_of(Checkpoints(tmp_path, keep_last=2), ALONE)
+    saver.save(TrainState(step=1), score=None, is_due=True)
+    saver.policy.trainable_parameters = (torch.ones(2), torch.tensor([1.0, float("nan")]))  # pyright: ignore
+    with pytest.raises(RunStopped, match="step 2: .*not finite.*step 1 is intact"):
+        saver.save(TrainState(step=2), score=9.0, is_due=True)
+    assert Checkpoints(tmp_path, keep_last=2).steps() == [1]
 
 
 def test_one_rank_writes_and_all_know_the_best(tmp_path):

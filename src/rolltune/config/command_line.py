@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -71,6 +72,9 @@ def main(schema: type[T], run: Callable[[T], None], *, check: Check[T] = lambda 
         run: the recipe.
         check: yields the problems of a config whose types are right, such as a function of :mod:`rolltune.run.checks`.
     """
+    for stream in (sys.stdout, sys.stderr):  # model text may hold characters that the terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         arguments = parse_args(sys.argv[1:])
         if arguments.help:

@@ -14,11 +14,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,29 @@ class Checkpoints:
                 doomed = self.folder / f".tmp-old-{path.name}"
                 os.rename(path, doomed)
                 shutil.rmtree(doomed)
+
+
+def damage(path: Path) -> str | None:
+    """Return what makes a checkpoint unusable, such as a file that was cut; None if nothing was found.
+
+    The files' own headers are checked, not every byte.
+    """
+    try:
+        load_state(path)
+    except (OSError, ValueError, TypeError) as error:
+        return f"state.json: {type(error).__name__}"
+    if not zipfile.is_zipfile(path / "trainer.pt"):
+        return "trainer.pt: cut short"
+    weights = list((path / "policy").glob("*.safetensors"))
+    if not weights:
+        return "policy: no *.safetensors file"
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):  # compares the file's length with its header
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"policy/{file.name}: {error}"
+    return None
 
 
 def load_state(path: Path) -> TrainState:

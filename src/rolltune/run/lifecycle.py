@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import threading
 from collections import Counter
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,12 +21,13 @@ from rolltune.config.schema import GRPOConfig, SFTConfig
 from rolltune.distributed import World
 from rolltune.endpoints import settings
 from rolltune.errors import ConfigError, RunStopped, SyncError
+from rolltune.files import take_lock
 from rolltune.metrics.log import MetricsLog
 from rolltune.model.policy import Policy
 from rolltune.rewards.judges.pool import JudgePool
 from rolltune.rollout import Rollout
 from rolltune.run.build import BUDGETS
-from rolltune.run.checkpoint import Checkpoints, TrainState, load_state
+from rolltune.run.checkpoint import Checkpoints, TrainState, damage, load_state
 from rolltune.update import Optimization
 
 # Keys that may change on resume because they do not affect training.
@@ -52,8 +56,23 @@ def start(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -
                 "add resume=true to continue it, or choose another output_dir"
             ]
         )
-    before = config.read_saved(checkpoints.output_dir) if latest is not None else None
-    if before is not None:
+    if cfg.resume and latest is None and checkpoints.steps():
+        raise ConfigError(
+            [
+                f"output_dir: {checkpoints.folder}: holds checkpoints, but none with a trainer.pt to resume from; "
+                "restore one, or start over in another output_dir"
+            ]
+        )
+    if latest is not None:
+        _check_resumable(checkpoints, latest)
+        before = config.read_saved(checkpoints.output_dir)
+        if before is None:
+            raise ConfigError(
+                [
+                    f"output_dir: {cfg.output_dir}: holds checkpoints, but no config.yaml to compare this config with; "
+                    "restore it, or start over in another output_dir"
+                ]
+            )
         # A run may be older than a key. The key's default is what such a run did.
         before, now = config.with_defaults(type(cfg), before), asdict(cfg)
         changed = [k for k in now if k not in FREE_ON_RESUME and _fixed(before.get(k)) != _fixed(now[k])]
@@ -73,6 +92,17 @@ def start(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -
         if latest is not None:
             checkpoints.recover(load_state(latest))
     return latest
+
+
+def _check_resumable(checkpoints: Checkpoints, latest: Path) -> None:
+    """Raise ConfigError if the newest checkpoint is damaged; the message names it and the one before."""
+    problem = damage(latest)
+    if problem is None:
+        return
+    before = [step for step in checkpoints.steps() if checkpoints.path(step) < latest]
+    resumable = [step for step in before if (checkpoints.path(step) / "trainer.pt").exists()]
+    way_out = f"to resume from step {resumable[-1]}" if resumable else "and start over without resume=true"
+    raise ConfigError([f"output_dir: {latest}: the newest checkpoint is damaged ({problem}); delete it {way_out}"])
 
 
 def warn_of_slow_dtype(dtype: str, world: World) -> None:
@@ -133,6 +163,13 @@ class Saver:
         Returns:
             The state with the best score updated.
         """
+        if not all(parameter.isfinite().all() for parameter in self.policy.trainable_parameters):
+            last = max(self.checkpoints.steps(), default=None)
+            kept = "no checkpoint was written" if last is None else f"the checkpoint of step {last} is intact"
+            raise RunStopped(
+                f"step {state.step}: the policy's weights are not finite and were not saved; {kept}: lower "
+                "optimizer.lr, and start over or resume from an earlier step"
+            )
         is_best = score is not None and (state.best_score is None or score > state.best_score)
         if is_best:
             state = replace(state, best_score=score, best_step=state.step)
@@ -161,6 +198,71 @@ class Saver:
         kept = f"a checkpoint of step {state.step} is in {output_dir}" if state.step else "nothing was trained yet"
         again = "the same command and resume=true" if state.step else "the same command"
         raise RunStopped(f"step {state.step + 1}: {why}\n  {kept}; continue with {again}")
+
+    def stop_without_saving(self, state: TrainState, why: str) -> NoReturn:
+        """End the run in step ``state.step + 1``, whose weights are no longer those of ``state``.
+
+        Raises:
+            RunStopped: always; the message says why, and what there is to resume from.
+        """
+        steps = self.checkpoints.steps()
+        kept = f"the last checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint"
+        raise RunStopped(f"step {state.step + 1}: {why}\n  {kept}")
+
+
+@contextmanager
+def exclusive(output_dir: str, world: World) -> Iterator[None]:
+    """Let one run at a time write an output folder; all ranks call this.
+
+    Raises:
+        ConfigError: on all ranks, if another process writes the folder.
+    """
+    with ExitStack() as stack:
+        problem = []
+        if world.is_main:
+            try:
+                stack.enter_context(take_lock(Path(output_dir) / "run"))
+            except ValueError as error:
+                problem = [f"output_dir: {error}"]
+            except OSError as error:
+                problem = [f"output_dir: {output_dir}: {error.strerror or error}; choose a folder that can be written"]
+        if problems := world.gather(problem):
+            raise ConfigError(problems)
+        yield
+
+
+@contextmanager
+def stop_requests(world: World) -> Iterator[Callable[[], str | None]]:
+    """Turn SIGTERM (Slurm, Kubernetes) and a first Ctrl-C into a request to stop after the current step.
+
+    A second signal ends the process at once.
+
+    Yields:
+        A function that returns why the run should stop, None if nobody asked; all ranks call it, and get one answer.
+    """
+    requests: list[str] = []
+
+    def on_signal(number: int, frame: Any) -> None:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+        requests.append(f"stopped by {signal.Signals(number).name}")
+        if world.is_main:
+            message = "finishing the step and saving; the same signal again stops at once\n"
+            os.write(2, f"{signal.Signals(number).name}: {message}".encode())
+
+    def requested() -> str | None:
+        return next(iter(world.gather(requests[:1])), None)
+
+    # Python calls signal handlers in the main thread only.
+    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    previous = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, on_signal)
+    try:
+        yield requested
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
