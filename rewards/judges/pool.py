@@ -144,11 +144,12 @@ class JudgePool:
         """Make caps hold for the whole run, over all its processes and restarts.
 
         Args:
-            folder: one SQLite file for each reward counts its judges' calls and tokens here.
+            folder: one SQLite file for each section (``rewards``, ``eval``) counts calls and tokens here. Judges of one
+                section with the same model and address share one cap.
         """
         for key, member in self._members.items():
             for judge in member.panel.judges:
-                judge.share_budget(folder / f"{key}.sqlite")
+                judge.share_budget(folder / f"{key.rpartition('.')[0]}.sqlite")
 
     def smoke_test(self) -> None:
         """Ask each judge but the policy a question, so that a missing server shows before weights are loaded.

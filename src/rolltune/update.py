@@ -100,6 +100,8 @@ class Optimization:
                     "look for the cause in the ratio curves"
                 )
             self.loss_scale.update()
+            if self.loss_scale.get_scale() == metrics["loss_scale"]:  # every element is finite, but not their norm
+                self.loss_scale.update(metrics["loss_scale"] / 2)
             self.optimizer.zero_grad(set_to_none=True)
             return metrics | {"skipped_step": 1.0}
         self.optimizer.step()

@@ -458,7 +458,7 @@ def test_dry_run_loads_and_writes_nothing(evaluate, make_config, tmp_path: Path,
     assert f"<|system|>Add.<|end|><|user|>{question}<|end|><|assistant|>" in shown
     assert shown.count("first prompt of") == 1, "both models have the same"
     assert "35 completions, at most 420 sampled tokens" in " ".join(shown.split())
-    assert "at most 840 sampled tokens in all" in shown and "nothing was loaded" in shown
+    assert "at most 840 sampled tokens in all" in shown and "no weights were loaded" in shown
     assert not (tmp_path / "out").exists()
 
 

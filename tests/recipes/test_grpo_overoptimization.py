@@ -98,6 +98,6 @@ def test_another_judge_as_the_gold_measure(run_grpo, reward_module, monkeypatch)
     called.clear()
     rows = read_rows(run_grpo(num_steps=2, eval=checked))
     measured = [*["begin"] * 4, *["finish"] * 4]
-    budget = "budgets/eval.overoptimization.gold.sqlite"
+    budget = "budgets/eval.overoptimization.sqlite"
     assert called == ["check 4", budget, "smoke_test", *measured, *measured, "close"]
     assert [row["overoptimization/judge/calls"] for row in rows if row["step"] > 0] == [4.0, 8.0]

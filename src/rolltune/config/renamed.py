@@ -22,6 +22,7 @@ COMPONENTS = {
     "rolltune.rewards.rubric.endpoint_judge.EndpointJudge": "rolltune.rewards.judges.endpoint.EndpointJudge",
     "rolltune.rewards.rubric.gold.GoldCheck": "rolltune.rewards.checks.overoptimization.OveroptimizationCheck",
     "rolltune.rewards.rubric.policy_judge.PolicyJudge": "rolltune.rewards.judges.policy.PolicyJudge",
+    "rolltune.data.countdown.countdown_rows": "rolltune.data.countdown.countdown_records",
     "rolltune.rewards.rubric.writer.EndpointRubricWriter": "rolltune.writers.rubrics.EndpointRubricWriter",
 }
 
@@ -36,6 +37,7 @@ REMOVED_COMPONENTS = {
 ARGUMENTS = {
     "initial": "init_scale",
     "max_rows": "max_num_seqs",
+    "rows": "hub_split",
     "base_url": "endpoint.base_url",
     "model": "endpoint.model",
     "api_key_env": "endpoint.api_key_env",

@@ -124,6 +124,8 @@ def _fixed(value: Any) -> Any:
 
 def _free_keys(node: dict[str, Any]) -> Collection[str]:
     if is_node(node):
+        if "base_url" in node:  # a judge of the user's own
+            return FREE_JUDGE_ARGUMENTS | settings.FREE_ON_RESUME
         return FREE_JUDGE_ARGUMENTS if "judges" in node or "endpoint" in node else ()
     return settings.FREE_ON_RESUME if "base_url" in node else ()
 

@@ -105,14 +105,14 @@ def test_only_rewards_that_are_trained_on_stop_a_run(pool, judge):
     assert pool.stop_reason == "rewards.r: m: max_calls"
 
 
-def test_each_reward_has_its_own_budget_and_metrics(pool, judge, tmp_path):
+def test_each_section_has_its_own_budget_and_each_reward_its_metrics(pool, judge, tmp_path):
     others = {"eval.correct": [Fake("a"), Fake("b")], "eval.overoptimization.gold": [Fake("c")]}
     for key, judges in others.items():
         pool.add(key, Panel(judges), smoke_question=QUESTION, wait_seconds=1.0)
     pool.keep_budgets(tmp_path)
     pool.smoke_test()
-    assert judge.budget == tmp_path / "rewards.r.sqlite"
-    assert [fake.budget for fake in others["eval.correct"]] == [tmp_path / "eval.correct.sqlite"] * 2
+    assert judge.budget == tmp_path / "rewards.sqlite"
+    assert [fake.budget for fake in others["eval.correct"]] == [tmp_path / "eval.sqlite"] * 2
     assert pool.metrics() == {
         "judge/r/calls": 1,
         "judge/r/dollars": 0.5,

@@ -119,10 +119,12 @@ def _check_old_policy(cfg: GRPOConfig, loss: Any) -> Iterator[str]:
             "old_policy: sampler; has no effect with ReinforceLoss, which has no ratio; use a loss with a ratio, or a "
             "correction such as rolltune.corrections.SequenceTIS"
         )
-    weights = None if cfg.correction is None else component_class(cfg.correction)
-    if weights and not issubclass(weights, GeometricRejection | K3Rejection):
+    if cfg.correction is not None and not issubclass(
+        component_class(cfg.correction) or object, GeometricRejection | K3Rejection
+    ):
+        name = str(cfg.correction.get("_component_")).rpartition(".")[2]
         yield (
-            f"correction._component_: {weights.__name__}; must be GeometricRejection or K3Rejection with "
+            f"correction._component_: {name}; must be GeometricRejection or K3Rejection with "
             "old_policy sampler: the ratio to the sampler contains these weights already"
         )
 

@@ -103,9 +103,13 @@ def _check_optimizer(node: Component) -> Iterator[str]:
 def _check_lr_scheduler(node: Component, num_updates: int, product: str) -> Iterator[str]:
     from torch import zeros
     from torch.optim import SGD
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
 
     optimizer = SGD([zeros(1)])  # only to build the schedule
-    yield from build_component(node, "lr_scheduler", optimizer=optimizer, num_training_steps=num_updates)[1]
+    schedule, problems = build_component(node, "lr_scheduler", optimizer=optimizer, num_training_steps=num_updates)
+    yield from problems
+    if isinstance(schedule, ReduceLROnPlateau):
+        yield "lr_scheduler: ReduceLROnPlateau needs a metric at each step, which it is not given; use another schedule"
     warmup = node.get("num_warmup_steps")
     if isinstance(warmup, int):
         yield from at_least("lr_scheduler.num_warmup_steps", warmup, 0)
