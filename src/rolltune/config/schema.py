@@ -221,7 +221,7 @@ class SFTConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     answer_format: str = _ANSWER_FORMAT  # layout of the response that is trained on
     optimizer: Component = MISSING  # class of torch.optim, called with the trainable parameters
-    lr_scheduler: Component | None = None  # called with (optimizer, num_training_steps=...); null: constant rate
+    lr_scheduler: Component | None = None  # called with (optimizer=..., num_training_steps=...); null: constant rate
     num_steps: int = MISSING  # optimizer steps of the run
     max_grad_norm: float = 1.0  # gradients of a larger norm are scaled down to it
     loss_scale: Component | None = None  # with float16: rolltune.loss_scale.LossScale; null: its defaults
