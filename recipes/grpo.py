@@ -213,6 +213,7 @@ def set_up(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Component
         resume_from=resume_from / "policy" if resume_from else None,
     )
     updates_per_step = cfg.batch.num_iterations * cfg.batch.minibatches
+    own_ratio = updates_per_step > 1 or policy.has_dropout  # from the second update on, or with dropout, it is not 1
     optimization = build.build_optimization(cfg, policy, num_updates=cfg.num_steps * updates_per_step)
     if resume_from:
         optimization.load_state_dict(load_optimization(resume_from, world.device))
@@ -226,7 +227,7 @@ def set_up(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Component
         rewards=rewards,
         advantage=component(cfg.advantage),
         loss=loss,
-        old_policy="sampler" if cfg.old_policy == "sampler" else "trainer" if updates_per_step > 1 else "current",
+        old_policy="sampler" if cfg.old_policy == "sampler" else "trainer" if own_ratio else "current",
         correction=component_or_object(cfg.correction) if cfg.correction else None,
         mismatch=instantiate(cfg.mismatch) if cfg.mismatch else None,
         optimization=optimization,
@@ -273,7 +274,7 @@ def sample(
 def selftest(
     cfg: GRPOConfig, components: Components, rollout: Rollout, console: Console, *, starts_as_reference: bool
 ) -> None:
-    """Check the gradient path on a group of the first batch; raises before anything is trained."""
+    """Check the gradient path on the first batch; raises before anything is trained."""
     results = run_selftest(
         components.policy,
         rollout.sampled,
@@ -286,7 +287,8 @@ def selftest(
         with_reference=components.loss.kl_coef > 0,
         starts_as_reference=starts_as_reference,
     )
-    print_selftest(results, rollout.sampled[0], components.tokenizer, console)
+    shown = rollout.sampled[0]
+    print_selftest(results, shown.prompt, shown.completions[0].token_ids, components.tokenizer, console)
 
 
 def train(
@@ -297,7 +299,7 @@ def train(
     torch.manual_seed(derive_seed(cfg.seed, step, world.rank, "dropout"))
     with phases("prepare"):
         minibatches = [prepare(cfg, components, rollout, index) for index in range(cfg.batch.minibatches)]
-    updates = []
+    updates, version = [], components.policy.version
     with phases("train"):
         for _ in range(cfg.batch.num_iterations):
             for microbatches, totals in minibatches:
@@ -311,7 +313,7 @@ def train(
                         world,
                         temperature=cfg.sampling.temperature,
                         correction=components.correction,
-                        limit=None if updates else components.mismatch,
+                        limit=components.mismatch if components.policy.version == version else None,
                         on_microbatch=progress.phase("training"),
                     )
                 )
@@ -334,7 +336,10 @@ def prepare(
 ) -> tuple[list[PreparedMicrobatch], LossTotals]:
     """Pack a minibatch and compute its fixed log-probs; returns it with the global denominators of its loss."""
     world, with_reference = components.world, components.loss.kl_coef > 0
-    groups = [train_group(group, advantages) for group, advantages in rollout.minibatch(index, cfg.batch.minibatches)]
+    groups = [
+        train_group(group, advantages, mask_truncated=cfg.batch.mask_truncated)
+        for group, advantages in rollout.minibatch(index, cfg.batch.minibatches)
+    ]
     totals = count_totals(groups)
     tokens, sequences = world.sum([totals.tokens, totals.sequences])
     if not with_reference:

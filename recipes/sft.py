@@ -38,6 +38,7 @@ from rolltune.model.policy import Policy, build_policy
 from rolltune.prompts import completion_ids, worked_response
 from rolltune.run import build, checks, estimates, lifecycle
 from rolltune.run.checkpoint import Checkpoints, TrainState, load_optimization, load_state
+from rolltune.run.selftest import print_selftest, run_sft_selftest
 from rolltune.seeding import derive_seed
 from rolltune.types import LossTotals, Problem, Prompt
 from rolltune.update import Optimization
@@ -91,6 +92,7 @@ def run_steps(cfg: SFTConfig, world: World) -> None:
         closing(log),
         Progress(cfg.num_steps, state.step, enabled=world.is_main) as progress,
     ):
+        selftest(cfg, components, state.data_position, Console(quiet=not world.is_main))
         if state.step == 0:
             log.log(0, {"heldout/loss": heldout_loss(cfg, components)})
         for step in range(state.step + 1, cfg.num_steps + 1):
@@ -207,6 +209,18 @@ def check_lengths(
         estimates.check_examples(cfg.model, tokens=tokens, key=key, name=name)
 
 
+def selftest(cfg: SFTConfig, components: Components, data_position: int, console: Console) -> None:
+    """Check the gradient path on the first batch; raises before anything is trained."""
+    tokenizer = components.tokenizer
+    problems = components.world.shard(components.stream.take(data_position, cfg.batch.examples_per_step))
+    examples = [example(cfg, problem, components.render, tokenizer) for problem in problems]
+    responses = [worked_response(problem, cfg.answer_format) for problem in problems]
+    results = run_sft_selftest(
+        components.policy, examples, responses=responses, tokenizer=tokenizer, dtype=cfg.model.dtype
+    )
+    print_selftest(results, examples[0].prompt, examples[0].sequences[0].token_ids, tokenizer, console)
+
+
 def train(cfg: SFTConfig, components: Components, step: int, data_position: int) -> dict[str, float]:
     """Take one optimizer step on the next examples; returns the metrics of the step."""
     world, policy, phases = components.world, components.policy, Phases()
@@ -217,7 +231,7 @@ def train(cfg: SFTConfig, components: Components, step: int, data_position: int)
     tokens, sequences = world.sum([counted.tokens, counted.sequences])
     totals = LossTotals(tokens=int(tokens), sequences=int(sequences))
     loss_sum, entropy_sum, packed_tokens = 0.0, 0.0, 0
-    with phases("train"):
+    with phases("train"), policy.with_dropout():
         for microbatch in pack_examples(examples, max_tokens=cfg.batch.microbatch_tokens, device=world.device):
             logprobs, entropy = policy.logprobs(microbatch, temperature=1.0)
             loss = nll_loss(logprobs, totals)
@@ -226,8 +240,7 @@ def train(cfg: SFTConfig, components: Components, step: int, data_position: int)
             entropy_sum += entropy.sum().item()
             packed_tokens += len(microbatch.input_ids)
         metrics = components.optimization.step(world)
-    if not metrics.get("skipped_step"):
-        policy.version += 1
+    policy.version += not metrics["skipped_step"]
     loss_sum, entropy_sum, packed_tokens = world.sum([loss_sum, entropy_sum, packed_tokens])
     metrics |= {"loss": loss_sum, "entropy": entropy_sum / totals.tokens, "memory/peak_gib": peak_memory_gib()}
     return metrics | phases.metrics(train=packed_tokens)
@@ -235,16 +248,14 @@ def train(cfg: SFTConfig, components: Components, step: int, data_position: int)
 
 @torch.no_grad()
 def heldout_loss(cfg: SFTConfig, components: Components) -> float:
-    """Return the mean negative log-likelihood of the held-out response tokens, dropout of adapters off."""
+    """Return the mean negative log-likelihood of the held-out response tokens, without dropout."""
     world, policy = components.world, components.policy
     problems = world.shard(components.heldout)
     examples = [example(cfg, problem, components.render, components.tokenizer) for problem in problems]
-    policy.model.eval()
     total, count = 0.0, 0
     for microbatch in pack_examples(examples, max_tokens=cfg.batch.microbatch_tokens, device=world.device):
         logprobs, _ = policy.logprobs(microbatch, temperature=1.0)
         total, count = total - logprobs.double().sum().item(), count + len(logprobs)
-    policy.model.train()
     total, count = world.sum([total, count])
     return total / count
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from rolltune.batch import TrainGroup, TrainSequence, count_totals, pack, train_group, without_zero_advantages
+from rolltune.model.checkpointing import recompute_activations
 from rolltune.model.load import load_model
 from rolltune.model.packed_attention import packed_layout
 from rolltune.model.policy import packed_logprobs
@@ -134,13 +135,16 @@ def test_packing_does_not_change_the_gradient(model):
 def test_gradient_checkpointing_recomputes_with_the_same_layout(tiny_llama, model):
     """The backward pass runs the layers again, long after the row's forward pass has returned."""
     checkpointed = load_model(str(tiny_llama), dtype="float32", device="cpu")
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
-    checkpointed.train()
+    recompute_activations(checkpointed)
+    runs = []
+    checkpointed.model.layers[0].self_attn.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
     (row,) = pack([group(range(1, 6), sequence(range(8, 20)), sequence(range(30, 35)))], max_tokens=100)
     (other,) = pack([group(range(9, 12), sequence(range(40, 44)))], max_tokens=100)
     losses = [packed_logprobs(checkpointed, r, temperature=1.0)[0].sum() for r in (row, other)]
+    assert len(runs) == 2
     for loss in losses:
         loss.backward()
+    assert len(runs) == 4, "once more in each backward pass"
     model.zero_grad()
     for r in (row, other):
         packed_logprobs(model, r, temperature=1.0)[0].sum().backward()
@@ -158,3 +162,23 @@ def test_layout_written_out_by_hand():
     assert layout.visible[2, 0].int().tolist() == [[1, 0, 1, 0], [1, 0, 1, 1]]
     assert layout.visible[0, 0].int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert layout.restore.tolist() == [0, 1, 4, 5, 6, 2, 8]
+
+
+def test_truncated_completions_can_be_left_out():
+    """Overlong filtering: they leave the loss and its denominators, and the others keep their advantages."""
+
+    def completion(ids, reason):
+        return Completion(token_ids=ids, logprobs=(-1.0,) * len(ids), finish_reason=reason, policy_version=0, text="")
+
+    sampled = Group(
+        problem=Problem(id="p", messages=()),
+        prompt=Prompt(token_ids=(1, 2)),
+        completions=(completion((3, 4), "stop"), completion((5, 6, 7), "length"), completion((8,), "stop")),
+        scores=(Score(total=1.0), Score(total=0.0), Score(total=0.0)),
+    )
+    kept = train_group(sampled, [1.5, -0.5, -1.0], mask_truncated=True)
+    assert [(s.token_ids, s.advantage) for s in kept.sequences] == [((3, 4), 1.5), ((8,), -1.0)]
+    assert count_totals([kept]) == LossTotals(tokens=3, sequences=2)
+    assert len(train_group(sampled, [1.5, -0.5, -1.0]).sequences) == 3
+    all_cut = replace(sampled, completions=(sampled.completions[1],) * 3)
+    assert pack([train_group(all_cut, [1.0, 0.0, -1.0], mask_truncated=True)], max_tokens=9) == []

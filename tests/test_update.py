@@ -1,11 +1,12 @@
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from rolltune.batch import TrainGroup, TrainSequence, count_totals, pack
-from rolltune.config.schema import ModelConfig
-from rolltune.corrections import GeometricRejection, TokenMask, TokenTIS
+from rolltune.config.schema import LoRAConfig, ModelConfig
+from rolltune.corrections import GeometricRejection, K3Rejection, TokenMask, TokenTIS
 from rolltune.distributed import World
 from rolltune.losses.dapo import DAPOLoss
 from rolltune.losses.grpo import GRPOLoss
@@ -219,7 +220,8 @@ def test_no_rows_is_no_step(tiny_llama):
         weights=weights, optimizer=torch.optim.SGD(weights.masters, lr=0.1), scheduler=None, max_grad_norm=1.0
     )
     totals = count_totals(make_groups())
-    assert update_policy(policy, [], DAPOLoss(), totals, optimization, WORLD, temperature=1.0) == {}
+    update = update_policy(policy, [], DAPOLoss(), totals, optimization, WORLD, temperature=1.0)
+    assert update == {"lr": 0.1, "skipped_step": 1.0}
     assert policy.version == 0
 
 
@@ -232,7 +234,7 @@ def test_master_weights_keep_updates_that_bf16_rounds_away():
             weights=weights, optimizer=torch.optim.SGD(weights.masters, lr=1 / 1024), scheduler=None, max_grad_norm=10.0
         )
         for _ in range(256):
-            parameter.grad = torch.ones_like(parameter)
+            optimization.backward(parameter.sum())
             optimization.step(WORLD)
         assert parameter.item() == expected
 
@@ -246,3 +248,71 @@ def test_clipping_is_by_the_global_norm(tiny_llama):
     parameter.grad = torch.tensor([3.0, 4.0])
     assert optimization.step(WORLD)["grad_norm"] == pytest.approx(5.0)
     torch.testing.assert_close(parameter.detach(), torch.tensor([-0.6, -0.8]))
+
+
+def test_a_step_without_a_gradient_moves_nothing(tiny_llama):
+    """All tokens are rejected: weight decay, momentum and schedule would move all the same."""
+    policy = build_policy(ModelConfig(path=str(tiny_llama)), None, device=WORLD.device, seed=0, with_reference=False)
+    weights = MasterWeights(policy.trainable_parameters, enabled=False)
+    optimizer = torch.optim.AdamW(weights.masters, lr=1e-2, weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    optimization = Optimization(weights=weights, optimizer=optimizer, scheduler=scheduler, max_grad_norm=1.0)
+    rows = prepare_microbatches(
+        policy, pack(make_groups(), max_tokens=100), temperature=1.0, old_policy="current", with_reference=False
+    )
+
+    def update(correction=None):
+        totals = count_totals(make_groups())
+        return update_policy(
+            policy, rows, DAPOLoss(), totals, optimization, WORLD, temperature=1.0, correction=correction
+        )
+
+    assert update()["skipped_step"] == 0.0 and policy.version == 1  # AdamW has momentum now
+    before = [parameter.detach().clone() for parameter in weights.masters]
+    moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
+    metrics = update(K3Rejection(max_k3=1e-30))
+    assert (metrics["correction/zeroed"], metrics["grad_norm"], metrics["skipped_step"]) == (1.0, 0.0, 1.0)
+    assert policy.version == 1 and metrics["lr"] == optimization.lr == 5e-3
+    assert all(torch.equal(a, b) for a, b in zip(before, weights.masters, strict=True))
+    assert all(torch.equal(a, state["exp_avg"]) for a, state in zip(moments, optimizer.state.values(), strict=True))
+    assert update()["skipped_step"] == 0.0 and policy.version == 2 and optimization.lr == 2.5e-3
+
+
+def test_gradients_of_bf16_weights_add_up_in_fp32():
+    """The next bf16 number after 256 is 258: added one by one in bf16, 1s are lost from there on."""
+    parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    weights = MasterWeights([parameter], enabled=True)
+    optimization = Optimization(
+        weights=weights, optimizer=torch.optim.SGD(weights.masters, lr=1.0), scheduler=None, max_grad_norm=1e9
+    )
+    for _ in range(300):
+        optimization.backward(parameter.float().sum())
+    assert optimization.step(WORLD)["grad_norm"] == 300.0
+    assert parameter.grad is None and weights.masters[0].item() == -300.0
+
+
+def test_a_policy_with_dropout_has_the_ratio_to_the_network_that_sampled(tiny_llama):
+    """Old log-probs, mismatch and reference are without dropout; the ratio is that of the network with it."""
+    lora = LoRAConfig(rank=4, alpha=8.0, dropout=0.5)
+    policy = build_policy(ModelConfig(path=str(tiny_llama)), lora, device=WORLD.device, seed=0, with_reference=True)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    weights = MasterWeights(policy.trainable_parameters, enabled=False)
+    optimization = Optimization(
+        weights=weights, optimizer=torch.optim.SGD(weights.masters, lr=1e-9), scheduler=None, max_grad_norm=1.0
+    )
+    groups = make_groups()
+    (microbatch,) = pack(groups, max_tokens=1000)
+    sampled = policy.logprobs(microbatch, temperature=1.0)[0].detach()
+    microbatch = dataclasses.replace(microbatch, sampler_logprobs=sampled)
+    for old_policy in ("trainer", "sampler"):
+        (row,) = rows = prepare_microbatches(
+            policy, [microbatch], temperature=1.0, old_policy=old_policy, with_reference=True
+        )
+        assert torch.equal(row.trainer_logprobs, sampled)
+        metrics = update_policy(policy, rows, GRPOLoss(), count_totals(groups), optimization, WORLD, temperature=1.0)
+        assert metrics["mismatch/max_abs"] < 1e-4 and metrics["ratio/max"] > 1.05 > 0.95 > metrics["ratio/min"]
+    assert not any(module.training for module in policy.model.modules())
+    assert torch.equal(policy.reference_logprobs(microbatch, temperature=1.0), row.reference_logprobs)

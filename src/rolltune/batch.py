@@ -40,8 +40,18 @@ class TrainGroup(Generic[S]):
     sequences: tuple[S, ...]
 
 
-def train_group(group: Group, advantages: Sequence[float]) -> TrainGroup[TrainSequence]:
-    """Pair the completions of a group with their advantages, one each."""
+def train_group(
+    group: Group, advantages: Sequence[float], *, mask_truncated: bool = False
+) -> TrainGroup[TrainSequence]:
+    """Pair the completions of a group with their advantages, one each.
+
+    Args:
+        group: everything in it is scored.
+        advantages: in the order of the completions.
+        mask_truncated: leave out completions that were cut at the length limit: DAPO's overlong filtering (arXiv
+            2503.14476, section 3.4). They count in the baseline of the others, but neither in the loss nor in its
+            denominators, as if they had not been sampled.
+    """
     return TrainGroup(
         prompt=group.prompt,
         sequences=tuple(
@@ -52,6 +62,7 @@ def train_group(group: Group, advantages: Sequence[float]) -> TrainGroup[TrainSe
                 support=completion.support,
             )
             for completion, advantage in zip(group.completions, advantages, strict=True)
+            if not (mask_truncated and completion.finish_reason == "length")
         ),
     )
 

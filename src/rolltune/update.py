@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,7 +23,8 @@ class MasterWeights:
     """fp32 copies of parameters held in bf16 or fp16, for the optimizer to step.
 
     bf16 has 8 bits of mantissa: an update below 1/256 of a weight is rounded away (1/2048 in fp16). The copies keep it.
-    If not ``enabled``, the optimizer steps the parameters themselves.
+    They also take each microbatch's gradient as soon as it is computed, so that gradients add up in fp32. If not
+    ``enabled``, the optimizer steps the parameters themselves.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], *, enabled: bool):
@@ -30,13 +32,9 @@ class MasterWeights:
         self.masters = (
             [torch.nn.Parameter(p.detach().float().clone()) for p in self.parameters] if enabled else self.parameters
         )
-
-    def take_gradients(self) -> None:
-        """Move gradients to the copies, in fp32."""
-        for master, parameter in zip(self.masters, self.parameters, strict=True):
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
-                parameter.grad = None
+        if enabled:
+            for master, parameter in zip(self.masters, self.parameters, strict=True):
+                parameter.register_post_accumulate_grad_hook(partial(_move_gradient, master))
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -54,6 +52,15 @@ class MasterWeights:
             master.copy_(saved)
 
 
+def _move_gradient(master: Tensor, parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    if master.grad is None:
+        master.grad = parameter.grad.float()
+    else:
+        master.grad += parameter.grad
+    parameter.grad = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
     """The optimizer over the master weights, its schedule, the clip norm, and the loss scale of float16."""
@@ -69,6 +76,11 @@ class Optimization:
             # GradScaler creates its scale when it first scales. A rank without microbatches would step before that.
             self.loss_scale.scale(self.weights.masters[0].new_zeros(()))
 
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return self.optimizer.param_groups[0]["lr"]
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of the scaled loss."""
         (loss if self.loss_scale is None else self.loss_scale.scale(loss)).backward()
@@ -76,21 +88,22 @@ class Optimization:
     def step(self, world: World) -> dict[str, float]:
         """Sum gradients over ranks, unscale, clip, step.
 
-        If a gradient is not finite, nothing is written. With a loss scale above 1 the scale is halved and the step
-        skipped: optimizer and schedule stay as they were. All ranks have the same sums, so all decide alike.
+        The step is skipped, and weights, optimizer and schedule stay as they were, if there is nothing to learn from,
+        that is if all gradients are 0: weight decay and momentum would move the weights all the same. It is also
+        skipped if a gradient is not finite and there is a loss scale above 1, which is halved. All ranks have the same
+        sums, so all decide alike.
 
         Returns:
-            "lr"; "grad_norm", before clipping, if the step was taken; with a loss scale also "loss_scale", the factor
-            that the gradients were scaled by, and "skipped_step", 1 or 0.
+            "lr"; "skipped_step", 1 or 0; "grad_norm", before clipping, if it is finite; with a loss scale also
+            "loss_scale", the factor that the gradients were scaled by.
 
         Raises:
             FloatingPointError: a gradient is not finite, and the loss scale is not the reason.
         """
-        self.weights.take_gradients()
         world.sum_gradients(self.weights.masters)  # in fp32, even if the weights are held in less
-        metrics = {"lr": self.optimizer.param_groups[0]["lr"]}
+        metrics = {"lr": self.lr, "skipped_step": 0.0}
         if self.loss_scale is not None:
-            metrics |= {"loss_scale": self.loss_scale.get_scale(), "skipped_step": 0.0}
+            metrics["loss_scale"] = self.loss_scale.get_scale()
             self.loss_scale.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.weights.masters, self.max_grad_norm).item()
         if not math.isfinite(grad_norm):
@@ -104,14 +117,15 @@ class Optimization:
                 self.loss_scale.update(metrics["loss_scale"] / 2)
             self.optimizer.zero_grad(set_to_none=True)
             return metrics | {"skipped_step": 1.0}
-        self.optimizer.step()
+        if grad_norm > 0:
+            self.optimizer.step()
+            if self.scheduler is not None:
+                self.scheduler.step()
+            self.weights.write_back()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.scheduler is not None:
-            self.scheduler.step()
-        self.weights.write_back()
         if self.loss_scale is not None:
             self.loss_scale.update()
-        return metrics | {"grad_norm": grad_norm}
+        return metrics | {"grad_norm": grad_norm, "skipped_step": float(grad_norm == 0)}
 
     def state_dict(self) -> dict:
         return {
@@ -131,7 +145,8 @@ class Optimization:
 
 
 # The policy that the ratio of the loss is taken to, where pi_old stands in the papers:
-#   "current": the policy itself, before its only update of the step. The ratio is exactly 1 and costs no pass.
+#   "current": the policy itself, before its only update of the step. The ratio is exactly 1 and costs no pass. Not
+#       with dropout, with which the policy under training is not the one that sampled.
 #   "trainer": the trainer's log-probs before the first of several updates.
 #   "sampler": the sampler's log-probs (verl's bypass mode). Costs no pass; the loss's clipping bounds the mismatch.
 OldPolicy = Literal["current", "trainer", "sampler"]
@@ -144,7 +159,8 @@ class PreparedMicrobatch:
     Attributes:
         microbatch: N trained tokens.
         old_policy: the policy that the ratio is taken to.
-        trainer_logprobs: float32 [N], by the weights that were sampled with; None unless ``old_policy`` is "trainer".
+        trainer_logprobs: float32 [N], by the weights that were sampled with, without dropout; None where the log-probs
+            of the first update are the same.
         reference_logprobs: float32 [N]; None where the loss has no KL term.
     """
 
@@ -174,7 +190,7 @@ def prepare_microbatches(
     prepared = []
     for microbatch in microbatches:
         trainer = None
-        if old_policy == "trainer":
+        if old_policy == "trainer" or policy.has_dropout:
             with torch.no_grad():
                 trainer = policy.logprobs(microbatch, temperature=temperature)[0]
         reference = policy.reference_logprobs(microbatch, temperature=temperature) if with_reference else None
@@ -215,7 +231,7 @@ def update_policy(
 
     Returns:
         Metrics averaged over the tokens of all ranks' microbatches (the loss is already normalised); identical on every
-        rank. Empty, and no step is taken, if no rank has a microbatch. "mismatch/..." are those of
+        rank. Only "lr" and "skipped_step" if no rank has a microbatch. "mismatch/..." are those of
         :mod:`rolltune.mismatch`. With a correction, "correction/weight" is the mean weight and "correction/zeroed" the
         share of tokens with weight 0.
 
@@ -223,25 +239,25 @@ def update_policy(
         MismatchError: the mismatch exceeds ``limit``; the weights were left as they were.
     """
     meter, mismatch_meter = _Meter(), MismatchMeter()
-    for done, prepared in enumerate(microbatches, start=1):
-        logprobs, entropy = policy.logprobs(prepared.microbatch, temperature=temperature)
-        trainer = logprobs.detach() if prepared.trainer_logprobs is None else prepared.trainer_logprobs
-        mismatch_meter.add(trainer, prepared.microbatch)
-        inputs = loss_inputs(logprobs, trainer, prepared, correction)
-        loss, loss_metrics = loss_fn(inputs, totals)
-        optimization.backward(loss)
-        meter.add(loss, entropy, inputs, loss_metrics)
-        if on_microbatch:
-            on_microbatch(done, len(microbatches))
+    with policy.with_dropout():
+        for done, prepared in enumerate(microbatches, start=1):
+            logprobs, entropy = policy.logprobs(prepared.microbatch, temperature=temperature)
+            trainer = logprobs.detach() if prepared.trainer_logprobs is None else prepared.trainer_logprobs
+            mismatch_meter.add(trainer, prepared.microbatch)
+            inputs = loss_inputs(logprobs, trainer, prepared, correction)
+            loss, loss_metrics = loss_fn(inputs, totals)
+            optimization.backward(loss)
+            meter.add(loss, entropy, inputs, loss_metrics)
+            if on_microbatch:
+                on_microbatch(done, len(microbatches))
     metrics = meter.read(world)
     mismatch = mismatch_meter.read(world)
     if mismatch is None:
-        return {}  # no rank has anything to learn from
+        return {"lr": optimization.lr, "skipped_step": 1.0}  # no rank has anything to learn from
     if limit is not None:
         limit.check(mismatch)
     step_metrics = optimization.step(world)
-    if not step_metrics.get("skipped_step"):
-        policy.version += 1
+    policy.version += not step_metrics["skipped_step"]
     return metrics | step_metrics | mismatch.metrics()
 
 

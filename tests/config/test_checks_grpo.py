@@ -77,10 +77,12 @@ MISTAKES = [
     ("batch.microbatch_tokens=64", "batch.microbatch_tokens: 64"),
     # model and optimizer
     ("model.dtype=float16", "model.master_weights: false; must be true with model.dtype float16"),
+    ("model.dtype=bfloat16", "model.master_weights: false; must be true with model.dtype bfloat16"),
+    ("loss.dual_clip=1.1", "loss.dual_clip: 1.1; must be > 1 + clip_high"),
     ("model.fp32_head=true", "model.fp32_head: true; has no effect with model.dtype float32"),
     ("model.master_weights=true", "model.master_weights: true; has no effect with model.dtype float32"),
     (
-        "model={path: smollm2-135m-instruct, batch_invariant: true, dtype: bfloat16}",
+        "model={path: smollm2-135m-instruct, batch_invariant: true, dtype: bfloat16, master_weights: true}",
         "model.batch_invariant: true; needs model.dtype float32",
     ),
     ("model.path=gpt2", "model.path: gpt2: no such folder"),

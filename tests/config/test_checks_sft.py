@@ -15,6 +15,7 @@ import pytest
         ("batch.microbatch_tokens=0", "batch.microbatch_tokens: 0; must be >= 1"),
         ("answer_format='text'", "answer_format: 'text'; must have {solution} or {answer}"),
         ("optimizer.lr=0", "optimizer.lr: 0; must be > 0"),
+        ("model.dtype=bfloat16", "model.master_weights: false; must be true with model.dtype bfloat16"),
     ],
 )
 def test_one_mistake_is_one_message(sft, override: str, fragment: str):

@@ -68,7 +68,7 @@ MISTAKES = [
     ("loss=os.system", "os is neither one of rolltune, torchtune, torch, transformers nor a module"),
     ("loss=rolltune.losses.grpo", "loss._component_: rolltune.losses.grpo is a module"),
     ("~loss._component_", "loss: has no _component_"),
-    ("loss.beta=0.1", "loss.beta: GRPOLoss takes no such argument; it takes clip_high, clip_low, kl_coef"),
+    ("loss.beta=0.1", "loss.beta: GRPOLoss takes no such argument; it takes clip_high, clip_low, dual_clip, kl_coef"),
     ("loss.klcoef=0.1", "loss.klcoef: GRPOLoss takes no such argument; did you mean loss.kl_coef?"),
     ("loss.kl_coef=0.1x", "loss.kl_coef: '0.1x' (a string); must be a number"),
     ("loss.kl_coef='0.1'", "must be a number (without quotes; from the environment: ${oc.decode"),

@@ -63,3 +63,22 @@ def test_aggregations_by_hand(inputs):
     assert terms.sequence_mean_token_mean(losses, inputs, totals).item() == (2 + 5) / 4
     assert terms.sequence_mean_token_sum(losses, totals).item() == 9 / 4
     assert terms.sequence_mean_fixed_length(losses, totals, max_completion_tokens=3).item() == 9 / 12
+
+
+def test_dual_clip_by_hand():
+    """A ratio of 5 with A = -1 costs 5 without a bound, and 3, without a gradient, with dual_clip 3."""
+    ratios = torch.tensor([5.0, 2.0, 0.5, 5.0], requires_grad=True)
+    advantages = torch.tensor([-1.0, -1.0, -1.0, 1.0])
+    losses, clipped = terms.clipped_policy_loss(ratios, advantages, clip_low=0.2, clip_high=0.2, dual_clip=3.0)
+    losses.sum().backward()
+    torch.testing.assert_close(losses.detach(), torch.tensor([3.0, 2.0, 0.8, -1.2]))
+    torch.testing.assert_close(ratios.grad, torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    assert clipped.tolist() == [True, False, True, True]
+    unbounded, _ = terms.clipped_policy_loss(ratios, advantages, clip_low=0.2, clip_high=0.2)
+    torch.testing.assert_close(unbounded.detach(), torch.tensor([5.0, 2.0, 0.8, -1.2]))
+
+
+def test_dual_clip_is_above_the_clip_range():
+    with pytest.raises(ValueError, match="dual_clip: 1.2; must be > 1 . clip_high, 1.28"):
+        terms.check_clip_range(clip_low=0.2, clip_high=0.28, dual_clip=1.2)
+    terms.check_clip_range(clip_low=0.2, clip_high=0.28, dual_clip=3.0)

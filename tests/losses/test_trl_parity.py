@@ -39,21 +39,25 @@ CASES = {
         "importance_sampling_level": "sequence",
     },
 }
+# TRL's two-sided clipping, at which some ratios of tokens with a negative advantage are beyond.
+CASES |= {f"{name}_dual_clip": CASES[name] | {"delta": 1.3} for name in ("grpo", "dr_grpo", "dapo")}
+CASES["gspo_dual_clip"] = CASES["gspo"] | {"delta": 1.1}
 
 
 def our_loss(case: str, kl_coef: float) -> Loss:
     low, high = CASES[case]["epsilon_low"], CASES[case]["epsilon_high"]
-    match case:
+    options = {"clip_low": low, "clip_high": high, "kl_coef": kl_coef, "dual_clip": CASES[case].get("delta")}
+    match case.removesuffix("_dual_clip"):
         case "grpo":
-            return GRPOLoss(clip_low=low, clip_high=high, kl_coef=kl_coef)
+            return GRPOLoss(**options)
         case "dr_grpo":
-            return DrGRPOLoss(max_completion_tokens=MAX_TOKENS, clip_low=low, clip_high=high, kl_coef=kl_coef)
+            return DrGRPOLoss(max_completion_tokens=MAX_TOKENS, **options)
         case "dapo":
-            return DAPOLoss(clip_low=low, clip_high=high, kl_coef=kl_coef)
+            return DAPOLoss(**options)
         case "cispo":
             return CISPOLoss(clip_high=high, kl_coef=kl_coef)
         case "gspo":
-            return GSPOLoss(clip_low=low, clip_high=high, kl_coef=kl_coef)
+            return GSPOLoss(**options)
     raise AssertionError(case)
 
 
@@ -132,7 +136,9 @@ def trl_value(case: str, beta: float, batch: Padded, weighting: str, *, tokens: 
         vllm_importance_sampling_correction=weighting != "none",
         max_completion_length=MAX_TOKENS,
         current_gradient_accumulation_steps=microbatches,
-        args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=microbatches),
+        args=SimpleNamespace(
+            delta=CASES[case].get("delta"), use_bias_correction_kl=False, steps_per_generation=microbatches
+        ),
         model=SimpleNamespace(training=True),
         accelerator=accelerator(),
         aux_loss_enabled=False,

@@ -133,12 +133,15 @@ def test_correlation_of_reward_and_length_within_groups(groups, expected):
 
 def test_several_updates_are_merged():
     updates = [
-        {"loss": 1.0, "lr": 0.1, "ratio/max": 1.5, "ratio/min": 0.7, "mismatch/max_abs": 0.25, "clip_fraction": 0.0},
-        {},  # a minibatch without signal
-        {"loss": 4.0, "lr": 0.2, "ratio/max": 1.2, "ratio/min": 0.5, "mismatch/max_abs": 0.5, "kl": 0.125},
+        {"loss": 1.0, "lr": 0.1, "ratio/max": 1.5, "ratio/min": 0.7, "mismatch/max_abs": 0.25, "clip_fraction": 0.0}
+        | {"skipped_step": 0.0},
+        {"lr": 0.2, "skipped_step": 1.0},  # a minibatch without signal
+        {"loss": 4.0, "lr": 0.2, "ratio/max": 1.2, "ratio/min": 0.5, "mismatch/max_abs": 0.5, "kl": 0.125}
+        | {"skipped_step": 0.0},
     ]
     assert update_metrics(updates) == {
         "updates": 2.0,
+        "skipped_step": 1 / 3,
         "loss": 2.5,
         "lr": 0.2,
         "ratio/max": 1.5,
@@ -147,13 +150,14 @@ def test_several_updates_are_merged():
         "clip_fraction": 0.0,
         "kl": 0.125,
     }
-    assert update_metrics([{}, {}]) == update_metrics([]) == {"updates": 0.0}
+    nothing = {"lr": 0.2, "skipped_step": 1.0}
+    assert update_metrics([nothing, nothing]) == {"updates": 0.0} | nothing
+    assert update_metrics([]) == {"updates": 0.0}
 
 
 def test_a_skipped_update_has_no_gradient_norm_and_is_not_counted():
     updates = [
         {"loss": 1.0, "loss_scale": 4.0, "skipped_step": 1.0, "lr": 0.1},
-        {},
         {"loss": 2.0, "loss_scale": 2.0, "skipped_step": 0.0, "lr": 0.1, "grad_norm": 3.0},
     ]
     assert update_metrics(updates) == {

@@ -1,9 +1,10 @@
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from rolltune.batch import TrainGroup, TrainSequence, pack
 from rolltune.config.schema import LoRAConfig, ModelConfig
@@ -182,3 +183,63 @@ def test_the_trainer_has_the_truncated_samplers_log_probs(tiny_llama, tokenizer,
     full, full_entropy = policy.logprobs(replace(microbatch, support=None), temperature=params.temperature)
     assert torch.exp(full - microbatch.sampler_logprobs).mean().item() < 0.95, "the kept mass"
     assert (entropy < full_entropy).all()
+
+
+def test_a_loaded_adapter_has_the_configs_dropout_and_layers(tiny_llama, tokenizer, microbatch, tmp_path):
+    """An adapter that was trained with dropout, here 0.5, is trained on without it unless the config says so."""
+    folder = tmp_path / "sft"
+    sft = build(tiny_llama, LoRAConfig(rank=4, alpha=8.0, dropout=0.5, target_modules="q_proj,down_proj"))
+    with sft.with_dropout():
+        train_a_little(sft, microbatch)
+        assert not torch.equal(current(sft, microbatch), current(sft, microbatch))
+    sft.save(folder, tokenizer)
+    lora = LoRAConfig(rank=4, alpha=8.0, target_modules="q_proj,down_proj")
+    policy = build(folder, lora)
+    with policy.with_dropout():
+        assert not policy.has_dropout and torch.equal(current(policy, microbatch), current(policy, microbatch))
+        start = policy.reference_logprobs(microbatch, temperature=1.0)
+        assert torch.equal(start, current(policy, microbatch)) and torch.equal(start, current(sft, microbatch))
+    policy.save(tmp_path / "again", tokenizer)
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["lora_dropout"] == 0.0
+    with (kept := build(folder, replace(lora, dropout=0.3))).with_dropout():
+        rates = {m.p for name, m in kept.model.named_modules() if ".lora_dropout.default" in name and m.training}
+    assert rates == {0.3}, "and the reference's is off"
+    for modules in ("q_proj", "all-linear"):
+        with pytest.raises(ValueError, match=f"lora.target_modules: {modules}; stands for .* on 4 .down_proj, q_proj"):
+            build(folder, replace(lora, target_modules=modules))
+
+
+def test_an_adapter_on_the_lm_head_is_refused(tiny_llama):
+    with pytest.raises(ValueError, match="lora.target_modules: lm_head; an adapter on the LM head is not supported"):
+        build(tiny_llama, replace(LORA, target_modules="q_proj,lm_head"))
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory, tokenizer):
+    """A model whose config has dropout: 0.1 in embeddings, attention and residuals."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2
+    )
+    folder = tmp_path_factory.mktemp("gpt2")
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_of_the_model_is_off_unless_asked_for(gpt2, tiny_llama, microbatch, checkpointing):
+    def policy(path=gpt2, **options):
+        model = ModelConfig(path=str(path), gradient_checkpointing=checkpointing, **options)
+        return build_policy(model, None, device=CPU, seed=0, with_reference=True)
+
+    plain, dropping = policy(), policy(dropout=True)
+    for each in (plain, dropping):  # old policy and reference: without dropout
+        assert torch.equal(current(each, microbatch), each.reference_logprobs(microbatch, temperature=1.0))
+    assert (plain.has_dropout, dropping.has_dropout) == (False, True)
+    with plain.with_dropout(), dropping.with_dropout():
+        assert torch.equal(current(plain, microbatch), plain.reference_logprobs(microbatch, temperature=1.0))
+        gap = current(dropping, microbatch) - dropping.reference_logprobs(microbatch, temperature=1.0)
+        assert gap.abs().max() > 0.01
+        train_a_little(dropping, microbatch)
+    with pytest.raises(ValueError, match="model.dropout: true; the config of .* has no dropout; leave it out"):
+        policy(tiny_llama, dropout=True)

@@ -43,7 +43,11 @@ def test_two_processes_equal_one(tiny_llama, tmp_path, reward_module, minibatche
                 continue
             # A single token's ratio, after updates, is fp32's own noise times the spread of the log-probs.
             relative = 1e-5 if name in ("ratio/min", "ratio/max") else 1e-6
-            assert b[name] == pytest.approx(a[name], rel=relative, abs=1e-7), (a["step"], name)
+            # The loss is a sum of terms near 1 that cancel.
+            assert b[name] == pytest.approx(a[name], rel=relative, abs=1e-6 if name == "loss" else 1e-7), (
+                a["step"],
+                name,
+            )
     for step in range(1, 6):
         first = {(s["problem"], s["text"]) for s in samples(tmp_path / "one", step)}
         # Rank 0 writes the samples of its own prompts.

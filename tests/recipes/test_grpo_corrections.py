@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -110,3 +111,35 @@ def test_a_stopped_run_goes_on_with_another_limit_and_a_correction_shows(run_grp
     assert rows[3]["mismatch/outside"] == 1.0
     assert rows[2]["correction/weight"] == pytest.approx(1, abs=1e-5)
     assert rows[3]["correction/weight"] == pytest.approx(1.1, rel=1e-5)
+
+
+# Groups of the step's first minibatch all score the same, those of the second do not.
+FLAT_START = """
+from rolltune.types import Score
+
+seen = []
+
+def flat_start(problem, text):
+    if problem.id not in seen:
+        seen.append(problem.id)
+    return Score(total=0.0 if seen.index(problem.id) < 2 else float(len(text)))
+
+flat_start.full_marks = None
+"""
+
+
+def test_a_limit_holds_for_the_first_update_that_steps(run_grpo, reward_module, monkeypatch):
+    """A minibatch without a signal is no update, so that the second minibatch's has the sampler's weights still."""
+    (reward_module / "flat_reward.py").write_text(FLAT_START)
+    monkeypatch.delitem(sys.modules, "flat_reward", raising=False)
+    settings = {
+        "rewards": {"flat": {"_component_": "flat_reward.flat_start"}},
+        "loss": {"_component_": "rolltune.losses.grpo.GRPOLoss", "kl_coef": 0.0},
+        "batch": {"prompts_per_step": 4, "minibatches": 2, "microbatch_tokens": 128},
+        "num_steps": 1,
+    }
+    (row,) = read_rows(run_grpo("run", **settings))[1:]
+    assert (row["updates"], row["skipped_step"]) == (1.0, 0.5)
+    monkeypatch.delitem(sys.modules, "flat_reward")
+    with pytest.raises(RunStopped, match="step 1: mismatch.max_k3: k3 of sampler and trainer is"):
+        run_grpo("limited", mismatch=LIMIT | {"max_k3": 1e-30, "max_ratio_gap": None}, **settings)

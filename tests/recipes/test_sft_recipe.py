@@ -121,17 +121,17 @@ def test_float16(run_sft, tiny_llama):
     )
     assert [(row["loss_scale"], row["skipped_step"]) for row in rows[1:]] == [
         (2.0**19, 1.0),
-        (2.0**18, 1.0),
-        (2.0**17, 0.0),
-        (2.0**17, 0.0),
+        (2.0**18, 0.0),
+        (2.0**18, 0.0),
+        (2.0**18, 0.0),
     ]
-    assert ["grad_norm" in row for row in rows[1:]] == [False, False, True, True]
+    assert ["grad_norm" in row for row in rows[1:]] == [False, True, True, True]
     heldout = [row["heldout/loss"] for row in rows]
     exact = plain_loss(
         AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama), sums(**HELDOUT)
     )
     assert heldout[0] == pytest.approx(exact, rel=1e-4)
-    assert heldout[0] == heldout[1] == heldout[2] > 1.2 * heldout[3] > 1.3 * heldout[4]
+    assert heldout[0] == heldout[1] > 1.2 * heldout[2] > 1.3 * heldout[3] > 1.3 * heldout[4]
 
 
 def test_best_is_the_lowest_held_out_loss_not_the_last(run_sft):

@@ -74,11 +74,17 @@ def test_a_head_of_its_own_counts_but_is_not_adapted(config):
         ("q_proj,v_proj", 2 * (64 + 48)),
         ("q_proj, k_proj, v_proj, o_proj", 2 * QKVO),
         ("mlp.down_proj", 2 * 96),
-        ("proj", 0),
     ],
 )
 def test_target_modules_by_name(config, modules, features):
     assert count_parameters(config, modules) == (PARAMETERS, features)
+
+
+def test_target_modules_that_are_not_there_or_not_supported(config):
+    with pytest.raises(ValueError, match=r"lora.target_modules: proj; the model has .*down_proj, .*q_proj"):
+        count_parameters(config, "q_proj,proj")
+    with pytest.raises(ValueError, match="lora.target_modules: lm_head; an adapter on the LM head is not supported"):
+        count_parameters(config, "q_proj,lm_head")
 
 
 @pytest.mark.parametrize("modules", ["all-linear", "q_proj,v_proj", "down_proj"])
@@ -110,7 +116,7 @@ def test_bfloat16_and_its_master_weights(memory):
     half = memory(dtype="bfloat16", with_reference=True)
     assert half == pytest.approx({name: value / 2 for name, value in memory(with_reference=True).items()})
     assert memory(dtype="bfloat16", master_weights=True, with_reference=True) == pytest.approx(
-        half | {"AdamW moments": 8 * PARAMETERS, "fp32 master weights": 4 * PARAMETERS}
+        half | {"gradients": 4 * PARAMETERS, "AdamW moments": 8 * PARAMETERS, "fp32 master weights": 4 * PARAMETERS}
     )
 
 

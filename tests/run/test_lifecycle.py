@@ -369,9 +369,13 @@ def test_the_optimizer_steps_the_parameters_or_their_fp32_copies(policy, tmp_pat
     cfg = make_config(tmp_path, max_grad_norm=0.5)
     single = build.build_optimization(cfg, model := policy(), num_updates=3)
     assert type(single.optimizer) is torch.optim.AdamW and single.scheduler is None and single.max_grad_norm == 0.5
-    (group,) = single.optimizer.param_groups
-    assert (group["lr"], tuple(group["betas"])) == (1e-05, (0.9, 0.95))
-    assert all(a is b for a, b in zip(group["params"], model.trainable_parameters, strict=True))
+    matrices, norms = single.optimizer.param_groups
+    assert (matrices["lr"], tuple(matrices["betas"])) == (norms["lr"], tuple(norms["betas"])) == (1e-05, (0.9, 0.95))
+    stepped = {id(p) for p in [*matrices["params"], *norms["params"]]}
+    assert stepped == {id(p) for p in model.trainable_parameters}
+    names = {name for name, p in model.model.named_parameters() if any(p is each for each in norms["params"])}
+    assert names == {name for name, _ in model.model.named_parameters() if "norm" in name}
+    assert (matrices["weight_decay"], norms["weight_decay"]) == (0.01, 0.0), "AdamW's default, and none for norms"
     cfg.model.master_weights = True
     copies = build.build_optimization(cfg, policy("bfloat16"), num_updates=3).optimizer.param_groups[0]["params"]
     assert {p.dtype for p in copies} == {torch.float32}

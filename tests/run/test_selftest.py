@@ -7,12 +7,14 @@ import pytest
 import torch
 from rich.console import Console
 
+from rolltune.batch import TokenSequence, TrainGroup
 from rolltune.config.schema import LoRAConfig, ModelConfig
 from rolltune.model.logprobs import selected_logprobs
 from rolltune.model.policy import build_policy
+from rolltune.prompts import completion_ids
 from rolltune.rewards.answer import answer_reward
 from rolltune.run import selftest
-from rolltune.run.selftest import SelfTestError, full_marks, run_selftest
+from rolltune.run.selftest import SelfTestError, full_marks, run_selftest, run_sft_selftest
 from rolltune.samplers.native import NativeSampler
 from rolltune.types import Group, Problem, Prompt, SampleRequest, SamplingParams, Score
 
@@ -20,9 +22,9 @@ TEMPERATURE = 0.7
 FORMAT = "<think>{solution}</think>\n<answer>{answer}</answer>"
 RATIO = "sampler and trainer give the same log-probs (ratio 1)"
 PACKED = "packed sequences give the model's own log-probs"
-TOKENS = "all sampled tokens are trained, prompt tokens are not"
+TOKENS = "all completion tokens are trained, prompt tokens are not"
 EOS = "EOS is trained"
-TEXT = "trained tokens decode to the text that was rewarded"
+TEXT = "trained tokens decode to the text of the response"
 GOLD = "reward `answer` gives the gold answer full marks"
 REFERENCE = "KL to the reference is 0 at the start"
 
@@ -92,8 +94,8 @@ def test_all_is_well(policy, group, tokenizer):
     assert [check.name for check in checks] == [RATIO, PACKED, TOKENS, EOS, TEXT, GOLD, REFERENCE]
     assert failed(checks) == set()
     details = {check.name: check.detail for check in checks}
-    assert details[TOKENS].startswith("110 of 110 sampled tokens are trained; 24 prompt tokens")
-    assert "of 3 stopped completions is the one that stopped them ('<|end|>')" in details[EOS]
+    assert details[TOKENS].startswith("110 of 110 completion tokens are trained; 24 prompt tokens of 1 prompts")
+    assert "of 3 completions that ended is the one that ended them ('<|end|>')" in details[EOS]
     assert details[TEXT] == "4 of 4 completions"
     assert details[GOLD] == "1 on all 1 gold responses"
 
@@ -204,16 +206,16 @@ def test_eos_masked_with_the_padding(policy, group, tokenizer, monkeypatch):
         return dataclasses.replace(row, **{name: getattr(row, name)[keep] for name in names})
 
     change_row(monkeypatch, mask)
-    assert failed(run(policy, group, tokenizer=tokenizer)) == {TOKENS, EOS}
+    assert failed(run(policy, group, tokenizer=tokenizer)) == {TOKENS, EOS, PACKED}
     ended = dataclasses.replace(group, completions=group.completions[:2])
-    checks = run(policy, ended, tokenizer=tokenizer)  # the longest, which is run alone as well, ends with EOS here
+    checks = run(policy, ended, tokenizer=tokenizer)
     assert failed(checks) == {TOKENS, EOS, PACKED}
-    longest = max(len(c.token_ids) for c in ended.completions)
-    assert f"{longest - 1} trained tokens in a completion of {longest}" in [check.detail for check in checks]
+    first = len(ended.completions[0].token_ids)
+    assert f"{first - 1} trained tokens in a completion of {first}" in [check.detail for check in checks]
     # Nothing is left of a completion that is EOS alone.
     nothing = dataclasses.replace(group.completions[0], token_ids=(end,), logprobs=(-1.0,), text="<think>")
     with_nothing = dataclasses.replace(group, completions=(*group.completions, nothing))
-    assert failed(run(policy, with_nothing, tokenizer=tokenizer)) == {TOKENS, EOS}
+    assert failed(run(policy, with_nothing, tokenizer=tokenizer)) == {TOKENS, EOS, PACKED}
 
 
 def test_a_prompt_token_is_trained(policy, group, tokenizer, monkeypatch):
@@ -325,25 +327,48 @@ def test_a_reference_that_is_not_the_start(policy, group, tokenizer):
             weight.copy_(policy.model.model.norm.weight)
 
 
-def test_the_shortest_group_with_an_end_is_looked_at(policy, group, tokenizer):
-    whole = group.completions[2]
+def test_of_two_groups_the_shortest_end_the_longest_and_the_last_are_looked_at(policy, group, tokenizer, monkeypatch):
+    """A fault at the end of a microbatch, or of long completions only, must not hide behind a short first group."""
+    cut = group.completions[2]
     two = dataclasses.replace(
-        whole,
-        token_ids=whole.token_ids[:2],
-        logprobs=whole.logprobs[:2],
-        text="<think>" + tokenizer.decode(whole.token_ids[:2]),
+        cut,
+        token_ids=cut.token_ids[:2],
+        logprobs=cut.logprobs[:2],
+        text="<think>" + tokenizer.decode(cut.token_ids[:2]),
     )
-    cut = dataclasses.replace(group, completions=(two,))
-    ended = dataclasses.replace(group, completions=group.completions[:1])
-    checks = run(policy, cut, group, ended, tokenizer=tokenizer)
-    details = {check.name: check.detail for check in checks}
-    assert failed(checks) == set()
-    assert details[TEXT] == "1 of 1 completions" and "of 1 stopped completions" in details[EOS]
-    (end,) = [c for c in run(policy, cut, tokenizer=tokenizer) if c.name == EOS]
+    never_ended = dataclasses.replace(group, completions=(two,), scores=group.scores[:1])
+    ended = dataclasses.replace(group, completions=group.completions[:1], scores=group.scores[:1])
+    packed = []
+    right = selftest.pack
+    monkeypatch.setattr(selftest, "pack", lambda groups, **options: packed.append(groups) or right(groups, **options))
+    assert failed(run(policy, never_ended, group, ended, tokenizer=tokenizer)) == set()
+    first, second = packed.pop()
+    assert [s.token_ids for s in first.sequences] == [ended.completions[0].token_ids]
+    lengths = {c.token_ids: len(c.token_ids) for c in group.completions}
+    shortest_end = min((c.token_ids for c in group.completions if c is not cut), key=lengths.__getitem__)
+    assert {s.token_ids for s in second.sequences} == {shortest_end, cut.token_ids, group.completions[3].token_ids}
+    (end,) = [c for c in run(policy, never_ended, tokenizer=tokenizer) if c.name == EOS]
     assert end.passed and end.detail.startswith("not checked: no completion")
 
 
-def test_dropout_of_adapters_is_off_as_it_is_while_sampling(tiny_llama, tokenizer):
+@pytest.mark.parametrize("place", [0, -1], ids=["the first", "the last"])
+def test_a_fault_of_one_completion_is_found(policy, group, tokenizer, monkeypatch, place):
+    """The last completion of the second group: its tokens see one that they must not see."""
+    other = dataclasses.replace(group, completions=group.completions[1:], scores=group.scores[1:])
+    numbers = []
+
+    def change(row):
+        sequence = [0, row.num_sequences - 1][place]
+        numbers.append(sequence)
+        wrong = torch.where(row.sequence_index == sequence, row.position_ids + 3, row.position_ids)
+        return dataclasses.replace(row, position_ids=wrong)
+
+    change_row(monkeypatch, change)
+    assert failed(run(policy, group, other, tokenizer=tokenizer)) == {RATIO, PACKED}
+    assert numbers[0] >= 3 if place else numbers[0] == 0
+
+
+def test_dropout_that_is_asked_for_is_off_in_old_policy_and_sampler(tiny_llama, tokenizer):
     lora = LoRAConfig(rank=4, dropout=0.5)
     policy = build_policy(
         ModelConfig(path=str(tiny_llama)), lora, device=torch.device("cpu"), seed=0, with_reference=True
@@ -361,26 +386,61 @@ def test_dropout_of_adapters_is_off_as_it_is_while_sampling(tiny_llama, tokenize
     group = Group(problem=problem, prompt=prompt, completions=written, scores=(Score(total=0.0),) * 2)
     checks = run(policy, group, tokenizer=tokenizer)
     assert failed(checks) == {REFERENCE}  # it has been trained, in a way
-    assert policy.model.training
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_leaves_the_policy_as_it_was(policy, group, tokenizer, training):
-    policy.model.train(training)
+def test_leaves_no_gradients(policy, group, tokenizer):
     run(policy, group, tokenizer=tokenizer)
-    assert policy.model.training is training
     with pytest.raises(ValueError, match="p0: has no gold answer"):
         run(policy, dataclasses.replace(group, problem=Problem(id="p0", messages=())), tokenizer=tokenizer)
-    assert policy.model.training is training
     assert all(parameter.grad is None for parameter in policy.model.parameters())
-    policy.model.train()
+
+
+@pytest.fixture(scope="module")
+def examples(tokenizer):
+    """Two written responses, with EOS."""
+    texts = ["<think>four</think>", "<think>2 + 2 is 4, I am sure</think>\n<answer>4</answer>"]
+    prompt = Prompt(
+        token_ids=tuple(tokenizer("<|user|>2 + 2?<|end|><|assistant|><think>")["input_ids"]), prefill="<think>"
+    )
+    return [
+        TrainGroup(prompt=prompt, sequences=(TokenSequence(token_ids=completion_ids(text, prompt, tokenizer)),))
+        for text in texts
+    ], texts
+
+
+def run_sft(policy, examples, tokenizer):
+    written, texts = examples
+    return run_sft_selftest(policy, written, responses=texts, tokenizer=tokenizer, dtype="float32")
+
+
+def test_sft_has_a_self_test_too(policy, examples, tokenizer, monkeypatch):
+    checks = run_sft(policy, examples, tokenizer)
+    assert [check.name for check in checks] == [PACKED, TOKENS, EOS, TEXT] and failed(checks) == set()
+    written, texts = examples
+    assert failed(run_sft(policy, (written, [texts[0], texts[1] + "!"]), tokenizer)) == {TEXT}
+    right = selftest.pack_examples
+
+    def faulty(change):
+        monkeypatch.setattr(
+            selftest, "pack_examples", lambda *args, **kwargs: [change(row) for row in right(*args, **kwargs)]
+        )
+
+    faulty(lambda row: dataclasses.replace(row, position_ids=row.position_ids + 3 * (row.sequence_index >= 0)))
+    assert {PACKED} == failed(run_sft(policy, examples, tokenizer))
+    keep = ("predictor_index", "target_ids", "target_sequence_index")
+    faulty(
+        lambda row: dataclasses.replace(
+            row, **{n: getattr(row, n)[row.target_ids != tokenizer.eos_token_id] for n in keep}
+        )
+    )
+    assert failed(run_sft(policy, examples, tokenizer)) == {PACKED, TOKENS, EOS}
 
 
 def test_report_names_all_that_failed_and_raises(policy, group, tokenizer, monkeypatch):
     def show(checks):
         console = Console(file=io.StringIO(), width=200)
         try:
-            selftest.print_selftest(checks, group, tokenizer, console)
+            selftest.print_selftest(checks, group.prompt, group.completions[0].token_ids, tokenizer, console)
         finally:
             shown.append(console.file.getvalue())
 

@@ -180,3 +180,14 @@ def test_a_low_temperature_neither_overflows_nor_leaves_the_best_token():
 def test_nan_logits_show_in_the_logprob():
     _, logprobs, _ = sample(torch.full((1, 300), math.nan), f64(0.5), SamplingParams())
     assert math.isnan(logprobs.item())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_logits_that_are_not_finite_have_no_log_prob(temperature, wrong):
+    logits = torch.zeros(3, 10)
+    logits[1, 4] = wrong
+    logits[2, 4] = -math.inf  # a token that is ruled out is no fault
+    params = SamplingParams(temperature=temperature)
+    _, logprobs, _ = sample(logits, torch.full((3,), 0.5, dtype=torch.float64), params)
+    assert logprobs.isnan().tolist() == [False, True, False]

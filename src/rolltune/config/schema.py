@@ -32,10 +32,11 @@ class ModelConfig:
 
     path: str = MISSING  # Hub id, local folder, or "smollm2-135m-instruct" (packaged, needs no network)
     dtype: Dtype = "float32"  # of weights and matrix products; log-softmax and losses are always float32
-    # float32 copy of the weights for the optimizer, so that small updates are not rounded away; float16 without lora
-    # requires it
+    # float32 copy of the weights for the optimizer, so that small updates are not rounded away; bfloat16 and float16
+    # without lora require it
     master_weights: bool = False
     fp32_head: bool = False  # with bfloat16 or float16: float32 logits, in the trainer and in the sampler
+    dropout: bool = False  # train with the dropout and router jitter of the model's own config (GPT-2, OPT)
     batch_invariant: bool = False  # grpo, float32 on a CPU: sampler and trainer agree bit for bit, but run slower
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, about 1/3 more time
 
@@ -121,6 +122,8 @@ class BatchConfig:
     microbatch_tokens: int = 4096  # most tokens in one forward and backward pass; bounds activation memory
     # rounds of resampling that replace groups without reward variance, as in DAPO; 0: keep these groups
     dynamic_sampling_rounds: int = 0
+    # leave completions that reach max_new_tokens out of the loss (DAPO's overlong filtering); they stay in the baseline
+    mask_truncated: bool = False
     max_unscored: float = 0.5  # share of a step's completions that may lack a score; with more the run stops
 
 

@@ -35,6 +35,7 @@ class DrGRPOLoss:
         clip_low: in (0, 1].
         clip_high: > 0.
         kl_coef: >= 0; 0 needs no reference model.
+        dual_clip: largest ratio where the advantage is negative, > 1 + clip_high; None: no bound.
 
     Raises:
         ValueError: a value is out of range.
@@ -44,20 +45,25 @@ class DrGRPOLoss:
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_coef: float = 0.0
+    dual_clip: float | None = None
 
     def __post_init__(self) -> None:
         if not self.max_completion_tokens > 0:
             raise ValueError(
                 f"max_completion_tokens: {self.max_completion_tokens}; must be > 0 (sampling.max_new_tokens)"
             )
-        check_clip_range(clip_low=self.clip_low, clip_high=self.clip_high)
+        check_clip_range(clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip)
         check_kl_coef(self.kl_coef)
 
     def __call__(self, inputs: LossInputs, totals: LossTotals) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this microbatch's share of the loss, and metrics "clip_fraction" (tokens) and "kl" (sum of k3)."""
         ratios = importance_ratio(inputs.logprobs, inputs.old_logprobs)  # [N]
         policy_losses, clipped = clipped_policy_loss(
-            ratios, inputs.advantages, clip_low=self.clip_low, clip_high=self.clip_high
+            ratios,
+            inputs.advantages,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            dual_clip=self.dual_clip,
         )
         losses, metrics = token_losses(policy_losses, inputs, kl_coef=self.kl_coef)
         metrics["clip_fraction"] = clipped.to(losses.dtype).sum()

@@ -37,6 +37,7 @@ class GSPOLoss:
         clip_low: in (0, 1].
         clip_high: > 0.
         kl_coef: >= 0; 0 needs no reference model.
+        dual_clip: largest ratio where the advantage is negative, > 1 + clip_high; None: no bound.
 
     Raises:
         ValueError: a value is out of range.
@@ -45,9 +46,10 @@ class GSPOLoss:
     clip_low: float = 3e-4
     clip_high: float = 4e-4
     kl_coef: float = 0.0
+    dual_clip: float | None = None
 
     def __post_init__(self) -> None:
-        check_clip_range(clip_low=self.clip_low, clip_high=self.clip_high)
+        check_clip_range(clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip)
         check_kl_coef(self.kl_coef)
 
     def __call__(self, inputs: LossInputs, totals: LossTotals) -> tuple[Tensor, dict[str, Tensor]]:
@@ -58,7 +60,11 @@ class GSPOLoss:
         log_ratios = sequence_means(inputs.logprobs - inputs.old_logprobs, inputs.sequence_index, inputs.num_sequences)
         ratios = torch.exp(log_ratios)[inputs.sequence_index]  # [num_sequences] -> [N]
         policy_losses, clipped = clipped_policy_loss(
-            ratios, inputs.advantages, clip_low=self.clip_low, clip_high=self.clip_high
+            ratios,
+            inputs.advantages,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            dual_clip=self.dual_clip,
         )
         losses, metrics = token_losses(policy_losses, inputs, kl_coef=self.kl_coef)
         metrics["clip_fraction"] = clipped.to(losses.dtype).sum()

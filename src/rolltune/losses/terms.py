@@ -20,23 +20,30 @@ def importance_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 
 
 def clipped_policy_loss(
-    ratios: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+    ratios: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compute PPO's clipped loss, ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` (arXiv 1707.06347, eq. 7).
+
+    Its loss of a token with A < 0 grows with the ratio without a bound. ``dual_clip`` bounds it by ``-dual_clip A``
+    (arXiv 1912.09729, eq. 5).
 
     Args:
         ratios: [N].
         advantages: [N].
         clip_low: distance of the lower bound from 1.
         clip_high: distance of the upper bound from 1.
+        dual_clip: largest ratio, itself, where the advantage is negative; None: no bound.
 
     Returns:
         The loss of each token [N], and bool [N]: True if the ratio has left the interval in the direction in which the
-        advantage pushes it, so that the token has no gradient (TRL's count of clipped tokens).
+        advantage pushes it (TRL's count of clipped tokens), or has passed ``dual_clip``. Such a token has no gradient.
     """
     low, high = 1 - clip_low, 1 + clip_high
-    losses = -torch.minimum(ratios * advantages, ratios.clamp(low, high) * advantages)
     clipped = ((ratios < low) & (advantages < 0)) | ((ratios > high) & (advantages > 0))
+    if dual_clip is not None:
+        beyond = (ratios > dual_clip) & (advantages < 0)
+        ratios, clipped = torch.where(beyond, dual_clip, ratios), clipped | beyond
+    losses = -torch.minimum(ratios * advantages, ratios.clamp(low, high) * advantages)
     return losses, clipped
 
 
@@ -105,12 +112,14 @@ def sequence_mean_fixed_length(losses: Tensor, totals: LossTotals, *, max_comple
     return losses.sum() / (totals.sequences * max_completion_tokens)
 
 
-def check_clip_range(*, clip_low: float, clip_high: float) -> None:
-    """Raise ValueError unless the bounds are an interval around 1."""
+def check_clip_range(*, clip_low: float, clip_high: float, dual_clip: float | None = None) -> None:
+    """Raise ValueError unless the bounds are an interval around 1, with ``dual_clip`` above it."""
     if not 0 < clip_low <= 1:
         raise ValueError(f"clip_low: {clip_low}; must be in (0, 1] (1: no lower bound)")
     if not clip_high > 0:
         raise ValueError(f"clip_high: {clip_high}; must be > 0")
+    if dual_clip is not None and not dual_clip > 1 + clip_high:
+        raise ValueError(f"dual_clip: {dual_clip}; must be > 1 + clip_high, {1 + clip_high:g} (null: no bound)")
 
 
 def check_kl_coef(kl_coef: float) -> None:

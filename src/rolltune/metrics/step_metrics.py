@@ -77,7 +77,7 @@ def update_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
 
     The metric "updates" counts the updates that stepped the weights.
     """
-    metrics = {"updates": sum(1.0 - update.get("skipped_step", 0.0) for update in updates if update)}
+    metrics = {"updates": sum(1.0 - update["skipped_step"] for update in updates)}
     for name in sorted({name for update in updates for name in update}):
         seen = [update[name] for update in updates if name in update]
         if name.endswith(("/max", "/max_abs")):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from rolltune.config.schema import LoRAConfig, ModelConfig
 from rolltune.model.batch_invariant import is_batch_invariant, make_batch_invariant
+from rolltune.model.checkpointing import recompute_activations
 from rolltune.model.fp32_head import FP32Head
 from rolltune.model.load import adapter_base, load_model, resolve_model, unwrapped
 from rolltune.model.logprobs import selected_logprobs
@@ -36,15 +39,31 @@ class Policy:
       - LoRA that continues an SFT adapter: a frozen copy of that adapter. Disabling the adapter would give the base
         model instead.
 
+    All modules are in eval mode: sampler, old policy, reference and trainer run the same network. Dropout that the
+    config asks for is on within :meth:`with_dropout` only, where gradients are computed.
+
     Attributes:
         model: the causal LM that is trained and sampled from, wrapped by peft if LoRA is used.
         version: optimizer steps taken.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, reference: PreTrainedModel | None):
-        self.model = model
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        reference: PreTrainedModel | None,
+        *,
+        dropout_modules: Sequence[nn.Module] = (),
+    ):
+        """
+        Args:
+            model: the model to train.
+            reference: the frozen copy of full training.
+            dropout_modules: the modules that are in training mode within :meth:`with_dropout`.
+        """
+        self.model = model.eval()
         self.version = 0
         self._reference = reference
+        self._dropout_modules = dropout_modules
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -53,6 +72,21 @@ class Policy:
     @property
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether the gradient is computed with dropout, so that the log-probs there are not those of the sampler."""
+        return bool(self._dropout_modules)
+
+    @contextmanager
+    def with_dropout(self) -> Iterator[None]:
+        """Turn on the dropout that the config asks for. Backward passes belong inside: they may run layers again."""
+        for module in self._dropout_modules:
+            module.train()
+        try:
+            yield
+        finally:
+            self.model.eval()
 
     def logprobs(self, microbatch: Microbatch, *, temperature: float) -> tuple[Tensor, Tensor]:
         """Return (log-probs, entropy) of the trained tokens, float32 [N]; only the log-probs carry a gradient.
@@ -155,7 +189,8 @@ def build_policy(
             the reference.
 
     Raises:
-        ValueError: the model cannot be loaded, or ``lora`` does not fit the adapter at ``config.path``.
+        ValueError: the model cannot be loaded, or ``lora`` does not fit it or the adapter at ``config.path``; or the
+            config asks for dropout or gradient checkpointing, which the model does not have.
     """
     start = resolve_model(config.path)
     load = partial(
@@ -175,9 +210,31 @@ def build_policy(
         if with_reference:
             reference = load(start).requires_grad_(False).eval()
     if config.gradient_checkpointing:
-        unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    return Policy(model, reference)
+        recompute_activations(unwrapped(model))
+    return Policy(model, reference, dropout_modules=_dropout_modules(model, config, lora))
+
+
+def _dropout_modules(
+    model: PreTrainedModel | PeftModel, config: ModelConfig, lora: LoRAConfig | None
+) -> Sequence[nn.Module]:
+    """Return the modules to put into training mode for the dropout that the config asks for."""
+    if config.dropout:
+        if not _dropout_rates(unwrapped(model)):
+            raise ValueError(f"model.dropout: true; the config of {config.path} has no dropout; leave it out")
+        return [model]  # the adapters' dropout is 0 unless lora.dropout says otherwise
+    if lora is not None and lora.dropout > 0:
+        return [m.lora_dropout["default"] for m in model.modules() if _is_adapted(m)]  # pyright: ignore
+    return []
+
+
+def _dropout_rates(model: PreTrainedModel) -> dict[str, float]:
+    """Return the settings of a model's config that only act in training mode: dropout and router jitter, by name."""
+    settings = model.config.get_text_config().to_dict()
+    return {
+        name: value
+        for name, value in settings.items()
+        if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0
+    }
 
 
 def _load_with_lora(
@@ -191,9 +248,11 @@ def _load_with_lora(
 ) -> PeftModel:
     base = adapter_base(start)
     model = load(base or start)
+    wanted = lora_modules(model, lora.target_modules)
     if base is not None or resume_from is not None:
         model = PeftModel.from_pretrained(model, str(resume_from) if resume_from else start, is_trainable=True)
-        _check_rank(model, lora, config.path)
+        _check_adapter(model, lora, wanted, config.path)
+        _set_dropout(model, lora.dropout)
     else:
         torch.manual_seed(derive_seed(seed, "lora"))
         model = get_peft_model(model, _lora_config(lora))
@@ -207,29 +266,70 @@ def _load_with_lora(
     return model
 
 
+def lora_modules(model: PreTrainedModel, target_modules: str) -> list[str]:
+    """Return the names of the modules that ``lora.target_modules`` stands for.
+
+    Args:
+        model: without adapters; may be on the meta device.
+        target_modules: "all-linear", for all linear layers but the LM head, or ends of module names, split by commas.
+
+    Raises:
+        ValueError: a name is the end of no module's name, or that of the LM head.
+    """
+    head = model.get_output_embeddings()
+    if target_modules == "all-linear":
+        return [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    found = []
+    for target in (name.strip() for name in target_modules.split(",")):
+        modules = {name: m for name, m in model.named_modules() if f".{name}".endswith(f".{target}")}
+        if not modules:
+            leaves = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+            raise ValueError(f"lora.target_modules: {target}; the model has {', '.join(sorted(leaves))}")
+        if any(m is head for m in modules.values()):
+            raise ValueError(f"lora.target_modules: {target}; an adapter on the LM head is not supported; leave it out")
+        found += modules
+    return found
+
+
 def _lora_config(lora: LoRAConfig) -> LoraConfig:
     """Translate the config section ``lora`` into peft's class."""
-    modules = (
-        lora.target_modules
-        if lora.target_modules == "all-linear"
-        else [name.strip() for name in lora.target_modules.split(",")]
-    )
+    names = [name.strip() for name in lora.target_modules.split(",")]
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  peft divides it by the rank, so a float works
         lora_dropout=lora.dropout,
-        target_modules=modules,
+        target_modules="all-linear" if names == ["all-linear"] else names,
         task_type="CAUSAL_LM",
     )
 
 
-def _check_rank(model: PeftModel, lora: LoRAConfig, path: str) -> None:
+def _check_adapter(model: PeftModel, lora: LoRAConfig, wanted: Sequence[str], path: str) -> None:
+    """Raise ValueError unless a loaded adapter has the rank, alpha and layers that the config gives."""
     loaded = model.peft_config["default"]
     if (loaded.r, float(loaded.lora_alpha)) != (lora.rank, float(lora.alpha)):  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError(
             f"lora: rank {lora.rank}, alpha {lora.alpha}; the adapter at {path} has rank {loaded.r}, "  # pyright: ignore[reportAttributeAccessIssue]
             f"alpha {loaded.lora_alpha}; give the same values"  # pyright: ignore[reportAttributeAccessIssue]
         )
+    adapted = {name for name, module in unwrapped(model).named_modules() if _is_adapted(module)}
+    if adapted != set(wanted):
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in adapted}))
+        raise ValueError(
+            f"lora.target_modules: {lora.target_modules}; stands for {len(wanted)} layers of the model, but the "
+            f"adapter at {path} is on {len(adapted)} ({names}); name the same layers"
+        )
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return isinstance(module, LoraLayer) and "default" in module.lora_dropout
+
+
+def _set_dropout(model: PeftModel, probability: float) -> None:
+    """Give a loaded adapter the config's dropout: how it was trained before says nothing about this run."""
+    model.peft_config["default"].lora_dropout = probability  # pyright: ignore[reportAttributeAccessIssue]
+    for module in model.modules():
+        if _is_adapted(module):
+            module.lora_dropout["default"] = nn.Dropout(probability) if probability > 0 else nn.Identity()  # pyright: ignore
 
 
 def _freeze_reference_adapter(model: PeftModel) -> None:

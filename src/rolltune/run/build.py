@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from torch.nn import Parameter
 from transformers import PreTrainedTokenizerBase
 
 from rolltune.config.components import component_or_object, instantiate
@@ -152,7 +154,7 @@ def build_optimization(cfg: GRPOConfig | SFTConfig, policy: Policy, *, num_updat
         num_updates: optimizer steps of the whole run, for the schedule.
     """
     weights = MasterWeights(policy.trainable_parameters, enabled=cfg.model.master_weights)
-    optimizer = instantiate(cfg.optimizer, weights.masters)
+    optimizer = instantiate(cfg.optimizer, parameter_groups(weights.masters))
     scheduler = None
     if cfg.lr_scheduler:
         scheduler = instantiate(cfg.lr_scheduler, optimizer=optimizer, num_training_steps=num_updates)
@@ -166,6 +168,19 @@ def build_optimization(cfg: GRPOConfig | SFTConfig, policy: Policy, *, num_updat
         max_grad_norm=cfg.max_grad_norm,
         loss_scale=loss_scale,
     )
+
+
+def parameter_groups(parameters: Sequence[Parameter]) -> list[dict[str, Any]]:
+    """Split parameters into those that the optimizer's weight decay acts on, and norms and biases, which it spares.
+
+    Decay shrinks a matrix, whose scale the next norm undoes. The scale of a norm is undone by nothing (Hugging Face's
+    Trainer exempts the same).
+    """
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2]},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def prompt_renderer(prompt: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[Problem], Prompt]:

@@ -11,6 +11,7 @@ from rolltune.config.schema import Component, LoRAConfig, ModelConfig
 from rolltune.errors import ConfigError
 from rolltune.model.load import DTYPES, load_config
 from rolltune.model.logprobs import CHUNK_BYTES
+from rolltune.model.policy import lora_modules
 
 GIB = 2**30
 
@@ -22,14 +23,10 @@ def count_parameters(config, target_modules: str = "all-linear") -> tuple[int, i
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    linear = [(f".{name}", m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    if target_modules == "all-linear":
-        adapted = [m for _, m in linear if m is not head]
-    else:
-        suffixes = tuple(f".{name.strip()}" for name in target_modules.split(","))
-        adapted = [m for name, m in linear if name.endswith(suffixes)]
-    return sum(p.numel() for p in model.parameters()), sum(m.in_features + m.out_features for m in adapted)
+    adapted = [model.get_submodule(name) for name in lora_modules(model, target_modules)]
+    # The weight is [out, in], or [in, out] in a Conv1D.
+    features = sum(sum(module.weight.shape) for module in adapted)  # pyright: ignore[reportArgumentType]
+    return sum(p.numel() for p in model.parameters()), features
 
 
 def _context(model: ModelConfig) -> int | None:
@@ -91,7 +88,7 @@ def estimate_memory(
     size = torch.finfo(DTYPES[model.dtype]).bits // 8
     parameters, linear_features = count_parameters(config, lora.target_modules if lora else "all-linear")
     trained = lora.rank * linear_features if lora else parameters
-    trained_size = 4 if lora else size
+    trained_size = 4 if lora or model.master_weights else size
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_width = head_dim * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     # Kept for the backward pass per layer: norms, q, k, v, attention output, residuals; gate, up, their product.
@@ -101,7 +98,7 @@ def estimate_memory(
     parts = {
         "weights": parameters * size + (trained * 4 if lora else 0),
         "gradients": trained * trained_size,
-        "AdamW moments": 2 * trained * (4 if model.master_weights else trained_size),
+        "AdamW moments": 2 * trained * trained_size,
         "fp32 master weights": trained * 4 if model.master_weights else 0,
         "frozen reference": parameters * size if with_reference and not lora else 0,
         "activations of a microbatch": per_token * microbatch_tokens * size,

@@ -8,7 +8,7 @@ answer does not satisfy.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
@@ -17,11 +17,11 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rolltune.batch import TrainGroup, pack, train_group
+from rolltune.batch import TokenSequence, TrainGroup, pack, pack_examples, train_group
 from rolltune.model.batch_invariant import is_batch_invariant
 from rolltune.model.policy import Policy
 from rolltune.prompts import worked_response
-from rolltune.types import Group, Reward, RolloutMicrobatch
+from rolltune.types import Completion, Group, Microbatch, Prompt, Reward, RolloutMicrobatch
 
 # Limits on |trainer - sampler| log-prob: (mean, max) over tokens. In fp32 only the order of summation differs. bf16
 # keeps 8 bits of each logit, so single unlikely tokens may be far off while the mean stays small. fp16 keeps 11 bits;
@@ -57,7 +57,7 @@ def run_selftest(
     with_reference: bool,
     starts_as_reference: bool,
 ) -> list[Check]:
-    """Check the gradient path on the shortest of ``groups``, preferably one with a completion that ended by itself.
+    """Check the gradient path of GRPO on completions of two groups, packed into one microbatch.
 
     Args:
         policy: the policy before the step.
@@ -75,44 +75,106 @@ def run_selftest(
     Returns:
         The results of all checks, passed or not.
     """
-    group = min(groups, key=lambda g: (not any(c.finish_reason == "stop" for c in g.completions), _tokens(g)))
-    trained = train_group(group, [1.0] * len(group.completions))
-    (microbatch,) = pack([trained], max_tokens=10**9, device=next(policy.model.parameters()).device)
-    was_training = policy.model.training
-    policy.model.eval()  # adapters may have dropout, which is off in the sampler too
+    chosen = _choose(groups)
+    trained = [train_group(group, [1.0] * len(group.completions)) for group in chosen]
+    (microbatch,) = pack(trained, max_tokens=10**9, device=next(policy.model.parameters()).device)
+    completions = [completion for group in chosen for completion in group.completions]
     sampled_in = max((name for name in (dtype, sampler_dtype) if name in TOLERANCE), key=TOLERANCE.__getitem__)
-    try:
-        logprobs, _ = policy.logprobs(microbatch, temperature=temperature)
-        checks = [
-            _check_ratio(logprobs, microbatch, "exact" if is_batch_invariant(policy.causal_lm) else sampled_in),
-            _check_plain_forward(policy, trained, microbatch, logprobs, temperature, dtype),
-            _check_tokens(group, microbatch),
-            _check_eos(group, microbatch, tokenizer),
-            _check_text(group, microbatch, tokenizer),
-            *_check_gold_answers(groups, rewards, answer_format),
-        ]
-        if with_reference:
-            reference = policy.reference_logprobs(microbatch, temperature=temperature)
-            checks.append(_check_reference(logprobs, reference, dtype, starts_as_reference))
-    finally:
-        policy.model.train(was_training)
+    logprobs = policy.logprobs(microbatch, temperature=temperature)[0]
+    checks = [
+        _check_ratio(logprobs, microbatch, "exact" if is_batch_invariant(policy.causal_lm) else sampled_in),
+        _check_plain_forward(policy, trained, microbatch, logprobs, temperature, dtype),
+        _check_tokens(trained, [completion.token_ids for completion in completions], microbatch),
+        _check_eos(completions, microbatch, tokenizer),
+        _check_text(chosen, microbatch, tokenizer),
+        *_check_gold_answers(groups, rewards, answer_format),
+    ]
+    if with_reference:
+        reference = policy.reference_logprobs(microbatch, temperature=temperature)
+        checks.append(_check_reference(logprobs, reference, dtype, starts_as_reference))
     return checks
 
 
-def print_selftest(checks: Sequence[Check], group: Group, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
-    """Print the results and one example with its trained tokens marked; raise SelfTestError if a check failed."""
+@torch.no_grad()
+def run_sft_selftest(
+    policy: Policy,
+    examples: Sequence[TrainGroup[TokenSequence]],
+    *,
+    responses: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str,
+) -> list[Check]:
+    """Check the gradient path of SFT on the shortest and the longest example, packed into one microbatch.
+
+    Args:
+        policy: the policy before the step.
+        examples: prompts, each with its one response.
+        responses: the text of each response, prefill included.
+        tokenizer: the policy's tokenizer.
+        dtype: the policy's dtype, which sets the tolerances.
+
+    Returns:
+        The results of all checks, passed or not.
+    """
+    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].sequences[0].token_ids))
+    chosen = dict.fromkeys((by_length[0], by_length[-1]))  # one and the same if there is one example
+    trained = [examples[i] for i in chosen]
+    (microbatch,) = pack_examples(trained, max_tokens=10**9, device=next(policy.model.parameters()).device)
+    logprobs = policy.logprobs(microbatch, temperature=1.0)[0]
+    ends = [(i, example.sequences[0].token_ids[-1]) for i, example in enumerate(trained)]
+    texts = [responses[i].removeprefix(examples[i].prompt.prefill) for i in chosen]
+    return [
+        _check_plain_forward(policy, trained, microbatch, logprobs, 1.0, dtype),
+        _check_tokens(trained, [example.sequences[0].token_ids for example in trained], microbatch),
+        _check_end(ends, microbatch, tokenizer),
+        _check_decoded(texts, microbatch, tokenizer),
+    ]
+
+
+def _choose(groups: Sequence[Group]) -> list[Group]:
+    """Return the shortest group, preferably one in which a completion ended by itself, and a part of the longest.
+
+    The part is the shortest completion that ended by itself, the longest, and the last.
+    """
+    longest = max(range(len(groups)), key=lambda i: _longest(groups[i]))
+    others = [group for i, group in enumerate(groups) if i != longest]
+    if not others:
+        return [groups[longest]]
+    shortest = min(others, key=lambda g: (not any(c.finish_reason == "stop" for c in g.completions), _longest(g)))
+    completions = groups[longest].completions
+    lengths = [len(completion.token_ids) for completion in completions]
+    ended = [i for i, completion in enumerate(completions) if completion.finish_reason == "stop"]
+    kept = sorted({*sorted(ended, key=lengths.__getitem__)[:1], lengths.index(max(lengths)), len(lengths) - 1})
+    part = {name: tuple(getattr(groups[longest], name)[i] for i in kept) for name in ("completions", "scores")}
+    return [shortest, replace(groups[longest], **part)]
+
+
+def _longest(group: Group) -> int:
+    """Return the tokens of the group's longest completion, with its prompt."""
+    return len(group.prompt.token_ids) + max(len(completion.token_ids) for completion in group.completions)
+
+
+def print_selftest(
+    checks: Sequence[Check],
+    prompt: Prompt,
+    token_ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+) -> None:
+    """Print the results, and one prompt and response with the trained tokens marked.
+
+    Raises:
+        SelfTestError: a check failed.
+    """
     table = Table("", "self-test", "result", title=None, show_edge=False, pad_edge=False)
     for check in checks:
         table.add_row("[green]ok[/]" if check.passed else "[red]FAILED[/]", check.name, Text(check.detail))
     console.print(table)
-    completion = group.completions[0]
-    prompt_tail = tokenizer.decode(list(group.prompt.token_ids[-60:]))
-    trained = str(tokenizer.decode(list(completion.token_ids[:200])))
+    prompt_tail = tokenizer.decode(list(prompt.token_ids[-60:]))
+    trained = str(tokenizer.decode(list(token_ids[:200])))
     console.print("one example, trained tokens in green (the end of the prompt, in grey, is not trained):", style="dim")
     console.print(
-        Text.assemble(
-            (f"...{prompt_tail}", "dim"), (trained, "green"), "" if len(completion.token_ids) <= 200 else "..."
-        )
+        Text.assemble((f"...{prompt_tail}", "dim"), (trained, "green"), "" if len(token_ids) <= 200 else "...")
     )
     failed = [check for check in checks if not check.passed]
     if failed:
@@ -120,10 +182,6 @@ def print_selftest(checks: Sequence[Check], group: Group, tokenizer: PreTrainedT
             "the self-test before the first step failed, nothing was trained:\n"
             + "\n".join(f"  {check.name}: {check.detail}" for check in failed)
         )
-
-
-def _tokens(group: Group) -> int:
-    return sum(len(completion.token_ids) for completion in group.completions)
 
 
 def _check_ratio(logprobs: Tensor, microbatch: RolloutMicrobatch, dtype: str) -> Check:
@@ -139,67 +197,102 @@ def _check_ratio(logprobs: Tensor, microbatch: RolloutMicrobatch, dtype: str) ->
 
 
 def _check_plain_forward(
-    policy: Policy, trained: TrainGroup, microbatch: RolloutMicrobatch, logprobs: Tensor, temperature: float, dtype: str
+    policy: Policy,
+    trained: Sequence[TrainGroup[TokenSequence]],
+    microbatch: Microbatch,
+    logprobs: Tensor,
+    temperature: float,
+    dtype: str,
 ) -> Check:
-    """Compare packing and the chunked head with the model's own logits of one completion."""
-    sequence = max(trained.sequences, key=lambda s: len(s.token_ids))
-    number = trained.sequences.index(sequence)
-    ids = torch.tensor([trained.prompt.token_ids + sequence.token_ids], device=logprobs.device)
-    logits = policy.causal_lm(ids, use_cache=False).logits[0, len(trained.prompt.token_ids) - 1 : -1].float()
-    for t, kept in enumerate(sequence.support or ()):
-        outside = torch.ones_like(logits[t], dtype=torch.bool)
-        outside[list(kept)] = False
-        logits[t].masked_fill_(outside, -torch.inf)
-    targets = torch.tensor(sequence.token_ids, device=logprobs.device)
-    plain = torch.log_softmax(logits / temperature, dim=-1).gather(-1, targets[:, None]).squeeze(-1)
-    packed = logprobs[microbatch.target_sequence_index == number]
+    """Compare packing and the chunked head with the model's own logits of each completion."""
     name = "packed sequences give the model's own log-probs"
-    if len(packed) != len(targets):
-        return Check(name=name, passed=False, detail=f"{len(packed)} trained tokens in a completion of {len(targets)}")
-    gap = (plain - packed).abs()
+    gaps = []
+    sequences = [(group.prompt, sequence) for group in trained for sequence in group.sequences]
+    for number, (prompt, sequence) in enumerate(sequences):
+        plain = _plain_logprobs(policy, prompt, sequence, temperature)
+        packed = logprobs[microbatch.target_sequence_index == number]
+        if len(packed) != len(plain):
+            detail = f"{len(packed)} trained tokens in a completion of {len(plain)}"
+            return Check(name=name, passed=False, detail=detail)
+        gaps.append((plain - packed).abs())
     mean, largest = TOLERANCE[dtype]
     return Check(
         name=name,
-        passed=gap.mean().item() <= mean and gap.max().item() <= largest,
-        detail=f"|difference| mean {gap.mean().item():.1e}, max {gap.max().item():.1e} on {len(targets)} tokens",
+        passed=all(gap.mean().item() <= mean and gap.max().item() <= largest for gap in gaps),
+        detail=f"|difference| mean {max(gap.mean().item() for gap in gaps):.1e}, max "
+        f"{max(gap.max().item() for gap in gaps):.1e} on the worst of {len(gaps)} completions",
     )
 
 
-def _check_tokens(group: Group, microbatch: RolloutMicrobatch) -> Check:
-    sampled = [token for completion in group.completions for token in completion.token_ids]
-    same = microbatch.target_ids.tolist() == sampled
+def _plain_logprobs(policy: Policy, prompt: Prompt, sequence: TokenSequence, temperature: float) -> Tensor:
+    ids = torch.tensor([prompt.token_ids + sequence.token_ids], device=policy.causal_lm.device)
+    logits = policy.causal_lm(ids, use_cache=False).logits[0, len(prompt.token_ids) - 1 : -1].float()
+    for t, kept in enumerate(getattr(sequence, "support", None) or ()):
+        outside = torch.ones_like(logits[t], dtype=torch.bool)
+        outside[list(kept)] = False
+        logits[t].masked_fill_(outside, -torch.inf)
+    targets = torch.tensor(sequence.token_ids, device=logits.device)
+    return torch.log_softmax(logits / temperature, dim=-1).gather(-1, targets[:, None]).squeeze(-1)
+
+
+def _check_tokens(
+    trained: Sequence[TrainGroup[TokenSequence]], written: Sequence[Sequence[int]], microbatch: Microbatch
+) -> Check:
+    """Compare the targets with the tokens that were written, and count the prompt tokens that predict one."""
+    tokens = [token for token_ids in written for token in token_ids]
+    same = microbatch.target_ids.tolist() == tokens
     prompt_predictors = (microbatch.sequence_index[microbatch.predictor_index] == -1).sum().item()
+    prompt_tokens = sum(len(group.prompt.token_ids) for group in trained)
     return Check(
-        name="all sampled tokens are trained, prompt tokens are not",
-        passed=same and prompt_predictors == len(group.completions),
-        detail=f"{len(microbatch.target_ids)} of {len(sampled)} sampled tokens are trained; "
-        f"{len(group.prompt.token_ids)} prompt tokens are shared by {len(group.completions)} completions",
+        name="all completion tokens are trained, prompt tokens are not",
+        passed=same and prompt_predictors == len(written),
+        detail=f"{len(microbatch.target_ids)} of {len(tokens)} completion tokens are trained; {prompt_tokens} prompt "
+        f"tokens of {len(trained)} prompts come before {len(written)} completions",
     )
 
 
-def _check_eos(group: Group, microbatch: RolloutMicrobatch, tokenizer: PreTrainedTokenizerBase) -> Check:
-    stopped = [i for i, c in enumerate(group.completions) if c.finish_reason == "stop"]
-    sequences = microbatch.target_sequence_index
-    last = [
-        microbatch.target_ids[sequences == i][-1:].tolist() == [group.completions[i].token_ids[-1]] for i in stopped
-    ]
-    token = tokenizer.decode([group.completions[stopped[0]].token_ids[-1]]) if stopped else ""
-    detail = f"the last trained token of {len(stopped)} stopped completions is the one that stopped them ({token!r})"
+def _check_eos(completions: Sequence[Completion], microbatch: Microbatch, tokenizer: PreTrainedTokenizerBase) -> Check:
+    stopped = [(i, c.token_ids[-1]) for i, c in enumerate(completions) if c.finish_reason == "stop"]
     if not stopped:
         detail = "not checked: no completion in this batch ended by itself; raise sampling.max_new_tokens?"
-    return Check(name="EOS is trained", passed=all(last), detail=detail)
+        return Check(name="EOS is trained", passed=True, detail=detail)
+    return _check_end(stopped, microbatch, tokenizer)
 
 
-def _check_text(group: Group, microbatch: RolloutMicrobatch, tokenizer: PreTrainedTokenizerBase) -> Check:
-    wrong = 0
-    for i, completion in enumerate(group.completions):
-        trained = microbatch.target_ids[microbatch.target_sequence_index == i].tolist()
-        decoded = tokenizer.decode(trained, skip_special_tokens=True)
-        wrong += f"{group.prompt.prefill}{decoded}" != completion.text
+def _check_end(ends: Sequence[tuple[int, int]], microbatch: Microbatch, tokenizer: PreTrainedTokenizerBase) -> Check:
+    """Check that the last trained token of a completion is the one that ended it; ``ends``: (completion, token)."""
+    last = [microbatch.target_ids[microbatch.target_sequence_index == i][-1:].tolist() == [end] for i, end in ends]
     return Check(
-        name="trained tokens decode to the text that was rewarded",
-        passed=wrong == 0,
-        detail=f"{len(group.completions) - wrong} of {len(group.completions)} completions",
+        name="EOS is trained",
+        passed=all(last),
+        detail=f"the last trained token of {len(ends)} completions that ended is the one that ended them "
+        f"({tokenizer.decode([ends[0][1]])!r})",
+    )
+
+
+def _check_text(groups: Sequence[Group], microbatch: Microbatch, tokenizer: PreTrainedTokenizerBase) -> Check:
+    """Compare the decoded targets with the texts that rewards saw."""
+    texts = [
+        completion.text.removeprefix(group.prompt.prefill) if completion.text.startswith(group.prompt.prefill) else None
+        for group in groups
+        for completion in group.completions
+    ]
+    return _check_decoded(texts, microbatch, tokenizer)
+
+
+def _check_decoded(texts: Sequence[str | None], microbatch: Microbatch, tokenizer: PreTrainedTokenizerBase) -> Check:
+    """Compare the decoded targets of each completion with its text; None is never right."""
+    decoded = [
+        tokenizer.decode(
+            microbatch.target_ids[microbatch.target_sequence_index == i].tolist(), skip_special_tokens=True
+        )
+        for i in range(len(texts))
+    ]
+    right = sum(a == b for a, b in zip(decoded, texts, strict=True))
+    return Check(
+        name="trained tokens decode to the text of the response",
+        passed=right == len(texts),
+        detail=f"{right} of {len(texts)} completions",
     )
 
 

@@ -27,12 +27,13 @@ def sample(
         batch_invariant: whether to compute log-probs as the trainer of a batch-invariant model does.
 
     Returns:
-        Tokens int64 [B], log-probs float32 [B], and the support bool [B, V]: the tokens that top_k and top_p kept, None
-        if they keep all.
+        Tokens int64 [B]; log-probs float32 [B], NaN where the logits hold a NaN or +inf; and the support bool [B, V]:
+        the tokens that top_k and top_p kept, None if they keep all.
     """
     if params.temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, torch.zeros(len(tokens), dtype=torch.float32, device=logits.device), None
+        tokens = logits.argmax(-1)  # of a NaN, if there is one
+        largest = logits.gather(-1, tokens[:, None]).squeeze(-1).float()
+        return tokens, torch.where(largest.isfinite(), 0.0, torch.nan), None
     logits = logits.float().div_(params.temperature)
     probabilities = torch.softmax(logits, dim=-1)
     if params.truncates:

@@ -86,7 +86,7 @@ class NativeSampler:
 
         Raises:
             ValueError: a prompt is empty, or too long for the model.
-            FloatingPointError: the model's logits are NaN.
+            FloatingPointError: the model's logits are NaN or +inf.
         """
         check_lengths(requests, params.max_new_tokens, self._max_length, type(self._decoder.causal_lm).__name__)
         results = Results(requests, on_progress, on_completion)
@@ -132,7 +132,7 @@ class NativeSampler:
         sampled = _to_host(*sample(logits, uniforms, params, batch_invariant=self._decoder.batch_invariant))
         for sequence, (token, logprob, support) in zip(batch.sequences, sampled, strict=True):
             if math.isnan(logprob):
-                raise FloatingPointError("the model's logits are NaN: its weights have diverged")
+                raise FloatingPointError("the model's logits are not finite: its weights have diverged")
             sequence.token_ids.append(token)
             sequence.logprobs.append(logprob)
             if support is not None:

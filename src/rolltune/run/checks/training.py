@@ -26,6 +26,9 @@ from rolltune.run.checks.common import (
     check_prompt,
 )
 
+# An update is lost if it is less than half of the distance to the next number of the dtype.
+SMALLEST_UPDATE = {"bfloat16": "1/256", "float16": "1/2048"}
+
 
 def check_training(cfg: GRPOConfig | SFTConfig, *, num_updates: int) -> Iterator[str]:
     """Check the keys that both recipes have.
@@ -61,10 +64,10 @@ def _check_weights(model: ModelConfig, lora: LoRAConfig | None) -> Iterator[str]
     if model.fp32_head and model.dtype == "float32":
         yield "model.fp32_head: true; has no effect with model.dtype float32, whose logits are float32 already"
     if lora is None:
-        if model.dtype == "float16" and not model.master_weights:
+        if model.dtype in SMALLEST_UPDATE and not model.master_weights:
             yield (
-                "model.master_weights: false; must be true with model.dtype float16, which would round away an update "
-                "below 1/2048 of a weight"
+                f"model.master_weights: false; must be true with model.dtype {model.dtype}, which would round away an "
+                f"update below {SMALLEST_UPDATE[model.dtype]} of a weight"
             )
         return
     if model.master_weights:
