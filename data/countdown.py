@@ -211,7 +211,7 @@ def countdown_records(
         )
     problems: dict[tuple[tuple[int, ...], int], Problem] = {}
     for index in range(start, start + count):
-        numbers, target = table[index].get("nums"), table[index].get("target")
+        numbers, target = _whole(table[index].get("nums")), _whole(table[index].get("target"))
         if not _is_problem(numbers, target):
             raise ValueError(
                 f"countdown_records: {path}, record {index}: nums={numbers!r:.60} must be 2 to 6 positive integers and "
@@ -315,6 +315,13 @@ def _is_problem(numbers: Any, target: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
     return isinstance(numbers, list) and 2 <= len(numbers) <= 6 and all(map(positive, numbers)) and positive(target)
+
+
+def _whole(value: Any) -> Any:
+    """Return whole floats, which pandas makes of integers, as integers, also in a list; anything else as it is."""
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _read_records(path: str, split: str) -> Any:

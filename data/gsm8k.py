@@ -12,7 +12,9 @@ from rolltune.data.records import HUB_ID, Located, file_records, hub_records
 from rolltune.types import Problem
 
 _CALCULATOR = re.compile(r"<<.*?>>")
-_INTEGER = re.compile(r"-?[0-9][0-9,]*")
+_INTEGER = re.compile(r"-?([0-9]+|[0-9]{1,3}(,[0-9]{3})+)")  # 1,5 may be a decimal comma
+
+_LONGEST_ANSWER = 1000
 
 
 def gsm8k(
@@ -51,8 +53,11 @@ def _problem(problem_id: str, where: str, record: dict[str, Any]) -> Problem:
     solution, marker, answer = record["answer"].rpartition("####")
     if not marker:
         raise ValueError(f"{where}: 'answer' must end with '#### ' and the final answer")
-    if not _INTEGER.fullmatch(answer.strip()):
-        raise ValueError(f"{where}: the final answer after '####' must be an integer, not {answer.strip()!r:.60}")
+    if not _INTEGER.fullmatch(answer.strip()) or len(answer) > _LONGEST_ANSWER:
+        raise ValueError(
+            f"{where}: the final answer after '####' must be an integer such as 1800 or 1,800, "
+            f"not {answer.strip()!r:.60}"
+        )
     return Problem(
         id=problem_id,
         messages=({"role": "user", "content": record["question"].strip()},),

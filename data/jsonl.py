@@ -27,6 +27,9 @@ def jsonl(
 ) -> Dataset:
     """Load problems from a file with one JSON object per line (UTF-8; empty lines are skipped).
 
+    A key may lead into an object. Data in verl's layout, such as DAPO-Math-17k, loads with ``messages_key=prompt`` and
+    ``answer_key=reward_model.ground_truth``.
+
     Args:
         path: the file.
         question_key: key of the question, which becomes one user message.
@@ -82,21 +85,57 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not raw.strip():
                 continue
             try:
-                record = json.loads(raw.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{line}: not UTF-8 text ({error.reason})") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{line}: not JSON ({error.msg} at column {error.colno})") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}:{line}: a record must be a JSON object, not {type(record).__name__}")
+                record = _parse(raw)
+            except ValueError as error:
+                raise ValueError(f"{path}:{line}: {error}") from None
             yield line, record
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(raw.decode("utf-8-sig"))
+        if b"\\ud" in raw.lower():  # half of a surrogate pair, which no tokenizer can encode
+            json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text ({error.reason})") from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"has half of a surrogate pair, \\u{ord(half):04x}; write the whole character") from None
+    except json.JSONDecodeError as error:
+        if raw.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+            raise ValueError("a JSON array; write one JSON object per line instead") from None
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
+    except ValueError as error:  # Python converts no integer of more than 4300 digits
+        raise ValueError(f"a number is too long ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"a record must be a JSON object, not {type(record).__name__}")
+    return record
+
+
+def find_key(record: dict[str, Any], key: str) -> Any:
+    """Return the value at a key; a dotted key leads into objects: ``reward_model.ground_truth``.
+
+    Raises:
+        ValueError: there is no such key; the message lists those that there are.
+    """
+    if key in record:
+        return record[key]
+    name, dot, rest = key.partition(".")
+    if dot and isinstance(record.get(name), dict):
+        return find_key(record[name], rest)
+    keys = [f"{name}.{inner}" for name, value in record.items() for inner in (value if isinstance(value, dict) else [])]
+    listed = ", ".join(map(repr, [*record, *keys])) or "no keys"
+    raise ValueError(f"no key {key!r}; the record has {listed}")
 
 
 def _text(record: dict[str, Any], key: str, where: str, *, number: type[int] | type[float] | None = None) -> str:
     """Return the string at ``key``. With ``number``, accept an int (or a float too) and write it in canonical form."""
-    if key not in record:
-        raise ValueError(f"{where}: no key {key!r}; the record has {', '.join(map(repr, record)) or 'no keys'}")
-    value = record[key]
+    try:
+        value = find_key(record, key)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     if isinstance(value, str) and value.strip():
         return value
     if number is not None and isinstance(value, int) and not isinstance(value, bool):
@@ -108,7 +147,10 @@ def _text(record: dict[str, Any], key: str, where: str, *, number: type[int] | t
 
 
 def _messages(record: dict[str, Any], key: str, where: str) -> tuple[Message, ...]:
-    given = record.get(key)
+    try:
+        given = find_key(record, key)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     if not isinstance(given, list) or not given:
         raise ValueError(f"{where}: {key!r} must be a list of messages, not {given!r:.60}")
     messages: list[Message] = []

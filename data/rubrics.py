@@ -8,12 +8,15 @@ table) trains Qwen2.5-7B to 29.7 (explicit) and 31.2 (implicit) on HealthBench w
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, StringConstraints
 
 from rolltune.data.dataset import Dataset, take_slice
 from rolltune.data.records import HUB_ID, Located, file_records, hub_records
-from rolltune.rewards.rubric.load import Unsure, Weights, collect, problem_record, rar_problem
+from rolltune.rewards.rubric.load import Unsure, Weights, collect, parse, problem_record, rar_problem
 from rolltune.types import Problem
 
 _TASKS = Path(__file__).with_name("rubric_tasks.jsonl")
@@ -150,6 +153,53 @@ def _rar_records(path: str, split: str) -> tuple[str, list[Located]]:
         "which needs no network.",
     )
     return f"{name}/{split}", records
+
+
+class _HealthBenchItem(BaseModel):
+    criterion: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+    points: float
+    tags: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """Its axis, such as "completeness"."""
+        axes = [tag.removeprefix("axis:") for tag in self.tags if tag.startswith("axis:")]
+        return axes[0].replace("_", " ") if axes else "criterion"
+
+
+class _HealthBenchRecord(BaseModel):
+    prompt_id: str | None = None
+    prompt: list[dict[str, Any]]
+    rubrics: Annotated[tuple[_HealthBenchItem, ...], Field(min_length=1, max_length=100)]
+
+
+def healthbench(*, path: str, start: int = 0, count: int | None = None) -> Dataset:
+    """Load rubrics in the layout of HealthBench (arXiv 2505.08775) from a file.
+
+    A record has ``prompt``, a list of messages, and ``rubrics``, a list of {criterion, points, tags}. A criterion of
+    negative points is bad when it is met. Its title is the axis among its tags.
+
+    Args:
+        path: a .jsonl or .parquet file.
+        start: index of the first record.
+        count: number of records; None takes all from ``start`` on.
+
+    Raises:
+        ValueError: no such file, wrong records (the message names each with its fields), or the slice is out of range.
+    """
+    records = take_slice(_read(path, "healthbench"), start=start, count=count, source=path)
+
+    def read(where: str, record: Any) -> Problem:
+        parsed = parse(_HealthBenchRecord, record)
+        criteria = [
+            {"title": item.title, "description": item.criterion, "weight": item.points} for item in parsed.rubrics
+        ]
+        default_id = f"{Path(path).stem}/{re.split(r':|record ', where)[-1]}"
+        return problem_record(
+            {"id": parsed.prompt_id or default_id, "messages": parsed.prompt, "criteria": criteria}
+        ).to_problem(default_id)
+
+    return Dataset(collect(records, read))
 
 
 # --- packaged ---------------------------------------------------------------------------------------------------------

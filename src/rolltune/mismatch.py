@@ -156,8 +156,8 @@ def completion_quarters(microbatch: Microbatch) -> Tensor:
 class MismatchLimit:
     """Limits on the mismatch, above which a run stops: ``mismatch`` in a config.
 
-    They are checked before the first optimizer step that each step of the run takes. A run that exceeds one stops with a
-    checkpoint of the previous step. Limits may change on resume.
+    They are checked before the first optimizer step that each step of the run takes. A run that exceeds one stops with
+    a checkpoint of the previous step. Limits may change on resume.
 
     Example:
         >>> limit = MismatchLimit(max_k3=0.015)

@@ -178,6 +178,23 @@ def test_bad_records(records, options, message, tmp_path):
         countdown_records(path=path, **({"count": 1} | options))
 
 
+def test_numbers_that_pandas_wrote_as_floats(tmp_path):
+    path = write_records(tmp_path / "records.jsonl", [{"nums": [3.0, 4.0, 5.0], "target": 12.0}])
+    found = [p for split in ("train", "heldout", "test") for p in _any(path, split)]
+    assert [given(problem)[1] for problem in found] == [12]
+    path = write_records(tmp_path / "half.jsonl", [{"nums": [3.5, 4], "target": 7}])
+    with pytest.raises(ValueError, match=r"nums=\[3.5"):
+        countdown_records(path=path, count=1)
+
+
+def _any(path: str, split: str) -> list:
+    try:
+        return list(countdown_records(path=path, count=1, split=split))
+    except ValueError as error:
+        assert "have no" in str(error)
+        return []
+
+
 def test_a_path_that_is_nothing():
     with pytest.raises(ValueError, match="neither a .jsonl or .parquet file nor a Hub id"):
         countdown_records(path="nowhere")

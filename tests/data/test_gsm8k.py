@@ -71,10 +71,10 @@ def test_folder_has_a_file_for_each_split(tmp_path):
     ("bad", "message"),
     [
         ({"question": "a", "answer": "no marker 4"}, "'answer' .*'#### '"),
-        ({"question": "a", "answer": "#### four"}, "integer, not 'four'"),
-        ({"question": "a", "answer": "#### 3.5"}, "integer, not '3.5'"),
-        ({"question": "a", "answer": "#### "}, "integer, not ''"),
-        ({"question": "a", "answer": "#### ,"}, "integer, not ','"),
+        ({"question": "a", "answer": "#### four"}, "integer such as .*, not 'four'"),
+        ({"question": "a", "answer": "#### 3.5"}, "integer such as .*, not '3.5'"),
+        ({"question": "a", "answer": "#### "}, "integer such as .*, not ''"),
+        ({"question": "a", "answer": "#### ,"}, "integer such as .*, not ','"),
         ({"answer": "#### 4"}, "'question' .*not None"),
         ({"question": "a", "answer": 4}, "'answer' .*not 4"),
         ("{", "not JSON"),
@@ -154,3 +154,10 @@ def test_the_real_train_split():
 def test_the_real_test_split():
     data = gsm8k(split="test", path=str(GSM8K))
     assert len(data) == 1000 and data[0].answer == "18"
+
+
+@pytest.mark.parametrize("answer", ["1,5", "12,34", "1,2345", "1,234,5", "1,,800", "9" * 5000])
+def test_a_comma_that_may_be_a_decimal_comma_is_refused(tmp_path, answer):
+    path = write_jsonl(tmp_path / "own.jsonl", [*RECORDS, {"question": "?", "answer": f"#### {answer}"}])
+    with pytest.raises(ValueError, match=r"own\.jsonl:5: the final answer after '####' must be an integer such as"):
+        gsm8k(split="train", path=path)

@@ -49,6 +49,22 @@ def test_conversations(tmp_path):
     assert problem.messages == tuple({"role": t["role"], "content": t["content"]} for t in messages)
 
 
+def test_whole_surrogate_pairs_are_characters(tmp_path):
+    assert (
+        jsonl(path=write(tmp_path, r'{"question": "\ud83d\ude00", "answer": "1"}'))[0].messages[0]["content"]
+        == "\U0001f600"
+    )
+
+
+def test_keys_inside_objects(tmp_path):
+    """The layout of DAPO-Math-17k, and a key with a dot in its own name."""
+    row = {"prompt": [{"role": "user", "content": "2 + 2?"}], "reward_model": {"ground_truth": "4", "style": "rule"}}
+    path = write(tmp_path, row | {"a.b": "5"})
+    (problem,) = jsonl(path=path, messages_key="prompt", answer_key="reward_model.ground_truth")
+    assert (problem.messages[0]["content"], problem.answer) == ("2 + 2?", "4")
+    assert jsonl(path=path, messages_key="prompt", answer_key="a.b")[0].answer == "5"
+
+
 def test_slices(tmp_path):
     path = write(tmp_path, *({"question": f"q{i}", "answer": i} for i in range(5)))
     assert [p.answer for p in jsonl(path=path, start=1, count=2)] == ["1", "2"]
@@ -76,7 +92,14 @@ GOOD = {"question": "2 + 2?", "answer": "4"}
         ({"question": "a", "answer": None}, "'answer' .*not None"),
         ({"question": "a", "answer": True}, "not True"),
         ('{"question": "a", "answer": NaN}', "not nan"),
+        (f'{{"question": "a", "answer": "1", "other": {"7" * 5000}}}', "a number is too long"),
+        (f'{{"question": "a", "answer": "1", "other": {"[" * 200_000}{"]" * 200_000}}}', "nested too deeply"),
+        (r'{"question": "Add \ud83d 2", "answer": "1"}', "half of a surrogate pair, .*ud83d"),
+        (r'{"question": "a", "answer": "1", "\uDE00": 1}', "half of a surrogate pair, .*ude00"),
+        ('[{"question": "a",', "a JSON array; write one JSON object per line"),
+        ({"question": "a", "meta": {"gold": "1"}}, "no key 'answer'; the record has 'question', 'meta', 'meta.gold'"),
     ],
+    ids=lambda value: str(value)[:60],
 )
 def test_malformed_records_name_file_and_line(tmp_path, bad, message):
     path = write(tmp_path, GOOD, bad)

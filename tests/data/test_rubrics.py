@@ -6,7 +6,7 @@ import re
 import pytest
 
 from rolltune.data.dataset import overlap
-from rolltune.data.rubrics import rar, rubric_jsonl, rubric_tasks
+from rolltune.data.rubrics import healthbench, rar, rubric_jsonl, rubric_tasks
 from rolltune.rewards.checks.rubric_lint import lint
 from rolltune.rewards.rubric.schema import CATEGORIES, Criterion, Rubric
 
@@ -226,3 +226,26 @@ def test_slices_of_the_embedded_tasks():
         rubric_tasks(split="heldout", count=13)
     with pytest.raises(ValueError, match="split='test'"):
         rubric_tasks(split="test")
+
+
+# --- HealthBench ------------------------------------------------------------------------------------------------------
+
+
+def test_the_layout_of_healthbench(tmp_path):
+    row = {
+        "prompt_id": "abc",
+        "prompt": [{"role": "user", "content": "My ankle is swollen."}],
+        "rubrics": [
+            {"criterion": "Asks how it happened.", "points": 5, "tags": ["level:example", "axis:context_seeking"]},
+            {"criterion": "Prescribes opioids.", "points": -8, "tags": []},
+        ],
+        "canary": "x",
+    }
+    (problem,) = healthbench(path=write_jsonl(tmp_path / "hb.jsonl", [row]))
+    assert (problem.id, problem.messages[0]["content"]) == ("abc", "My ankle is swollen.")
+    asks, prescribes = problem.rubric.criteria
+    assert (asks.title, asks.weight, asks.is_good) == ("context seeking", 5.0, True)
+    assert (prescribes.magnitude(), prescribes.is_good) == (8.0, False)
+    bad = row | {"rubrics": [{"criterion": "Asks.", "points": 0}]}
+    with pytest.raises(ValueError, match=r"hb\.jsonl:2: .*has weight 0"):
+        healthbench(path=write_jsonl(tmp_path / "hb.jsonl", [row, bad]))
