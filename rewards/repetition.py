@@ -6,13 +6,16 @@ from collections.abc import Hashable, Sequence
 
 from rolltune.types import Problem, Score
 
+LONGEST_WORD = 30  # in characters; what is longer is not one word
+
 
 def repetition_reward(problem: Problem, text: str, *, n: int = 40, max_penalty: float = 1.0) -> Score:
     """Return ``-max_penalty`` times the share of word n-grams that repeat an earlier one, in [-max_penalty, 0].
 
     The penalty ``(1 - unique n-grams / n-grams) * penalty`` of Demystifying Long CoT (arXiv 2502.03373, section 4.5) in
     its sparse form: one number per completion. It counts words, so that it does not depend on the tokenizer; the paper
-    counts 40 tokens. A text of fewer than n words gets 0.
+    counts 40 tokens. What stands between two spaces and is longer than 30 characters counts as its characters: scripts
+    without spaces, markup, one letter over and over. A text of fewer than n words gets 0.
 
     Example:
         >>> repetition_reward(problem, "so it is so it is", n=2).total  # 2 of 5 bigrams repeat: "so it", "it is"
@@ -25,8 +28,12 @@ def repetition_reward(problem: Problem, text: str, *, n: int = 40, max_penalty: 
         raise ValueError(f"n={n} must be at least 1")
     if max_penalty < 0:
         raise ValueError(f"max_penalty={max_penalty} must be at least 0; it is subtracted from the reward")
-    share = _repeated_share(text.split(), n)
+    share = _repeated_share(_words(text), n)
     return Score(total=-max_penalty * share if share else 0.0)
+
+
+def _words(text: str) -> list[str]:
+    return [part for word in text.split() for part in ([word] if len(word) <= LONGEST_WORD else word)]
 
 
 def _repeated_share(words: Sequence[Hashable], n: int) -> float:

@@ -33,6 +33,13 @@ def total(text: str, **options: float) -> float:
         ("a b c", 1, 0.0),
         ("", 1, 0.0),
         ("", 40, 0.0),
+        # Without spaces characters are counted.
+        ("哈" * 500, 2, -498 / 499),
+        ("a" * 500, 40, -460 / 461),
+        ("<br>" * 200, 40, 4 / 761 - 1),
+        ("再来一次。" * 100, 40, 5 / 461 - 1),
+        ("b" + "a" * 30, 2, -28 / 30),
+        ("a" * 30, 2, 0.0),  # one word
     ],
 )
 def test_values(text: str, n: int, expected: float) -> None:
