@@ -12,6 +12,18 @@ from typing import Any
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 
+def home_path(path: str | Path) -> Path:
+    """A path with ``~`` at its start replaced by the home folder, so that no folder called ``~`` is ever made.
+
+    Raises:
+        ValueError: there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no such home folder; write ./{path} for a folder of that name") from None
+
+
 def write_json_atomic(path: str | Path, obj: Any) -> None:
     """Write ``obj`` as indented JSON, atomically. NaN and infinities become null."""
     write_text_atomic(Path(path), json.dumps(finite(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from rolltune.files import home_path
 from rolltune.model.batch_invariant import check_usable, make_batch_invariant
 from rolltune.model.batch_invariant_attention import BATCH_INVARIANT_PACKED_ATTENTION
 from rolltune.model.cpu.onednn import use_onednn
@@ -83,7 +84,7 @@ def resolve_model(path: str) -> str:
         if not (target / "config.json").exists():
             _convert_packaged(target)
         return str(target)
-    folder = Path(path).expanduser()
+    folder = home_path(path)
     if folder.is_dir():
         if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
             raise ValueError(f"model.path: {path}: the folder has no config.json or adapter_config.json")
