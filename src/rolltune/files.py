@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,21 @@ def take_lock(path: Path) -> AcquireReturnProxy:
         ...     ...
 
     Raises:
-        ValueError: another process, or this one, holds the lock.
+        ValueError: another process, or this one, holds the lock; the message names its host and process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(path.name + ".lock")
     try:
-        return FileLock(path.with_name(path.name + ".lock")).acquire(blocking=False)
+        taken = FileLock(file).acquire(blocking=False)
     except Timeout:
-        raise ValueError(f"{path}: another process is writing it; wait for it, or choose another output_dir") from None
+        holder = file.read_text(encoding="utf-8", errors="replace").strip() or "of an unknown host"
+        raise ValueError(
+            f"{path}: another process is writing it ({holder}); wait for it, or choose another output_dir"
+        ) from None
+    before = file.read_text(encoding="utf-8", errors="replace")
+    if not before or before.startswith("process "):  # on file systems without locks, filelock keeps its own text there
+        file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+    return taken
 
 
 def json_line(record: Mapping[str, Any]) -> str:

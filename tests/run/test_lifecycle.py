@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,9 @@ def test_nothing_that_cannot_be_resumed_is_started_over(tmp_path):
 def test_one_run_at_a_time_writes_a_folder(tmp_path):
     with lifecycle.exclusive(str(tmp_path / "run"), ALONE):
         with (
-            pytest.raises(ConfigError, match="output_dir: .*another process"),
+            pytest.raises(
+                ConfigError, match=f"output_dir: .*another process .*{os.getpid()} on {socket.gethostname()}"
+            ),
             lifecycle.exclusive(str(tmp_path / "run"), ALONE),
         ):
             pass

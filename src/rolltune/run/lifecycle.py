@@ -213,8 +213,8 @@ class Saver:
 
 
 @contextmanager
-def exclusive(output_dir: str, world: World) -> Iterator[None]:
-    """Let one run at a time write an output folder; all ranks call this.
+def exclusive(output_dir: str, world: World, *, name: str = "run") -> Iterator[None]:
+    """Let one run at a time write an output folder, or what is called ``name`` in it; all ranks call this.
 
     Raises:
         ConfigError: on all ranks, if another process writes the folder.
@@ -223,7 +223,7 @@ def exclusive(output_dir: str, world: World) -> Iterator[None]:
         problem = []
         if world.is_main:
             try:
-                stack.enter_context(take_lock(Path(output_dir) / "run"))
+                stack.enter_context(take_lock(Path(output_dir) / name))
             except ValueError as error:
                 problem = [f"output_dir: {error}"]
             except OSError as error:
