@@ -106,6 +106,8 @@ def read_saved(folder: str | Path) -> dict[str, Any] | None:
         problem = None if isinstance(tree, dict) else ": holds no config"
     except UnicodeDecodeError:
         problem = ": not UTF-8 text"
+    except OSError as error:
+        problem = f": {(error.strerror or str(error)).lower()}"
     except yaml.YAMLError as error:
         problem = yaml_problem(error)
     if problem:
