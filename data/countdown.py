@@ -15,6 +15,7 @@ from itertools import combinations
 from typing import Any, Literal
 
 from rolltune.data.dataset import Dataset
+from rolltune.files import home_path
 from rolltune.rewards.countdown import NotAnExpression, parse_expression
 from rolltune.types import Problem
 
@@ -331,7 +332,7 @@ def _read_records(path: str, split: str) -> Any:
     try:
         for suffix, builder in ((".jsonl", "json"), (".parquet", "parquet")):
             if path.endswith(suffix):
-                return datasets.load_dataset(builder, data_files={split: path}, split=split)
+                return datasets.load_dataset(builder, data_files={split: str(home_path(path))}, split=split)
         if not _HUB_ID.fullmatch(path):
             raise ValueError("neither a .jsonl or .parquet file nor a Hub id")
         return datasets.load_dataset(path, split=split)

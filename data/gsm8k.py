@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from rolltune.data.dataset import Dataset, take_slice
 from rolltune.data.records import HUB_ID, Located, file_records, hub_records
+from rolltune.files import home_path
 from rolltune.types import Problem
 
 _CALCULATOR = re.compile(r"<<.*?>>")
@@ -67,7 +68,7 @@ def _problem(problem_id: str, where: str, record: dict[str, Any]) -> Problem:
 
 
 def _records(path: str, split: str) -> Iterable[Located]:
-    local = Path(path).expanduser()
+    local = home_path(path)
     if local.exists():
         return file_records(local if local.is_file() else _file_of_split(local, split))
     if HUB_ID.fullmatch(path) and local.suffix not in (".jsonl", ".json", ".parquet"):

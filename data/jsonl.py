@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rolltune.data.dataset import Dataset, take_slice
+from rolltune.files import home_path
 from rolltune.types import Message, Problem
 
 _ROLES = ("system", "user", "assistant")
@@ -46,7 +47,7 @@ def jsonl(
         ValueError: no such file, a malformed record (the message names file and line), a repeated id, or a slice out
             of range.
     """
-    source = Path(path).expanduser()
+    source = home_path(path)
     if not source.is_file():
         raise ValueError(f"jsonl: path={path!r} is not a file")
     problems: list[Problem] = []

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, StrictBool, StringConstraints
 
 from rolltune.data.dataset import take_slice
 from rolltune.data.jsonl import read_jsonl
+from rolltune.files import home_path
 from rolltune.rewards.checks.labels import Label, LabelledResponse
 from rolltune.rewards.rubric.load import collect, parse
 from rolltune.rewards.rubric.schema import Criterion
@@ -54,7 +55,7 @@ def judge_labelled(*, path: str | None = None, start: int = 0, count: int | None
         ValueError: no such file, wrong records (the message names each with its fields), a repeated verdict, or a slice
             out of range.
     """
-    source = _PACKAGED if path is None else Path(path).expanduser()
+    source = _PACKAGED if path is None else home_path(path)
     if not source.is_file():
         raise ValueError(f"judge_labelled: path={path!r} is not a file")
     places: dict[str, str] = {}

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, StringConstraints
 
 from rolltune.data.dataset import Dataset, take_slice
 from rolltune.data.records import HUB_ID, Located, file_records, hub_records
+from rolltune.files import home_path
 from rolltune.rewards.rubric.load import Unsure, Weights, collect, parse, problem_record, rar_problem
 from rolltune.types import Problem
 
@@ -57,7 +58,7 @@ def rubric_jsonl(*, path: str, start: int = 0, count: int | None = None) -> Data
 
 
 def _read(path: str, loader: str) -> list[Located]:
-    source = Path(path).expanduser()
+    source = home_path(path)
     if not source.is_file():
         raise ValueError(f"{loader}: path={path!r} is not a file")
     records = list(file_records(source))
@@ -139,7 +140,7 @@ def _is_heldout(problem: Problem) -> bool:
 
 def _rar_records(path: str, split: str) -> tuple[str, list[Located]]:
     """Return the prefix of the ids, and the records."""
-    source = Path(path).expanduser()
+    source = home_path(path)
     if source.suffix in (".jsonl", ".parquet"):
         return source.stem, _read(path, "rar")
     if source.exists() or not HUB_ID.fullmatch(path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from rolltune.data.dataset import Dataset, take_slice
+from rolltune.files import home_path
 from rolltune.rewards.tags import THINK_CLOSE, THINK_OPEN, parse_tags
 from rolltune.traces import Trace
 from rolltune.traces.record import read_traces
@@ -57,7 +58,7 @@ def traces(
         raise ValueError("traces: thinking=dots needs tokenizer, the path of the model that will be trained")
     if thinking != "dots" and tokenizer is not None:
         raise ValueError(f"traces: tokenizer={tokenizer!r} has no effect with thinking={thinking}; leave it out")
-    source = Path(path).expanduser()
+    source = home_path(path)
     if not source.is_file():
         raise ValueError(f"traces: path={path!r} is not a file; write it with: tune run write_traces --config ...")
     kept = _keep(read_traces(source), keep, source)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -49,7 +49,7 @@ from rolltune.eval.sample_cache import ProblemSamples, SampleCache
 from rolltune.eval.sampling import check_prompts, check_vocabulary, prompt_digest, sample_missing, sampling_settings
 from rolltune.eval.tables import make_console, print_tables
 from rolltune.eval.verdicts import VerifiedModel, verify
-from rolltune.files import take_lock, write_json_atomic
+from rolltune.files import write_json_atomic
 from rolltune.model.load import load_for_sampling, load_tokenizer
 from rolltune.run import build, checks, lifecycle
 from rolltune.run.estimates import check_context
@@ -91,8 +91,7 @@ def run(cfg: EvaluateConfig) -> None:
     classifier = instantiate(cfg.classifier) if cfg.classifier else None
     # Prepare every model before sampling from the first, so that a mistake in the last one shows now.
     candidates = [prepare(cfg, problems, model, f"models[{i}].path") for i, model in enumerate(cfg.models)]
-    with take_lock(Path(cfg.output_dir) / "samples") if world.is_main else nullcontext():
-        world.barrier()  # rank 0 has the lock: from here on no other run writes
+    with lifecycle.exclusive(cfg.output_dir, world, name="samples"):
         candidates = [with_samples(candidate) for candidate in candidates]
         world.barrier()  # every rank has read the caches: from here on the ranks write
         if world.is_main:

@@ -22,7 +22,7 @@ and metrics are global. All randomness comes from (seed, step, purpose), so a ki
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +50,7 @@ from rolltune.mismatch import MismatchError, MismatchLimit
 from rolltune.model.load import load_tokenizer
 from rolltune.model.policy import Policy, build_policy
 from rolltune.rollout import Advantage, Rollout, check_versions, collect, sample_groups, score_groups
-from rolltune.run import build, checks, estimates, lifecycle
+from rolltune.run import build, checks, estimates, lifecycle, notices
 from rolltune.run.checkpoint import Checkpoints, TrainState, load_optimization, load_state
 from rolltune.run.selftest import print_selftest, run_selftest
 from rolltune.samplers import Sampler
@@ -118,7 +118,7 @@ def run_steps(cfg: GRPOConfig, world: World) -> None:
     ):
         if state.step == 0:
             log.log(0, evaluate(cfg, components, progress) | lifecycle.judge_costs(rewards.pool, world))
-        first_step = state.step + 1
+        first_step, signal = state.step + 1, notices.SignalWatch()
         for step in range(first_step, cfg.num_steps + 1):
             started = time.perf_counter()
             phases = Phases()
@@ -149,6 +149,7 @@ def run_steps(cfg: GRPOConfig, world: World) -> None:
             if step % cfg.logging.samples_every_n_steps == 0:
                 log.log_samples(step, rollout.sampled, [sampled.advantages for sampled in rollout.groups])
             progress.step(step, live_line(metrics))
+            notices.show(signal.after(metrics), is_main=world.is_main)
             why = stop_requested()
             state = saver.save(
                 state,
@@ -167,6 +168,7 @@ def dry_run(cfg: GRPOConfig) -> None:
     console = Console()
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
     train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
+    notices.show(about_data(cfg, train_set, heldout))
     build.start_rewards(cfg, train_set, heldout, smoke_test=False).pool.close()
     stream = ProblemStream(train_set, seed=cfg.seed)
     render = build.prompt_renderer(cfg.prompt, tokenizer)
@@ -199,6 +201,7 @@ def set_up(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Component
     """Build everything that the loop uses, cheap things first, so that a mistake shows before weights are loaded."""
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
     train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
+    notices.show(about_data(cfg, train_set, heldout), is_main=world.is_main)
     stream, render = ProblemStream(train_set, seed=cfg.seed), build.prompt_renderer(cfg.prompt, tokenizer)
     longest = build.longest_prompt(stream, render)
     estimates.check_context(cfg.model, prompt_tokens=longest, max_new_tokens=cfg.sampling.max_new_tokens)
@@ -232,6 +235,17 @@ def set_up(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Component
         mismatch=instantiate(cfg.mismatch) if cfg.mismatch else None,
         optimization=optimization,
         sampler=build.start_sampler(cfg, policy, tokenizer, rewards, world),  # last: it may start a server
+    )
+
+
+def about_data(cfg: GRPOConfig, train_set: Sequence[Problem], heldout: Sequence[Problem]) -> Iterator[str]:
+    """Yield what is unusual in the data."""
+    return notices.about_data(
+        train_set,
+        heldout,
+        max_heldout=cfg.eval.max_problems,
+        per_step=cfg.batch.prompts_per_step,
+        key="batch.prompts_per_step",
     )
 
 

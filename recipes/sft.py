@@ -15,7 +15,7 @@ scores the same and RL has nothing to learn from. A few hundred worked responses
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from rolltune.metrics.timing import Phases, peak_memory_gib
 from rolltune.model.load import load_tokenizer
 from rolltune.model.policy import Policy, build_policy
 from rolltune.prompts import completion_ids, worked_response
-from rolltune.run import build, checks, estimates, lifecycle
+from rolltune.run import build, checks, estimates, lifecycle, notices
 from rolltune.run.checkpoint import Checkpoints, TrainState, load_optimization, load_state
 from rolltune.run.selftest import print_selftest, run_sft_selftest
 from rolltune.seeding import derive_seed
@@ -130,6 +130,7 @@ def dry_run(cfg: SFTConfig) -> None:
     console = Console()
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
     train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
+    notices.show(about_data(cfg, train_set, heldout))
     render = build.prompt_renderer(cfg.prompt, tokenizer)
     examples = [
         example(cfg, problem, render, tokenizer)
@@ -158,6 +159,7 @@ def set_up(cfg: SFTConfig, world: World, resume_from: Path | None) -> Components
     """Build everything that the loop uses, cheap things first, so that a mistake shows before weights are loaded."""
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
     train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
+    notices.show(about_data(cfg, train_set, heldout), is_main=world.is_main)
     render = build.prompt_renderer(cfg.prompt, tokenizer)
     check_lengths(cfg, train_set, heldout, render, tokenizer)
     policy = build_policy(
@@ -180,6 +182,15 @@ def set_up(cfg: SFTConfig, world: World, resume_from: Path | None) -> Components
         render=render,
         optimization=optimization,
     )
+
+
+def about_data(cfg: SFTConfig, train_set: Sequence[Problem], heldout: Sequence[Problem]) -> Iterator[str]:
+    """Yield what is unusual in the data."""
+    per_step = cfg.batch.examples_per_step
+    yield from notices.about_data(
+        train_set, heldout, max_heldout=cfg.eval.max_problems, per_step=per_step, key="batch.examples_per_step"
+    )
+    yield from notices.about_epochs(len(train_set), cfg.num_steps * per_step)
 
 
 def example(

@@ -177,15 +177,10 @@ def _named_parts(name: str, score: Score) -> dict[str, float | None]:
     if not isinstance(score, Score):
         raise ValueError(f"reward {name!r} returned {score!r}; a reward returns a rolltune.types.Score")
     parts = {name: score.total} | {f"{name}/{part}": value for part, value in score.parts.items()}
-    return {part: None if value is None else _to_float(part, value) for part, value in parts.items()}
-
-
-def _to_float(part: str, value: Any) -> float:
-    """Convert a number, a bool, or a scalar of numpy or torch."""
-    scalar = value.item() if getattr(value, "ndim", None) == 0 else value
-    if not isinstance(scalar, int | float) or not math.isfinite(scalar):
-        raise ValueError(f"reward {part!r} is {value!r}; it must be a finite number, or None for unscored")
-    return float(scalar)
+    for part, value in parts.items():
+        if value is not None and not _is_finite(value):
+            raise ValueError(f"reward {part!r} is {value!r}; it must be a finite number, or None for unscored")
+    return parts
 
 
 def _is_finite(value: object) -> bool:

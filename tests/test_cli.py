@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -428,3 +429,63 @@ def test_reading_ends_early(tmp_path: Path):
     )
     os.close(write)
     assert done.stderr == b""
+
+
+# --- configs that are no files ----------------------------------------------------------------------------------------
+
+
+def test_a_config_comes_through_a_pipe(tmp_path: Path):
+    """The pipe is read once, for all processes."""
+    (tmp_path / "tiny.py").write_text(RECIPE)
+    os.mkfifo(tmp_path / "fifo")
+    for name, given, before in (
+        ("-", "cat t.yaml |", ()),
+        ("/dev/stdin", "cat t.yaml |", ()),
+        ("<(sed s/x/y/ t.yaml)", "", ("--nproc_per_node", "2")),
+        ("fifo", "cat t.yaml > fifo &", ()),
+    ):
+        (tmp_path / "t.yaml").write_text("who: x\n")
+        command = " ".join([given, str(TUNE), "run", *before, "./tiny.py", "--config", name])
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        who = "y" if "sed" in name else "x"
+        assert done.returncode == 0 and done.stdout.count(f"who={who} ") == max(1, len(before)), done.stderr
+    assert not list(Path(tempfile.gettempdir()).glob("rolltune-config-*/t*.yaml"))
+
+
+def test_processes_do_not_share_a_pipe(tmp_path: Path):
+    (tmp_path / "tiny.py").write_text(RECIPE)
+    done = subprocess.run(
+        [sys.executable, "tiny.py", "--config", "-"],
+        cwd=tmp_path,
+        env=os.environ | {"WORLD_SIZE": "2", "RANK": "0"},
+        input="who: x\n",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "--config: -: only one process can read from it" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["grpo", "--config", "https://example.org/a.yaml"], "URLs are not read"),
+        (["grpo", "--config=~nobody-of-this-name/a.yaml"], "no such home folder"),
+        (["grpo", "--nproc_per_node", "2", "--config", "quickstart"], "tune run --nproc_per_node ... grpo --config"),
+        (["grpo", "--nproc-per-node=2", "--config", "quickstart"], "tune run --nproc-per-node ... grpo --config"),
+        (["sft", "--config", "quickstart_sft", "--standalone"], "tune run --standalone ... sft --config"),
+    ],
+)
+def test_mistakes_of_place(capsys, arguments: list[str], fragment: str):
+    assert cli.main(["run", *arguments]) == 2
+    assert fragment in capsys.readouterr().err
+
+
+def test_home_folder_on_the_command_line(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """A shell expands ~ at the start of a word only, so --config=~/x arrives as it was typed."""
+    monkeypatch.setenv("HOME", str(bundle))
+    (bundle / "mine.yaml").write_text("who: home\n")
+    assert cli.main(["cat", "~/mine.yaml"]) == 0 and capsys.readouterr().out == "who: home\n"
+    assert cli.main(["cp", "~/mine.yaml", "x"]) == 2
+    name = catalog.configs()[0].name
+    assert cli.main(["cp", name, "~/copied.yaml"]) == 0
+    assert (bundle / "copied.yaml").exists() and not Path("~").exists()

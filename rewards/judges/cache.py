@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rolltune.files import home_path
+
 VERSION = 1  # of the file's layout and of the keys
 _APPLICATION = 0x726F7475  # identifies the file (SQLite's application_id)
 _WAIT_SECONDS = 10.0  # for another process that writes
@@ -49,7 +51,7 @@ class AnswerCache:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._path = Path(path).expanduser()
+        self._path = home_path(path)
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         self._has_warned = False

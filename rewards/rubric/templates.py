@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from rolltune.files import home_path
 from rolltune.types import Message
 
 Kind = Literal["explicit", "explicit_one", "implicit", "pairwise"]
@@ -75,7 +76,7 @@ def load_prompt(path: str, kind: Kind) -> JudgePrompt:
         ValueError: the file cannot be read, has no ``---`` line, lacks a placeholder or has an unknown one.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = home_path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompt: {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
     return _parsed(kind, text, path)

@@ -5,11 +5,24 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
+
+
+def home_path(path: str | Path) -> Path:
+    """A path with ``~`` at its start replaced by the home folder, so that no folder called ``~`` is ever made.
+
+    Raises:
+        ValueError: there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no such home folder; write ./{path} for a folder of that name") from None
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:
@@ -52,13 +65,21 @@ def take_lock(path: Path) -> AcquireReturnProxy:
         ...     ...
 
     Raises:
-        ValueError: another process, or this one, holds the lock.
+        ValueError: another process, or this one, holds the lock; the message names its host and process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(path.name + ".lock")
     try:
-        return FileLock(path.with_name(path.name + ".lock")).acquire(blocking=False)
+        taken = FileLock(file).acquire(blocking=False)
     except Timeout:
-        raise ValueError(f"{path}: another process is writing it; wait for it, or choose another output_dir") from None
+        holder = file.read_text(encoding="utf-8", errors="replace").strip() or "of an unknown host"
+        raise ValueError(
+            f"{path}: another process is writing it ({holder}); wait for it, or choose another output_dir"
+        ) from None
+    before = file.read_text(encoding="utf-8", errors="replace")
+    if not before or before.startswith("process "):  # on file systems without locks, filelock keeps its own text there
+        file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+    return taken
 
 
 def json_line(record: Mapping[str, Any]) -> str:

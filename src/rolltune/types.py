@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
+from decimal import Decimal
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,6 +146,8 @@ class Score:
     Example:
         >>> Score(total=0.0, failure="no_answer")
 
+    Numbers may be of any kind: Python's (bool, Decimal, Fraction), or scalars of numpy and torch. They become floats.
+
     Attributes:
         total: the reward. None means unscored (a judge was down, a verifier ran out of time), which is never the same
             as 0: an unscored completion leaves its group.
@@ -156,6 +160,16 @@ class Score:
     parts: Mapping[str, float | None] = field(default_factory=dict)
     failure: str | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "total", _as_float(self.total))
+        object.__setattr__(self, "parts", {name: _as_float(value) for name, value in self.parts.items()})
+
+
+def _as_float(value: Any) -> Any:
+    """A number as a float; anything else as it is, for the caller's error message to name."""
+    scalar = value.item() if getattr(value, "ndim", None) == 0 else value
+    return float(scalar) if isinstance(scalar, Real | Decimal) else value
 
 
 class Reward(Protocol):

@@ -138,7 +138,6 @@ MISTAKES = [
     ("seed=null", "seed: null; must be an integer"),
     ("seed.x=1", "seed: a mapping (x); must be an integer"),
     ("resume=maybe", "resume: 'maybe' (a string); must be true or false"),
-    ("output_dir=123", "output_dir: 123; must be a string (put it in quotes)"),
     ("eval.max_new_tokens=None", "must be an integer or null (null, not None)"),
     ("sampling.stop=x", "sampling.stop: 'x' (a string); must be a list of strings"),
     ("sampling.stop=[1]", "sampling.stop[0]: 1; must be a string"),
@@ -240,8 +239,191 @@ def test_files_that_cannot_be_read(tmp_path: Path):
         config.load(schema.GRPOConfig, tmp_path / "binary.yaml")
 
 
-@pytest.mark.parametrize("text", ["0100", "017", "1:30"])
-def test_octal_and_base_60_are_no_numbers(tmp_path, text):
-    """YAML 1.1 reads 64, 15 and 90."""
-    assert parse_yaml(text) == text
-    assert [parse_yaml(each) for each in ("0", "100", "-7", "1_000", "0x1F")] == [0, 100, -7, 1000, 31]
+# --- overrides change one key, to the text that was typed -------------------------------------------------------------
+
+
+def test_an_override_changes_no_alias_of_its_key(grpo_yaml: Path):
+    text = grpo_yaml.read_text()
+    text = (
+        text.replace("loss: {", "loss: &loss {")
+        .replace("train: {", "train: &train {")
+        .replace(
+            "sampling: {group_size: 4, max_new_tokens: 64, stop: [",
+            "sampling: {group_size: 4, max_new_tokens: 64, stop: &s [",
+        )
+    )
+    text += (
+        "correction: *loss\n"
+        "mismatch: {<<: *loss, kl_coef: 2}\n"
+        "eval: {overoptimization: {_component_: x.y, words: *s, inner: *train}}\n"
+    )
+    grpo_yaml.write_text(text)
+    cfg = config.load(
+        schema.GRPOConfig,
+        grpo_yaml,
+        ["loss.kl_coef=9", "correction.kl_coef=8", "sampling.stop.0=x", "eval.overoptimization.inner.count=3"],
+    )
+    assert cfg.correction is not None and cfg.mismatch is not None and cfg.eval.overoptimization is not None
+    assert (cfg.loss["kl_coef"], cfg.correction["kl_coef"], cfg.mismatch["kl_coef"]) == (9, 8, 2)
+    assert cfg.sampling.stop == ["x"] and cfg.eval.overoptimization["words"] == ["</answer>"]
+    assert cfg.data.train["count"] == 40 and cfg.eval.overoptimization["inner"]["count"] == 3
+
+
+def test_merge_keys_at_several_depths():
+    """PyYAML merges in place, which must not look like a key that is given twice."""
+    tree = parse_yaml("base: &a {lr: 1}\nx:\n  y: &b\n    <<: *a\n    lr: 2\nz: {<<: *b, k: 3}\n")
+    assert tree == {"base": {"lr": 1}, "x": {"y": {"lr": 2}}, "z": {"lr": 2, "k": 3}}
+
+
+def test_what_an_interpolation_gives_has_no_keys_to_override(grpo):
+    found = grpo("data.heldout=${data.train}", "data.heldout.split=heldout")
+    assert found[0].startswith("data.heldout.split: heldout is ${data.train}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# be brief",
+        "a # b",
+        "~",
+        "~/x",
+        "  lead",
+        "trail \t",
+        "",
+        "a: b",
+        "- a",
+        "[1, 2]",
+        "{solution}",
+        "{a: 1}",
+        "{",
+        "@x",
+        "%x",
+        "*x",
+        "&x",
+        "!x",
+        "`x",
+        "| a",
+        "> a",
+        "=",
+        "<<",
+        "a:",
+        "'",
+        "it's",
+        '"x" y',
+        "null # x",
+        "None",
+        "007",
+        "1e3",
+        "1.5",
+        ".inf",
+        "yes",
+        "no",
+        "true",
+        "2024-01-01",
+        "12:30",
+        "é\n x",
+        "\t",
+        "a=b",
+        "<think>",
+        "???x",
+    ],
+)
+def test_a_key_that_holds_text_takes_what_was_typed(grpo_yaml: Path, text: str):
+    cfg = config.load(schema.GRPOConfig, grpo_yaml, [f"prompt.system={text}", f"sampling.stop.0={text}"])
+    assert cfg.prompt.system == cfg.sampling.stop[0] == text
+
+
+def test_quotes_null_and_interpolations_in_a_key_that_holds_text(grpo_yaml: Path):
+    def system(*texts: str) -> str | None:
+        return config.load(schema.GRPOConfig, grpo_yaml, [f"prompt.system={text}" for text in texts]).prompt.system
+
+    assert [system("'a # b'"), system('"a\\n"'), system("'null'"), system("null")] == ["a # b", "a\n", "null", None]
+    assert system("seed ${seed} # x") == "seed 0 # x"
+    assert system("a", "b") == "b", "the last one wins"
+    assert config.load(schema.GRPOConfig, grpo_yaml, ["prompt.prefill=null"]).prompt.prefill == "null"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a # b", "a # b"),
+        ("# a", "# a"),
+        ("3 # x", "3 # x"),
+        ("@x", "@x"),
+        ("*x", "*x"),
+        ("&x", "&x"),
+        ("- a", "- a"),
+        ("~/x", "~/x"),
+        ("  a ", "  a "),
+        ("a: b", "a: b"),
+        ("3", 3),
+        ("1e-6", 1e-06),
+        ("yes", True),
+        ("~", None),
+        ("null", None),
+        ("'3'", "3"),
+        ("[a, 'b # c']", ["a", "b # c"]),
+        ("{a: {b: 1}}", {"a": {"b": 1}}),
+    ],
+)
+def test_an_argument_of_a_component_is_a_yaml_value_or_the_text(grpo_yaml: Path, text: str, value: object):
+    assert config.load(schema.GRPOConfig, grpo_yaml, [f"data.train.x={text}"]).data.train["x"] == value
+
+
+@pytest.mark.parametrize("text", ["[1, 2] # x", "'a' # b", "[1", '"a', "{a: 1} b"])
+def test_text_behind_a_bracket_or_quote_is_an_error(grpo, text: str):
+    (found,) = grpo(f"data.train.count={text}")
+    assert found.startswith(f"data.train.count: {text} is not a YAML value")
+
+
+def test_text_from_the_environment_is_not_resolved_again(grpo_yaml: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ROLLTUNE_TEXT", "${seed} # ~")
+    cfg = config.load(schema.GRPOConfig, grpo_yaml, ["prompt.system=${oc.env:ROLLTUNE_TEXT}"])
+    assert cfg.prompt.system == "${seed} # ~"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0100", "0100"),
+        ("017", "017"),
+        ("1:30", "1:30"),
+        ("1:30.5", "1:30.5"),
+        ("0o17", "0o17"),
+        ("08", "08"),
+        ("1__0", "1__0"),
+        ("1_", "1_"),
+        ("0", 0),
+        ("1_000", 1000),
+        ("-7", -7),
+        ("+1", 1),
+        ("0x1F", 31),
+        (".5", 0.5),
+        ("1.", 1.0),
+        ("5.e-6", 5e-06),
+        ("1e3", 1000.0),
+    ],
+)
+def test_numbers_of_yaml(text: str, value: object):
+    assert parse_yaml(text) == value and type(parse_yaml(text)) is type(value)
+
+
+# --- the home folder --------------------------------------------------------------------------------------------------
+
+
+def test_a_path_may_start_at_the_home_folder(grpo_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "t.jinja").write_text("x")
+    overrides = ["output_dir=~/run", "model.path=~/m", "prompt.chat_template=~/t.jinja", "prompt.system=~/x"]
+    cfg = config.load(schema.GRPOConfig, grpo_yaml, overrides)
+    assert (cfg.output_dir, cfg.model.path) == (f"{tmp_path}/run", f"{tmp_path}/m")
+    assert cfg.prompt.chat_template == f"{tmp_path}/t.jinja" and cfg.prompt.system == "~/x"
+    grpo_yaml.write_text("models: [{name: a, path: ~/m}]\ndata: {}\nsampler: {}\n")
+    evaluated = config.load(schema.EvaluateConfig, grpo_yaml, ["output_dir=~"])
+    assert evaluated.output_dir == str(tmp_path) and evaluated.models[0].path == f"{tmp_path}/m"
+
+
+@pytest.mark.parametrize("key", ["output_dir", "model.path", "prompt.chat_template"])
+def test_a_home_folder_that_does_not_exist_is_named(grpo, key: str):
+    (found,) = grpo(f"{key}=~nobody-of-this-name/x")
+    assert found.startswith(f"{key}: ~nobody-of-this-name/x: there is no such home folder")

@@ -174,6 +174,7 @@ def test_a_skipped_update_has_no_gradient_norm_and_is_not_counted():
 def test_live_line():
     metrics = {"reward/mean": 0.5, "kl": 0.0, "heldout/score": 0.25, "reward/std": 1.0, "lr": 1.0}
     assert live_line(metrics) == {"reward": 0.5, "kl": 0.0, "held-out": 0.25}
+    assert live_line({"reward/mean": 0.5, "groups/zero_variance": 1.0}) == {"reward": 0.5, "signal": "none"}
 
 
 # --- summary ----------------------------------------------------------------------------------------------------------
@@ -209,6 +210,8 @@ def test_summary_of_fifths(tmp_path):
     assert summary == {
         "steps": 11,
         "train_minutes": (11 * 30.0 + 90.0) / 60,
+        "steps_without_signal": 0,
+        "steps_without_update": 0,
         "reward_first_fifth": 1.5,
         "reward_last_fifth": 10.5,
         "reward_answer_first_fifth": pytest.approx(0.15),
@@ -224,6 +227,16 @@ def test_summary_of_fifths(tmp_path):
     }
     assert "0.250  (95 %: 0.150 to 0.350)" in shown and "0.500  (95 %: 0.400 to 0.600)" in shown
     assert "11 steps in 7.0 minutes; best held-out score 0.750 at step 4" in shown
+
+
+def test_the_summary_counts_steps_that_trained_nothing(tmp_path):
+    equal = {"reward/mean": 1.0, "groups/zero_variance": 1.0}
+    records = [{"step": step, "updates": 0.0, **equal} for step in (1, 2)] + [{"step": 3, "updates": 1.0, **equal}]
+    summary, shown = summarize(tmp_path, records)
+    assert (summary["steps_without_signal"], summary["steps_without_update"]) == (3, 2)
+    assert "optimizer steps were taken in 1 of 3 steps: all rewards of a group were equal" in shown
+    _, shown = summarize(tmp_path, records[2:])  # the KL term alone moves the weights
+    assert "in 1 of 1 steps all rewards of a group were equal" in shown
 
 
 def test_fewer_than_five_steps_are_fifths_of_one(tmp_path):

@@ -178,7 +178,7 @@ def test_folders_and_hub_ids(tiny_llama, adapter, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"model\.path: outputs: .*config\.json"):
         resolve_model("outputs")
     (tmp_path / "outputs/best").symlink_to(tiny_llama)
-    assert resolve_model("outputs/best") == "outputs/best"  # a folder that is there goes before the Hub
+    assert resolve_model("outputs/best") == f"{tmp_path}/outputs/best"  # a folder that is there goes before the Hub
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch):

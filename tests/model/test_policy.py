@@ -1,9 +1,10 @@
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from rolltune.batch import TrainGroup, TrainSequence, pack
@@ -243,3 +244,35 @@ def test_dropout_of_the_model_is_off_unless_asked_for(gpt2, tiny_llama, microbat
         train_a_little(dropping, microbatch)
     with pytest.raises(ValueError, match="model.dropout: true; the config of .* has no dropout; leave it out"):
         policy(tiny_llama, dropout=True)
+
+
+def test_an_adapter_loads_from_any_working_directory(tiny_llama, tokenizer, microbatch, tmp_path, monkeypatch):
+    """Its base was given by a relative path; then the base moves, and so does the folder of the run."""
+    (tmp_path / "models").mkdir()
+    shutil.copytree(tiny_llama, tmp_path / "models/base")
+    monkeypatch.chdir(tmp_path)
+    policy = build("models/base", LORA)
+    train_a_little(policy, microbatch)
+    policy.save(tmp_path / "run/adapter", tokenizer)
+    expected = current(policy, microbatch)
+    monkeypatch.chdir("/")
+    again = build(tmp_path / "run/adapter", LORA)
+    assert torch.equal(current(again, microbatch), expected)
+    assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run/adapter").peft_config["default"].r == 4
+
+    (tmp_path / "models/base").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=rf"adapter: its base model {tmp_path}/models/base is not there; move it back"):
+        build(tmp_path / "run/adapter", LORA)
+    file = tmp_path / "run/adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "../moved"}))
+    monkeypatch.chdir(tmp_path / "models")
+    build("../run/adapter", LORA).save(tmp_path / "again", tokenizer)
+    monkeypatch.chdir("/")
+    assert torch.equal(current(build(tmp_path / "again", LORA), microbatch), expected)
+
+
+def test_a_damaged_adapter_config_is_named(tiny_llama, tokenizer, tmp_path):
+    build(tiny_llama, LORA).save(tmp_path / "adapter", tokenizer)
+    (tmp_path / "adapter/adapter_config.json").write_text('{"base_model')
+    with pytest.raises(ValueError, match=r"model\.path: .*adapter_config\.json: is damaged"):
+        build(tmp_path / "adapter", LORA)

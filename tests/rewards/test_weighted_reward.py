@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import math
 from dataclasses import FrozenInstanceError
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -148,16 +151,31 @@ def test_is_frozen() -> None:
         reward.rewards = {}  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("value", [np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5)], ids=str)
-def test_scalars_of_numpy_and_torch_are_numbers(value):
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.float32(0.5),
+        np.float64(0.5),
+        np.array(0.5),
+        torch.tensor(0.5),
+        torch.tensor(0.5, requires_grad=True),
+        torch.tensor(0.5, dtype=torch.bfloat16),
+        Decimal("0.5"),
+        Fraction(1, 2),
+    ],
+    ids=str,
+)
+def test_numbers_of_every_kind_are_rewards(value):
+    assert type(Score(total=value).total) is float, "also where no WeightedReward stands between"
     score = score_of(lambda problem, text: Score(total=value, parts={"part": value}))
     assert (score.total, score.parts["r"], score.parts["r/part"]) == (1.0, 0.5, 0.5)
     assert all(type(number) is float for number in (score.total, *score.parts.values()))
 
 
 def test_a_bool_is_a_number_and_more_than_a_scalar_is_not():
-    assert score_of(lambda problem, text: Score(total=True)).total == 2.0
-    for value in (np.array([0.5]), torch.ones(2), np.float32("nan"), "1"):
+    for value in (True, np.bool_(True), torch.tensor(True), np.int64(1), 1):
+        assert score_of(lambda problem, text, value=value: Score(total=value)).total == 2.0
+    for value in (np.array([0.5]), torch.ones(2), np.float32("nan"), math.inf, Decimal("NaN"), "1", 1j):
         with pytest.raises(ValueError, match="reward 'r' is"):
             score_of(lambda problem, text, value=value: Score(total=value))
 

@@ -1,9 +1,11 @@
 """What recipes do around their loop: starting, resuming, building, saving."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,7 @@ def save_step(output_dir: Path, step: int, *, is_best: bool = False, **state) ->
 def save_weights(folder: Path) -> None:
     folder.mkdir(parents=True)
     save_file({"weight": torch.ones(3)}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
 
 
 # --- start ------------------------------------------------------------------------------------------------------------
@@ -119,10 +122,31 @@ def test_resumes_from_the_newest(tmp_path):
 
 DAMAGES = {
     "state.json": lambda path: (path / "state.json").write_text(""),
+    "state.json: ValueError: step: '2'": lambda path: edit_state(path, step="2"),
+    "state.json: ValueError: data_position: null": lambda path: edit_state(path, data_position=None),
+    "state.json: TypeError": lambda path: edit_state(path, more=1),
+    "state.json: is of step 1": lambda path: edit_state(path, step=1),
+    "trainer.pt: cut short": lambda path: cut_the_middle(path / "trainer.pt"),
+    "policy/config.json": lambda path: os.truncate(path / "policy/config.json", 1),
+    "policy: no config.json": lambda path: (path / "policy/config.json").unlink(),
+    "policy/model-2.safetensors: missing": lambda path: (path / "policy/model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}'
+    ),
     "trainer.pt": lambda path: os.truncate(path / "trainer.pt", 200),
     "policy/model.safetensors": lambda path: os.truncate(path / "policy/model.safetensors", 40),
     "policy: no": lambda path: (path / "policy/model.safetensors").unlink(),
 }
+
+
+def edit_state(path: Path, **changes: Any) -> None:
+    file = path / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def cut_the_middle(file: Path) -> None:
+    """Keep the end of a zip file, with its list of contents."""
+    content = file.read_bytes()
+    file.write_bytes(content[:100] + content[300:])
 
 
 @pytest.mark.parametrize("part", DAMAGES)
@@ -138,6 +162,16 @@ def test_a_damaged_newest_checkpoint_is_named(tmp_path, part):
         start(make_config(tmp_path, resume=True))
 
 
+def test_an_older_checkpoint_does_not_replace_a_newer_one_silently(tmp_path):
+    start(make_config(tmp_path))
+    for step in (1, 2):
+        save_step(tmp_path, step)
+    (tmp_path / "checkpoints/step_000002/trainer.pt").unlink()
+    with pytest.raises(ConfigError, match=r"step_000002: .*trainer\.pt: missing.*delete it to resume from step 1"):
+        start(make_config(tmp_path, resume=True))
+    assert Checkpoints(tmp_path, keep_last=2).steps() == [1, 2]
+
+
 def test_nothing_that_cannot_be_resumed_is_started_over(tmp_path):
     start(make_config(tmp_path))
     save_step(tmp_path, 1)
@@ -151,10 +185,87 @@ def test_nothing_that_cannot_be_resumed_is_started_over(tmp_path):
     assert Checkpoints(tmp_path, keep_last=2).steps() == [1]
 
 
+OBSTACLES = {
+    "step_12: is not a checkpoint": lambda folder: os.rename(folder / "step_000002", folder / "step_12"),
+    "step_000002.bak: is not a checkpoint": lambda folder: os.rename(
+        folder / "step_000002", folder / "step_000002.bak"
+    ),
+    "step_000003: is not a checkpoint": lambda folder: (folder / "step_000003").write_text(""),
+    "best: is not the link": lambda folder: (folder.parent / "best").mkdir(),
+    "checkpoints: is a file": lambda folder: (shutil.rmtree(folder), folder.write_text("")),
+    "checkpoints: the link leads nowhere": lambda folder: (shutil.rmtree(folder), folder.symlink_to("gone")),
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_is_no_checkpoint_is_named_before_anything_is_written(tmp_path, obstacle, resume):
+    start(make_config(tmp_path))
+    for step in (1, 2):
+        save_step(tmp_path, step)
+    before = (tmp_path / "config.yaml").read_text()
+    OBSTACLES[obstacle](tmp_path / "checkpoints")
+    with pytest.raises(ConfigError, match=f"output_dir: .*{obstacle}"):
+        start(make_config(tmp_path, resume=resume, device="cpu"))
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_checkpoints_may_be_on_another_disk(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "disk")
+    start(make_config(tmp_path / "run"))
+    for step in (1, 2, 3, 4):
+        save_step(tmp_path / "run", step, is_best=step == 1, best_score=1.0, best_step=1)
+    assert start(make_config(tmp_path / "run", resume=True)) == tmp_path / "run/checkpoints/step_000004"
+    assert sorted(os.listdir(tmp_path / "disk")) == ["step_000001", "step_000003", "step_000004"]
+
+
+@pytest.mark.parametrize(("logged", "is_lost"), [(0, False), (3, False), (10, False), (11, True)])
+def test_a_run_whose_checkpoints_were_removed_is_not_started_over(tmp_path, capsys, logged, is_lost):
+    """A checkpoint is due every 10 steps, so a run of 11 had one; a shorter one may have been killed before it."""
+    start(make_config(tmp_path))
+    metrics = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(logged + 1))
+    (tmp_path / "metrics.jsonl").write_text(metrics)
+    cfg = make_config(tmp_path, resume=True)
+    if is_lost:
+        with pytest.raises(ConfigError, match=r"metrics.jsonl has 11 steps, but there is no checkpoint"):
+            start(cfg)
+    else:
+        assert start(cfg) is None
+        assert ("starting over" in capsys.readouterr().out) == (logged > 0)
+    assert (tmp_path / "metrics.jsonl").read_text() == metrics
+
+
+def test_a_run_of_another_recipe_is_not_resumed(tmp_path):
+    start(make_config(tmp_path))
+    save_step(tmp_path, 1)
+    cfg = SFTConfig(output_dir=str(tmp_path), data=DataConfig(train={}, heldout={}), optimizer=OPTIMIZER, num_steps=1)
+    cfg.model.path, cfg.resume = "org/name", True
+    with pytest.raises(ConfigError, match="another recipe or version, whose config has advantage"):
+        lifecycle.start(cfg, Checkpoints(tmp_path, keep_last=1), ALONE)
+
+
+def test_a_run_gets_more_steps_if_its_rate_is_constant(tmp_path):
+    start(make_config(tmp_path))
+    save_step(tmp_path, 1)
+    with pytest.raises(ConfigError, match="num_steps: 3: .* started with 4; it may grow"):
+        start(make_config(tmp_path, resume=True, num_steps=3))
+    assert start(make_config(tmp_path, resume=True, num_steps=9)) is not None
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["num_steps"] == 9
+    schedule = {"_component_": "transformers.get_scheduler", "name": "cosine", "num_warmup_steps": 0}
+    start(make_config(tmp_path / "b", lr_scheduler=schedule))
+    save_step(tmp_path / "b", 1)
+    with pytest.raises(ConfigError, match="num_steps: 9: .* started with 4; the schedule of the learning rate spans"):
+        start(make_config(tmp_path / "b", lr_scheduler=schedule, resume=True, num_steps=9))
+
+
 def test_one_run_at_a_time_writes_a_folder(tmp_path):
     with lifecycle.exclusive(str(tmp_path / "run"), ALONE):
         with (
-            pytest.raises(ConfigError, match="output_dir: .*another process"),
+            pytest.raises(
+                ConfigError, match=f"output_dir: .*another process .*{os.getpid()} on {socket.gethostname()}"
+            ),
             lifecycle.exclusive(str(tmp_path / "run"), ALONE),
         ):
             pass
@@ -181,7 +292,7 @@ def test_a_signal_asks_to_stop_and_a_second_one_stops():
 def test_resuming_names_every_change(tmp_path):
     start(make_config(tmp_path))
     save_step(tmp_path, 1)
-    changed = make_config(tmp_path, resume=True, seed=7, num_steps=9, optimizer=OPTIMIZER | {"lr": 2e-05})
+    changed = make_config(tmp_path, resume=True, seed=7, num_steps=3, optimizer=OPTIMIZER | {"lr": 2e-05})
     with pytest.raises(ConfigError) as error:
         start(changed)
     assert error.value.problems[0].startswith(f"seed: 7: the run in {tmp_path} was started with 0")

@@ -190,7 +190,7 @@ def test_one_process_at_a_time(path):
         [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match=r"traces\.jsonl: another process"):
+    with pytest.raises(ValueError, match=rf"traces\.jsonl: another process .*\(process {holder.pid} on "):
         trace_file(path)
     holder.kill()
     holder.communicate()

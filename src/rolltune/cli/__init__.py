@@ -17,6 +17,7 @@ import rolltune
 from rolltune.cli import catalog
 from rolltune.cli.catalog import UsageError
 from rolltune.cli.launch import USER_MISTAKE, is_valid, run, run_torchtune
+from rolltune.files import home_path
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -126,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     ls.add_argument("--all", action="store_true", help="list torchtune's as well")
     cp = add("cp", copy, "Copy a recipe or config, to change it.")
     cp.add_argument("file", help="a name that `tune ls` shows")
-    cp.add_argument("destination", type=Path, help="a folder or a file")
+    cp.add_argument("destination", type=home_path, help="a folder or a file")
     cp.add_argument("-n", "--no-clobber", action="store_true", help="do not overwrite a file")
     cp.add_argument("--make-parents", action="store_true", help="create the folders of the destination")
     cat = add("cat", print_config, "Print a config.")
@@ -138,7 +139,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--recipe", help="the recipe that the config is for, if its first line does not say so")
     get = add("download", download, "Download a model from the Hugging Face Hub.")
     get.add_argument("repo", metavar="org/name", help="the Hub id; for a gated model log in first: hf auth login")
-    get.add_argument("--output-dir", help="a folder; without it Hugging Face's cache, which model.path=org/name reads")
+    get.add_argument(
+        "--output-dir",
+        type=home_path,
+        help="a folder; without it Hugging Face's cache, which model.path=org/name reads",
+    )
     get.add_argument("--ignore-patterns", nargs="*", metavar="PATTERN", help="files to leave out: 'original/*'")
     return parser
 

@@ -6,15 +6,19 @@ Nothing here imports torch or torchtune, so that ``tune ls`` starts fast.
 from __future__ import annotations
 
 import ast
+import atexit
 import importlib.util
 import os
 import re
 import runpy
+import shutil
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import rolltune
+from rolltune.files import home_path
 
 PACKAGE = Path(rolltune.__file__).parent
 RENAMED = {"prime": "sft"}  # recipes, old name to new
@@ -118,7 +122,7 @@ def schema_of(recipe: Path) -> type | None:
 
 def find_recipe(name: str) -> Recipe:
     """Find a Python file, or else a bundled recipe by name, with or without .py."""
-    path = Path(name)
+    path = home_path(name)
     if path.suffix == ".py" and path.is_file():
         return Recipe(name=path.stem, path=path.resolve(), ours=path.resolve() in [r.path for r in recipes()])
     known = [*recipes(), *torchtune_catalog()[0]]
@@ -138,10 +142,12 @@ def find_config(name: str, recipe: Recipe | None = None) -> Config:
     """Find a local file, or else a bundled config by name, with or without .yaml.
 
     Args:
-        name: of the config or file.
+        name: of the config or file. A pipe, and ``-`` for standard input, is read at once, into a temporary file.
         recipe: the recipe that the config is for; torchtune's configs are then left out.
     """
-    path = Path(name)
+    if "://" in name:
+        raise UsageError(f"{name}: URLs are not read; download the config and give the file")
+    path = _as_path(name)
     if path.is_file():
         return Config(name=path.stem, path=path.absolute(), recipe=recipe_of(path))
     known = configs() if recipe else [*configs(), *torchtune_catalog()[1]]
@@ -153,6 +159,24 @@ def find_config(name: str, recipe: Recipe | None = None) -> Config:
     files = [file.name for file in Path().glob("*.yaml")]
     candidates = [*names(configs()), *files, *names(known)]
     raise UsageError(f"no config or file {name}{_did_you_mean(name, candidates)} (tune ls lists configs)")
+
+
+def _as_path(name: str) -> Path:
+    """The path of a config; what can be read only once is read into a temporary file, for all processes of a run."""
+    from rolltune.config.tree import is_stream, read_config
+
+    try:
+        path = Path(name) if name == "-" else home_path(name)
+        if not is_stream(path):
+            return path
+        text = read_config(path)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    folder = tempfile.mkdtemp(prefix="rolltune-config-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    copy = Path(folder) / ("stdin.yaml" if name == "-" else f"{path.name}.yaml")
+    copy.write_text(text, encoding="utf-8")
+    return copy
 
 
 def find_bundled(name: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import runpy
 import sys
 from collections.abc import Sequence
@@ -60,6 +61,8 @@ def run(argv: Sequence[str]) -> int:
 
         print(f"{recipe.name}: {summary_of(recipe.path)}\n\n{explain(schema)}")
         return 0
+    if schema is not None:
+        _check_options(arguments, name)
     arguments = _with_config_path(arguments, recipe, is_required=schema is not None)
     if launch is None:
         return _run_here(recipe, arguments)
@@ -103,6 +106,23 @@ def run_torchtune(argv: Sequence[str]) -> None:
             f'torchtune cannot be imported ({reason}); it needs `pip install "torchao<0.16" "peft<0.19"`'
         ) from None
     main()
+
+
+def _check_options(arguments: Sequence[str], recipe: str) -> None:
+    """Refuse options of torchrun behind the recipe's name."""
+    flags = [argument.partition("=")[0] for argument in arguments if re.match("-[-a-zA-Z]", argument)]
+    unknown = [flag for flag in flags if flag not in ("--config", "--dry-run", "--help", "-h")]
+    if not unknown:
+        return
+    from torch.distributed.run import get_args_parser
+
+    options = get_args_parser()._option_string_actions
+    for flag in unknown:
+        if flag in options:
+            raise UsageError(
+                f"{flag} belongs to torchrun, whose options come before the recipe: "
+                f"tune run {flag} ... {recipe} --config ..."
+            )
 
 
 def _with_config_path(arguments: Sequence[str], recipe: Recipe, *, is_required: bool) -> list[str]:

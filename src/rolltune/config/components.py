@@ -27,6 +27,7 @@ from rolltune.config import renamed
 from rolltune.config.schema import Component
 from rolltune.config.values import type_problem, without_none
 from rolltune.errors import ConfigError
+from rolltune.files import home_path
 
 ROOTS = ("rolltune", "torchtune", "torch", "transformers")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -104,6 +105,8 @@ def _arguments(node: Component, ignore: Collection[str]) -> dict[str, Any]:
 def _build_mappings(target: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments, with a dataclass instance in place of each mapping whose type is a dataclass.
 
+    ``~`` at the start of a path is replaced by the home folder where the type is ``Path``.
+
     Raises:
         ValueError: a dataclass refused a value; the message starts with the argument and the field.
     """
@@ -116,6 +119,8 @@ def _build_mappings(target: Any, arguments: Mapping[str, Any]) -> dict[str, Any]
                 built[name] = kind(**_build_mappings(kind, value))
             except ValueError as error:
                 raise ValueError(f"{name}.{error}") from error
+        elif isinstance(value, str) and without_none(hints.get(name)) is Path:
+            built[name] = home_path(value)
     return built
 
 

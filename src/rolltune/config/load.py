@@ -19,11 +19,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rolltune.config.components import nearest
 from rolltune.config.renamed import renamed_key
-from rolltune.config.schema import Component
+from rolltune.config.schema import Component, FilePath
 from rolltune.config.tree import apply_override, join_key, parse_yaml, read_yaml, remove, split_key, yaml_problem
 from rolltune.config.values import describe_type, show, type_problem, without_none
 from rolltune.errors import ConfigError
-from rolltune.files import write_text_atomic
+from rolltune.files import home_path, write_text_atomic
 
 T = TypeVar("T")
 Check = Callable[[T, int], Iterable[str]]  # (config, number of processes) to problems, each "key: what is wrong"
@@ -35,8 +35,9 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     Args:
         schema: the dataclass of the config's keys.
         path: the YAML file.
-        overrides: ``key=value`` with a dotted key and a YAML value, or ``~key`` to leave a key out. A dotted path given
-            to a component's key sets its ``_component_``.
+        overrides: ``key=value`` with a dotted key, or ``~key`` to leave a key out. The value is a YAML value; for a key
+            that holds text it is the text as typed, or a quoted string. A dotted path given to a component's key sets
+            its ``_component_``.
 
     Returns:
         An instance of ``schema``, with interpolations resolved.
@@ -105,6 +106,8 @@ def read_saved(folder: str | Path) -> dict[str, Any] | None:
         problem = None if isinstance(tree, dict) else ": holds no config"
     except UnicodeDecodeError:
         problem = ": not UTF-8 text"
+    except OSError as error:
+        problem = f": {(error.strerror or str(error)).lower()}"
     except yaml.YAMLError as error:
         problem = yaml_problem(error)
     if problem:
@@ -147,7 +150,7 @@ def wanted(hint: Any) -> str:
 def _load(schema: type[T], path: str | Path, overrides: Sequence[str]) -> tuple[T, dict[str, str]]:
     """The config, with defaults in place of wrong values, and the problems by key."""
     tree = read_yaml(path)
-    problems = dict(problem for override in overrides if (problem := apply_override(override, tree)))
+    problems = dict(problem for override in overrides if (problem := apply_override(override, tree, schema)))
     resolved = _resolve(schema, tree, problems)
     builder = _Builder(problems, known=[*all_keys(schema), *_argument_keys(resolved)])
     return builder.section(schema, resolved, ""), problems
@@ -155,16 +158,23 @@ def _load(schema: type[T], path: str | Path, overrides: Sequence[str]) -> tuple[
 
 def _resolve(schema: Any, tree: dict[str, Any], problems: dict[str, str]) -> dict[str, Any]:
     """The tree merged over the defaults, with ``${...}`` replaced. An interpolation that fails is left out."""
-    defaults = OmegaConf.create({field.name: default_of(field) for field in dataclasses.fields(schema)})
+    defaults = {field.name: default_of(field) for field in dataclasses.fields(schema)}
     while True:
         try:
-            merged = OmegaConf.merge(defaults, OmegaConf.create(tree))
+            merged = OmegaConf.create(_merged(defaults, tree))
             return OmegaConf.to_container(merged, resolve=True)  # pyright: ignore[reportReturnType]
         except OmegaConfBaseException as error:
             key = error.full_key or ""
             problems[key] = f"{key}: {_interpolation_problem(error)}"
             if not remove(tree, split_key(key)):
                 raise ConfigError(list(problems.values())) from error
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """``above``, with the keys of ``below`` that it lacks, at any depth."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return below | {name: _merged(below.get(name), item) for name, item in above.items()}
 
 
 def _interpolation_problem(error: OmegaConfBaseException) -> str:
@@ -207,6 +217,9 @@ class _Builder:
     def section(self, hint: Any, value: Mapping[str, Any], key: str) -> Any:
         """An instance of the dataclass ``hint``; a wrong or missing value has its default there."""
         hints = get_type_hints(hint)
+        paths = [
+            name for name, kind in get_type_hints(hint, include_extras=True).items() if without_none(kind) == FilePath
+        ]
         for name in map(str, value):
             if name not in hints:
                 path = join_key(key, name)
@@ -216,9 +229,19 @@ class _Builder:
         for field in dataclasses.fields(hint):
             given = value.get(field.name, default_of(field))
             built[field.name] = self.value(hints[field.name], given, join_key(key, field.name))
+            if field.name in paths and isinstance(built[field.name], str):
+                built[field.name] = self.path(built[field.name], join_key(key, field.name))
             if built[field.name] is _WRONG:
                 built[field.name] = _stand_in(field, without_none(hints[field.name]))
         return hint(**built)
+
+    def path(self, value: str, key: str) -> Any:
+        """A path without ``~``, or ``_WRONG``."""
+        try:
+            return str(home_path(value)) if value.startswith("~") else value
+        except ValueError as error:
+            self.problems[key] = f"{key}: {error}"
+            return _WRONG
 
     def value(self, hint: Any, value: Any, key: str) -> Any:
         """``value`` as an instance of ``hint``, or ``_WRONG`` with the reason in ``problems``."""

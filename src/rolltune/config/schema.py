@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from omegaconf import MISSING
 
 from rolltune.types import SamplingParams
 
 Component = dict[str, Any]
+FilePath = Annotated[str, "path"]  # a file or folder; ``~`` at its start is replaced by the home folder
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -30,7 +31,7 @@ _ANSWER_FORMAT = "<think>{solution}</think>\n<answer>{answer}</answer>"
 class ModelConfig:
     """The policy's weights and their precision."""
 
-    path: str = MISSING  # Hub id, local folder, or "smollm2-135m-instruct" (packaged, needs no network)
+    path: FilePath = MISSING  # Hub id, local folder, or "smollm2-135m-instruct" (packaged, needs no network)
     dtype: Dtype = "float32"  # of weights and matrix products; log-softmax and losses are always float32
     # float32 copy of the weights for the optimizer, so that small updates are not rounded away; bfloat16 and float16
     # without lora require it
@@ -74,7 +75,7 @@ class PromptConfig:
     system: str | None = None  # system message; null: none
     few_shot: list[FewShotExample] = field(default_factory=list)  # [{user: ..., assistant: ...}] before each problem
     prefill: str = ""  # start of the response ("<think>"); rewards see it as if the model had written it
-    chat_template: str | None = None  # Jinja file, for base models without a template; null: the model's own
+    chat_template: FilePath | None = None  # Jinja file, for base models without a template; null: the model's own
 
 
 @dataclass(kw_only=True)
@@ -170,7 +171,7 @@ class LoggingConfig:
 class GRPOConfig:
     """recipes/grpo.py"""
 
-    output_dir: str = MISSING  # folder for checkpoints, metrics and samples
+    output_dir: FilePath = MISSING  # folder for checkpoints, metrics and samples
     seed: int = 0  # of data order, sampling and dropout
     device: Device = "auto"  # auto: CUDA if torch finds it, else the CPU
     resume: bool = False  # continue from the last checkpoint in output_dir, if there is one
@@ -213,7 +214,7 @@ class SFTBatchConfig:
 class SFTConfig:
     """recipes/sft.py"""
 
-    output_dir: str = MISSING  # folder for checkpoints and metrics
+    output_dir: FilePath = MISSING  # folder for checkpoints and metrics
     seed: int = 0  # of data order and dropout
     device: Device = "auto"  # auto: CUDA if torch finds it, else the CPU
     resume: bool = False  # continue from the last checkpoint in output_dir, if there is one
@@ -238,7 +239,7 @@ class SFTConfig:
 class AuditRewardsConfig:
     """recipes/audit_rewards.py"""
 
-    output_dir: str = MISSING  # folder for the report
+    output_dir: FilePath = MISSING  # folder for the report
     seed: int = 0  # of the generated wrong answers
     dry_run: bool = False  # check everything, score nothing
     data: Component = MISSING  # problems with gold answers
@@ -251,7 +252,7 @@ class AuditRewardsConfig:
 class LintRubricsConfig:
     """recipes/lint_rubrics.py"""
 
-    output_dir: str = MISSING  # folder for the report
+    output_dir: FilePath = MISSING  # folder for the report
     dry_run: bool = False  # check everything, lint nothing
     data: Component = MISSING  # problems with rubrics, such as rolltune.data.rubrics.rubric_jsonl
     max_problems: int | None = None  # most problems to use; null: all
@@ -263,12 +264,12 @@ class LintRubricsConfig:
 class AuditJudgeConfig:
     """recipes/audit_judge.py"""
 
-    output_dir: str = MISSING  # folder for the report
+    output_dir: FilePath = MISSING  # folder for the report
     seed: int = 0  # of the bootstrap
     dry_run: bool = False  # check everything and show one question, without asking the judge
     data: Component = MISSING  # labelled verdicts, such as rolltune.data.judge_labelled.judge_labelled
     judge: Component = MISSING  # rolltune.rewards.judges.endpoint.EndpointJudge, or a Judge of your own
-    template: str | None = None  # prompt file, as in the reward; null: the packaged one
+    template: FilePath | None = None  # prompt file, as in the reward; null: the packaged one
     one_call: bool = True  # ask about all criteria of a response in one question; false: one question per criterion
     reversed: bool = False  # also ask with the criteria in reversed order
     repeats: int = 1  # rounds of questions, each with another seed of the judge; the judge's caps apply per round
@@ -281,7 +282,7 @@ class AuditJudgeConfig:
 class WriteTracesConfig:
     """recipes/write_traces.py"""
 
-    output_dir: str = MISSING  # folder for traces.jsonl; a run that was stopped continues there
+    output_dir: FilePath = MISSING  # folder for traces.jsonl; a run that was stopped continues there
     seed: int = 0  # of the writer
     dry_run: bool = False  # check everything and show one prompt or trace, without writing
     data: Component = MISSING  # problems to write traces for
@@ -295,7 +296,7 @@ class WriteTracesConfig:
 class WriteRubricsConfig:
     """recipes/write_rubrics.py"""
 
-    output_dir: str = MISSING  # folder for rubrics.jsonl; a run that was stopped continues there
+    output_dir: FilePath = MISSING  # folder for rubrics.jsonl; a run that was stopped continues there
     seed: int = 0  # of the writer
     dry_run: bool = False  # check everything and show one prompt, without writing
     data: Component = MISSING  # problems to write rubrics for
@@ -307,9 +308,9 @@ class WriteRubricsConfig:
 class ServeConfig:
     """recipes/serve.py"""
 
-    output_dir: str = MISSING  # folder for the server's log
+    output_dir: FilePath = MISSING  # folder for the server's log
     dry_run: bool = False  # check everything and print the server's command line, without starting it
-    model: str = MISSING  # Hub id, local folder of a full model, or "smollm2-135m-instruct"
+    model: FilePath = MISSING  # Hub id, local folder of a full model, or "smollm2-135m-instruct"
     name: str = "judge"  # model name that clients use
     port: int = 8123  # on 127.0.0.1, for programs on this machine only
     dtype: Dtype = "bfloat16"  # of the server's weights
@@ -328,7 +329,7 @@ class EvaluatedModel:
     """One of the models that an evaluation compares."""
 
     name: str = MISSING  # in tables, plots and file names
-    path: str = MISSING  # Hub id, local folder (a checkpoint, a LoRA adapter), or "smollm2-135m-instruct"
+    path: FilePath = MISSING  # Hub id, local folder (a checkpoint, a LoRA adapter), or "smollm2-135m-instruct"
 
 
 @dataclass(kw_only=True)
@@ -342,7 +343,7 @@ class EvaluateSamplingConfig(SamplingParamsConfig):
 class EvaluateConfig:
     """recipes/evaluate.py"""
 
-    output_dir: str = MISSING  # folder for samples, tables and plots
+    output_dir: FilePath = MISSING  # folder for samples, tables and plots
     seed: int = 0  # of sampling and bootstrap
     device: Device = "auto"  # auto: CUDA if torch finds it, else the CPU
     dry_run: bool = False  # check everything and print the number of samples, without loading weights

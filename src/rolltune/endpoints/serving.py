@@ -25,7 +25,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rolltune.endpoints import supervisor
-from rolltune.files import write_text_atomic
+from rolltune.files import home_path, write_text_atomic
 
 HOST = "127.0.0.1"
 SUPPORTED = "0.32"  # vLLM's minor version, as in pyproject.toml; options change between minor versions
@@ -129,7 +129,7 @@ def serve(
         options=options,
     )
     _check_port(port)
-    server = _start(command, name=name, port=port, log=Path(log))
+    server = _start(command, name=name, port=port, log=home_path(log))
     try:
         began = time.monotonic()
         with Console(stderr=True, quiet=quiet).status(f"{name}: vLLM is loading {model} (log: {log})"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from rolltune.files import write_json_atomic
 from rolltune.metrics.log import read_metrics
 
 
-def live_line(metrics: dict[str, float]) -> dict[str, float]:
+def live_line(metrics: dict[str, float]) -> dict[str, float | str]:
     """Select the few metrics that the progress line shows, by label."""
     names = {
         "reward": "reward/mean",
@@ -22,7 +23,14 @@ def live_line(metrics: dict[str, float]) -> dict[str, float]:
         "entropy": "entropy",
         "held-out": "heldout/score",
     }
-    return {label: metrics[name] for label, name in names.items() if name in metrics}
+    line: dict[str, float | str] = {label: metrics[name] for label, name in names.items() if name in metrics}
+    return line if has_signal(metrics) else line | {"signal": "none"}
+
+
+def has_signal(metrics: Mapping[str, float | None]) -> bool:
+    """Whether the rewards of some group of a step differ; else all its advantages are 0."""
+    without = (metrics.get("groups/zero_variance") or 0.0) + (metrics.get("groups/skipped") or 0.0)
+    return without < 1 - 1e-6
 
 
 def write_summary(output_dir: Path, console: Console) -> dict:
@@ -36,6 +44,8 @@ def write_summary(output_dir: Path, console: Console) -> dict:
     evaluations = [record for record in records if record.get("heldout/accuracy") is not None]
     seconds = sum(value or 0.0 for record in records for name, value in record.items() if name.startswith("seconds/"))
     summary: dict = {"steps": len(steps), "train_minutes": seconds / 60}
+    summary["steps_without_signal"] = sum(not has_signal(record) for record in steps)
+    summary["steps_without_update"] = sum(record.get("updates") == 0 for record in steps)
     means = {name for record in steps for name in record if name.startswith("reward/") and name.endswith("/mean")}
     for name in sorted(name for name in means if "/criterion/" not in name):  # there may be hundreds of criteria
         key = name.removesuffix("/mean").replace("/", "_")
@@ -72,6 +82,12 @@ def _print_summary(summary: dict, output_dir: Path, console: Console) -> None:
             table.add_row("held-out score, greedy", *(f"{summary[f'heldout_{label}_score']:.3f}" for label in labels))
         best = f"best held-out score {summary['heldout_best']:.3f} at step {summary['heldout_best_step']}"
     console.print(table)
+    steps, idle, without = summary["steps"], summary["steps_without_update"], summary["steps_without_signal"]
+    if idle:
+        why = ": all rewards of a group were equal, in every group" if without else ""
+        console.print(f"optimizer steps were taken in {steps - idle} of {steps} steps{why}")
+    elif without:
+        console.print(f"in {without} of {steps} steps all rewards of a group were equal, in every group: no signal")
     console.print(
         f"{summary['steps']} steps in {summary['train_minutes']:.1f} minutes; {best}\n"
         f"curves: {output_dir / 'curves.png'}   weights: {output_dir / 'best'}   summary: {output_dir / 'summary.json'}"

@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from rolltune.files import home_path
 from rolltune.model.batch_invariant import check_usable, make_batch_invariant
 from rolltune.model.batch_invariant_attention import BATCH_INVARIANT_PACKED_ATTENTION
 from rolltune.model.cpu.onednn import use_onednn
@@ -82,21 +83,37 @@ def resolve_model(path: str) -> str:
         target = cache_dir() / PACKAGED
         if not (target / "config.json").exists():
             _convert_packaged(target)
-        return str(target)
-    folder = Path(path).expanduser()
+        return str(target.absolute())
+    folder = home_path(path)
     if folder.is_dir():
         if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
             raise ValueError(f"model.path: {path}: the folder has no config.json or adapter_config.json")
-        return str(folder)
+        return str(folder.absolute())  # an adapter on it names it, and must load from any working directory
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise ValueError(f"model.path: {path}: no such folder; give a model folder, a Hub id (org/name) or {PACKAGED}")
     return path
 
 
 def adapter_base(path: str) -> str | None:
-    """Return the base model that a peft adapter folder names; None for a full model."""
+    """Return the folder or Hub id of the base model that a peft adapter folder names; None for a full model.
+
+    Raises:
+        ValueError: the base model's folder is not there, or adapter_config.json is damaged.
+    """
     file = Path(path) / "adapter_config.json"
-    return json.loads(file.read_text())["base_model_name_or_path"] if file.exists() else None
+    if not file.exists():
+        return None
+    try:
+        base = json.loads(file.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"model.path: {file}: is damaged ({type(error).__name__}: {error})") from None
+    try:
+        return resolve_model(base)
+    except ValueError:
+        raise ValueError(
+            f"model.path: {path}: its base model {base} is not there; move it back, or change base_model_name_or_path "
+            f"in {file}"
+        ) from None
 
 
 def load_config(path: str):
@@ -106,7 +123,7 @@ def load_config(path: str):
         ValueError: it cannot be loaded.
     """
     source = resolve_model(path)
-    return _from_hub(AutoConfig.from_pretrained, resolve_model(adapter_base(source) or source))
+    return _from_hub(AutoConfig.from_pretrained, adapter_base(source) or source)
 
 
 def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
@@ -121,7 +138,7 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
     """
     source = resolve_model(path)
     if not (Path(source) / "tokenizer_config.json").exists():
-        source = resolve_model(adapter_base(source) or source)
+        source = adapter_base(source) or source
     tokenizer = _from_hub(AutoTokenizer.from_pretrained, source)
     if chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")

@@ -127,6 +127,8 @@ class Policy:
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write weights (the adapter, for LoRA) and tokenizer to a folder that transformers (or peft) loads."""
         if isinstance(self.model, PeftModel):
+            # Absolute, or a Hub id. The adapter that a run started from may name its base by an older place.
+            self.model.peft_config["default"].base_model_name_or_path = self.causal_lm.name_or_path
             self.model.save_pretrained(str(folder), selected_adapters=["default"])
         else:
             self.model.save_pretrained(str(folder))

@@ -41,9 +41,12 @@ def load_data(data: DataConfig, *, max_heldout: int) -> tuple[Sequence[Problem],
     """Load the training problems, and the first ``max_heldout`` held-out ones.
 
     Raises:
-        ConfigError: a data set cannot be loaded, or a held-out question is also a training question.
+        ConfigError: a data set cannot be loaded or is empty, or a held-out question is also a training question.
     """
     train, heldout = instantiate(data.train), instantiate(data.heldout)
+    for key, problems in (("data.train", train), ("data.heldout", heldout)):
+        if not len(problems):
+            raise ConfigError([f"{key}: has no problems; give at least one"])
     heldout = [heldout[i] for i in range(min(max_heldout, len(heldout)))]
     shared = overlap(train, heldout)
     if shared:

@@ -13,14 +13,19 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from rolltune.config.values import type_problem
+from rolltune.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +59,23 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, ascending."""
-        numbers = (path.name.removeprefix("step_") for path in self.folder.glob("step_*"))
-        return sorted(int(number) for number in numbers if number.isdigit())
+        numbers = [path.name.removeprefix("step_") for path in self.folder.glob("step_*") if path.is_dir()]
+        steps = [int(number) for number in numbers if number.isdecimal()]
+        return sorted(step for step in steps if self.path(step).name.removeprefix("step_") in numbers)
+
+    def obstacle(self) -> str | None:
+        """Return what stands in the way of saving or finding checkpoints, such as a renamed one; None if nothing."""
+        if self.folder.is_symlink() and not self.folder.exists():
+            return f"{self.folder}: the link leads nowhere; restore what it points to, or remove it"
+        if self.folder.exists() and not self.folder.is_dir():
+            return f"{self.folder}: is a file; move it away: checkpoints go into a folder of this name"
+        others = {path.name for path in self.folder.glob("step_*")} - {self.path(step).name for step in self.steps()}
+        if others:
+            return f"{self.folder / min(others)}: is not a checkpoint, which is a folder such as step_000010; rename it"
+        best = self.output_dir / "best"
+        if best.exists() and not best.is_symlink():
+            return f"{best}: is not the link to the best checkpoint; move it away"
+        return None
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}"
@@ -125,14 +145,37 @@ def damage(path: Path) -> str | None:
     The files' own headers are checked, not every byte.
     """
     try:
-        load_state(path)
+        state = load_state(path)
     except (OSError, ValueError, TypeError) as error:
-        return f"state.json: {type(error).__name__}"
-    if not zipfile.is_zipfile(path / "trainer.pt"):
-        return "trainer.pt: cut short"
-    weights = list((path / "policy").glob("*.safetensors"))
+        return f"state.json: {type(error).__name__}: {error}"
+    if f"step_{state.step:06d}" != path.name:
+        return f"state.json: is of step {state.step}"
+    try:
+        with zipfile.ZipFile(path / "trainer.pt") as parts:
+            for part in parts.infolist():
+                parts.open(part).close()  # compares its place with the list of contents
+    except (OSError, zipfile.BadZipFile) as error:
+        return f"trainer.pt: cut short ({error})"
+    return _policy_damage(path / "policy")
+
+
+def _policy_damage(folder: Path) -> str | None:
+    texts = {file.name: file for file in folder.glob("*.json")}
+    if not texts.keys() & {"config.json", "adapter_config.json"}:
+        return "policy: no config.json or adapter_config.json"
+    shards: set[str] = set()
+    for name, file in texts.items():
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return f"policy/{name}: {error}"
+        if name.endswith(".safetensors.index.json"):
+            shards = set(content["weight_map"].values())
+    weights = list(folder.glob("*.safetensors"))
     if not weights:
         return "policy: no *.safetensors file"
+    if missing := shards - {file.name for file in weights}:
+        return f"policy/{min(missing)}: missing"
     for file in weights:
         try:
             with safe_open(file, framework="pt"):  # compares the file's length with its header
@@ -143,11 +186,32 @@ def damage(path: Path) -> str | None:
 
 
 def load_state(path: Path) -> TrainState:
-    return TrainState(**json.loads((path / "state.json").read_text()))
+    """Read a checkpoint's state.json.
+
+    Raises:
+        ValueError: it is not JSON, or a value has another type.
+        TypeError: it holds other keys.
+    """
+    state = TrainState(**json.loads((path / "state.json").read_text()))
+    for name, hint in get_type_hints(TrainState).items():
+        if problem := type_problem(getattr(state, name), hint):
+            raise ValueError(f"{name}: {problem}")
+    return state
 
 
 def load_optimization(path: Path, device: torch.device) -> dict:
-    return torch.load(path / "trainer.pt", map_location=device, weights_only=True)
+    """Read a checkpoint's trainer.pt.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    file = path / "trainer.pt"
+    try:
+        return torch.load(file, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ConfigError(
+            [f"{file}: cannot be read ({str(error).splitlines()[0]}); delete this checkpoint to resume from another"]
+        ) from error
 
 
 def _sync_files(folder: Path) -> None:

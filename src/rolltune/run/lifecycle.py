@@ -22,7 +22,7 @@ from rolltune.distributed import World
 from rolltune.endpoints import settings
 from rolltune.errors import ConfigError, RunStopped, SyncError
 from rolltune.files import take_lock
-from rolltune.metrics.log import MetricsLog
+from rolltune.metrics.log import MetricsLog, read_metrics
 from rolltune.model.policy import Policy
 from rolltune.rewards.judges.pool import JudgePool
 from rolltune.rollout import Rollout
@@ -48,42 +48,11 @@ def start(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -
             started with.
     """
     warn_of_slow_dtype(cfg.model.dtype, world)
-    latest = checkpoints.latest() if cfg.resume else None
-    if not cfg.resume and checkpoints.steps():
-        raise ConfigError(
-            [
-                f"output_dir: {cfg.output_dir}: holds the checkpoints of an earlier run; "
-                "add resume=true to continue it, or choose another output_dir"
-            ]
-        )
-    if cfg.resume and latest is None and checkpoints.steps():
-        raise ConfigError(
-            [
-                f"output_dir: {checkpoints.folder}: holds checkpoints, but none with a trainer.pt to resume from; "
-                "restore one, or start over in another output_dir"
-            ]
-        )
+    latest = _find_latest(cfg, checkpoints)
     if latest is not None:
-        _check_resumable(checkpoints, latest)
-        before = config.read_saved(checkpoints.output_dir)
-        if before is None:
-            raise ConfigError(
-                [
-                    f"output_dir: {cfg.output_dir}: holds checkpoints, but no config.yaml to compare this config with; "
-                    "restore it, or start over in another output_dir"
-                ]
-            )
-        # A run may be older than a key. The key's default is what such a run did.
-        before, now = config.with_defaults(type(cfg), before), asdict(cfg)
-        changed = [k for k in now if k not in FREE_ON_RESUME and _fixed(before.get(k)) != _fixed(now[k])]
-        if changed:
-            raise ConfigError(
-                [
-                    f"{key}: {now[key]}: the run in {cfg.output_dir} was started with {before.get(key)}; "
-                    "resume with the same value, or choose another output_dir"
-                    for key in changed
-                ]
-            )
+        _check_unchanged(cfg, checkpoints)
+    elif cfg.resume:
+        _check_nothing_is_lost(cfg, checkpoints, world)
     if world.is_main and not cfg.resume:
         shutil.rmtree(checkpoints.output_dir / BUDGETS, ignore_errors=True)  # of a run that never took a step
     world.barrier()  # every rank has looked before rank 0 writes
@@ -94,15 +63,96 @@ def start(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -
     return latest
 
 
-def _check_resumable(checkpoints: Checkpoints, latest: Path) -> None:
-    """Raise ConfigError if the newest checkpoint is damaged; the message names it and the one before."""
-    problem = damage(latest)
+def _find_latest(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints) -> Path | None:
+    """Return the checkpoint to resume from; None for a fresh start. Raises ConfigError for what is neither."""
+    if obstacle := checkpoints.obstacle():
+        raise ConfigError([f"output_dir: {obstacle}"])
+    steps = checkpoints.steps()
+    if not steps:
+        return None
+    if not cfg.resume:
+        raise ConfigError(
+            [
+                f"output_dir: {cfg.output_dir}: holds the checkpoints of an earlier run; "
+                "add resume=true to continue it, or choose another output_dir"
+            ]
+        )
+    latest, newest = checkpoints.latest(), checkpoints.path(steps[-1])
+    if latest is None:
+        raise ConfigError(
+            [
+                f"output_dir: {checkpoints.folder}: holds checkpoints, but none with a trainer.pt to resume from; "
+                "restore one, or start over in another output_dir"
+            ]
+        )
+    problem = damage(latest) if latest == newest else "trainer.pt: missing"
     if problem is None:
-        return
-    before = [step for step in checkpoints.steps() if checkpoints.path(step) < latest]
-    resumable = [step for step in before if (checkpoints.path(step) / "trainer.pt").exists()]
+        return latest
+    resumable = [step for step in steps[:-1] if (checkpoints.path(step) / "trainer.pt").exists()]
     way_out = f"to resume from step {resumable[-1]}" if resumable else "and start over without resume=true"
-    raise ConfigError([f"output_dir: {latest}: the newest checkpoint is damaged ({problem}); delete it {way_out}"])
+    raise ConfigError([f"output_dir: {newest}: the newest checkpoint is damaged ({problem}); delete it {way_out}"])
+
+
+def _check_unchanged(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints) -> None:
+    """Raise ConfigError unless the run was started with this config, but for what may change."""
+    before = config.read_saved(checkpoints.output_dir)
+    if before is None:
+        raise ConfigError(
+            [
+                f"output_dir: {cfg.output_dir}: holds checkpoints, but no config.yaml to compare this config with; "
+                "restore it, or start over in another output_dir"
+            ]
+        )
+    now = asdict(cfg)
+    if others := before.keys() - now.keys():
+        raise ConfigError(
+            [
+                f"output_dir: {cfg.output_dir}: holds the run of another recipe or version, whose config has "
+                f"{', '.join(sorted(map(str, others)))}; choose another output_dir"
+            ]
+        )
+    # A run may be older than a key. The key's default is what such a run did.
+    before = config.with_defaults(type(cfg), before)
+    free = FREE_ON_RESUME | ({"num_steps"} if _is_longer(before, now) else set())
+    changed = [
+        f"{key}: {now[key]}: the run in {cfg.output_dir} was started with {before.get(key)}; {_advice(key, now)}"
+        for key in now
+        if key not in free and _fixed(before.get(key)) != _fixed(now[key])
+    ]
+    if changed:
+        raise ConfigError(changed)
+
+
+def _is_longer(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a run of a constant learning rate gets more steps, which changes none of those that were taken."""
+    steps = before.get("num_steps")
+    return now["lr_scheduler"] is None and isinstance(steps, int) and now["num_steps"] > steps
+
+
+def _advice(key: str, now: dict[str, Any]) -> str:
+    if key == "num_steps" and now["lr_scheduler"] is not None:
+        return "the schedule of the learning rate spans num_steps, so resume with the same value"
+    if key == "num_steps":
+        return "it may grow, but not shrink"
+    return "resume with the same value, or choose another output_dir"
+
+
+def _check_nothing_is_lost(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -> None:
+    """Raise ConfigError if a run in the folder had checkpoints; say so if its steps before the first one are lost."""
+    if not (checkpoints.output_dir / "metrics.jsonl").is_file():
+        return
+    logged = max((int(record["step"] or 0) for record in read_metrics(checkpoints.output_dir)), default=0)
+    before = config.read_saved(checkpoints.output_dir) or {}
+    every = (before.get("checkpoint") or {}).get("every_n_steps", cfg.checkpoint.every_n_steps)
+    if logged > every:
+        raise ConfigError(
+            [
+                f"output_dir: {cfg.output_dir}: its metrics.jsonl has {logged} steps, but there is no checkpoint to "
+                "resume from; restore one, or start over without resume=true"
+            ]
+        )
+    if logged and world.is_main:
+        print(f"resume: {cfg.output_dir} has no checkpoint yet; starting over, after {logged} steps", flush=True)
 
 
 def warn_of_slow_dtype(dtype: str, world: World) -> None:
@@ -213,8 +263,8 @@ class Saver:
 
 
 @contextmanager
-def exclusive(output_dir: str, world: World) -> Iterator[None]:
-    """Let one run at a time write an output folder; all ranks call this.
+def exclusive(output_dir: str, world: World, *, name: str = "run") -> Iterator[None]:
+    """Let one run at a time write an output folder, or what is called ``name`` in it; all ranks call this.
 
     Raises:
         ConfigError: on all ranks, if another process writes the folder.
@@ -223,7 +273,7 @@ def exclusive(output_dir: str, world: World) -> Iterator[None]:
         problem = []
         if world.is_main:
             try:
-                stack.enter_context(take_lock(Path(output_dir) / "run"))
+                stack.enter_context(take_lock(Path(output_dir) / name))
             except ValueError as error:
                 problem = [f"output_dir: {error}"]
             except OSError as error:

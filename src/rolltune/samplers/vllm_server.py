@@ -28,6 +28,7 @@ from torch import Tensor
 
 from rolltune.endpoints import serving
 from rolltune.errors import EngineError
+from rolltune.files import home_path
 from rolltune.samplers.engine import EngineOutput, EngineRequest, weight_buckets
 from rolltune.samplers.vllm_process import preserve_process_state
 
@@ -76,7 +77,7 @@ class ServerEngine:
         if not is_sender:
             return
         if transfer == "files":
-            parent = folder or ("/dev/shm" if Path("/dev/shm").is_dir() else None)
+            parent = home_path(folder) if folder else ("/dev/shm" if Path("/dev/shm").is_dir() else None)
             self._folder = Path(tempfile.mkdtemp(prefix="rolltune-weights-", dir=parent))
             self._exits.callback(shutil.rmtree, self._folder, ignore_errors=True)
             self._post_all("init_weight_transfer_engine", {"init_info": {}})

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rolltune.endpoints.client import BudgetExceeded, Endpoint, EndpointDown, Reply
-from rolltune.files import write_json_atomic
+from rolltune.files import home_path, write_json_atomic
 from rolltune.metrics.progress import Progress
 from rolltune.types import Message, Problem
 from rolltune.writers.records import R, RecordFile
@@ -57,7 +57,7 @@ def read_prompt(path: str | Path) -> str:
         ValueError: it cannot be read, is not UTF-8 text, or is empty.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = home_path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompt: {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
     if not text.strip():

@@ -166,11 +166,11 @@ def check_device(device: str) -> Iterator[str]:
 
 
 def check_model_path(path: str, key: str) -> Iterator[str]:
-    from rolltune.model.load import PACKAGED, resolve_model
+    from rolltune.model.load import PACKAGED, adapter_base, resolve_model
 
     if path != PACKAGED:
         try:
-            resolve_model(path)
+            adapter_base(resolve_model(path))
         except ValueError as error:
             yield str(error).replace("model.path", key, 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from rolltune.config.components import check_component
@@ -18,7 +19,6 @@ from rolltune.config.schema import (
 from rolltune.run.checks.common import (
     above,
     at_least,
-    build_component,
     build_instance,
     check_device,
     check_model_path,
@@ -47,10 +47,11 @@ def check_training(cfg: GRPOConfig | SFTConfig, *, num_updates: int) -> Iterator
     yield from above("max_grad_norm", cfg.max_grad_norm, 0)
     if cfg.loss_scale is not None:
         yield from _check_loss_scale(cfg.loss_scale, cfg.model.dtype)
-    yield from _check_optimizer(cfg.optimizer)
-    if cfg.lr_scheduler is not None:
+    problems = list(_check_optimizer(cfg.optimizer, cfg.model, cfg.lora))
+    yield from problems
+    if cfg.lr_scheduler is not None and not problems:
         factors = " x batch.num_iterations x batch.minibatches" if isinstance(cfg, GRPOConfig) else ""
-        yield from _check_lr_scheduler(cfg.lr_scheduler, num_updates, f"num_steps{factors}")
+        yield from _check_lr_scheduler(cfg.lr_scheduler, cfg.optimizer, num_updates, f"num_steps{factors}")
     yield from _check_heldout(cfg.eval)
     yield from at_least("checkpoint.every_n_steps", cfg.checkpoint.every_n_steps, 1)
     yield from at_least("checkpoint.keep_last", cfg.checkpoint.keep_last, 1)
@@ -96,23 +97,32 @@ def _check_loss_scale(node: Component, dtype: str) -> Iterator[str]:
     yield from build_instance(node, "loss_scale", LossScale)[1]
 
 
-def _check_optimizer(node: Component) -> Iterator[str]:
-    yield from check_component(node, "optimizer", positional=1)
+def _check_optimizer(node: Component, model: ModelConfig, lora: LoRAConfig | None) -> Iterator[str]:
+    from rolltune.model.load import DTYPES
+    from rolltune.run.checks.resumable import optimizer_problem
+
+    problems = check_component(node, "optimizer", positional=1)
     lr = node.get("lr")
     if isinstance(lr, int | float):
-        yield from above("optimizer.lr", lr, 0)
-
-
-def _check_lr_scheduler(node: Component, num_updates: int, product: str) -> Iterator[str]:
-    from torch import zeros
-    from torch.optim import SGD
-    from torch.optim.lr_scheduler import ReduceLROnPlateau
-
-    optimizer = SGD([zeros(1)])  # only to build the schedule
-    schedule, problems = build_component(node, "lr_scheduler", optimizer=optimizer, num_training_steps=num_updates)
+        problems += above("optimizer.lr", lr, 0)
+    for name, value in node.items():
+        if isinstance(value, float) and math.isinf(value):
+            problems.append(f"optimizer.{name}: {value}; must be finite")
     yield from problems
-    if isinstance(schedule, ReduceLROnPlateau):
-        yield "lr_scheduler: ReduceLROnPlateau needs a metric at each step, which it is not given; use another schedule"
+    if problems:
+        return
+    dtype = "float32" if lora or model.master_weights else model.dtype
+    if problem := optimizer_problem(node, DTYPES[dtype]):
+        yield f"optimizer._component_: {node['_component_']}: {problem}; torch.optim.AdamW trains and resumes"
+
+
+def _check_lr_scheduler(node: Component, optimizer: Component, num_updates: int, product: str) -> Iterator[str]:
+    from rolltune.run.checks.resumable import schedule_problem
+
+    problems = check_component(node, "lr_scheduler", passed=("optimizer", "num_training_steps"))
+    yield from problems
+    if not problems and (problem := schedule_problem(node, optimizer, num_updates)):
+        yield f"lr_scheduler: {problem}"
     warmup = node.get("num_warmup_steps")
     if isinstance(warmup, int):
         yield from at_least("lr_scheduler.num_warmup_steps", warmup, 0)
