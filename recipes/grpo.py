@@ -193,6 +193,7 @@ def dry_run(cfg: GRPOConfig) -> None:
         with_reference=instantiate(cfg.loss).kl_coef > 0,
         rearranged_copy=engine is None and cfg.sampler.get("pack_weights", True) and not torch.cuda.is_available(),
     )
+    estimates.check_disk(cfg)
     estimates.print_memory(memory | (engine or {}), console)
     console.print("dry run: the config is complete and valid; no weights were loaded and nothing was written")
 
@@ -207,6 +208,7 @@ def set_up(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Component
     estimates.check_context(cfg.model, prompt_tokens=longest, max_new_tokens=cfg.sampling.max_new_tokens)
     loss = instantiate(cfg.loss)
     rewards = build.start_rewards(cfg, train_set, heldout, smoke_test=True)
+    estimates.check_disk(cfg)
     policy = build_policy(
         cfg.model,
         cfg.lora,

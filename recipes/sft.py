@@ -151,6 +151,7 @@ def dry_run(cfg: SFTConfig) -> None:
     memory = estimates.estimate_memory(
         cfg.model, cfg.lora, microbatch_tokens=cfg.batch.microbatch_tokens, kv_tokens=0, with_reference=False
     )
+    estimates.check_disk(cfg)
     estimates.print_memory(memory, console)
     console.print("dry run: the config is complete and valid; no weights were loaded and nothing was written")
 
@@ -162,6 +163,7 @@ def set_up(cfg: SFTConfig, world: World, resume_from: Path | None) -> Components
     notices.show(about_data(cfg, train_set, heldout), is_main=world.is_main)
     render = build.prompt_renderer(cfg.prompt, tokenizer)
     check_lengths(cfg, train_set, heldout, render, tokenizer)
+    estimates.check_disk(cfg)
     policy = build_policy(
         cfg.model,
         cfg.lora,

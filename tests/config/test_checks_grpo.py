@@ -249,4 +249,30 @@ def test_cuda_without_cuda(grpo, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_output_dir_is_a_file(grpo, grpo_yaml: Path):
-    assert grpo(f"output_dir={grpo_yaml}") == [f"output_dir: {grpo_yaml} is a file; give a folder"]
+    assert grpo(f"output_dir={grpo_yaml}") == [f"output_dir: {grpo_yaml}: is a file; give a folder that can be written"]
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/proc/rolltune", "No such file or directory"),
+        ("/sys/rolltune", ""),
+        ("file/below", ""),
+        ("file", "is a file"),
+        ("dangling", "dangling leads nowhere, to nowhere"),
+        ("dangling/below", "dangling leads nowhere, to nowhere"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_an_output_dir_that_cannot_be_made(grpo, tmp_path, monkeypatch, path: str, reason: str):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (found,) = grpo(f"output_dir={path}")
+    assert found.startswith(f"output_dir: {path}: ") and reason in found and "give a folder" in found
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(("file", ".rolltune", "x"))) == ["file"]
+
+
+def test_an_output_dir_that_can_be_made_is_not_made(grpo, tmp_path):
+    assert grpo(f"output_dir={tmp_path}/a/b") == []
+    assert not (tmp_path / "a").exists()

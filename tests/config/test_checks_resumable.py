@@ -32,15 +32,6 @@ class Noisy(SGD):
             for p in group["params"]:
                 p.data.sub_(group["lr"] * (p.grad + torch.randn_like(p)))
 
-class Averaging(SGD):
-    \"""Keeps a float32 average, which load_state_dict rounds to the dtype of the weights.\"""
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                average = self.state[p].setdefault("average", torch.zeros_like(p, dtype=torch.float32))
-                average.mul_(0.9).add_(p.grad.float())
-                p.data.sub_((group["lr"] * average).to(p.dtype))
-
 class Stateful:
     def __init__(self):
         self.seen = 0
@@ -89,22 +80,16 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         *(f"torch.optim.{name}" for name in ("ASGD", "Rprop", "RMSprop", "Adafactor")),
         "own_resumable.Noisy",
-        "own_resumable.Averaging",
     ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_optimizers_that_resume(grpo, path: str, dtype: str):
-    found = grpo(f"optimizer={{_component_: {path}, lr: 1e-2}}", f"model.dtype={dtype}")
-    if (path, dtype) == ("own_resumable.Averaging", "bfloat16"):
-        assert found and "a resumed run would go another way" in found[0]
-    else:
-        assert found == []
+def test_optimizers_that_resume(grpo, path: str):
+    assert grpo(f"optimizer={{_component_: {path}, lr: 1e-2}}") == []
 
 
 @pytest.mark.parametrize(
     ("node", "reason"),
     [
-        ("torch.optim.LBFGS, lr: 1e-3", "missing 1 required positional argument: 'closure'"),
+        ("torch.optim.LBFGS, lr: 1e-3", "LBFGS doesn't support per-parameter options"),
         ("torch.optim.SparseAdam, lr: 1e-3", "does not support dense gradients"),
         ("torch.optim.Muon, lr: 1e-3", "only supports 2D parameters"),
         ("own_resumable.Counting, lr: 1e-3", "its state_dict lacks some of its state"),

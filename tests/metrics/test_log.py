@@ -233,3 +233,75 @@ def test_tensorboard_events_can_be_read_back(tmp_path):
     # Steps 2 and 3 of the first process are gone.
     assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 0.5), (2, 4.0)]
     assert [(e.step, e.value) for e in events.Scalars("kl")] == [(1, 0.25)]
+
+
+# --- writers that fail ------------------------------------------------------------------------------------------------
+
+
+class Failing:
+    """wandb after its service is gone, TensorBoard on a full disk: every call fails."""
+
+    calls = 0
+
+    def __getattr__(self, name):
+        def fail(*args, **kwargs):
+            type(self).calls += 1
+            raise RuntimeError("the backend process has shut down")
+
+        return fail
+
+
+@pytest.mark.parametrize("key", ["logging.wandb", "logging.tensorboard"])
+def test_a_writer_that_fails_is_named_once_and_left_out(tmp_path, capsys, key):
+    log = MetricsLog(tmp_path)
+    log._writers[key] = Failing()
+    Failing.calls = 0
+    for step in (1, 2, 3):
+        log.log(step, {"kl": 0.5})
+    log.close()
+    assert Failing.calls == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"{key}: failed (RuntimeError: the backend process has shut down); the run goes on")
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_wandb_that_does_not_start_names_the_key_and_a_way_out(tmp_path, monkeypatch):
+    clean_wandb(tmp_path, monkeypatch)
+    import wandb
+
+    def init(**kwargs):
+        raise wandb.errors.CommError("Failed to get resume status")
+
+    monkeypatch.setattr(wandb, "init", init)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match=r"logging.wandb: true; .*CommError: Failed.*WANDB_MODE=offline"):
+        MetricsLog(tmp_path, wandb=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n', "nothing is lost"
+
+
+def test_lines_wait_for_room_on_a_full_disk(tmp_path, capsys):
+    """A limit on the size of files stands for the disk: what is written stays whole, and comes later."""
+    program = textwrap.dedent("""
+        import resource, signal, sys
+        from rolltune.metrics.log import MetricsLog
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        log = MetricsLog(sys.argv[1])
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        for step in range(1, 8):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (150 if 3 <= step < 6 else limits[0], limits[1]))
+            log.log(step, {"kl": step / 10})
+        log.close()
+    """)
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    (said,) = done.stderr.splitlines()
+    assert "metrics.jsonl: not written (File too large)" in said
+    assert [(record["step"], record["kl"]) for record in read_metrics(tmp_path)] == [(n, n / 10) for n in range(1, 8)]
+
+
+def test_samples_that_cannot_be_written_end_no_run(tmp_path, capsys):
+    log = MetricsLog(tmp_path)
+    (tmp_path / "samples").write_text("a file in the way")
+    log.log_samples(1, [GROUP], [[1.0, -1.0]])
+    log.close()
+    assert "samples of step 1: not written (" in capsys.readouterr().err

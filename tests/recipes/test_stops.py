@@ -91,3 +91,42 @@ def test_a_terminal_without_unicode_ends_no_run(write_config):
     command = [sys.executable, str(ROOT / "recipes/grpo.py"), "--config", str(write_config("ascii", num_steps=1))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_reader_that_goes_away_ends_no_run(write_config, tmp_path):
+    """As `tune run ... | head`, and a notebook that is closed."""
+    config = write_config("piped", num_steps=4)
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "recipes/grpo.py"), "--config", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    while "step 1/" not in run.stdout.readline():
+        pass
+    run.stdout.close()
+    run.stderr.close()
+    assert run.wait(timeout=120) == 0
+    assert read_rows(tmp_path / "piped")[-1]["step"] == 4 and (tmp_path / "piped/summary.json").exists()
+
+
+def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_room(write_config, tmp_path):
+    """A limit on the size of files stands for the disk: the first checkpoint fits, that of a later step does not."""
+    settings = {"num_steps": 4, "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-3, "eps": 1e-3}}
+    assert start(write_config("whole", **settings)).wait() == 0
+    config = write_config("full", **settings)
+    largest = max(file.stat().st_size for file in (tmp_path / "whole").rglob("trainer.pt"))
+    limited = f'ulimit -f {largest // 1024 - 8}; exec "$@"'
+    command = [sys.executable, str(ROOT / "recipes/grpo.py"), "--config", str(config)]
+    done = subprocess.run(
+        ["bash", "-c", f"trap '' XFSZ; {limited}", "bash", *command],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "step 1: the checkpoint was not written: " in done.stderr and "there is no checkpoint" in done.stderr
+    assert not list((tmp_path / "full/checkpoints").iterdir())
+    assert start(config, "resume=true").wait() == 0
+    assert read_rows(tmp_path / "full") == read_rows(tmp_path / "whole")

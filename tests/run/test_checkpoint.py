@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from rolltune.run import checkpoint
-from rolltune.run.checkpoint import Checkpoints, TrainState, load_optimization, load_state
+from rolltune.run.checkpoint import (
+    Checkpoints,
+    TrainState,
+    check_room,
+    load_optimization,
+    load_state,
+    tensor_bytes,
+)
 
 SCORES = {1: 0.3, 2: 0.5, 3: None, 4: 0.5, 5: 0.7}  # 2 is the best until 5; the 0.5 of step 4 is no better
 
@@ -273,3 +280,12 @@ def test_state_and_optimizer_come_back_exactly(tmp_path):
     assert loaded["param_groups"] == optimizer.state_dict()["param_groups"]
     for name, value in optimizer.state_dict()["state"][0].items():
         assert torch.equal(loaded["state"][0][name], value)
+
+
+def test_a_disk_without_room_is_named_before_a_save(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**29)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    check_room(tmp_path / "new", needed=2**29)
+    with pytest.raises(OSError, match="needs 1.00 GiB, and 0.50 GiB are free"):
+        check_room(tmp_path / "new", needed=2**30)
+    assert tensor_bytes({"a": [torch.zeros(3), 1], "b": (torch.zeros(2, dtype=torch.bfloat16),)}) == 16

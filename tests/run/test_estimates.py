@@ -2,13 +2,14 @@
 
 import io
 import re
+import shutil
 
 import pytest
 import torch
 from rich.console import Console
 from transformers import AutoConfig, GPTNeoXConfig, LlamaForCausalLM
 
-from rolltune.config.schema import LoRAConfig, ModelConfig
+from rolltune.config.schema import LoRAConfig, ModelConfig, SFTConfig
 from rolltune.errors import ConfigError
 from rolltune.model.load import load_config
 from rolltune.model.logprobs import chunk_size
@@ -208,3 +209,19 @@ def test_vllm_in_the_process_has_weights_of_its_own(tiny_llama):
         }
     assert engine_memory(model, {"_component_": "rolltune.samplers.vllm.served"}) == {}
     assert engine_memory(model, {"_component_": "rolltune.samplers.native.NativeSampler"}) is None
+
+
+@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=4)], ids=["full", "lora"])
+def test_a_disk_that_is_too_small_for_the_checkpoints(tiny_llama, tmp_path, monkeypatch, lora):
+    """Two that are kept, the best and one that is being written; fewer where the run saves less often."""
+    trained = 4 * LINEAR_FEATURES if lora else PARAMETERS
+    cfg = SFTConfig(output_dir=str(tmp_path / "run"), model=ModelConfig(path=str(tiny_llama)), lora=lora, num_steps=20)
+    cfg.checkpoint.every_n_steps, cfg.checkpoint.keep_last = 5, 2
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4 * 12 * trained))
+    estimates.check_disk(cfg)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4 * 12 * trained - 1))
+    with pytest.raises(ConfigError, match="output_dir: .*: 4 checkpoints of about 0.00 GiB do not fit"):
+        estimates.check_disk(cfg)
+    cfg.checkpoint.every_n_steps = 10
+    estimates.check_disk(cfg)

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import rolltune
 from rolltune.config.explain import explain
@@ -72,9 +72,7 @@ def main(schema: type[T], run: Callable[[T], None], *, check: Check[T] = lambda 
         run: the recipe.
         check: yields the problems of a config whose types are right, such as a function of :mod:`rolltune.run.checks`.
     """
-    for stream in (sys.stdout, sys.stderr):  # model text may hold characters that the terminal cannot show
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
     try:
         arguments = parse_args(sys.argv[1:])
         if arguments.help:
@@ -104,6 +102,34 @@ def main(schema: type[T], run: Callable[[T], None], *, check: Check[T] = lambda 
         if raised is error and place and not _is_ours(place.filename):
             raise
         _give_up(error, place)
+
+
+class _LastingFile(io.FileIO):
+    """A file descriptor whose reader may go away, or whose disk may be full: what cannot be written is dropped."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def _lasting(stream: TextIO | None) -> TextIO:
+    """Return a standard stream that ends no run: neither by what it is asked to show, nor by a reader that goes away.
+
+    Model text may hold characters that the terminal cannot show.
+    """
+    if stream is None:  # closed before the start
+        return open(os.devnull, "w")
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
+    if stream not in (sys.__stdout__, sys.__stderr__) or not isinstance(stream, io.TextIOWrapper):
+        return stream  # of a test or a notebook
+    stream.flush()
+    raw = _LastingFile(stream.fileno(), "wb", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), stream.encoding, errors="replace", line_buffering=stream.line_buffering
+    )
 
 
 def _give_up(error: ValueError, place: traceback.FrameSummary | None = None) -> NoReturn:

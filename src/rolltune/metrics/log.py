@@ -6,18 +6,20 @@ It writes these files in the output folder:
 - ``samples/step_000010.jsonl``: every completion of a step (:mod:`rolltune.metrics.samples`);
 - ``wandb/`` and ``tensorboard/`` if these are enabled.
 
-Only rank 0 writes. The other ranks hold ``MetricsLog.null()``, which accepts the same calls and does nothing.
+``metrics.jsonl`` is what counts: a run goes on if one of the others fails. Only rank 0 writes. The other ranks hold
+``MetricsLog.null()``, which accepts the same calls and does nothing.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rolltune.files import json_line, write_text_atomic
 from rolltune.metrics.samples import sample_records, write_samples
@@ -49,7 +51,8 @@ class MetricsLog:
             repeats these steps. None starts over and drops all earlier lines.
 
     Raises:
-        ValueError: ``metrics.jsonl`` of the resumed run has a line that is not JSON.
+        ValueError: ``metrics.jsonl`` of the resumed run has a line that is not JSON, or Weights & Biases does not
+            start.
     """
 
     def __init__(
@@ -63,24 +66,25 @@ class MetricsLog:
         resume_step: int | None = None,
     ) -> None:
         self._output_dir = None if output_dir is None else Path(output_dir)
-        self._file: TextIO | None = None
-        self._wandb_run: Any = None
-        self._tensorboard: Any = None
+        self._file: _LineFile | None = None
+        self._writers: dict[str, Any] = {}  # besides metrics.jsonl, by the config key that asks for them
         if self._output_dir is None:
             return
         self._output_dir.mkdir(parents=True, exist_ok=True)
         path = self._output_dir / "metrics.jsonl"
         kept = [] if resume_step is None else [r for r in _read_records(path) if r["step"] <= resume_step]
-        write_text_atomic(path, "".join(map(json_line, kept)))
-        self._file = path.open("a", encoding="utf-8")
         if wandb:
-            self._wandb_run = _start_wandb(self._output_dir, wandb_project, config or {}, resume_step is not None)
+            run = _start_wandb(self._output_dir, wandb_project, config or {}, resume_step is not None)
+            self._writers["logging.wandb"] = run
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             # Hide what an earlier process wrote for the steps that come again.
             purge_step = 0 if resume_step is None else resume_step + 1
-            self._tensorboard = SummaryWriter(str(self._output_dir / "tensorboard"), purge_step=purge_step)
+            folder = str(self._output_dir / "tensorboard")
+            self._writers["logging.tensorboard"] = SummaryWriter(folder, purge_step=purge_step)
+        write_text_atomic(path, "".join(map(json_line, kept)))
+        self._file = _LineFile(path)
 
     @classmethod
     def null(cls) -> MetricsLog:
@@ -88,7 +92,9 @@ class MetricsLog:
         return cls(None)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one line and flush it. NaN and infinities become null, since JSON cannot represent them.
+        """Write one line. NaN and infinities become null, since JSON cannot represent them.
+
+        A line that cannot be written, on a full disk for example, is kept and written with the next one.
 
         Args:
             step: number of optimizer steps done; a step may be logged more than once.
@@ -98,13 +104,12 @@ class MetricsLog:
             return
         values = {name: float(value) for name, value in metrics.items()}
         self._file.write(json_line({"step": step, "time": round(time.time(), 3), **values}))
-        self._file.flush()
-        if self._wandb_run is not None:
-            # Log the step as a value (see _start_wandb): wandb's own step cannot go back, as it does on resume.
-            self._wandb_run.log({"step": step, **values})
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+        # Log the step as a value (see _start_wandb): wandb's own step cannot go back, as it does on resume.
+        self._try("logging.wandb", lambda run: run.log({"step": step, **values}))
+        self._try(
+            "logging.tensorboard",
+            lambda board: [board.add_scalar(name, value, step) for name, value in values.items()],
+        )
 
     def log_samples(
         self,
@@ -115,8 +120,12 @@ class MetricsLog:
         """Write the sample file of a step, and a table to Weights & Biases; arguments as in :func:`write_samples`."""
         if self._output_dir is None:
             return
-        write_samples(self._output_dir, step, groups, advantages)
-        if self._wandb_run is not None:
+        try:
+            write_samples(self._output_dir, step, groups, advantages)
+        except OSError as error:
+            _say(f"samples of step {step}: not written ({_reason(error)})")
+
+        def write_table(run: Any) -> None:
             import wandb
 
             columns: list[Any] = ["step", "problem", "text", "tokens", "finish_reason", "reward", "advantage", "notes"]
@@ -124,16 +133,67 @@ class MetricsLog:
             for record in sample_records(step, groups, advantages):
                 notes = "\n".join(f"{name}: {text}" for name, text in record["notes"].items())
                 table.add_data(*(notes if column == "notes" else record[column] for column in columns))
-            self._wandb_run.log({"step": step, "samples": table})
+            run.log({"step": step, "samples": table})
+
+        self._try("logging.wandb", write_table)
+
+    def _try(self, key: str, write: Callable[[Any], object]) -> None:
+        """Call a writer besides metrics.jsonl, if there is one. If it fails, the run goes on without it."""
+        writer = self._writers.get(key)
+        if writer is None:
+            return
+        try:
+            write(writer)
+        except Exception as error:  # wandb and TensorBoard raise unrelated errors
+            del self._writers[key]
+            _say(f"{key}: failed ({_reason(error)}); the run goes on, and metrics.jsonl has all numbers")
 
     def close(self) -> None:
         """Close all writers."""
+        self._try("logging.wandb", lambda run: run.finish())
+        self._try("logging.tensorboard", lambda board: board.close())
         if self._file is not None:
             self._file.close()
-        if self._wandb_run is not None:
-            self._wandb_run.finish()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+
+
+class _LineFile:
+    """A file of lines that a full disk leaves whole: a line is written as a whole, or later."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._size = path.stat().st_size
+        self._waiting = b""
+
+    def write(self, line: str) -> None:
+        is_first = not self._waiting
+        self._waiting += line.encode("utf-8", errors="backslashreplace")
+        rest = self._waiting
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self._file.truncate(self._size)
+            if is_first:
+                _say(f"{self._path}: not written ({_reason(error)}); its lines are kept until they can be")
+            return
+        self._size += len(self._waiting)
+        self._waiting = b""
+
+    def close(self) -> None:
+        if self._waiting:
+            self.write("")
+        if self._waiting:
+            _say(f"{self._path}: {self._waiting.count(b'{')} lines are lost")
+        self._file.close()
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
 
 
 def _start_wandb(output_dir: Path, project: str, config: Mapping[str, Any], resume: bool) -> Any:
@@ -143,18 +203,24 @@ def _start_wandb(output_dir: Path, project: str, config: Mapping[str, Any], resu
     id_file = output_dir / "wandb_run_id"
     run_id = id_file.read_text(encoding="utf-8").strip() if resume and id_file.is_file() else uuid.uuid4().hex[:8]
     mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-    run = wandb.init(
-        project=project,
-        name=output_dir.resolve().name,
-        id=run_id,
-        dir=output_dir,
-        config=dict(config),
-        mode=mode,  # pyright: ignore[reportArgumentType]
-        resume="allow" if mode == "online" else None,  # `wandb sync` merges offline runs with the same id
-        settings=wandb.Settings(console="off", quiet=True),  # stdout is for the progress bars
-    )
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
+    try:
+        run = wandb.init(
+            project=project,
+            name=output_dir.resolve().name,
+            id=run_id,
+            dir=output_dir,
+            config=dict(config),
+            mode=mode,  # pyright: ignore[reportArgumentType]
+            resume="allow" if mode == "online" else None,  # `wandb sync` merges offline runs with the same id
+            settings=wandb.Settings(console="off", quiet=True),  # stdout is for the progress bars
+        )
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+    except Exception as error:  # wandb's own errors, and those of network and files
+        raise ValueError(
+            f"logging.wandb: true; Weights & Biases does not start ({_reason(error)}); set WANDB_MODE=offline in the "
+            "environment and upload later with `wandb sync`, or leave it out"
+        ) from None
     write_text_atomic(id_file, run_id + "\n")
     return run
 

@@ -74,6 +74,11 @@ class Policy:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     @property
+    def saved_parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters that :meth:`save` writes: the adapter's, for LoRA, and otherwise all."""
+        return self.trainable_parameters if isinstance(self.model, PeftModel) else list(self.model.parameters())
+
+    @property
     def has_dropout(self) -> bool:
         """Whether the gradient is computed with dropout, so that the log-probs there are not those of the sampler."""
         return bool(self._dropout_modules)

@@ -11,6 +11,7 @@ saved: all randomness is derived from (seed, step, purpose).
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -19,10 +20,11 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.utils._pytree import tree_leaves
 
 from rolltune.config.values import type_problem
 from rolltune.errors import ConfigError
@@ -93,10 +95,14 @@ class Checkpoints:
         self._remove_stale()
         target = self.path(state.step)
         work = self.folder / f".tmp-{target.name}"
-        save_policy(work / "policy")
-        torch.save(optimization, work / "trainer.pt")
-        (work / "state.json").write_text(json.dumps(asdict(state)))
-        _sync_files(work)
+        try:
+            save_policy(work / "policy")
+            torch.save(optimization, work / "trainer.pt")
+            (work / "state.json").write_text(json.dumps(asdict(state)))
+            _sync_files(work)
+        except Exception:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
         if target.exists():
             old = self.folder / f".tmp-old-{target.name}"
             os.rename(target, old)
@@ -137,6 +143,23 @@ class Checkpoints:
                 doomed = self.folder / f".tmp-old-{path.name}"
                 os.rename(path, doomed)
                 shutil.rmtree(doomed)
+
+
+def tensor_bytes(tensors: Any) -> int:
+    """Return the bytes of all tensors in nested containers."""
+    return sum(leaf.nbytes for leaf in tree_leaves(tensors) if isinstance(leaf, torch.Tensor))
+
+
+def free_bytes(folder: Path) -> int:
+    """Return what is free on the disk of a folder, which need not exist yet."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+
+
+def check_room(folder: Path, *, needed: float) -> None:
+    """Raise OSError if the disk of a folder has less than ``needed`` bytes free."""
+    free = free_bytes(folder)
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"needs {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free")
 
 
 def damage(path: Path) -> str | None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from rolltune.config.schema import Component, LoRAConfig, ModelConfig
+from rolltune.config.schema import Component, GRPOConfig, LoRAConfig, ModelConfig, SFTConfig
 from rolltune.errors import ConfigError
 from rolltune.model.load import DTYPES, load_config
 from rolltune.model.logprobs import CHUNK_BYTES
 from rolltune.model.policy import lora_modules
+from rolltune.run.checkpoint import free_bytes
 
 GIB = 2**30
 
@@ -108,6 +112,31 @@ def estimate_memory(
         "rearranged weights while sampling": parameters * size if rearranged_copy else 0,
     }
     return {name: value / GIB for name, value in parts.items() if value}
+
+
+def check_disk(cfg: GRPOConfig | SFTConfig) -> None:
+    """Raise ConfigError if the disk of ``output_dir`` has no room for the checkpoints that a run keeps.
+
+    These are the last ones, the best, and one that is being written. The optimizer is taken for AdamW.
+    """
+    parameters, linear_features = count_parameters(
+        load_config(cfg.model.path), cfg.lora.target_modules if cfg.lora else "all-linear"
+    )
+    trained = cfg.lora.rank * linear_features if cfg.lora else parameters
+    weight_bytes = 4 if cfg.lora else torch.finfo(DTYPES[cfg.model.dtype]).bits // 8
+    one = trained * (weight_bytes + 8 + (4 if cfg.model.master_weights else 0))
+    saves = math.ceil(cfg.num_steps / cfg.checkpoint.every_n_steps)
+    count = min(cfg.checkpoint.keep_last + 2, saves + 1)
+    folder = Path(cfg.output_dir) / "checkpoints"
+    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    free = free_bytes(folder)
+    if count * one - there > free:
+        raise ConfigError(
+            [
+                f"output_dir: {cfg.output_dir}: {count} checkpoints of about {one / GIB:.2f} GiB do not fit; "
+                f"{free / GIB:.2f} GiB are free: lower checkpoint.keep_last, or choose a folder on another disk"
+            ]
+        )
 
 
 def engine_memory(model: ModelConfig, sampler: Component) -> dict[str, float] | None:

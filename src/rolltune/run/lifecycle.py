@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from rolltune import config
@@ -27,7 +28,7 @@ from rolltune.model.policy import Policy
 from rolltune.rewards.judges.pool import JudgePool
 from rolltune.rollout import Rollout
 from rolltune.run.build import BUDGETS
-from rolltune.run.checkpoint import Checkpoints, TrainState, damage, load_state
+from rolltune.run.checkpoint import Checkpoints, TrainState, check_room, damage, load_state, tensor_bytes
 from rolltune.update import Optimization
 
 # Keys that may change on resume because they do not affect training.
@@ -216,25 +217,40 @@ class Saver:
             The state with the best score updated.
         """
         if not all(parameter.isfinite().all() for parameter in self.policy.trainable_parameters):
-            last = max(self.checkpoints.steps(), default=None)
-            kept = "no checkpoint was written" if last is None else f"the checkpoint of step {last} is intact"
             raise RunStopped(
-                f"step {state.step}: the policy's weights are not finite and were not saved; {kept}: lower "
-                "optimizer.lr, and start over or resume from an earlier step"
+                f"step {state.step}: the policy's weights are not finite and were not saved; lower optimizer.lr, and "
+                f"start over\n  {self._kept()}"
             )
         is_best = score is not None and (state.best_score is None or score > state.best_score)
         if is_best:
             state = replace(state, best_score=score, best_step=state.step)
         if is_best or is_due:
-            if self.world.is_main:
-                self.checkpoints.save(
-                    state,
-                    save_policy=lambda folder: self.policy.save(folder, self.tokenizer),
-                    optimization=self.optimization.state_dict(),
-                    is_best=is_best,
-                )
-            self.world.barrier()
+            problem = self._write(state, is_best=is_best) if self.world.is_main else None
+            if problems := self.world.gather([problem] if problem else []):
+                raise RunStopped(f"step {state.step}: the checkpoint was not written: {problems[0]}\n  {self._kept()}")
         return state
+
+    def _write(self, state: TrainState, *, is_best: bool) -> str | None:
+        """Write a checkpoint; returns what went wrong, such as a full disk."""
+        folder, optimization = self.checkpoints.folder, self.optimization.state_dict()
+        try:
+            check_room(folder, needed=tensor_bytes(optimization) + tensor_bytes(self.policy.saved_parameters))
+            self.checkpoints.save(
+                state,
+                save_policy=lambda folder: self.policy.save(folder, self.tokenizer),
+                optimization=optimization,
+                is_best=is_best,
+            )
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+            return f"{folder}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}"
+        return None
+
+    def _kept(self) -> str:
+        """Say what there is to resume from."""
+        steps = self.checkpoints.steps()
+        if not steps:
+            return "there is no checkpoint"
+        return f"the last checkpoint is of step {steps[-1]}; continue with the same command and resume=true"
 
     def stop(self, state: TrainState, why: str) -> NoReturn:
         """End the run in step ``state.step + 1``, with a checkpoint of ``state``.
@@ -257,9 +273,7 @@ class Saver:
         Raises:
             RunStopped: always; the message says why, and what there is to resume from.
         """
-        steps = self.checkpoints.steps()
-        kept = f"the last checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint"
-        raise RunStopped(f"step {state.step + 1}: {why}\n  {kept}")
+        raise RunStopped(f"step {state.step + 1}: {why}\n  {self._kept()}")
 
 
 @contextmanager

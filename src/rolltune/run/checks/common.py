@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 import string
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -151,10 +153,21 @@ def check_sampler(node: Component, sampling: SamplingConfig | EvaluateSamplingCo
 
 
 def check_output_dir(output_dir: str) -> Iterator[str]:
+    """Check that files can be written to the folder, or that it can be made; leaves nothing behind."""
     if not output_dir:
         yield "output_dir: empty; give a folder"
-    elif Path(output_dir).exists() and not Path(output_dir).is_dir():
-        yield f"output_dir: {output_dir} is a file; give a folder"
+        return
+    try:
+        folder = Path(output_dir)
+        if folder.exists() and not folder.is_dir():
+            raise OSError("is a file")
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+        if not there.exists():
+            raise OSError(f"the link {there} leads nowhere, to {os.readlink(there)}")
+        os.rmdir(tempfile.mkdtemp(prefix=".rolltune-", dir=there))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        yield f"output_dir: {output_dir}: {reason}; give a folder that can be written"
 
 
 def check_device(device: str) -> Iterator[str]:

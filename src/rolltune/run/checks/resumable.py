@@ -21,23 +21,19 @@ from torch.optim import Optimizer
 from rolltune.config.components import instantiate
 from rolltune.config.schema import Component
 from rolltune.errors import ConfigError
+from rolltune.run.build import parameter_groups
 
 OPTIMIZER_STEPS = 12
 SCHEDULE_STEPS = 2000  # at most, of a run's
 SCHEDULE_RESTARTS = 20
 
 
-def optimizer_problem(node: Component, dtype: torch.dtype) -> str | None:
-    """Say why an optimizer cannot train, or does not resume; None if it does both.
-
-    Args:
-        node: the optimizer, whose arguments have been checked.
-        dtype: of the weights that it steps.
-    """
+def optimizer_problem(node: Component) -> str | None:
+    """Say why an optimizer cannot train, or does not resume; None if it does both. Its arguments have been checked."""
     if "capturable" in node:
         node = node | {"capturable": False}  # which needs tensors in CUDA
     with _trial():
-        unbroken = [Parameter(torch.randn(shape, dtype=dtype)) for shape in ((4,), (3, 4))]
+        unbroken = [Parameter(torch.randn(shape)) for shape in ((4,), (3, 4))]
         resumed = _copies(unbroken)
         try:
             optimizer, restarted = _build(node, unbroken), _build(node, resumed)
@@ -100,7 +96,7 @@ def _trial() -> Iterator[None]:
 
 
 def _build(node: Component, weights: list[Parameter]) -> Optimizer:
-    return instantiate(node, weights)
+    return instantiate(node, parameter_groups(weights))
 
 
 def _step(optimizer: Optimizer, weights: list[Parameter], *, seed: int) -> None:

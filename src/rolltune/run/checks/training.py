@@ -47,7 +47,7 @@ def check_training(cfg: GRPOConfig | SFTConfig, *, num_updates: int) -> Iterator
     yield from above("max_grad_norm", cfg.max_grad_norm, 0)
     if cfg.loss_scale is not None:
         yield from _check_loss_scale(cfg.loss_scale, cfg.model.dtype)
-    problems = list(_check_optimizer(cfg.optimizer, cfg.model, cfg.lora))
+    problems = list(_check_optimizer(cfg.optimizer))
     yield from problems
     if cfg.lr_scheduler is not None and not problems:
         factors = " x batch.num_iterations x batch.minibatches" if isinstance(cfg, GRPOConfig) else ""
@@ -97,8 +97,7 @@ def _check_loss_scale(node: Component, dtype: str) -> Iterator[str]:
     yield from build_instance(node, "loss_scale", LossScale)[1]
 
 
-def _check_optimizer(node: Component, model: ModelConfig, lora: LoRAConfig | None) -> Iterator[str]:
-    from rolltune.model.load import DTYPES
+def _check_optimizer(node: Component) -> Iterator[str]:
     from rolltune.run.checks.resumable import optimizer_problem
 
     problems = check_component(node, "optimizer", positional=1)
@@ -111,8 +110,7 @@ def _check_optimizer(node: Component, model: ModelConfig, lora: LoRAConfig | Non
     yield from problems
     if problems:
         return
-    dtype = "float32" if lora or model.master_weights else model.dtype
-    if problem := optimizer_problem(node, DTYPES[dtype]):
+    if problem := optimizer_problem(node):
         yield f"optimizer._component_: {node['_component_']}: {problem}; torch.optim.AdamW trains and resumes"
 
 
