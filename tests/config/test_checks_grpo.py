@@ -247,4 +247,7 @@ def test_cuda_without_cuda(grpo, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_output_dir_is_a_file(grpo, grpo_yaml: Path):
-    assert grpo(f"output_dir={grpo_yaml}") == [f"output_dir: {grpo_yaml} is a file; give a folder"]
+    for place in (grpo_yaml, grpo_yaml / "run"):
+        assert grpo(f"output_dir={place}") == [f"output_dir: {place}: {grpo_yaml} is a file; give a folder"]
+    (link := grpo_yaml.with_name("link")).symlink_to("gone")
+    assert grpo(f"output_dir={link}") == [f"output_dir: {link} is a link that leads nowhere; give a folder"]

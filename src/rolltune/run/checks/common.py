@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 import string
 from collections.abc import Iterable, Iterator, Sequence
@@ -153,8 +154,16 @@ def check_sampler(node: Component, sampling: SamplingConfig | EvaluateSamplingCo
 def check_output_dir(output_dir: str) -> Iterator[str]:
     if not output_dir:
         yield "output_dir: empty; give a folder"
-    elif Path(output_dir).exists() and not Path(output_dir).is_dir():
-        yield f"output_dir: {output_dir} is a file; give a folder"
+        return
+    folder = Path(output_dir).absolute()
+    if folder.is_symlink() and not folder.exists():
+        yield f"output_dir: {output_dir} is a link that leads nowhere; give a folder"
+        return
+    place = next(each for each in (folder, *folder.parents) if each.exists())
+    if not place.is_dir():
+        yield f"output_dir: {output_dir}: {place} is a file; give a folder"
+    elif not os.access(place, os.W_OK | os.X_OK):
+        yield f"output_dir: {output_dir}: {place} cannot be written; give another folder"
 
 
 def check_device(device: str) -> Iterator[str]:
