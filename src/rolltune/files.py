@@ -72,9 +72,10 @@ def take_lock(path: Path) -> AcquireReturnProxy:
     try:
         taken = FileLock(file).acquire(blocking=False)
     except Timeout:
-        holder = file.read_text(encoding="utf-8", errors="replace").strip() or "of an unknown host"
+        holder = file.read_text(encoding="utf-8", errors="replace").strip()
+        who = f" ({holder})" if holder else ""
         raise ValueError(
-            f"{path}: another process is writing it ({holder}); wait for it, or choose another output_dir"
+            f"{path}: another process is writing it{who}; wait for it, or choose another output_dir"
         ) from None
     before = file.read_text(encoding="utf-8", errors="replace")
     if not before or before.startswith("process "):  # on file systems without locks, filelock keeps its own text there

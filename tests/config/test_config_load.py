@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,22 @@ def test_a_dump_loads_to_the_same(grpo_yaml: Path, tmp_path: Path):
     again = tmp_path / "again.yaml"
     again.write_text(config.dump(cfg))
     assert config.load(schema.GRPOConfig, again) == cfg
+
+
+@pytest.mark.parametrize("text", ["${x}", "${", "a \\${seed}", "\\\\${seed}", "b\\", "$5 {x}", "${oc.env:HOME}", "\\"])
+def test_text_that_looks_like_an_interpolation_survives_a_dump(grpo_yaml: Path, tmp_path: Path, text: str):
+    cfg = config.load(schema.GRPOConfig, grpo_yaml)
+    cfg.prompt.system = cfg.data.train["x"] = text
+    config.save(cfg, tmp_path / "run")
+    assert config.load(schema.GRPOConfig, tmp_path / "run/config.yaml") == cfg
+    assert config.read_saved(tmp_path / "run") == dataclasses.asdict(cfg)
+
+
+def test_json_is_read_whatever_it_is_indented_by(grpo_yaml: Path):
+    cfg = config.load(schema.GRPOConfig, grpo_yaml)
+    for indent in (None, 2, "\t"):
+        grpo_yaml.write_text(json.dumps(dataclasses.asdict(cfg), indent=indent))
+        assert config.load(schema.GRPOConfig, grpo_yaml) == cfg
 
 
 def test_sampling_params_of_both_recipes():

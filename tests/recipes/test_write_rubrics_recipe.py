@@ -407,7 +407,9 @@ def test_one_process_at_a_time(write, make_file, tmp_path):
     with FaultServer(lambda call, request: solve(request, delay=0.0 if call < 1 else 60.0)) as server:
         first = start(make_file(server=server, max_concurrency=1))
         wait_for_lines(tmp_path / "out/rubrics.jsonl", 1)
-        with pytest.raises(ValueError, match="another process is writing it; wait for it, or choose another output_d"):
+        with pytest.raises(
+            ValueError, match="another process is writing it.*; wait for it, or choose another output_d"
+        ):
             write(server=server)
         first.send_signal(signal.SIGTERM)
         assert finish(first)[0] == 130

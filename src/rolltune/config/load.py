@@ -82,8 +82,26 @@ def validate(
 
 
 def dump(config: Any) -> str:
-    """A config as YAML, with all keys and with interpolations resolved."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=120)
+    """A config as YAML, with all keys and with interpolations resolved. It loads to the same config."""
+    tree = _map_texts(dataclasses.asdict(config), _escape)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _map_texts(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_texts(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _escape(text: str) -> str:
+    """Write ``${`` that is plain text as ``\\${``; backslashes before it are doubled."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"(\\*)\1\\\$\{", r"\1${", text)
 
 
 def save(config: Any, folder: str | Path) -> None:
@@ -112,7 +130,7 @@ def read_saved(folder: str | Path) -> dict[str, Any] | None:
         problem = yaml_problem(error)
     if problem:
         raise ConfigError([f"{path}{problem}; repair it, or choose another output_dir"])
-    return tree
+    return _map_texts(tree, _unescape)
 
 
 def with_defaults(schema: Any, tree: Any) -> Any:

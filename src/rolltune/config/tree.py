@@ -28,7 +28,7 @@ class _Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key_node, _ in node.value:
@@ -78,12 +78,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: the file cannot be read or holds no mapping; a syntax error names its line.
     """
     try:
-        tree = parse_yaml(read_config(path))
+        tree = parse_yaml(_spaces_for_tabs(read_config(path)))
     except yaml.YAMLError as error:
         raise ConfigError([f"{path}{yaml_problem(error)}"]) from error
     if not isinstance(tree, dict):
         raise ConfigError([f"{path}: {'empty' if tree is None else show(tree)}; a config must be a mapping of keys"])
     return tree
+
+
+def _spaces_for_tabs(text: str) -> str:
+    """Indent JSON by spaces, which YAML asks for."""
+    is_json = text.lstrip("\ufeff \t\r\n").startswith("{")
+    return re.sub(r"^[ \t]+", lambda indent: " " * len(indent[0]), text, flags=re.MULTILINE) if is_json else text
 
 
 def read_config(path: str | Path) -> str:

@@ -88,7 +88,8 @@ def resolve_model(path: str) -> str:
     if folder.is_dir():
         if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
             raise ValueError(f"model.path: {path}: the folder has no config.json or adapter_config.json")
-        return str(folder.absolute())  # an adapter on it names it, and must load from any working directory
+        # An adapter on it names it, and must load from any working directory. A link such as best/ stays a link.
+        return str(folder.parent.resolve() / folder.name)
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise ValueError(f"model.path: {path}: no such folder; give a model folder, a Hub id (org/name) or {PACKAGED}")
     return path
