@@ -35,8 +35,8 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
 from runs import JOBS, Hang, Job, Judge, Result, Run, prepare_inputs, result_of, send
@@ -49,7 +49,7 @@ DISK_MIB = 64  # size of the disk of a trial
 # Results of a fault. A trial's last start is SAME if nothing failed.
 BEFORE, STOPPED, KILLED = "finished before the fault", "stopped with checkpoint", "killed"
 WENT_ON, REFUSED, SAME = "went on", "refused and named", "same"
-HANG, DIFFERS, UNEXPLAINED = "hang", "differs", "unexplained exit"
+HANG, DIFFERS, UNEXPLAINED = "hang", "differs", "unexplained"
 RESULTS = (BEFORE, STOPPED, KILLED, WENT_ON, REFUSED, SAME, HANG, DIFFERS, UNEXPLAINED)
 FAILURES = (HANG, DIFFERS, UNEXPLAINED)
 TO_THE_END = "(resumed to the end)"
@@ -262,7 +262,7 @@ def wandb_killed(trial: Trial) -> str:
         time.sleep(0.02)
     for pid in services:
         send(pid, signal.SIGKILL)
-    return goes_on(run)
+    return WENT_ON if ended(run, 0, 2) == 0 else REFUSED  # wandb may still be starting
 
 
 def stdout_closed(trial: Trial) -> str:
@@ -413,12 +413,12 @@ def seek_mounts() -> None:
 def table(outcomes: list[Outcome]) -> str:
     """Count the results by kind of fault, as a table in Markdown."""
     seen = [result for result in RESULTS if any(outcome.result == result for outcome in outcomes)]
-    lines = [" | ".join(["fault", *seen]), "|".join(["---"] * (1 + len(seen)))]
+    lines = [["fault", *seen], ["---"] * (1 + len(seen))]
     for kind in (*FAULTS, TO_THE_END):
         counts = Counter(outcome.result for outcome in outcomes if outcome.kind == kind)
         if counts:
-            lines.append(" | ".join([kind, *(str(counts[result] or "") for result in seen)]))
-    return "".join(f"| {line} |\n" for line in lines)
+            lines.append([kind, *(str(counts[result] or "") for result in seen)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conftest import save_tiny_llama  # pyright: ignore[reportAttributeAccessIssue]
 from tiny_run import REWARD, read_rows, tiny_grpo
 
 SERVER = Path(__file__).with_name("judge.py")
@@ -70,6 +69,8 @@ JOBS = {
 
 def prepare_inputs(folder: Path) -> Path:
     """Write the tiny model, and the reward, which runs find through PYTHONPATH; returns the model's folder."""
+    from conftest import save_tiny_llama  # pyright: ignore[reportAttributeAccessIssue]  # under pytest it is another
+
     (folder / "tiny_reward.py").write_text(REWARD)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
