@@ -97,7 +97,7 @@ class Call:
 
 
 class FaultServer:
-    """The server, on a free port, for the length of a ``with`` block.
+    """The server, for the length of a ``with`` block, on ``port``; 0 is a free one.
 
     Attributes:
         base_url: ends with ``/v1``.
@@ -105,13 +105,13 @@ class FaultServer:
         most_at_once: the largest number of requests that were open at a time.
     """
 
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, *, port: int = 0) -> None:
         self.calls: list[Call] = []
         self.most_at_once = 0
         self._open = 0
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler(script))
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler(script))
         self._server.daemon_threads = True
         self.base_url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)

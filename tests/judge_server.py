@@ -7,6 +7,7 @@ marks. So a text that leaves its delimiters is rewarded at once, and a test sees
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -69,6 +70,16 @@ def answers(*outsides: str) -> Callable[[int, dict[str, Any]], Response]:
         return ok(json.dumps(verdict_on(reading, fooled=reading.outside not in outsides)))
 
     return script
+
+
+def grade(call: int, request: dict[str, Any]) -> Response:
+    """Grades that look random but depend on criterion and response alone."""
+    prompt = read_prompt(request["messages"][-1]["content"])
+    criteria = prompt.block("criteria").split("\n")
+    response = prompt.block("response")
+    bits = [hashlib.sha256(f"{criterion}{response}".encode()).digest()[0] % 2 for criterion in criteria]
+    numbered = [{"number": i, "reason": f"because {bit}", "grade": bit} for i, bit in enumerate(bits, start=1)]
+    return ok(json.dumps({"verdicts": numbered}))
 
 
 def verdict_on(reading: Reading, *, fooled: bool = False) -> dict[str, Any]:

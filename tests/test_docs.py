@@ -88,7 +88,7 @@ def test_commands(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         makefile = (ROOT / "Makefile").read_text()
         for target in (word for word in words if "=" not in word and not word.startswith("-")):
             assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), f"the Makefile has no {target}"
-    elif program == "python" and words[0].startswith("benchmarks/"):
+    elif program == "python" and words[0].startswith(("benchmarks/", "tests/")):
         source = (ROOT / words[0]).read_text()
         for flag in (word for word in words if word.startswith("--")):
             assert f'"{flag}"' in source, f"{words[0]} has no {flag}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import threading
@@ -13,22 +12,12 @@ from typing import Any
 import pytest
 from endpoint_options import as_config
 from fault_server import FaultServer, Response, error, ok
-from judge_server import read_prompt
+from judge_server import grade
 from tiny_run import read_rows
 
 from rolltune.errors import RunStopped
 
 Script = Callable[[int, dict[str, Any]], Response]
-
-
-def grade(call: int, request: dict[str, Any]) -> Response:
-    """Grades that look random but depend on criterion and response alone."""
-    prompt = read_prompt(request["messages"][-1]["content"])
-    criteria = prompt.block("criteria").split("\n")
-    response = prompt.block("response")
-    bits = [hashlib.sha256(f"{criterion}{response}".encode()).digest()[0] % 2 for criterion in criteria]
-    numbered = [{"number": i, "reason": f"because {bit}", "grade": bit} for i, bit in enumerate(bits, start=1)]
-    return ok(json.dumps({"verdicts": numbered}))
 
 
 def options(server: FaultServer, cache: Path | None, *, judge: dict[str, Any] | None = None, **rubric: Any) -> dict:
