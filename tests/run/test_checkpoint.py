@@ -165,7 +165,11 @@ def test_killed_again_and_again(tmp_path, monkeypatch, fast_disk):
 
 def test_what_is_kept(tmp_path):
     drive(tmp_path)
-    assert look(tmp_path) == {
+    found = look(tmp_path)
+    sizes = [json.loads(found.pop(f"checkpoints/step_{step:06d}/files.json")) for step in (4, 5)]
+    names = ["policy/tokenizer", "policy/weights", "state.json", "trainer.pt"]
+    assert [sorted(each) for each in sizes] == [names, names] and sizes[0]["policy/weights"] == len("weights of 4")
+    assert found == {
         "best": "checkpoints/step_000005/policy",
         **{
             f"checkpoints/step_{step:06d}/{name}": content
@@ -262,7 +266,7 @@ def test_every_file_is_on_disk_before_it_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.os, "fsync", note_fsync)
     monkeypatch.setattr(checkpoint.os, "rename", note_rename)
     save(Checkpoints(tmp_path, keep_last=1), TrainState(step=1))
-    assert order == [set()] and len(synced) == 4
+    assert order == [set()] and len(synced) == 5
 
 
 def test_state_and_optimizer_come_back_exactly(tmp_path):

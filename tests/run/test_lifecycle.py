@@ -122,31 +122,23 @@ def test_resumes_from_the_newest(tmp_path):
 
 DAMAGES = {
     "state.json": lambda path: (path / "state.json").write_text(""),
-    "state.json: ValueError: step: '2'": lambda path: edit_state(path, step="2"),
-    "state.json: ValueError: data_position: null": lambda path: edit_state(path, data_position=None),
-    "state.json: TypeError": lambda path: edit_state(path, more=1),
+    "state.json.*: step: '2'": lambda path: edit_state(path, step="2"),
+    "state.json.*: data_position: null": lambda path: edit_state(path, data_position=None),
+    "state.json.*TypeError": lambda path: edit_state(path, more=1),
     "state.json: is of step 1": lambda path: edit_state(path, step=1),
-    "trainer.pt: cut short": lambda path: cut_the_middle(path / "trainer.pt"),
-    "policy/config.json": lambda path: os.truncate(path / "policy/config.json", 1),
-    "policy: no config.json": lambda path: (path / "policy/config.json").unlink(),
-    "policy/model-2.safetensors: missing": lambda path: (path / "policy/model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}'
-    ),
-    "trainer.pt": lambda path: os.truncate(path / "trainer.pt", 200),
-    "policy/model.safetensors": lambda path: os.truncate(path / "policy/model.safetensors", 40),
-    "policy: no": lambda path: (path / "policy/model.safetensors").unlink(),
+    "trainer.pt: .* bytes instead of": lambda path: os.truncate(path / "trainer.pt", 200),
+    "policy/config.json: 1 bytes": lambda path: os.truncate(path / "policy/config.json", 1),
+    "policy/config.json: missing": lambda path: (path / "policy/config.json").unlink(),
+    "policy/model.safetensors: 40 bytes": lambda path: os.truncate(path / "policy/model.safetensors", 40),
+    "policy/model.safetensors: missing": lambda path: (path / "policy/model.safetensors").unlink(),
+    "files.json: missing": lambda path: (path / "files.json").unlink(),
+    "files.json.*JSONDecodeError": lambda path: os.truncate(path / "files.json", 20),
 }
 
 
 def edit_state(path: Path, **changes: Any) -> None:
     file = path / "state.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def cut_the_middle(file: Path) -> None:
-    """Keep the end of a zip file, with its list of contents."""
-    content = file.read_bytes()
-    file.write_bytes(content[:100] + content[300:])
 
 
 @pytest.mark.parametrize("part", DAMAGES)
