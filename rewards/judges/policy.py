@@ -17,7 +17,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from rolltune.prompts import render_prompt
+from rolltune.prompts import PromptRenderer
 from rolltune.rewards.judges.judge import Answer, Question, read_answer, repair
 from rolltune.samplers import Sampler
 from rolltune.seeding import derive_seed
@@ -157,7 +157,7 @@ class PolicyJudge:
 
     def _request(self, messages: Sequence[Message]) -> SampleRequest:
         assert self._tokenizer is not None
-        prompt = render_prompt(Problem(id="judge", messages=tuple(messages)), self._tokenizer)
+        prompt = PromptRenderer(self._tokenizer)(Problem(id="judge", messages=tuple(messages)))
         return SampleRequest(prompt=prompt, seeds=(derive_seed(self._seed, "judge", *map(str, messages)),))
 
     def share_budget(self, path: Path) -> None:
