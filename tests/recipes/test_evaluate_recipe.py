@@ -479,7 +479,7 @@ def test_another_vocabulary_is_found_before_sampling(
 def test_prompts_beyond_the_context(make_config, without_weights):
     without_weights()
     cfg = make_config(prompt={"system": "x" * 500})
-    with pytest.raises(ConfigError, match=r"sampling\.max_new_tokens: 12: .* 5\d\d tokens"):
+    with pytest.raises(ConfigError, match=r"data: 7 of 7 problems .*seed1, 512 tokens.*max_new_tokens, 12"):
         load_recipe("evaluate").run(cfg)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -84,10 +85,14 @@ def test_problems_that_do_not_fit_are_refused_before_the_first_step(run_grpo, da
 
 def test_dropped_problems_are_never_sampled_and_a_resumed_run_takes_the_same(run_grpo, data, tmp_path, capsys):
     data = data | {"too_long": "drop"}
-    whole = run_grpo("whole", data=data)
+    keep = {"every_n_steps": 1, "keep_last": 9}
+    whole = run_grpo("whole", data=data, checkpoint=keep)
     assert "data.train: 2 of 12 problems do not fit" in capsys.readouterr().out
-    run_grpo("halves", data=data, num_steps=4, overrides=("num_steps=4",))
-    assert read_rows(whole) == read_rows(tmp_path / "halves")
+    shutil.copytree(whole, tmp_path / "again", symlinks=True)
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / f"again/checkpoints/step_{step:06}")
+    run_grpo("again", data=data, checkpoint=keep, resume=True)
+    assert read_rows(whole) == read_rows(tmp_path / "again")
     texts = "".join(file.read_text() for file in (whole / "samples").glob("*"))
     assert "sums/1" in texts and "sums/4" not in texts and "sums/8" not in texts
     with pytest.raises(ConfigError, match="data: "):
