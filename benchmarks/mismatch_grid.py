@@ -32,7 +32,7 @@ from rolltune.distributed import World, init_world
 from rolltune.mismatch import Mismatch, MismatchMeter
 from rolltune.model.load import DTYPES, load_model, load_tokenizer
 from rolltune.model.policy import packed_logprobs
-from rolltune.prompts import render_prompt
+from rolltune.prompts import PromptRenderer
 from rolltune.samplers import Sampler
 from rolltune.samplers.native import NativeSampler
 from rolltune.samplers.vllm import colocated
@@ -90,7 +90,7 @@ def measure(
 ) -> Cell:
     with closing(sampler):
         load_seconds = time.perf_counter() - started
-        prompts = [render_prompt(problem, tokenizer=tokenizer) for problem in sums(count=arguments.prompts)]
+        prompts = PromptRenderer(tokenizer).many(sums(count=arguments.prompts))
         requests = [SampleRequest(prompt=p, seeds=tuple(range(arguments.completions))) for p in prompts]
         params = SamplingParams(
             temperature=arguments.temperature,

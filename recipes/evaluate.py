@@ -51,8 +51,9 @@ from rolltune.eval.tables import make_console, print_tables
 from rolltune.eval.verdicts import VerifiedModel, verify
 from rolltune.files import write_json_atomic
 from rolltune.model.load import load_for_sampling, load_tokenizer
-from rolltune.run import build, checks, lifecycle
-from rolltune.run.estimates import check_context
+from rolltune.prompts import check_visible
+from rolltune.run import build, checks, lengths, lifecycle
+from rolltune.samplers.generation import split_stop
 from rolltune.types import Problem, Prompt
 
 
@@ -145,14 +146,18 @@ def render(
     """Return the model's tokenizer and all prompts by problem id, checked against its vocabulary and context."""
     tokenizer = load_tokenizer(model.path, cfg.prompt.chat_template)
     check_vocabulary(model.path, tokenizer)
-    render_one = build.prompt_renderer(cfg.prompt, tokenizer)
-    prompts = {problem.id: render_one(problem) for problem in problems}
-    check_context(
-        ModelConfig(path=model.path),
-        prompt_tokens=longest(prompts),
-        max_new_tokens=cfg.sampling.max_new_tokens,
+    split_stop(cfg.sampling.stop, tokenizer)
+    check_visible(cfg.prompt.prefill, tokenizer, "prompt.prefill")
+    prompts = build.prompt_renderer(cfg.prompt, tokenizer).many(problems)
+    new_tokens = cfg.sampling.max_new_tokens
+    lengths.fitting(
+        problems,
+        [len(prompt.token_ids) + new_tokens for prompt in prompts],
+        lengths.sequence_limit(ModelConfig(path=model.path), cfg.sampler),
+        key="data",
+        parts=f"prompt and sampling.max_new_tokens, {new_tokens}",
     )
-    return tokenizer, prompts
+    return tokenizer, {problem.id: prompt for problem, prompt in zip(problems, prompts, strict=True)}
 
 
 def longest(prompts: Mapping[str, Prompt]) -> int:

@@ -22,7 +22,7 @@ and metrics are global. All randomness comes from (seed, step, purpose), so a ki
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,13 +49,15 @@ from rolltune.metrics.timing import Phases, peak_memory_gib
 from rolltune.mismatch import MismatchError, MismatchLimit
 from rolltune.model.load import load_tokenizer
 from rolltune.model.policy import Policy, build_policy
+from rolltune.prompts import PromptRenderer, check_visible
 from rolltune.rollout import Advantage, Rollout, check_versions, collect, sample_groups, score_groups
-from rolltune.run import build, checks, estimates, lifecycle, notices
+from rolltune.run import build, checks, estimates, lengths, lifecycle, notices
 from rolltune.run.checkpoint import Checkpoints, TrainState, load_optimization, load_state
 from rolltune.run.selftest import print_selftest, run_selftest
 from rolltune.samplers import Sampler
+from rolltune.samplers.generation import PromptTooLong, split_stop
 from rolltune.seeding import derive_seed
-from rolltune.types import Group, Loss, LossTotals, Problem, Prompt, SamplingParams
+from rolltune.types import Group, Loss, LossTotals, Problem, SamplingParams
 from rolltune.update import OldPolicy, Optimization, PreparedMicrobatch, prepare_microbatches, update_policy
 
 
@@ -69,7 +71,7 @@ class Components:
     tokenizer: PreTrainedTokenizerBase
     stream: ProblemStream
     heldout: Sequence[Problem]
-    render: Callable[[Problem], Prompt]
+    render: PromptRenderer
     rewards: build.Rewards
     advantage: Advantage
     loss: Loss
@@ -139,7 +141,12 @@ def run_steps(cfg: GRPOConfig, world: World) -> None:
                 )
                 if step % cfg.eval.every_n_steps == 0 or is_last:
                     metrics |= evaluate(cfg, components, progress)
-            except (SyncError, EngineError, MismatchError) as error:  # the weights are still those of ``state``
+            except (
+                SyncError,
+                EngineError,
+                MismatchError,
+                PromptTooLong,
+            ) as error:  # the weights are still those of ``state``
                 if isinstance(error, EngineError) and world.size > 1:
                     raise  # only this rank has the error, so the others would not join it in saving
                 saver.stop(state, str(error))
@@ -169,18 +176,17 @@ def dry_run(cfg: GRPOConfig) -> None:
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
     train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
     notices.show(about_data(cfg, train_set, heldout))
-    build.start_rewards(cfg, train_set, heldout, smoke_test=False).pool.close()
-    stream = ProblemStream(train_set, seed=cfg.seed)
     render = build.prompt_renderer(cfg.prompt, tokenizer)
-    first = render(stream.take(0, 1)[0])
+    check_texts(cfg, tokenizer)
+    train_set, heldout, longest = lengths.fitting_prompts(cfg, train_set, heldout, render)
+    build.start_rewards(cfg, train_set, heldout, smoke_test=False).pool.close()
+    first = render(ProblemStream(train_set, seed=cfg.seed).take(0, 1)[0])
     console.print("first prompt:", Text(str(tokenizer.decode(list(first.token_ids))), style="dim"), sep="\n")
-    longest = build.longest_prompt(stream, render)
-    estimates.check_context(cfg.model, prompt_tokens=longest, max_new_tokens=cfg.sampling.max_new_tokens)
     completions = cfg.batch.prompts_per_step * cfg.sampling.group_size
     tokens = completions * cfg.sampling.max_new_tokens
     console.print(
-        f"{len(train_set)} training problems, {len(heldout)} held out; the longest prompt has {longest} tokens (of the "
-        f"first 256); {completions} completions per step, at most {tokens} sampled tokens per step and "
+        f"{len(train_set)} training problems, {len(heldout)} held out; the longest prompt has {longest} "
+        f"tokens; {completions} completions per step, at most {tokens} sampled tokens per step and "
         f"{cfg.num_steps * tokens} in all"
     )
     engine = estimates.engine_memory(cfg.model, cfg.sampler)
@@ -203,9 +209,9 @@ def set_up(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Component
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
     train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
     notices.show(about_data(cfg, train_set, heldout), is_main=world.is_main)
-    stream, render = ProblemStream(train_set, seed=cfg.seed), build.prompt_renderer(cfg.prompt, tokenizer)
-    longest = build.longest_prompt(stream, render)
-    estimates.check_context(cfg.model, prompt_tokens=longest, max_new_tokens=cfg.sampling.max_new_tokens)
+    render = build.prompt_renderer(cfg.prompt, tokenizer)
+    check_texts(cfg, tokenizer)
+    train_set, heldout, _ = lengths.fitting_prompts(cfg, train_set, heldout, render, quiet=not world.is_main)
     loss = instantiate(cfg.loss)
     rewards = build.start_rewards(cfg, train_set, heldout, smoke_test=True)
     estimates.check_disk(cfg)
@@ -226,7 +232,7 @@ def set_up(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Component
         world=world,
         policy=policy,
         tokenizer=tokenizer,
-        stream=stream,
+        stream=ProblemStream(train_set, seed=cfg.seed),
         heldout=heldout,
         render=render,
         rewards=rewards,
@@ -251,6 +257,13 @@ def about_data(cfg: GRPOConfig, train_set: Sequence[Problem], heldout: Sequence[
     )
 
 
+def check_texts(cfg: GRPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Reject tags and stop strings that the text of a response cannot hold, as they are special tokens."""
+    check_visible(cfg.answer_format, tokenizer, "answer_format")
+    check_visible(cfg.prompt.prefill, tokenizer, "prompt.prefill")
+    split_stop(cfg.sampling.stop, tokenizer)
+
+
 def sample(
     cfg: GRPOConfig, components: Components, step: int, data_position: int, phases: Phases, progress: Progress
 ) -> Rollout:
@@ -260,16 +273,17 @@ def sample(
     reward, params = components.rewards.training, cfg.sampling.params()
 
     def sample_and_score(problems: Sequence[Problem]) -> list[Group]:
-        pending = sample_groups(
-            problems,
-            render=components.render,
-            sampler=components.sampler,
-            reward=reward,
-            params=params,
-            group_size=cfg.sampling.group_size,
-            seed=(cfg.seed, step),
-            on_progress=progress.phase("sampling"),
-        )
+        with lifecycle.raised_on_all_ranks(PromptTooLong, components.world):
+            pending = sample_groups(
+                problems,
+                render=components.render,
+                sampler=components.sampler,
+                reward=reward,
+                params=params,
+                group_size=cfg.sampling.group_size,
+                seed=(cfg.seed, step),
+                on_progress=progress.phase("sampling"),
+            )
         return score_groups(pending, reward)
 
     with phases("sample"):
@@ -374,18 +388,19 @@ def evaluate(cfg: GRPOConfig, components: Components, progress: Progress) -> dic
     """Measure greedy accuracy on the held-out problems, and compare judges with the gold measure if there is one."""
     world, rewards = components.world, components.rewards
     components.sampler.sync(components.policy.version)
-    responses = sample_greedy(
-        components.heldout,
-        render=components.render,
-        sampler=components.sampler,
-        params=SamplingParams(
-            temperature=0.0,
-            max_new_tokens=cfg.eval.max_new_tokens or cfg.sampling.max_new_tokens,
-            stop=tuple(cfg.sampling.stop),
-        ),
-        world=world,
-        on_progress=progress.phase("evaluating"),
-    )
+    with lifecycle.raised_on_all_ranks(PromptTooLong, world):
+        responses = sample_greedy(
+            components.heldout,
+            render=components.render,
+            sampler=components.sampler,
+            params=SamplingParams(
+                temperature=0.0,
+                max_new_tokens=cfg.eval.max_new_tokens or cfg.sampling.max_new_tokens,
+                stop=tuple(cfg.sampling.stop),
+            ),
+            world=world,
+            on_progress=progress.phase("evaluating"),
+        )
     check_versions((completion for _, completion in responses), components.policy.version, world)
     metrics = score_heldout(responses, reward=rewards.heldout, world=world)
     if rewards.overoptimization is not None:

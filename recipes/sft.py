@@ -15,7 +15,7 @@ scores the same and RL has nothing to learn from. A few hundred worked responses
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,12 +35,12 @@ from rolltune.metrics.progress import Progress
 from rolltune.metrics.timing import Phases, peak_memory_gib
 from rolltune.model.load import load_tokenizer
 from rolltune.model.policy import Policy, build_policy
-from rolltune.prompts import completion_ids, worked_response
-from rolltune.run import build, checks, estimates, lifecycle, notices
+from rolltune.prompts import PromptRenderer, check_visible, completion_ids, worked_response
+from rolltune.run import build, checks, estimates, lengths, lifecycle, notices
 from rolltune.run.checkpoint import Checkpoints, TrainState, load_optimization, load_state
 from rolltune.run.selftest import print_selftest, run_sft_selftest
 from rolltune.seeding import derive_seed
-from rolltune.types import LossTotals, Problem, Prompt
+from rolltune.types import LossTotals, Problem
 from rolltune.update import Optimization
 
 Example = TrainGroup[TokenSequence]  # a prompt and its response
@@ -55,7 +55,7 @@ class Components:
     tokenizer: PreTrainedTokenizerBase
     stream: ProblemStream
     heldout: Sequence[Problem]
-    render: Callable[[Problem], Prompt]
+    render: PromptRenderer
     optimization: Optimization
 
 
@@ -132,6 +132,7 @@ def dry_run(cfg: SFTConfig) -> None:
     train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
     notices.show(about_data(cfg, train_set, heldout))
     render = build.prompt_renderer(cfg.prompt, tokenizer)
+    train_set, heldout = fitting_examples(cfg, train_set, heldout, render, tokenizer)
     examples = [
         example(cfg, problem, render, tokenizer)
         for problem in ProblemStream(train_set, seed=cfg.seed).take(0, min(256, len(train_set)))
@@ -142,7 +143,6 @@ def dry_run(cfg: SFTConfig) -> None:
         Text.assemble((str(tokenizer.decode(list(prompt))), "dim"), (str(tokenizer.decode(list(response))), "green")),
     )
     longest = max(len(e.prompt.token_ids) for e in examples), max(len(e.sequences[0].token_ids) for e in examples)
-    check_lengths(cfg, train_set, heldout, render, tokenizer)
     console.print(
         f"{len(train_set)} examples, {len(heldout)} held out; {cfg.num_steps * cfg.batch.examples_per_step} are "
         f"trained on; the longest prompt has {longest[0]} tokens and the longest response {longest[1]} (of "
@@ -162,7 +162,8 @@ def set_up(cfg: SFTConfig, world: World, resume_from: Path | None) -> Components
     train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
     notices.show(about_data(cfg, train_set, heldout), is_main=world.is_main)
     render = build.prompt_renderer(cfg.prompt, tokenizer)
-    check_lengths(cfg, train_set, heldout, render, tokenizer)
+    quiet = not world.is_main
+    train_set, heldout = fitting_examples(cfg, train_set, heldout, render, tokenizer, quiet=quiet)
     estimates.check_disk(cfg)
     policy = build_policy(
         cfg.model,
@@ -195,31 +196,34 @@ def about_data(cfg: SFTConfig, train_set: Sequence[Problem], heldout: Sequence[P
     yield from notices.about_epochs(len(train_set), cfg.num_steps * per_step)
 
 
-def example(
-    cfg: SFTConfig, problem: Problem, render: Callable[[Problem], Prompt], tokenizer: PreTrainedTokenizerBase
-) -> Example:
+def example(cfg: SFTConfig, problem: Problem, render: PromptRenderer, tokenizer: PreTrainedTokenizerBase) -> Example:
     """Turn a problem into its prompt and the response to train on."""
     prompt = render(problem)
     token_ids = completion_ids(worked_response(problem, cfg.answer_format), prompt, tokenizer)
     return TrainGroup(prompt=prompt, sequences=(TokenSequence(token_ids=token_ids),))
 
 
-def check_lengths(
+def fitting_examples(
     cfg: SFTConfig,
     train_set: Sequence[Problem],
     heldout: Sequence[Problem],
-    render: Callable[[Problem], Prompt],
+    render: PromptRenderer,
     tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    """Reject training and held-out examples that are longer than the model's context, before weights are loaded."""
-    trained = min(cfg.num_steps * cfg.batch.examples_per_step, len(train_set))
-    for key, problems in (
-        ("data.train", ProblemStream(train_set, seed=cfg.seed).take(0, trained)),
-        ("data.heldout", heldout),
-    ):
-        examples = [(example(cfg, problem, render, tokenizer), problem.id) for problem in problems]
-        tokens, name = max((len(e.prompt.token_ids) + len(e.sequences[0].token_ids), name) for e, name in examples)
-        estimates.check_examples(cfg.model, tokens=tokens, key=key, name=name)
+    *,
+    quiet: bool = False,
+) -> list[Sequence[Problem]]:
+    """Refuse or drop training and held-out examples that exceed the model's context, before weights are loaded."""
+    check_visible(cfg.answer_format, tokenizer, "answer_format")
+    sets = []
+    for key, problems in (("data.train", train_set), ("data.heldout", heldout)):
+        prompts = render.many(problems)
+        responses = (
+            completion_ids(worked_response(p, cfg.answer_format), q, tokenizer)
+            for p, q in zip(problems, prompts, strict=True)
+        )
+        sets.append((key, problems, [len(q.token_ids) + len(ids) for q, ids in zip(prompts, responses, strict=True)]))
+    limit = lengths.sequence_limit(cfg.model)
+    return lengths.fitting_data(cfg, limit, sets, parts="prompt and response", quiet=quiet)
 
 
 def selftest(cfg: SFTConfig, components: Components, data_position: int, console: Console) -> None:

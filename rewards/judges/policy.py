@@ -17,7 +17,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from rolltune.prompts import render_prompt
+from rolltune.prompts import PromptRenderer
 from rolltune.rewards.judges.judge import Answer, Question, read_answer, repair
 from rolltune.samplers import Sampler
 from rolltune.seeding import derive_seed
@@ -64,7 +64,7 @@ class PolicyJudge:
         self._params = SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens)
         self._seed = seed
         self._sampler: Sampler | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._render: PromptRenderer | None = None
         self._lock = threading.Lock()
         self._waiting: list[_Waiting] = []
         totals = ("questions", "repairs", "completion_tokens", "latency_seconds")
@@ -87,7 +87,7 @@ class PolicyJudge:
             starting_sampler: makes a sampler of the run's starting weights; called only if ``frozen``.
         """
         self._sampler = starting_sampler() if self._frozen else sampler
-        self._tokenizer = tokenizer
+        self._render = PromptRenderer(tokenizer)
 
     async def ask(self, question: Question) -> Answer:
         """Return the policy's answer. An unparseable reply is asked for once more."""
@@ -156,8 +156,8 @@ class PolicyJudge:
             return [None]
 
     def _request(self, messages: Sequence[Message]) -> SampleRequest:
-        assert self._tokenizer is not None
-        prompt = render_prompt(Problem(id="judge", messages=tuple(messages)), self._tokenizer)
+        assert self._render is not None, "JudgePool.bind() comes first"
+        prompt = self._render(Problem(id="judge", messages=tuple(messages)))
         return SampleRequest(prompt=prompt, seeds=(derive_seed(self._seed, "judge", *map(str, messages)),))
 
     def share_budget(self, path: Path) -> None:

@@ -26,7 +26,7 @@ from rolltune.eval import sampling
 from rolltune.eval.sample_cache import SampleCache
 from rolltune.files import take_lock
 from rolltune.model.load import load_model, load_tokenizer
-from rolltune.prompts import render_prompt
+from rolltune.prompts import PromptRenderer
 from rolltune.run import checks
 from rolltune.samplers.native import NativeSampler
 from rolltune.seeding import derive_seed
@@ -176,7 +176,7 @@ def test_the_samples_are_those_of_the_sampler(evaluate, tmp_path: Path, models: 
     model = load_model(str(models[1]), dtype="float32", device="cpu")
     sampler = NativeSampler(model, tokenizer)
     problem = sums(**DATA)[5]
-    prompt = render_prompt(problem, tokenizer, system="Add.")
+    prompt = PromptRenderer(tokenizer, system="Add.")(problem)
     params = SamplingParams(temperature=0.8, max_new_tokens=12, stop=("Z",))
     request = SampleRequest(prompt=prompt, seeds=tuple(derive_seed(3, "sample", problem.id, i) for i in range(4)))
     (expected,) = sampler.generate([request], params)
@@ -479,7 +479,7 @@ def test_another_vocabulary_is_found_before_sampling(
 def test_prompts_beyond_the_context(make_config, without_weights):
     without_weights()
     cfg = make_config(prompt={"system": "x" * 500})
-    with pytest.raises(ConfigError, match=r"sampling\.max_new_tokens: 12: .* 5\d\d tokens"):
+    with pytest.raises(ConfigError, match=r"data: 7 of 7 problems .*seed1, 512 tokens.*max_new_tokens, 12"):
         load_recipe("evaluate").run(cfg)
 
 

@@ -284,7 +284,7 @@ def test_dry_run_shows_the_first_example_and_writes_nothing(run_sft, capsys):
 
 def test_dry_run_refuses_examples_beyond_the_context(run_sft):
     long = "x" * 600
-    with pytest.raises(ValueError, match=r"data\.train: an example of \d+ tokens .*512 tokens"):
+    with pytest.raises(ValueError, match=r"data\.train: 20 of 20 problems .*512 tokens"):
         run_sft(overrides=("dry_run=true",), answer_format=f"{long}{{answer}}")
 
 

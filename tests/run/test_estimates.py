@@ -1,7 +1,6 @@
 """Parameters and bytes of the tiny Llama, counted by hand."""
 
 import io
-import re
 import shutil
 
 import pytest
@@ -17,8 +16,6 @@ from rolltune.model.policy import build_policy
 from rolltune.run import estimates
 from rolltune.run.estimates import (
     GIB,
-    check_context,
-    check_examples,
     count_parameters,
     engine_memory,
     estimate_memory,
@@ -178,24 +175,6 @@ def test_the_peak_counts_training_or_sampling_not_both():
     assert peak({"weights": 1.0, activations: 2.0, cache: 0.5}) == 3.0
     assert peak({"weights": 1.0, activations: 2.0, cache: 5.0}) == 6.0
     assert peak({"weights": 1.0, activations: 2.0}) == 3.0  # sft samples nothing
-
-
-def test_context(tiny_llama, monkeypatch):
-    model = ModelConfig(path=str(tiny_llama))  # of 512 positions
-    check_context(model, prompt_tokens=500, max_new_tokens=12)
-    with pytest.raises(ConfigError) as error:
-        check_context(model, prompt_tokens=500, max_new_tokens=13)
-    assert re.match(r"sampling.max_new_tokens: 13: .*512 tokens; at most 12", str(error.value))
-    check_examples(model, tokens=512)
-    with pytest.raises(ConfigError, match="data.train: an example of 513 tokens .*512 tokens"):
-        check_examples(model, tokens=513)
-
-    class Endless:
-        def get_text_config(self):
-            return object()
-
-    monkeypatch.setattr(estimates, "load_config", lambda path: Endless())
-    check_context(model, prompt_tokens=10**9, max_new_tokens=1)
 
 
 def test_vllm_in_the_process_has_weights_of_its_own(tiny_llama):

@@ -28,7 +28,6 @@ from rolltune.config.schema import (
     SamplingConfig,
     SFTConfig,
 )
-from rolltune.data.dataset import Dataset, ProblemStream
 from rolltune.distributed import World
 from rolltune.errors import ConfigError, RunStopped
 from rolltune.model.fp32_head import FP32Head
@@ -612,16 +611,6 @@ def test_prompts_and_sampling_follow_the_config(tokenizer):
     assert sampling.params() == expected
     of_evaluation = EvaluateSamplingConfig(temperature=0.5, top_p=0.9, top_k=7, max_new_tokens=11, stop=["x", "y"])
     assert of_evaluation.params() == expected
-
-
-def test_longest_prompt_of_those_that_come_first():
-    stream = ProblemStream(Dataset([Problem(id=str(i), messages=()) for i in range(20)]), seed=0)
-
-    def render(problem):
-        return Prompt(token_ids=(0,) * (1 + int(problem.id)))
-
-    assert build.longest_prompt(stream, render) == 20
-    assert build.longest_prompt(stream, render, most=3) == max(1 + int(p.id) for p in stream.take(0, 3))
 
 
 # --- save -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -421,6 +422,21 @@ def test_a_stop_string_is_found_across_a_special_token(llama, letter_tokenizer):
     script = [*letters("st"), 28, *letters("op"), *letters("more")]
     c = written(llama, letter_tokenizer, script, SamplingParams(max_new_tokens=20, stop=("stop",)))
     assert (c.token_ids, c.text) == (tuple(script[:5]), "stop")
+
+
+def test_a_stop_string_that_is_a_special_token_is_found_by_its_id(llama, letter_tokenizer):
+    script = [*letters("st"), 28, *letters("more")]
+    c = written(llama, letter_tokenizer, script, SamplingParams(max_new_tokens=6, stop=("<pad>",)))
+    assert (c.token_ids, c.text, c.finish_reason) == (tuple(script[:3]), "st", "stop")
+    with pytest.raises(ValueError, match="sampling.stop: 't<pad>': '<pad>' is a special token"):
+        written(llama, letter_tokenizer, script, SamplingParams(max_new_tokens=6, stop=("t<pad>",)))
+
+
+def test_the_token_that_ends_a_turn_in_the_template_ends_a_completion(llama, letter_tokenizer):
+    tokenizer = copy.deepcopy(letter_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>{% endfor %}"
+    c = written(llama, tokenizer, [*letters("st"), 28, *letters("more")], SamplingParams(max_new_tokens=6))
+    assert (c.token_ids, c.finish_reason) == ((*letters("st"), 28), "stop")
 
 
 def test_ids_beyond_the_tokenizer_can_be_sampled_and_decode_to_nothing(llama, letter_tokenizer):

@@ -58,6 +58,8 @@ class DataConfig:
 
     train: Component = MISSING  # training problems; called with its own arguments only
     heldout: Component = MISSING  # problems that are never trained on; the eval on them picks the best checkpoint
+    # problems whose prompt and response do not fit the model's context: refuse the config, or drop them
+    too_long: Literal["refuse", "drop"] = "refuse"
 
 
 @dataclass(kw_only=True)

@@ -142,7 +142,10 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
         source = adapter_base(source) or source
     tokenizer = _from_hub(AutoTokenizer.from_pretrained, source)
     if chat_template is not None:
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"prompt.chat_template: {chat_template}: must be UTF-8 text ({error.reason})") from None
     if tokenizer.chat_template is None:
         raise ValueError(f"prompt.chat_template: {path} has no chat template; give a Jinja file with one")
     if tokenizer.eos_token_id is None:

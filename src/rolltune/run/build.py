@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,19 @@ from rolltune.config.schema import (
     PromptConfig,
     SFTConfig,
 )
-from rolltune.data.dataset import ProblemStream, overlap
+from rolltune.data.dataset import overlap
 from rolltune.distributed import World
 from rolltune.errors import ConfigError
 from rolltune.loss_scale import LossScale
 from rolltune.model.load import load_for_sampling
 from rolltune.model.policy import Policy
-from rolltune.prompts import render_prompt
+from rolltune.prompts import PromptRenderer
 from rolltune.rewards.checks.overoptimization import OveroptimizationMonitor
 from rolltune.rewards.combine import WeightedReward
 from rolltune.rewards.judges.pool import JudgePool
 from rolltune.samplers import Sampler
 from rolltune.samplers.native import NativeSampler
-from rolltune.types import Problem, Prompt
+from rolltune.types import Problem
 from rolltune.update import MasterWeights, Optimization
 
 BUDGETS = "budgets"  # folder of a run that counts its judges' calls and tokens over all processes and restarts
@@ -186,12 +185,5 @@ def parameter_groups(parameters: Sequence[Parameter]) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def prompt_renderer(prompt: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[Problem], Prompt]:
-    return partial(
-        render_prompt, tokenizer=tokenizer, system=prompt.system, few_shot=prompt.few_shot, prefill=prompt.prefill
-    )
-
-
-def longest_prompt(stream: ProblemStream, render: Callable[[Problem], Prompt], *, most: int = 256) -> int:
-    """Return the tokens of the longest of the first ``most`` training prompts, for checks before loading weights."""
-    return max(len(render(problem).token_ids) for problem in stream.take(0, min(most, len(stream.dataset))))
+def prompt_renderer(prompt: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
+    return PromptRenderer(tokenizer, system=prompt.system, few_shot=prompt.few_shot, prefill=prompt.prefill)

@@ -33,41 +33,6 @@ def count_parameters(config, target_modules: str = "all-linear") -> tuple[int, i
     return sum(p.numel() for p in model.parameters()), features
 
 
-def _context(model: ModelConfig) -> int | None:
-    return getattr(load_config(model.path).get_text_config(), "max_position_embeddings", None)
-
-
-def check_context(model: ModelConfig, *, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raise ConfigError if a prompt and its completion do not fit the model's context."""
-    context = _context(model)
-    if context is not None and prompt_tokens + max_new_tokens > context:
-        raise ConfigError(
-            [
-                f"sampling.max_new_tokens: {max_new_tokens}: with prompts of {prompt_tokens} tokens this exceeds the "
-                f"context of {model.path}, {context} tokens; at most {context - prompt_tokens} fit"
-            ]
-        )
-
-
-def check_examples(model: ModelConfig, *, tokens: int, key: str = "data.train", name: str = "") -> None:
-    """Raise ConfigError if the longest example does not fit the model's context.
-
-    Args:
-        model: the model to be trained.
-        tokens: tokens of the example, prompt and response.
-        key: config key of the example's data set.
-        name: id of the example.
-    """
-    context = _context(model)
-    if context is not None and tokens > context:
-        raise ConfigError(
-            [
-                f"{key}: an example of {tokens} tokens{f' ({name})' if name else ''} exceeds the context of "
-                f"{model.path}, {context} tokens; leave such problems out, or shorten prompt and answer_format"
-            ]
-        )
-
-
 def estimate_memory(
     model: ModelConfig,
     lora: LoRAConfig | None,

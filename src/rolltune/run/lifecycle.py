@@ -332,6 +332,18 @@ def stop_requests(world: World) -> Iterator[Callable[[], str | None]]:
 
 
 @contextmanager
+def raised_on_all_ranks(kind: type[Exception], world: World) -> Iterator[None]:
+    """Let an error of this kind on one rank end the block with the same error on all ranks, which all enter it."""
+    found: list[str] = []
+    try:
+        yield
+    except kind as error:
+        found = [str(error)]
+    if messages := world.gather(found):
+        raise kind(messages[0])
+
+
+@contextmanager
 def barrier_on_exit(world: World) -> Iterator[None]:
     """Let the ranks of a stopped run wait for each other, after everything else is closed.
 

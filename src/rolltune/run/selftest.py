@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from rolltune.batch import TokenSequence, TrainGroup, pack, pack_examples, train_group
 from rolltune.model.batch_invariant import is_batch_invariant
 from rolltune.model.policy import Policy
-from rolltune.prompts import worked_response
+from rolltune.prompts import without_prefill, worked_response
 from rolltune.types import Completion, Group, Microbatch, Prompt, Reward, RolloutMicrobatch
 
 # Limits on |trainer - sampler| log-prob: (mean, max) over tokens. In fp32 only the order of summation differs. bf16
@@ -122,7 +122,7 @@ def run_sft_selftest(
     (microbatch,) = pack_examples(trained, max_tokens=10**9, device=next(policy.model.parameters()).device)
     logprobs = policy.logprobs(microbatch, temperature=1.0)[0]
     ends = [(i, example.sequences[0].token_ids[-1]) for i, example in enumerate(trained)]
-    texts = [responses[i].removeprefix(examples[i].prompt.prefill) for i in chosen]
+    texts = [without_prefill(responses[i], examples[i].prompt.prefill) for i in chosen]
     return [
         _check_plain_forward(policy, trained, microbatch, logprobs, 1.0, dtype),
         _check_tokens(trained, [example.sequences[0].token_ids for example in trained], microbatch),

@@ -6,7 +6,12 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rolltune.prompts import special_token_in, turn_end
 from rolltune.types import Completion, SampleRequest
+
+
+class PromptTooLong(ValueError):
+    """A prompt does not fit a sampler's limit together with its completion."""
 
 
 class Results:
@@ -40,7 +45,7 @@ class Results:
 def check_lengths(
     requests: Sequence[SampleRequest], max_new_tokens: int, max_length: int | None, limited_by: str
 ) -> None:
-    """Raise ValueError for an empty prompt, or one too long for ``max_length`` tokens with its completion.
+    """Raise ValueError for an empty prompt, PromptTooLong for one that does not fit with its completion.
 
     Args:
         requests: the prompts.
@@ -53,13 +58,31 @@ def check_lengths(
         raise ValueError(f"prompt: request {lengths.index(0)} has no tokens; a prompt needs at least one")
     longest = max(lengths, default=0)
     if max_length is not None and longest + max_new_tokens > max_length:
-        raise ValueError(
+        raise PromptTooLong(
             f"sampling.max_new_tokens: {max_new_tokens}; with a prompt of {longest} tokens this exceeds the "
             f"{max_length} tokens of {limited_by}"
         )
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return every token that ends a text: chat models often have more of them than the tokenizer names."""
-    sources = (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id)
+    """Return every token that ends a text: the model's, the tokenizer's, and the one that ends a turn in the chat
+    template."""
+    sources = (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id, turn_end(tokenizer))
     return frozenset(int(i) for ids in sources if ids is not None for i in (ids if isinstance(ids, list) else [ids]))
+
+
+def split_stop(stop: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, ...], frozenset[int]]:
+    """Split stop strings into those to look for in the text, and special tokens, which the text does not have.
+
+    Raises:
+        ValueError: a stop string holds a special token and more.
+    """
+    special = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in tokenizer.all_special_tokens}  # pyright: ignore
+    strings = tuple(text for text in stop if text not in special)
+    for text in strings:
+        if token := special_token_in(text, tokenizer):
+            raise ValueError(
+                f"sampling.stop: {text!r}: {token!r} is a special token of the tokenizer and not part of the text; "
+                "give it as a stop string of its own"
+            )
+    return strings, frozenset(special[text] for text in stop if text in special)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rolltune.samplers.decoder import Decoder, check_decoder
 from rolltune.samplers.distribution import sample
-from rolltune.samplers.generation import Results, check_lengths, eos_token_ids
+from rolltune.samplers.generation import Results, check_lengths, eos_token_ids, split_stop
 from rolltune.samplers.sequences import DecodeBatch, PromptState, SequenceState, StopCondition
 from rolltune.types import Completion, SampleRequest, SamplingParams
 
@@ -85,7 +85,7 @@ class NativeSampler:
         """See :class:`rolltune.samplers.Sampler`.
 
         Raises:
-            ValueError: a prompt is empty, or too long for the model.
+            ValueError: a prompt is empty, or too long for the model, or a stop string is not supported.
             FloatingPointError: the model's logits are NaN or +inf.
         """
         check_lengths(requests, params.max_new_tokens, self._max_length, type(self._decoder.causal_lm).__name__)
@@ -112,7 +112,8 @@ class NativeSampler:
     ) -> None:
         """Decode all sequences to their ends, and pass on each one as soon as it is finished."""
         batch = DecodeBatch(self._decoder.causal_lm.device)
-        stop = StopCondition(self._tokenizer, self._eos, params.stop, params.max_new_tokens)
+        strings, ids = split_stop(params.stop, self._tokenizer)
+        stop = StopCondition(self._tokenizer, self._eos | ids, strings, params.max_new_tokens)
         with self._decoder.sampling_mode():
             while waiting or batch.sequences:
                 free = self._max_num_seqs - len(batch.sequences)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from peft import PeftModel
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rolltune.errors import EngineError
 from rolltune.model.load import unwrapped
 from rolltune.samplers.engine import Engine, EngineOutput, EngineRequest, engine_params
-from rolltune.samplers.generation import Results, check_lengths, eos_token_ids
+from rolltune.samplers.generation import Results, check_lengths, eos_token_ids, split_stop
 from rolltune.samplers.vllm_sync import SyncReport, WeightSync
 from rolltune.types import Completion, SampleRequest, SamplingParams
 
@@ -101,6 +102,8 @@ class VLLMSampler:
         if problem := sampling_problem(params.temperature, params.top_p, params.top_k):
             raise ValueError(problem)
         check_lengths(requests, params.max_new_tokens, self._max_model_len, "sampler.max_model_len")
+        strings, ids = split_stop(params.stop, self._tokenizer)
+        asked, ends = replace(params, stop=strings), sorted({*self._eos, *ids})
         self._engine.wake()
         results = Results(requests, on_progress, on_completion)
         # The salt keeps requests apart from keys and values of other weights even if the cache was not reset, and from
@@ -110,7 +113,7 @@ class VLLMSampler:
         engine_requests = [
             EngineRequest(
                 token_ids=requests[i].prompt.token_ids,
-                params=engine_params(params, seed=requests[i].seeds[j], eos=self._eos, vocab_size=self._vocab_size),
+                params=engine_params(asked, seed=requests[i].seeds[j], eos=ends, vocab_size=self._vocab_size),
                 cache_salt=salt,
             )
             for i, j in samples
