@@ -34,6 +34,7 @@ SHARED = {
     "data",
     "data.train",
     "data.heldout",
+    "data.too_long",
     "prompt",
     "prompt.system",
     "prompt.few_shot",

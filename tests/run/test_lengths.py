@@ -1,15 +1,18 @@
 """Problems that do not fit the model's context."""
 
 import pytest
+from transformers import Gemma2Config, MistralConfig, Qwen2Config
 
 from rolltune.config.schema import ModelConfig
 from rolltune.data.dataset import Dataset
 from rolltune.errors import ConfigError
 from rolltune.prompts import BATCH, PromptRenderer
 from rolltune.run.lengths import Limit, fitting, sequence_limit
+from rolltune.samplers.decoder import longest_sequence
 from rolltune.types import Problem
 
 NATIVE = {"_component_": "rolltune.samplers.native.NativeSampler"}
+VLLM = {"_component_": "rolltune.samplers.vllm.colocated"}
 LIMIT = Limit(tokens=10, source="the context of m")
 
 
@@ -51,8 +54,31 @@ def test_what_fits_is_left_alone(capsys):
 
 @pytest.mark.parametrize(
     ("sampler", "limit"),
-    [(None, 512), (NATIVE, 512), (NATIVE | {"max_model_len": 100}, 100), (NATIVE | {"max_model_len": 1000}, 512)],
+    [
+        (None, 512),
+        (NATIVE, 512),
+        (VLLM, 512),
+        (VLLM | {"max_model_len": 100}, 100),
+        (VLLM | {"max_model_len": 1000}, 512),
+    ],
 )
 def test_the_limit_is_the_smaller_one_of_context_and_sampler(tiny_llama, sampler, limit):
     found = sequence_limit(ModelConfig(path=str(tiny_llama)), sampler)
     assert found is not None and found.tokens == limit
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (MistralConfig(sliding_window=100, max_position_embeddings=300), 100),
+        (MistralConfig(sliding_window=None, max_position_embeddings=300), 300),
+        (Gemma2Config(sliding_window=100, max_position_embeddings=300), 100),
+        (Qwen2Config(sliding_window=100, max_position_embeddings=300), 300),
+        (
+            Qwen2Config(sliding_window=100, use_sliding_window=True, max_window_layers=1, max_position_embeddings=300),
+            100,
+        ),
+    ],
+)
+def test_the_native_sampler_ends_at_a_sliding_window(config, limit):
+    assert longest_sequence(config) == limit

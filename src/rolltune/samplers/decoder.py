@@ -155,11 +155,19 @@ def check_decoder(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> int |
             f"sampler: {name} cannot be sampled from with a shared prompt cache: its logits differ from those of its "
             f"own attention (relative error {error:.2g}), so it has an unusual kind of attention or layer"
         )
-    limits = (batch.cache.window, getattr(config, "attention_chunk_size", None), context_length(config))
+    limits = (batch.cache.window, longest_sequence(config))
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def context_length(config) -> int | None:
+def longest_sequence(config) -> int | None:
+    """Return the longest sequence that can be sampled by a text model's config, in tokens; None: no limit."""
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    window = getattr(config, "sliding_window", None) if slides and getattr(config, "use_sliding_window", True) else None
+    limits = (window, getattr(config, "attention_chunk_size", None), _context_length(config))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _context_length(config) -> int | None:
     """Return the number of positions of the model.
 
     If RoPE's frequencies change with the longest sequence of a batch, only the lengths up to that change count: beyond
