@@ -522,8 +522,8 @@ def test_sft_refuses_a_trace_beyond_the_context_before_it_starts(write, prime, p
     with pytest.raises(ValueError) as refused:
         prime(path, num_steps=4)
     (first,) = str(refused.value).splitlines()
-    assert first.startswith(f"data.{part}: an example of {length} tokens ") and "512 tokens" in first
-    assert f"({row['problem']['id']}#0)" in first
+    assert first.startswith(f"data.{part}: ") and f" {length} (prompt and response)" in first
+    assert f"{row['problem']['id']}#0" in first
     assert not (path.parents[1] / "primed/metrics.jsonl").exists()
 
 
