@@ -94,8 +94,11 @@ def run_steps(cfg: GRPOConfig, world: World) -> None:
     """Set up or resume, take the steps, and write curves and summary."""
     output_dir = Path(cfg.output_dir)
     checkpoints = Checkpoints(output_dir, keep_last=cfg.checkpoint.keep_last)
+    lifecycle.agree_on_run(cfg, world)
     resume_from = lifecycle.start(cfg, checkpoints, world)
     state = load_state(resume_from) if resume_from else TrainState()
+    with lifecycle.together(world):
+        log = lifecycle.open_log(cfg, world, resume_step=state.step if resume_from else None)
     components = set_up(cfg, world, resume_from)
     policy, rewards = components.policy, components.rewards
     policy.version = state.policy_version
@@ -106,7 +109,6 @@ def run_steps(cfg: GRPOConfig, world: World) -> None:
         checkpoints=checkpoints,
         world=world,
     )
-    log = lifecycle.open_log(cfg, world, resume_step=state.step if resume_from else None)
     console = Console(quiet=not world.is_main)
     with (
         lifecycle.barrier_on_exit(world),
@@ -197,25 +199,29 @@ def dry_run(cfg: GRPOConfig) -> None:
 
 def set_up(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Components:
     """Build everything that the loop uses, cheap things first, so that a mistake shows before weights are loaded."""
-    tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
-    train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
-    stream, render = ProblemStream(train_set, seed=cfg.seed), build.prompt_renderer(cfg.prompt, tokenizer)
-    longest = build.longest_prompt(stream, render)
-    estimates.check_context(cfg.model, prompt_tokens=longest, max_new_tokens=cfg.sampling.max_new_tokens)
-    loss = instantiate(cfg.loss)
-    rewards = build.start_rewards(cfg, train_set, heldout, smoke_test=True)
-    policy = build_policy(
-        cfg.model,
-        cfg.lora,
-        device=world.device,
-        seed=cfg.seed,
-        with_reference=loss.kl_coef > 0,
-        resume_from=resume_from / "policy" if resume_from else None,
-    )
-    updates_per_step = cfg.batch.num_iterations * cfg.batch.minibatches
-    optimization = build.build_optimization(cfg, policy, num_updates=cfg.num_steps * updates_per_step)
-    if resume_from:
-        optimization.load_state_dict(load_optimization(resume_from, world.device))
+    with lifecycle.together(world):
+        tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
+        train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
+        stream, render = ProblemStream(train_set, seed=cfg.seed), build.prompt_renderer(cfg.prompt, tokenizer)
+        longest = build.longest_prompt(stream, render)
+        estimates.check_context(cfg.model, prompt_tokens=longest, max_new_tokens=cfg.sampling.max_new_tokens)
+        loss = instantiate(cfg.loss)
+        rewards = build.start_rewards(cfg, train_set, heldout, smoke_test=True)
+    lifecycle.agree_on_data(train_set, heldout, world)
+    with lifecycle.together(world):
+        policy = build_policy(
+            cfg.model,
+            cfg.lora,
+            device=world.device,
+            seed=cfg.seed,
+            with_reference=loss.kl_coef > 0,
+            resume_from=resume_from / "policy" if resume_from else None,
+        )
+        updates_per_step = cfg.batch.num_iterations * cfg.batch.minibatches
+        optimization = build.build_optimization(cfg, policy, num_updates=cfg.num_steps * updates_per_step)
+        if resume_from:
+            optimization.load_state_dict(load_optimization(resume_from, world.device))
+    lifecycle.agree_on_weights(policy, world)
     return Components(
         world=world,
         policy=policy,

@@ -73,8 +73,11 @@ def run_steps(cfg: SFTConfig, world: World) -> None:
     """Set up or resume, and take the steps."""
     output_dir = Path(cfg.output_dir)
     checkpoints = Checkpoints(output_dir, keep_last=cfg.checkpoint.keep_last)
+    lifecycle.agree_on_run(cfg, world)
     resume_from = lifecycle.start(cfg, checkpoints, world)
     state = load_state(resume_from) if resume_from else TrainState()
+    with lifecycle.together(world):
+        log = lifecycle.open_log(cfg, world, resume_step=state.step if resume_from else None)
     components = set_up(cfg, world, resume_from)
     components.policy.version = state.policy_version
     saver = lifecycle.Saver(
@@ -84,7 +87,6 @@ def run_steps(cfg: SFTConfig, world: World) -> None:
         checkpoints=checkpoints,
         world=world,
     )
-    log = lifecycle.open_log(cfg, world, resume_step=state.step if resume_from else None)
     with (
         lifecycle.barrier_on_exit(world),
         lifecycle.stop_requests(world) as stop_requested,
@@ -154,21 +156,25 @@ def dry_run(cfg: SFTConfig) -> None:
 
 def set_up(cfg: SFTConfig, world: World, resume_from: Path | None) -> Components:
     """Build everything that the loop uses, cheap things first, so that a mistake shows before weights are loaded."""
-    tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
-    train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
-    render = build.prompt_renderer(cfg.prompt, tokenizer)
-    check_lengths(cfg, train_set, heldout, render, tokenizer)
-    policy = build_policy(
-        cfg.model,
-        cfg.lora,
-        device=world.device,
-        seed=cfg.seed,
-        with_reference=False,
-        resume_from=resume_from / "policy" if resume_from else None,
-    )
-    optimization = build.build_optimization(cfg, policy, num_updates=cfg.num_steps)
-    if resume_from:
-        optimization.load_state_dict(load_optimization(resume_from, world.device))
+    with lifecycle.together(world):
+        tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
+        train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
+        render = build.prompt_renderer(cfg.prompt, tokenizer)
+        check_lengths(cfg, train_set, heldout, render, tokenizer)
+    lifecycle.agree_on_data(train_set, heldout, world)
+    with lifecycle.together(world):
+        policy = build_policy(
+            cfg.model,
+            cfg.lora,
+            device=world.device,
+            seed=cfg.seed,
+            with_reference=False,
+            resume_from=resume_from / "policy" if resume_from else None,
+        )
+        optimization = build.build_optimization(cfg, policy, num_updates=cfg.num_steps)
+        if resume_from:
+            optimization.load_state_dict(load_optimization(resume_from, world.device))
+    lifecycle.agree_on_weights(policy, world)
     return Components(
         world=world,
         policy=policy,

@@ -233,3 +233,34 @@ def test_tensorboard_events_can_be_read_back(tmp_path):
     # Steps 2 and 3 of the first process are gone.
     assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 0.5), (2, 4.0)]
     assert [(e.step, e.value) for e in events.Scalars("kl")] == [(1, 0.25)]
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_log_that_fails_is_said_once_and_metrics_go_on(tmp_path, capsys, name):
+    class Broken:
+        def __getattr__(self, method):
+            def fail(*args, **kwargs):
+                raise BrokenPipeError("the backend is gone")
+
+            return fail
+
+    log = MetricsLog(tmp_path)
+    setattr(log, {"wandb": "_wandb_run", "tensorboard": "_tensorboard"}[name], Broken())
+    for step in (1, 2):
+        log.log(step, {"kl": 0.5})
+        log.log_samples(step, [GROUP], [[1.0, -1.0]])
+    log.close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    assert capsys.readouterr().err.count(f"logging.{name}: BrokenPipeError: the backend is gone") == 1
+
+
+def test_wandb_that_does_not_start_names_the_key_and_the_way_out(tmp_path, monkeypatch):
+    clean_wandb(tmp_path, monkeypatch)
+    import wandb
+
+    def init(**kwargs):
+        raise wandb.errors.CommError("no network")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(ValueError, match="logging.wandb: true: CommError: no network; set WANDB_MODE=offline"):
+        MetricsLog(tmp_path, wandb=True)

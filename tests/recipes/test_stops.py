@@ -91,3 +91,28 @@ def test_a_terminal_without_unicode_ends_no_run(write_config):
     command = [sys.executable, str(ROOT / "recipes/grpo.py"), "--config", str(write_config("ascii", num_steps=1))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_outlives_the_reader_of_its_output(write_config, tmp_path):
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "recipes/grpo.py"), "--config", str(write_config("run"))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert run.stdout is not None and run.stderr is not None
+    run.stdout.readline()
+    run.stdout.close()
+    run.stderr.close()
+    assert run.wait(timeout=120) == 0
+    assert len(read_rows(tmp_path / "run")) == 5
+
+
+def test_a_full_disk_stops_a_run_and_leaves_nothing_half_written(write_config, tmp_path):
+    config = write_config("run", num_steps=2)
+    command = f"ulimit -f 60; exec {sys.executable} {ROOT / 'recipes/grpo.py'} --config {config}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "could not be written" in done.stderr and "Traceback" not in done.stderr
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+    assert start(config, "resume=true").wait() == 0

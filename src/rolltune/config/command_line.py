@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import rolltune
 from rolltune.config.explain import explain
@@ -31,6 +31,44 @@ class Arguments:
     config: str | None
     overrides: tuple[str, ...]
     help: bool
+
+
+class LastingStream(io.TextIOWrapper):
+    """A text stream that outlives its reader: ``| head``, a closed terminal, a full disk behind ``>``.
+
+    After the first write that fails, the file descriptor leads to the null device, for child processes too.
+    """
+
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            self._discard()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError:
+            self._discard()
+
+    def close(self) -> None:
+        """Leave the buffer open: it belongs to ``sys.__stdout__`` or ``sys.__stderr__`` as well."""
+        self.flush()
+
+    def _discard(self) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)
+
+
+def _lasting(stream: Any) -> Any:
+    """Return the stream as one whose failures end no run, and that replaces what the terminal cannot show."""
+    if stream not in (sys.__stdout__, sys.__stderr__) or not isinstance(stream, io.TextIOWrapper):
+        return stream  # of a notebook or a test
+    return LastingStream(
+        stream.buffer, encoding=stream.encoding, errors="replace", line_buffering=stream.line_buffering
+    )
 
 
 def parse_args(argv: Sequence[str]) -> Arguments:
@@ -72,9 +110,7 @@ def main(schema: type[T], run: Callable[[T], None], *, check: Check[T] = lambda 
         run: the recipe.
         check: yields the problems of a config whose types are right, such as a function of :mod:`rolltune.run.checks`.
     """
-    for stream in (sys.stdout, sys.stderr):  # model text may hold characters that the terminal cannot show
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
     try:
         arguments = parse_args(sys.argv[1:])
         if arguments.help:
@@ -108,8 +144,10 @@ def main(schema: type[T], run: Callable[[T], None], *, check: Check[T] = lambda 
 
 def _give_up(error: ValueError, place: traceback.FrameSummary | None = None) -> NoReturn:
     """Print a user's mistakes and end the process."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0":
         time.sleep(SECONDS_FOR_RANK_0)  # rank 0 usually finds the same mistake, and torchrun then ends this process
+        if isinstance(error, ConfigError) and error.on_all_ranks:
+            sys.exit(USER_MISTAKE)
     print(format_mistakes(error, Path(sys.argv[0]).stem), file=sys.stderr)
     if place is not None:
         print(f"  (from {place.filename}:{place.lineno})", file=sys.stderr)

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
+from rolltune.errors import ConfigError
 from rolltune.files import json_line, write_text_atomic
 from rolltune.metrics.samples import sample_records, write_samples
 from rolltune.types import Group
@@ -74,7 +77,13 @@ class MetricsLog:
         write_text_atomic(path, "".join(map(json_line, kept)))
         self._file = path.open("a", encoding="utf-8")
         if wandb:
-            self._wandb_run = _start_wandb(self._output_dir, wandb_project, config or {}, resume_step is not None)
+            try:
+                self._wandb_run = _start_wandb(self._output_dir, wandb_project, config or {}, resume_step is not None)
+            except Exception as error:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                raise ConfigError(
+                    [f"logging.wandb: true: {reason}; set WANDB_MODE=offline, or logging.wandb=false"]
+                ) from None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -101,10 +110,26 @@ class MetricsLog:
         self._file.flush()
         if self._wandb_run is not None:
             # Log the step as a value (see _start_wandb): wandb's own step cannot go back, as it does on resume.
-            self._wandb_run.log({"step": step, **values})
+            with self._optional("wandb"):
+                self._wandb_run.log({"step": step, **values})
         if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+            with self._optional("tensorboard"):
+                for name, value in values.items():
+                    self._tensorboard.add_scalar(name, value, step)
+
+    @contextmanager
+    def _optional(self, name: Literal["wandb", "tensorboard"]) -> Iterator[None]:
+        """Say once that an optional log has failed, and go on without it."""
+        try:
+            yield
+        except Exception as error:
+            setattr(self, {"wandb": "_wandb_run", "tensorboard": "_tensorboard"}[name], None)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            print(
+                f"logging.{name}: {reason}; the run goes on without it, and metrics.jsonl has all numbers",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def log_samples(
         self,
@@ -117,23 +142,29 @@ class MetricsLog:
             return
         write_samples(self._output_dir, step, groups, advantages)
         if self._wandb_run is not None:
-            import wandb
+            with self._optional("wandb"):
+                self._log_table(step, groups, advantages)
 
-            columns: list[Any] = ["step", "problem", "text", "tokens", "finish_reason", "reward", "advantage", "notes"]
-            table = wandb.Table(columns=columns)
-            for record in sample_records(step, groups, advantages):
-                notes = "\n".join(f"{name}: {text}" for name, text in record["notes"].items())
-                table.add_data(*(notes if column == "notes" else record[column] for column in columns))
-            self._wandb_run.log({"step": step, "samples": table})
+    def _log_table(self, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float] | None]) -> None:
+        import wandb
+
+        columns: list[Any] = ["step", "problem", "text", "tokens", "finish_reason", "reward", "advantage", "notes"]
+        table = wandb.Table(columns=columns)
+        for record in sample_records(step, groups, advantages):
+            notes = "\n".join(f"{name}: {text}" for name, text in record["notes"].items())
+            table.add_data(*(notes if column == "notes" else record[column] for column in columns))
+        self._wandb_run.log({"step": step, "samples": table})
 
     def close(self) -> None:
         """Close all writers."""
         if self._file is not None:
             self._file.close()
         if self._wandb_run is not None:
-            self._wandb_run.finish()
+            with self._optional("wandb"):
+                self._wandb_run.finish()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with self._optional("tensorboard"):
+                self._tensorboard.close()
 
 
 def _start_wandb(output_dir: Path, project: str, config: Mapping[str, Any], resume: bool) -> Any:

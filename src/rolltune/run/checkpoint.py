@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from rolltune.errors import RunStopped
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
@@ -73,10 +75,19 @@ class Checkpoints:
         self._remove_stale()
         target = self.path(state.step)
         work = self.folder / f".tmp-{target.name}"
-        save_policy(work / "policy")
-        torch.save(optimization, work / "trainer.pt")
-        (work / "state.json").write_text(json.dumps(asdict(state)))
-        _sync_files(work)
+        try:
+            save_policy(work / "policy")
+            torch.save(optimization, work / "trainer.pt")
+            (work / "state.json").write_text(json.dumps(asdict(state)))
+            _sync_files(work)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors hide a full disk in theirs
+            shutil.rmtree(work, ignore_errors=True)
+            free = shutil.disk_usage(self.folder).free
+            kept = f"the checkpoint of step {max(self.steps())} is intact" if self.steps() else "there is no other one"
+            raise RunStopped(
+                f"step {state.step}: the checkpoint could not be written to {self.folder} ({error}); "
+                f"{free / 2**20:.0f} MiB are free there, and {kept}"
+            ) from error
         if target.exists():
             old = self.folder / f".tmp-old-{target.name}"
             os.rename(target, old)

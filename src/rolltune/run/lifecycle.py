@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+import transformers
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+import rolltune
 from rolltune import config
 from rolltune.config.components import is_node
 from rolltune.config.schema import GRPOConfig, SFTConfig
@@ -28,6 +33,7 @@ from rolltune.rewards.judges.pool import JudgePool
 from rolltune.rollout import Rollout
 from rolltune.run.build import BUDGETS
 from rolltune.run.checkpoint import Checkpoints, TrainState, damage, load_state
+from rolltune.types import Problem
 from rolltune.update import Optimization
 
 # Keys that may change on resume because they do not affect training.
@@ -48,6 +54,24 @@ def start(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -
             started with.
     """
     warn_of_slow_dtype(cfg.model.dtype, world)
+    with together(world):
+        latest = _resume_point(cfg, checkpoints) if world.is_main else None
+    found = world.gather([None if latest is None else asdict(load_state(latest))] if world.is_main else [])[0]
+    with together(world):
+        if not world.is_main and found is not None:
+            latest = checkpoints.path(found["step"])
+            _check_same_checkpoint(latest, found, world)
+    if world.is_main:
+        if not cfg.resume:
+            shutil.rmtree(checkpoints.output_dir / BUDGETS, ignore_errors=True)  # of a run that never took a step
+        config.save(cfg, checkpoints.output_dir)
+        if latest is not None:
+            checkpoints.recover(load_state(latest))
+    return latest
+
+
+def _resume_point(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints) -> Path | None:
+    """Return the checkpoint to resume from, on rank 0, which decides; arguments and errors as in :func:`start`."""
     latest = checkpoints.latest() if cfg.resume else None
     if not cfg.resume and checkpoints.steps():
         raise ConfigError(
@@ -84,14 +108,120 @@ def start(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -
                     for key in changed
                 ]
             )
-    if world.is_main and not cfg.resume:
-        shutil.rmtree(checkpoints.output_dir / BUDGETS, ignore_errors=True)  # of a run that never took a step
-    world.barrier()  # every rank has looked before rank 0 writes
-    if world.is_main:
-        config.save(cfg, checkpoints.output_dir)
-        if latest is not None:
-            checkpoints.recover(load_state(latest))
     return latest
+
+
+def _check_same_checkpoint(path: Path, state: dict[str, Any], world: World) -> None:
+    """Raise ConfigError if this rank does not have the checkpoint that rank 0 resumes from."""
+    try:
+        problem = damage(path)
+        same = problem is None and asdict(load_state(path)) == state
+    except OSError as error:
+        problem, same = str(error), False
+    if not same:
+        raise ConfigError(
+            [
+                f"output_dir: rank {world.rank} does not have the checkpoint that rank 0 resumes from, {path} "
+                f"({problem or 'its state.json differs'}); use a folder that all nodes share, or copy it to each"
+            ]
+        )
+
+
+@contextmanager
+def together(world: World) -> Iterator[None]:
+    """Let all ranks go on, or raise on all of them if one has raised; no rank waits for one that is gone.
+
+    The block must not communicate.
+
+    Raises:
+        ConfigError: the mistakes that any rank has found.
+        RunStopped: another rank has raised something else, which keeps its traceback there.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        if world.size == 1:
+            raise
+        error = raised
+    own = [] if error is None else [(world.rank, isinstance(error, ValueError), str(error), type(error).__name__)]
+    failures = world.gather(own)
+    if not failures:
+        return
+    if all(is_mistake for _, is_mistake, _, _ in failures):
+        raise ConfigError(
+            list(dict.fromkeys(line for _, _, text, _ in failures for line in text.splitlines())), on_all_ranks=True
+        ) from error
+    if error is not None:
+        raise error
+    rank, _, text, kind = failures[0]
+    raise RunStopped(f"rank {rank}: {kind}: {text}")
+
+
+def agree(world: World, facts: Mapping[str, str]) -> None:
+    """Raise ConfigError on all ranks if they differ in one of ``facts``, with each value and its ranks."""
+    if world.size == 1:
+        return
+    everyone = world.gather([dict(facts)])
+    problems = []
+    for name in dict.fromkeys(name for one in everyone for name in one):
+        ranks: dict[str, list[int]] = {}
+        for rank, one in enumerate(everyone):
+            ranks.setdefault(one.get(name, "missing"), []).append(rank)
+        if len(ranks) > 1:
+            values = ", ".join(f"{value} on rank {', '.join(map(str, found))}" for value, found in ranks.items())
+            problems.append(f"{name}: {values}; must be the same on all ranks")
+    if problems:
+        raise ConfigError(problems, on_all_ranks=True)
+
+
+def agree_on_run(cfg: GRPOConfig | SFTConfig, world: World) -> None:
+    """Compare code and config over ranks before anything is loaded. ``output_dir`` may differ between nodes."""
+    if world.size == 1:
+        return
+    keys = {name: str(value) for name, value in _leaves(asdict(cfg)) if name != "output_dir"}
+    root = Path(rolltune.__file__).parent
+    code = _digest(path.read_bytes() for path in sorted(root.rglob("*.py")))
+    versions = {"rolltune": f"{rolltune.__version__} (source {code})", "torch": torch.__version__}
+    agree(world, versions | {"transformers": transformers.__version__} | keys)
+
+
+def agree_on_data(train: Sequence[Problem], heldout: Sequence[Problem], world: World) -> None:
+    """Compare the problems over ranks."""
+    if world.size > 1:
+        sets = {"data.train": train, "data.heldout": heldout}
+        agree(
+            world,
+            {k: f"{len(v)} problems ({_digest(repr(v[i]).encode() for i in range(len(v)))})" for k, v in sets.items()},
+        )
+
+
+def agree_on_weights(policy: Policy, world: World) -> None:
+    """Compare a checksum of all weights over ranks."""
+    if world.size > 1:
+        agree(world, {"model.path: weights": weights_checksum(policy.model.parameters())})
+
+
+def weights_checksum(parameters: Iterable[Tensor]) -> str:
+    """Return a checksum of the bits of the weights: one integer sum per tensor, computed where the tensor is."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [p.detach().contiguous().view(integers[p.element_size()]).sum(dtype=torch.int64) for p in parameters]
+    return _digest([str([value.item() for value in sums]).encode()])
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=4)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _check_resumable(checkpoints: Checkpoints, latest: Path) -> None:
@@ -176,15 +306,26 @@ class Saver:
         if is_best:
             state = replace(state, best_score=score, best_step=state.step)
         if is_best or is_due:
-            if self.world.is_main:
-                self.checkpoints.save(
-                    state,
-                    save_policy=lambda folder: self.policy.save(folder, self.tokenizer),
-                    optimization=self.optimization.state_dict(),
-                    is_best=is_best,
-                )
-            self.world.barrier()
+            self._check_replicas(state)
+            with together(self.world):
+                if self.world.is_main:
+                    self.checkpoints.save(
+                        state,
+                        save_policy=lambda folder: self.policy.save(folder, self.tokenizer),
+                        optimization=self.optimization.state_dict(),
+                        is_best=is_best,
+                    )
         return state
+
+    def _check_replicas(self, state: TrainState) -> None:
+        """Stop before a checkpoint of weights that have become different on some rank."""
+        if self.world.size > 1:
+            try:
+                agree(self.world, {"weights": weights_checksum(self.policy.trainable_parameters)})
+            except ConfigError as error:
+                raise RunStopped(
+                    f"step {state.step}: the ranks' weights have drifted apart and were not saved: {error}"
+                ) from error
 
     def stop(self, state: TrainState, why: str) -> NoReturn:
         """End the run in step ``state.step + 1``, with a checkpoint of ``state``.
