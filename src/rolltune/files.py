@@ -32,6 +32,19 @@ def write_text_atomic(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def make_folder(path: str | Path) -> Path:
+    """Make a folder and those above it.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir: {path}: {error.strerror}; choose a folder that can be written") from None
+    return Path(path)
+
+
 def finite(obj: Any) -> Any:
     """Replace NaN and infinities by None, in dicts and lists of any depth."""
     if isinstance(obj, Mapping):
@@ -54,7 +67,7 @@ def take_lock(path: Path) -> AcquireReturnProxy:
     Raises:
         ValueError: another process, or this one, holds the lock.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     try:
         return FileLock(path.with_name(path.name + ".lock")).acquire(blocking=False)
     except Timeout:

@@ -366,7 +366,7 @@ def exclusive(output_dir: str, world: World) -> Iterator[None]:
             try:
                 stack.enter_context(take_lock(Path(output_dir) / "run"))
             except ValueError as error:
-                problem = [f"output_dir: {error}"]
+                problem = [f"output_dir: {str(error).removeprefix('output_dir: ')}"]
             except OSError as error:
                 problem = [f"output_dir: {output_dir}: {error.strerror or error}; choose a folder that can be written"]
         if problems := world.gather(problem):

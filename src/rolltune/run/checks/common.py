@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 import string
 from collections.abc import Iterable, Iterator, Sequence
@@ -153,8 +154,13 @@ def check_sampler(node: Component, sampling: SamplingConfig | EvaluateSamplingCo
 def check_output_dir(output_dir: str) -> Iterator[str]:
     if not output_dir:
         yield "output_dir: empty; give a folder"
-    elif Path(output_dir).exists() and not Path(output_dir).is_dir():
-        yield f"output_dir: {output_dir} is a file; give a folder"
+        return
+    path = Path(output_dir)
+    existing = next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
+    if existing.is_symlink() and not existing.exists():
+        yield f"output_dir: {existing} is a link to nothing; give a folder"
+    elif not existing.is_dir():
+        yield f"output_dir: {existing} is a file; give a folder"
 
 
 def check_device(device: str) -> Iterator[str]:
