@@ -33,7 +33,7 @@ from rolltune import config
 from rolltune.config.components import instantiate
 from rolltune.config.schema import AuditJudgeConfig
 from rolltune.errors import ConfigError
-from rolltune.files import write_json_atomic, write_text_atomic
+from rolltune.files import make_folder, write_json_atomic, write_text_atomic
 from rolltune.metrics.progress import Progress
 from rolltune.rewards.checks.judge_audit import JudgeAudit, Measured, measure
 from rolltune.rewards.checks.labels import LabelledResponse, LabelledVerdict
@@ -87,7 +87,7 @@ def run(cfg: AuditJudgeConfig) -> None:
     audit = measure(given, resamples=cfg.resamples, seed=cfg.seed)
     cost = costs(job)
     folder = Path(cfg.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     config.save(cfg, folder)
     write_text_atomic(folder / "verdicts.jsonl", "".join(map(line, given)))
     write_json_atomic(folder / "audit.json", {"judge": job.judges[0].name, **asdict(audit), "cost": cost})

@@ -25,7 +25,7 @@ from rolltune import config
 from rolltune.config.components import instantiate
 from rolltune.config.schema import AuditRewardsConfig
 from rolltune.errors import ConfigError
-from rolltune.files import write_json_atomic
+from rolltune.files import make_folder, write_json_atomic
 from rolltune.rewards.checks.reward_audit import AuditReport, audit, render, render_response
 from rolltune.run import build, checks
 from rolltune.run.selftest import full_marks
@@ -54,7 +54,7 @@ def run(cfg: AuditRewardsConfig) -> None:
         name: {"false_negatives": report.false_negatives, "false_positives": report.false_positives}
         for name, report in reports.items()
     }
-    Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
+    make_folder(cfg.output_dir)
     write_json_atomic(Path(cfg.output_dir) / "audit.json", found)
     if any(count for counts in found.values() for count in counts.values()):
         sys.exit(1)

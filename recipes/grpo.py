@@ -52,6 +52,7 @@ from rolltune.model.policy import Policy, build_policy
 from rolltune.prompts import PromptRenderer, check_visible
 from rolltune.rollout import Advantage, Rollout, check_versions, collect, sample_groups, score_groups
 from rolltune.run import build, checks, estimates, lengths, lifecycle, notices
+from rolltune.run.agreement import agree_on_data, agree_on_run, agree_on_weights, together
 from rolltune.run.checkpoint import Checkpoints, TrainState, load_optimization, load_state
 from rolltune.run.selftest import print_selftest, run_selftest
 from rolltune.samplers import Sampler
@@ -96,6 +97,7 @@ def run_steps(cfg: GRPOConfig, world: World) -> None:
     """Set up or resume, take the steps, and write curves and summary."""
     output_dir = Path(cfg.output_dir)
     checkpoints = Checkpoints(output_dir, keep_last=cfg.checkpoint.keep_last)
+    agree_on_run(cfg, world)
     resume_from = lifecycle.start(cfg, checkpoints, world)
     state = load_state(resume_from) if resume_from else TrainState()
     components = set_up(cfg, world, resume_from)
@@ -108,7 +110,8 @@ def run_steps(cfg: GRPOConfig, world: World) -> None:
         checkpoints=checkpoints,
         world=world,
     )
-    log = lifecycle.open_log(cfg, world, resume_step=state.step if resume_from else None)
+    with together(world):
+        log = lifecycle.open_log(cfg, world, resume_step=state.step if resume_from else None)
     console = Console(quiet=not world.is_main)
     with (
         lifecycle.barrier_on_exit(world),
@@ -146,9 +149,7 @@ def run_steps(cfg: GRPOConfig, world: World) -> None:
                 EngineError,
                 MismatchError,
                 PromptTooLong,
-            ) as error:  # the weights are still those of ``state``
-                if isinstance(error, EngineError) and world.size > 1:
-                    raise  # only this rank has the error, so the others would not join it in saving
+            ) as error:  # weights of ``state``
                 saver.stop(state, str(error))
             except FloatingPointError as error:  # earlier updates of the step may have been taken
                 saver.stop_without_saving(state, str(error))
@@ -206,28 +207,32 @@ def dry_run(cfg: GRPOConfig) -> None:
 
 def set_up(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Components:
     """Build everything that the loop uses, cheap things first, so that a mistake shows before weights are loaded."""
-    tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
-    train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
-    notices.show(about_data(cfg, train_set, heldout), is_main=world.is_main)
-    render = build.prompt_renderer(cfg.prompt, tokenizer)
-    check_texts(cfg, tokenizer)
-    train_set, heldout, _ = lengths.fitting_prompts(cfg, train_set, heldout, render, quiet=not world.is_main)
-    loss = instantiate(cfg.loss)
-    rewards = build.start_rewards(cfg, train_set, heldout, smoke_test=True)
-    estimates.check_disk(cfg)
-    policy = build_policy(
-        cfg.model,
-        cfg.lora,
-        device=world.device,
-        seed=cfg.seed,
-        with_reference=loss.kl_coef > 0,
-        resume_from=resume_from / "policy" if resume_from else None,
-    )
-    updates_per_step = cfg.batch.num_iterations * cfg.batch.minibatches
-    own_ratio = updates_per_step > 1 or policy.has_dropout  # from the second update on, or with dropout, it is not 1
-    optimization = build.build_optimization(cfg, policy, num_updates=cfg.num_steps * updates_per_step)
-    if resume_from:
-        optimization.load_state_dict(load_optimization(resume_from, world.device))
+    with together(world):
+        tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
+        train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
+        notices.show(about_data(cfg, train_set, heldout), is_main=world.is_main)
+        render = build.prompt_renderer(cfg.prompt, tokenizer)
+        check_texts(cfg, tokenizer)
+        train_set, heldout, _ = lengths.fitting_prompts(cfg, train_set, heldout, render, quiet=not world.is_main)
+        loss = instantiate(cfg.loss)
+        rewards = build.start_rewards(cfg, train_set, heldout, smoke_test=True)
+        estimates.check_disk(cfg)
+    agree_on_data(train_set, heldout, world)
+    with together(world):
+        policy = build_policy(
+            cfg.model,
+            cfg.lora,
+            device=world.device,
+            seed=cfg.seed,
+            with_reference=loss.kl_coef > 0,
+            resume_from=resume_from / "policy" if resume_from else None,
+        )
+        updates_per_step = cfg.batch.num_iterations * cfg.batch.minibatches
+        own_ratio = updates_per_step > 1 or policy.has_dropout  # later updates, and those with dropout, are off-policy
+        optimization = build.build_optimization(cfg, policy, num_updates=cfg.num_steps * updates_per_step)
+        if resume_from:
+            optimization.load_state_dict(load_optimization(resume_from, world.device))
+    agree_on_weights(policy, world)
     return Components(
         world=world,
         policy=policy,
@@ -273,7 +278,7 @@ def sample(
     reward, params = components.rewards.training, cfg.sampling.params()
 
     def sample_and_score(problems: Sequence[Problem]) -> list[Group]:
-        with lifecycle.raised_on_all_ranks(PromptTooLong, components.world):
+        with together(components.world):
             pending = sample_groups(
                 problems,
                 render=components.render,
@@ -284,7 +289,7 @@ def sample(
                 seed=(cfg.seed, step),
                 on_progress=progress.phase("sampling"),
             )
-        return score_groups(pending, reward)
+            return score_groups(pending, reward)
 
     with phases("sample"):
         rollout = collect(
@@ -305,20 +310,21 @@ def selftest(
     cfg: GRPOConfig, components: Components, rollout: Rollout, console: Console, *, starts_as_reference: bool
 ) -> None:
     """Check the gradient path on the first batch; raises before anything is trained."""
-    results = run_selftest(
-        components.policy,
-        rollout.sampled,
-        tokenizer=components.tokenizer,
-        rewards=components.rewards.training.text_rewards,
-        answer_format=cfg.answer_format,
-        temperature=cfg.sampling.temperature,
-        dtype=cfg.model.dtype,
-        sampler_dtype=cfg.sampler.get("dtype"),
-        with_reference=components.loss.kl_coef > 0,
-        starts_as_reference=starts_as_reference,
-    )
-    shown = rollout.sampled[0]
-    print_selftest(results, shown.prompt, shown.completions[0].token_ids, components.tokenizer, console)
+    with together(components.world):
+        results = run_selftest(
+            components.policy,
+            rollout.sampled,
+            tokenizer=components.tokenizer,
+            rewards=components.rewards.training.text_rewards,
+            answer_format=cfg.answer_format,
+            temperature=cfg.sampling.temperature,
+            dtype=cfg.model.dtype,
+            sampler_dtype=cfg.sampler.get("dtype"),
+            with_reference=components.loss.kl_coef > 0,
+            starts_as_reference=starts_as_reference,
+        )
+        shown = rollout.sampled[0]
+        print_selftest(results, shown.prompt, shown.completions[0].token_ids, components.tokenizer, console)
 
 
 def train(
@@ -388,7 +394,7 @@ def evaluate(cfg: GRPOConfig, components: Components, progress: Progress) -> dic
     """Measure greedy accuracy on the held-out problems, and compare judges with the gold measure if there is one."""
     world, rewards = components.world, components.rewards
     components.sampler.sync(components.policy.version)
-    with lifecycle.raised_on_all_ranks(PromptTooLong, world):
+    with together(world):
         responses = sample_greedy(
             components.heldout,
             render=components.render,

@@ -25,7 +25,7 @@ from rich.text import Text
 from rolltune import config
 from rolltune.config.components import instantiate
 from rolltune.config.schema import LintRubricsConfig
-from rolltune.files import write_json_atomic
+from rolltune.files import make_folder, write_json_atomic
 from rolltune.rewards.checks.rubric_lint import Finding, lint
 from rolltune.run import checks
 from rolltune.types import Problem
@@ -61,7 +61,7 @@ def run(cfg: LintRubricsConfig) -> None:
         "warnings": counts["warning"],
         "findings": [asdict(finding) for finding in findings],
     }
-    Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
+    make_folder(cfg.output_dir)
     write_json_atomic(Path(cfg.output_dir) / "lint.json", report)
     if counts["error"]:
         sys.exit(1)

@@ -37,6 +37,7 @@ from rolltune.model.load import load_tokenizer
 from rolltune.model.policy import Policy, build_policy
 from rolltune.prompts import PromptRenderer, check_visible, completion_ids, worked_response
 from rolltune.run import build, checks, estimates, lengths, lifecycle, notices
+from rolltune.run.agreement import agree_on_data, agree_on_run, agree_on_weights, together
 from rolltune.run.checkpoint import Checkpoints, TrainState, load_optimization, load_state
 from rolltune.run.selftest import print_selftest, run_sft_selftest
 from rolltune.seeding import derive_seed
@@ -74,6 +75,7 @@ def run_steps(cfg: SFTConfig, world: World) -> None:
     """Set up or resume, and take the steps."""
     output_dir = Path(cfg.output_dir)
     checkpoints = Checkpoints(output_dir, keep_last=cfg.checkpoint.keep_last)
+    agree_on_run(cfg, world)
     resume_from = lifecycle.start(cfg, checkpoints, world)
     state = load_state(resume_from) if resume_from else TrainState()
     components = set_up(cfg, world, resume_from)
@@ -85,7 +87,8 @@ def run_steps(cfg: SFTConfig, world: World) -> None:
         checkpoints=checkpoints,
         world=world,
     )
-    log = lifecycle.open_log(cfg, world, resume_step=state.step if resume_from else None)
+    with together(world):
+        log = lifecycle.open_log(cfg, world, resume_step=state.step if resume_from else None)
     with (
         lifecycle.barrier_on_exit(world),
         lifecycle.stop_requests(world) as stop_requested,
@@ -158,24 +161,28 @@ def dry_run(cfg: SFTConfig) -> None:
 
 def set_up(cfg: SFTConfig, world: World, resume_from: Path | None) -> Components:
     """Build everything that the loop uses, cheap things first, so that a mistake shows before weights are loaded."""
-    tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
-    train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
-    notices.show(about_data(cfg, train_set, heldout), is_main=world.is_main)
-    render = build.prompt_renderer(cfg.prompt, tokenizer)
-    quiet = not world.is_main
-    train_set, heldout = fitting_examples(cfg, train_set, heldout, render, tokenizer, quiet=quiet)
-    estimates.check_disk(cfg)
-    policy = build_policy(
-        cfg.model,
-        cfg.lora,
-        device=world.device,
-        seed=cfg.seed,
-        with_reference=False,
-        resume_from=resume_from / "policy" if resume_from else None,
-    )
-    optimization = build.build_optimization(cfg, policy, num_updates=cfg.num_steps)
-    if resume_from:
-        optimization.load_state_dict(load_optimization(resume_from, world.device))
+    with together(world):
+        tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
+        train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
+        notices.show(about_data(cfg, train_set, heldout), is_main=world.is_main)
+        render = build.prompt_renderer(cfg.prompt, tokenizer)
+        quiet = not world.is_main
+        train_set, heldout = fitting_examples(cfg, train_set, heldout, render, tokenizer, quiet=quiet)
+        estimates.check_disk(cfg)
+    agree_on_data(train_set, heldout, world)
+    with together(world):
+        policy = build_policy(
+            cfg.model,
+            cfg.lora,
+            device=world.device,
+            seed=cfg.seed,
+            with_reference=False,
+            resume_from=resume_from / "policy" if resume_from else None,
+        )
+        optimization = build.build_optimization(cfg, policy, num_updates=cfg.num_steps)
+        if resume_from:
+            optimization.load_state_dict(load_optimization(resume_from, world.device))
+    agree_on_weights(policy, world)
     return Components(
         world=world,
         policy=policy,
@@ -232,10 +239,11 @@ def selftest(cfg: SFTConfig, components: Components, data_position: int, console
     problems = components.world.shard(components.stream.take(data_position, cfg.batch.examples_per_step))
     examples = [example(cfg, problem, components.render, tokenizer) for problem in problems]
     responses = [worked_response(problem, cfg.answer_format) for problem in problems]
-    results = run_sft_selftest(
-        components.policy, examples, responses=responses, tokenizer=tokenizer, dtype=cfg.model.dtype
-    )
-    print_selftest(results, examples[0].prompt, examples[0].sequences[0].token_ids, tokenizer, console)
+    with together(components.world):
+        results = run_sft_selftest(
+            components.policy, examples, responses=responses, tokenizer=tokenizer, dtype=cfg.model.dtype
+        )
+        print_selftest(results, examples[0].prompt, examples[0].sequences[0].token_ids, tokenizer, console)
 
 
 def train(cfg: SFTConfig, components: Components, step: int, data_position: int) -> dict[str, float]:

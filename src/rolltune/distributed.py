@@ -7,6 +7,7 @@ only have to be summed over ranks.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,10 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rolltune.errors import RunStopped
 from rolltune.model.cpu.allocator import keep_freed_memory
+from rolltune.torchrun import process_place
 
 T = TypeVar("T")
 BUCKET_BYTES = 64 * 2**20
+SECONDS_UNTIL_SAID = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,15 +107,33 @@ def init_world(device: str = "auto") -> World:
         device: "auto" (CUDA if available), "cpu" or "cuda".
     """
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+    rank, size, local_rank = process_place()
+    local = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(local)
     else:
         keep_freed_memory()
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(minutes=30))
+        _join("nccl" if use_cuda else "gloo", size)
     return World(rank=rank, size=size, device=local)
+
+
+def _join(backend: str, size: int) -> None:
+    """Wait for the other processes, and say so if they do not come at once."""
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    said = threading.Timer(SECONDS_UNTIL_SAID, print, [f"waiting for {size} processes at {place}"], {"flush": True})
+    said.daemon = True
+    said.start()
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise RunStopped(
+            f"MASTER_ADDR, MASTER_PORT: {place}: the {size} processes did not meet there ({reason}); start all of them "
+            "with the same address and a free port, or unset WORLD_SIZE for one process"
+        ) from error
+    finally:
+        said.cancel()
 
 
 def close_world() -> None:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 class ConfigError(ValueError):
     """A user's mistakes in a config, all of them, one line each: ``key: what is wrong; what would be right``."""
 
-    def __init__(self, problems: Sequence[str]):
+    def __init__(self, problems: Sequence[str], *, on_all_ranks: bool = False):
         super().__init__("\n".join(problems))
         self.problems = list(problems)
+        self.on_all_ranks = on_all_ranks  # every rank raises the same error, and rank 0 prints it
 
 
 class RunStopped(RuntimeError):

@@ -45,6 +45,19 @@ def write_text_atomic(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def make_folder(path: str | Path) -> Path:
+    """Make a folder and those above it.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir: {path}: {error.strerror}; choose a folder that can be written") from None
+    return Path(path)
+
+
 def finite(obj: Any) -> Any:
     """Replace NaN and infinities by None, in dicts and lists of any depth."""
     if isinstance(obj, Mapping):
@@ -67,7 +80,7 @@ def take_lock(path: Path) -> AcquireReturnProxy:
     Raises:
         ValueError: another process, or this one, holds the lock; the message names its host and process.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     file = path.with_name(path.name + ".lock")
     try:
         taken = FileLock(file).acquire(blocking=False)

@@ -225,7 +225,8 @@ def test_float16_needs_master_weights_or_adapters(grpo):
 def test_number_of_processes(grpo, monkeypatch: pytest.MonkeyPatch):
     assert grpo("batch.minibatches=2", world_size=4) == []
     assert "batch.minibatches (2) x 8 processes" in grpo("batch.minibatches=2", world_size=8)[0]
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     assert "x 3 processes" in grpo(world_size=None)[0]
 
 

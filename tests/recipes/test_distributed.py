@@ -2,12 +2,19 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny_run import ROOT, read_rows, tiny_grpo
+
+from rolltune.errors import ConfigError
+from rolltune.torchrun import process_place
 
 
 def samples(output_dir, step):
@@ -52,3 +59,87 @@ def test_two_processes_equal_one(tiny_llama, tmp_path, reward_module, minibatche
         first = {(s["problem"], s["text"]) for s in samples(tmp_path / "one", step)}
         # Rank 0 writes the samples of its own prompts.
         assert {(s["problem"], s["text"]) for s in samples(tmp_path / "two", step)} <= first
+
+
+def by_hand(config, *, overrides=((), ()), folders=None, timeout=120, **environment):
+    """Start two ranks without torchrun, as two nodes would; returns (exit status, stderr) of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "recipes/grpo.py"), "--config", str(config), *overrides[rank]],
+            env=os.environ | shared | {"RANK": str(rank), "OMP_NUM_THREADS": "1"} | environment,
+            cwd=folders[rank] if folders else None,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [rank.communicate(timeout=timeout)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [(rank.returncode, error) for rank, error in zip(ranks, errors, strict=True)]
+
+
+@pytest.mark.slow
+def test_ranks_that_differ_are_refused_before_the_first_step(tiny_llama, tmp_path, reward_module):
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tiny_grpo(tiny_llama, tmp_path / "run", num_steps=2)))
+    for overrides, said in (
+        (("optimizer.lr=1e-1", "sampling.temperature=0.5"), "optimizer.lr: 0.001 on rank 0, 0.1 on rank 1"),
+    ):
+        (first, errors), (second, silent) = by_hand(config, overrides=((), overrides))
+        assert (first, second) == (2, 2), errors + silent
+        assert said in errors and "Traceback" not in errors + silent and "mistake" not in silent
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_other_weights_under_the_same_path_are_refused(tiny_llama, tmp_path, reward_module):
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tiny_grpo(Path("model"), Path("out"), num_steps=2)))
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        shutil.copytree(tiny_llama, folder / "model")
+    file = folders[1] / "model/model.safetensors"
+    weights = load_file(file)
+    name = min(weights)
+    save_file(weights | {name: weights[name] + 1e-3}, file, metadata={"format": "pt"})
+    (first, errors), (second, silent) = by_hand(config, folders=folders)
+    assert (first, second) == (2, 2), errors + silent
+    assert "weights: " in errors and "on rank 1" in errors
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_only_one_node_has_is_not_resumed(tiny_llama, tmp_path, reward_module):
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tiny_grpo(tiny_llama, Path("out"), num_steps=2)))
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    assert [status for status, _ in by_hand(config, folders=folders)] == [0, 0]
+    (first, errors), (second, _) = by_hand(config, folders=folders, overrides=(("resume=true",),) * 2)
+    assert (first, second) == (2, 2)
+    assert "rank 1 does not have the checkpoint" in errors
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT not set"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE: ''"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK: 2"),
+    ],
+)
+def test_variables_of_a_cluster_without_torchrun_are_named(monkeypatch, variables, said):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=said) as refused:
+        process_place()
+    assert "tune run --nproc_per_node" in str(refused.value)

@@ -7,14 +7,12 @@ import shutil
 
 import pytest
 import yaml
-from thread_world import on_ranks
 from tiny_run import load_recipe, read_rows
 from transformers import AutoTokenizer
 
 from rolltune.config.schema import SFTConfig
-from rolltune.distributed import World
 from rolltune.errors import ConfigError, RunStopped
-from rolltune.run import checks, lifecycle
+from rolltune.run import checks
 from rolltune.samplers.generation import PromptTooLong
 from rolltune.samplers.native import NativeSampler
 
@@ -120,19 +118,6 @@ def test_a_prompt_that_the_sampler_refuses_stops_the_run_with_a_checkpoint(run_g
     with pytest.raises(RunStopped, match="step 3: sampling.max_new_tokens: 12; with a prompt of 700"):
         run_grpo("stopped", checkpoint={"every_n_steps": 10, "keep_last": 2})
     assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["step_000002"]
-
-
-def test_an_error_of_one_rank_is_raised_on_all():
-    def run(world: World) -> str:
-        try:
-            with lifecycle.raised_on_all_ranks(PromptTooLong, world):
-                if world.rank == 1:
-                    raise PromptTooLong("rank 1's")
-        except PromptTooLong as error:
-            return str(error)
-        return "none"
-
-    assert on_ranks(2, run) == ["rank 1's", "rank 1's"]
 
 
 @pytest.mark.parametrize(

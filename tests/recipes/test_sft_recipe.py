@@ -190,13 +190,13 @@ def test_several_processes_give_the_same_losses(make_config, tmp_path):
     optimizer = {"_component_": "torch.optim.SGD", "lr": 0.05}
     recipe.run(make_config("one", optimizer=optimizer))
     cfg = make_config("two", optimizer=optimizer)
-    set_up = recipe.set_up
+    build_policy = recipe.build_policy
 
-    def set_up_one_by_one(*args):
+    def build_one_by_one(*args, **options):
         with lock:  # transformers loads a model under switches that hold for the whole process
-            return set_up(*args)
+            return build_policy(*args, **options)
 
-    recipe.init_world, recipe.set_up = lambda device: local.world, set_up_one_by_one
+    recipe.init_world, recipe.build_policy = lambda device: local.world, build_one_by_one
 
     def run(world):
         local.world = world

@@ -392,24 +392,35 @@ def test_all_ranks_find_the_same(tmp_path):
         on_ranks(3, lambda world: start(make_config(tmp_path, resume=True, seed=1), world))
 
 
-def test_nothing_is_written_before_all_ranks_have_looked(tmp_path):
-    waited = []
+def test_no_rank_goes_on_without_the_checkpoint_of_rank_0(tmp_path):
+    """Each rank has a folder of its own; the second has no checkpoint, an older one, or the same."""
+    for name in ("0", "same", "older"):
+        start(make_config(tmp_path / name))
+        save_step(tmp_path / name, 1)
+    save_step(tmp_path / "0", 2, data_position=8)
+    save_step(tmp_path / "same", 2, data_position=8)
 
-    class Watched(World):
-        def barrier(self):
-            waited.append(os.listdir(tmp_path))
+    def resume(world: World, second: str) -> Path | None:
+        return start(make_config(tmp_path / ("0", second)[world.rank], resume=True), world)
 
-    start(make_config(tmp_path), Watched(rank=0, size=2, device=torch.device("cpu")))
-    assert waited == [[]] and os.listdir(tmp_path) == ["config.yaml"]
+    assert on_ranks(2, lambda world: resume(world, "same")) == [
+        Checkpoints(tmp_path / name, keep_last=2).path(2) for name in ("0", "same")
+    ]
+    for second in ("older", "none"):
+        with pytest.raises(ConfigError, match="rank 1 does not have the checkpoint that rank 0 resumes from"):
+            on_ranks(2, lambda world, second=second: resume(world, second))
 
 
 def test_ranks_other_than_the_first_write_nothing(tmp_path):
-    second = World(rank=1, size=1, device=torch.device("cpu"))
-    assert start(make_config(tmp_path / "run"), second) is None
-    log = lifecycle.open_log(make_config(tmp_path / "run"), second, resume_step=None)
-    log.log(1, {"loss": 1.0})
-    log.close()
-    assert not (tmp_path / "run").exists()
+    def log_one(world: World) -> None:
+        cfg = make_config(tmp_path / str(world.rank))  # a node without a shared disk
+        assert start(cfg, world) is None
+        log = lifecycle.open_log(cfg, world, resume_step=None)
+        log.log(1, {"loss": 1.0})
+        log.close()
+
+    on_ranks(2, log_one)
+    assert (tmp_path / "0").exists() and not (tmp_path / "1").exists()
 
 
 def test_the_first_rank_logs_and_goes_on_behind_the_checkpoint(tmp_path):

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import runpy
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -177,6 +178,14 @@ def _count_processes(launch: argparse.Namespace) -> tuple[int, int]:
         raise UsageError(str(error)) from error
 
 
+def _describe_exit(code: int) -> str:
+    """Describe how a process ended; a negative code is the signal that killed it."""
+    if code >= 0:
+        return f"failed with exit code {code}; its error is above"
+    hint = "; the kernel does this when memory runs out" if -code == signal.SIGKILL else ""
+    return f"was killed by signal {-code} ({signal.Signals(-code).name}){hint}"
+
+
 def _run_torchrun(launch: argparse.Namespace, recipe: Recipe, arguments: Sequence[str]) -> int:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -188,7 +197,7 @@ def _run_torchrun(launch: argparse.Namespace, recipe: Recipe, arguments: Sequenc
         torchrun.run(launch)
     except ChildFailedError as error:  # the process has printed its own error
         rank, failure = error.get_first_failure()
-        print(f"tune run: process {rank} failed with exit code {failure.exitcode}; its error is above", file=sys.stderr)
+        print(f"tune run: process {rank} {_describe_exit(failure.exitcode)}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
         return 128 + error.sigval

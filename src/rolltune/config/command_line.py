@@ -91,8 +91,7 @@ def main(schema: type[T], run: Callable[[T], None], *, check: Check[T] = lambda 
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (RunStopped, SyncError, EngineError) as stopped:
-        # All ranks stop together and rank 0 speaks, but an EngineError may end any one rank: torchrun kills the others.
-        if os.environ.get("RANK", "0") == "0" or isinstance(stopped, EngineError):
+        if os.environ.get("RANK", "0") == "0":  # all ranks stop together
             print(f"{Path(sys.argv[0]).stem}: stopped: {stopped}", file=sys.stderr)
         sys.exit(STOPPED)
     except ValueError as error:
@@ -134,8 +133,10 @@ def _lasting(stream: TextIO | None) -> TextIO:
 
 def _give_up(error: ValueError, place: traceback.FrameSummary | None = None) -> NoReturn:
     """Print a user's mistakes and end the process."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0":
         time.sleep(SECONDS_FOR_RANK_0)  # rank 0 usually finds the same mistake, and torchrun then ends this process
+        if isinstance(error, ConfigError) and error.on_all_ranks:
+            sys.exit(USER_MISTAKE)
     print(format_mistakes(error, Path(sys.argv[0]).stem), file=sys.stderr)
     if place is not None:
         print(f"  (from {place.filename}:{place.lineno})", file=sys.stderr)

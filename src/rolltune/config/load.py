@@ -6,7 +6,6 @@ All mistakes are collected before any is reported. Each reads ``key: value; what
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING as NO_DEFAULT
@@ -24,6 +23,7 @@ from rolltune.config.tree import apply_override, join_key, parse_yaml, read_yaml
 from rolltune.config.values import describe_type, show, type_problem, without_none
 from rolltune.errors import ConfigError
 from rolltune.files import home_path, write_text_atomic
+from rolltune.torchrun import process_place
 
 T = TypeVar("T")
 Check = Callable[[T, int], Iterable[str]]  # (config, number of processes) to problems, each "key: what is wrong"
@@ -72,7 +72,7 @@ def validate(
         ConfigError: all mistakes, those in keys and types and those that ``check`` found.
     """
     config, problems = _load(schema, path, overrides)
-    found = check(config, world_size or int(os.environ.get("WORLD_SIZE", "1")))
+    found = check(config, world_size or process_place()[1])
     # A wrong key has its default in `config`, so what the check says about it would mislead.
     wrong = [re.compile(rf"(?<![\w.]){re.escape(key)}(?!\w)") for key in problems]
     found = [problem for problem in found if not any(key.search(problem) for key in wrong)]

@@ -27,6 +27,7 @@ from rolltune.metrics.log import MetricsLog, read_metrics
 from rolltune.model.policy import Policy
 from rolltune.rewards.judges.pool import JudgePool
 from rolltune.rollout import Rollout
+from rolltune.run.agreement import agree, together, weights_checksum
 from rolltune.run.build import BUDGETS
 from rolltune.run.checkpoint import Checkpoints, TrainState, check_room, damage, load_state, tensor_bytes
 from rolltune.update import Optimization
@@ -49,23 +50,48 @@ def start(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -
             started with.
     """
     warn_of_slow_dtype(cfg.model.dtype, world)
-    latest = _find_latest(cfg, checkpoints)
-    if latest is not None:
-        _check_unchanged(cfg, checkpoints)
-    elif cfg.resume:
-        _check_nothing_is_lost(cfg, checkpoints, world)
-    if world.is_main and not cfg.resume:
-        shutil.rmtree(checkpoints.output_dir / BUDGETS, ignore_errors=True)  # of a run that never took a step
-    world.barrier()  # every rank has looked before rank 0 writes
+    with together(world):
+        latest = _find_latest(cfg, checkpoints) if world.is_main else None
+    # Rank 0 decides; the folder of another node may be another one.
+    (found,) = world.gather([None if latest is None else asdict(load_state(latest))] if world.is_main else [])
+    with together(world):
+        if found is not None and not world.is_main:
+            latest = checkpoints.path(found["step"])
+            _check_same(latest, found, world)
     if world.is_main:
+        if not cfg.resume:
+            shutil.rmtree(checkpoints.output_dir / BUDGETS, ignore_errors=True)  # of a run that never took a step
         config.save(cfg, checkpoints.output_dir)
         if latest is not None:
             checkpoints.recover(load_state(latest))
     return latest
 
 
+def _check_same(path: Path, state: dict[str, Any], world: World) -> None:
+    """Raise ConfigError unless this rank has the checkpoint that rank 0 resumes from."""
+    problem = damage(path)
+    if problem is None and asdict(load_state(path)) == state:
+        return
+    raise ConfigError(
+        [
+            f"output_dir: rank {world.rank} does not have the checkpoint that rank 0 resumes from, {path} "
+            f"({problem or 'its state.json differs'}); use a folder that all nodes share, or copy it to each"
+        ]
+    )
+
+
 def _find_latest(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints) -> Path | None:
-    """Return the checkpoint to resume from; None for a fresh start. Raises ConfigError for what is neither."""
+    """Return the checkpoint to resume from; None for a fresh start. Arguments and errors as in :func:`start`."""
+    latest = _newest(cfg, checkpoints)
+    if latest is not None:
+        _check_unchanged(cfg, checkpoints)
+    elif cfg.resume:
+        _check_nothing_is_lost(cfg, checkpoints)
+    return latest
+
+
+def _newest(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints) -> Path | None:
+    """Return the newest checkpoint if the run resumes; raises ConfigError if it is damaged, or should not be there."""
     if obstacle := checkpoints.obstacle():
         raise ConfigError([f"output_dir: {obstacle}"])
     steps = checkpoints.steps()
@@ -138,7 +164,7 @@ def _advice(key: str, now: dict[str, Any]) -> str:
     return "resume with the same value, or choose another output_dir"
 
 
-def _check_nothing_is_lost(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -> None:
+def _check_nothing_is_lost(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints) -> None:
     """Raise ConfigError if a run in the folder had checkpoints; say so if its steps before the first one are lost."""
     if not (checkpoints.output_dir / "metrics.jsonl").is_file():
         return
@@ -152,7 +178,7 @@ def _check_nothing_is_lost(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints
                 "resume from; restore one, or start over without resume=true"
             ]
         )
-    if logged and world.is_main:
+    if logged:
         print(f"resume: {cfg.output_dir} has no checkpoint yet; starting over, after {logged} steps", flush=True)
 
 
@@ -225,10 +251,22 @@ class Saver:
         if is_best:
             state = replace(state, best_score=score, best_step=state.step)
         if is_best or is_due:
+            self._check_replicas(state)
             problem = self._write(state, is_best=is_best) if self.world.is_main else None
             if problems := self.world.gather([problem] if problem else []):
                 raise RunStopped(f"step {state.step}: the checkpoint was not written: {problems[0]}\n  {self._kept()}")
         return state
+
+    def _check_replicas(self, state: TrainState) -> None:
+        """Stop before a checkpoint of weights that have become different on some rank."""
+        if self.world.size > 1:
+            try:
+                agree(self.world, {"weights": weights_checksum(self.policy.trainable_parameters)})
+            except ConfigError as error:
+                raise RunStopped(
+                    f"step {state.step}: the ranks' weights have drifted apart and were not saved: {error}\n"
+                    f"  {self._kept()}"
+                ) from error
 
     def _write(self, state: TrainState, *, is_best: bool) -> str | None:
         """Write a checkpoint; returns what went wrong, such as a full disk."""
@@ -289,7 +327,7 @@ def exclusive(output_dir: str, world: World, *, name: str = "run") -> Iterator[N
             try:
                 stack.enter_context(take_lock(Path(output_dir) / name))
             except ValueError as error:
-                problem = [f"output_dir: {error}"]
+                problem = [f"output_dir: {str(error).removeprefix('output_dir: ')}"]
             except OSError as error:
                 problem = [f"output_dir: {output_dir}: {error.strerror or error}; choose a folder that can be written"]
         if problems := world.gather(problem):
@@ -329,18 +367,6 @@ def stop_requests(world: World) -> Iterator[Callable[[], str | None]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def raised_on_all_ranks(kind: type[Exception], world: World) -> Iterator[None]:
-    """Let an error of this kind on one rank end the block with the same error on all ranks, which all enter it."""
-    found: list[str] = []
-    try:
-        yield
-    except kind as error:
-        found = [str(error)]
-    if messages := world.gather(found):
-        raise kind(messages[0])
 
 
 @contextmanager

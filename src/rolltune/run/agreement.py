@@ -1,0 +1,132 @@
+"""All ranks do the same: an error of one ends all, and what they start from is compared."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import rolltune
+from rolltune.config.schema import GRPOConfig, SFTConfig
+from rolltune.distributed import World
+from rolltune.errors import ConfigError, EngineError, RunStopped, SyncError
+from rolltune.model.policy import Policy
+from rolltune.samplers.generation import PromptTooLong
+from rolltune.types import Problem
+
+# Errors of one rank that all ranks raise, so that they stop in the same way. Any other ValueError is a user's mistake.
+_SHARED = (EngineError, FloatingPointError, PromptTooLong, RunStopped, SyncError)
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+
+
+@contextmanager
+def together(world: World) -> Iterator[None]:
+    """Let all ranks go on, or raise on all of them if one has raised; no rank waits for one that is gone.
+
+    The block must not communicate.
+
+    Raises:
+        ConfigError: the mistakes that any rank has found.
+        EngineError, FloatingPointError, PromptTooLong, RunStopped, SyncError: a rank has raised it.
+        RunStopped: another rank has raised something else, which keeps its traceback there.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        if world.size == 1:
+            raise
+        error = raised
+    failures = world.gather([] if error is None else [(world.rank, _kind(error), _text(error))])
+    if not failures:
+        return
+    if error is not None and _kind(error) is None:
+        raise error
+    rank, kind, text = min(failures, key=lambda failure: failure[1] is not None)
+    if kind is ConfigError:
+        lines = dict.fromkeys(line for _, _, text in failures for line in text.splitlines())
+        raise ConfigError(list(lines), on_all_ranks=True) from error
+    raise (kind or RunStopped)(f"rank {rank}: {text}") from error
+
+
+def _kind(error: Exception) -> type[Exception] | None:
+    for kind in _SHARED:
+        if isinstance(error, kind):
+            return kind
+    return ConfigError if isinstance(error, ValueError) else None
+
+
+def _text(error: Exception) -> str:
+    return str(error) if _kind(error) else f"{type(error).__name__}: {error}"
+
+
+def agree(world: World, facts: Mapping[str, str]) -> None:
+    """Raise ConfigError on all ranks if they differ in one of ``facts``, with each value and its ranks."""
+    if world.size == 1:
+        return
+    everyone = world.gather([dict(facts)])
+    problems = []
+    for name in dict.fromkeys(name for one in everyone for name in one):
+        ranks: dict[str, list[int]] = {}
+        for rank, one in enumerate(everyone):
+            ranks.setdefault(one.get(name, "missing"), []).append(rank)
+        if len(ranks) > 1:
+            values = ", ".join(f"{value} on rank {', '.join(map(str, found))}" for value, found in ranks.items())
+            problems.append(f"{name}: {values}; must be the same on all ranks")
+    if problems:
+        raise ConfigError(problems, on_all_ranks=True)
+
+
+def agree_on_run(cfg: GRPOConfig | SFTConfig, world: World) -> None:
+    """Compare code and config over ranks before anything is loaded. ``output_dir`` may differ between nodes."""
+    if world.size == 1:
+        return
+    keys = {name: str(value) for name, value in _leaves(asdict(cfg)) if name != "output_dir"}
+    root = Path(rolltune.__file__).parent
+    code = _digest(path.read_bytes() for path in sorted(root.rglob("*.py")))
+    versions = {"rolltune": f"{rolltune.__version__} (source {code})", "torch": torch.__version__}
+    agree(world, versions | {"transformers": transformers.__version__} | keys)
+
+
+def agree_on_data(train: Sequence[Problem], heldout: Sequence[Problem], world: World) -> None:
+    """Compare the problems over ranks."""
+    if world.size > 1:
+        agree(world, {"data.train": _describe(train), "data.heldout": _describe(heldout)})
+
+
+def agree_on_weights(policy: Policy, world: World) -> None:
+    """Compare a checksum of all weights over ranks."""
+    if world.size > 1:
+        agree(world, {"model.path: weights": weights_checksum(policy.model.parameters())})
+
+
+def weights_checksum(parameters: Iterable[Tensor]) -> str:
+    """Return a checksum of the bits of the weights: one integer sum per tensor, computed where the tensor is."""
+    sums = [p.detach().contiguous().view(_INTEGERS[p.element_size()]).sum(dtype=torch.int64) for p in parameters]
+    return _digest([str([value.item() for value in sums]).encode()])
+
+
+def _describe(problems: Sequence[Problem]) -> str:
+    return f"{len(problems)} problems ({_digest(repr(problems[i]).encode() for i in range(len(problems)))})"
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=4)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
