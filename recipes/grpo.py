@@ -39,7 +39,7 @@ from rolltune.config.schema import GRPOConfig
 from rolltune.corrections import Correction
 from rolltune.data.dataset import ProblemStream
 from rolltune.distributed import World, close_world, init_world
-from rolltune.errors import EngineError, SyncError
+from rolltune.errors import EngineError, StopRequested, SyncError
 from rolltune.eval.heldout import sample_greedy, score_heldout
 from rolltune.metrics.curves import plot_curves
 from rolltune.metrics.progress import Progress
@@ -55,11 +55,15 @@ from rolltune.run import build, checks, estimates, lengths, lifecycle, notices
 from rolltune.run.agreement import agree_on_data, agree_on_run, agree_on_weights, together
 from rolltune.run.checkpoint import Checkpoints, TrainState, load_optimization, load_state
 from rolltune.run.selftest import print_selftest, run_selftest
+from rolltune.run.watch import Watch, watch
 from rolltune.samplers import Sampler
 from rolltune.samplers.generation import PromptTooLong, split_stop
 from rolltune.seeding import derive_seed
 from rolltune.types import Group, Loss, LossTotals, Problem, SamplingParams
 from rolltune.update import OldPolicy, Optimization, PreparedMicrobatch, prepare_microbatches, update_policy
+
+# Errors of a step that come while the weights are still those of the last one.
+LEAVES_THE_WEIGHTS = (SyncError, EngineError, MismatchError, PromptTooLong, StopRequested)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +91,16 @@ def run(cfg: GRPOConfig) -> None:
     if cfg.dry_run:
         dry_run(cfg)
         return
-    world = init_world(cfg.device)
-    with lifecycle.exclusive(cfg.output_dir, world):
-        run_steps(cfg, world)
+    world = init_world(cfg.device, stall_seconds=cfg.stall_seconds)
+    with (
+        lifecycle.exclusive(cfg.output_dir, world),
+        watch(world, stall_seconds=cfg.stall_seconds, grace_seconds=cfg.grace_seconds) as watching,
+    ):
+        run_steps(cfg, world, watching)
     close_world()
 
 
-def run_steps(cfg: GRPOConfig, world: World) -> None:
+def run_steps(cfg: GRPOConfig, world: World, watching: Watch) -> None:
     """Set up or resume, take the steps, and write curves and summary."""
     output_dir = Path(cfg.output_dir)
     checkpoints = Checkpoints(output_dir, keep_last=cfg.checkpoint.keep_last)
@@ -115,16 +122,18 @@ def run_steps(cfg: GRPOConfig, world: World) -> None:
     console = Console(quiet=not world.is_main)
     with (
         lifecycle.barrier_on_exit(world),
-        lifecycle.stop_requests(world) as stop_requested,
         closing(log),
         closing(rewards.pool),
         closing(components.sampler),
-        Progress(cfg.num_steps, state.step, enabled=world.is_main) as progress,
+        Progress(cfg.num_steps, state.step, enabled=world.is_main, on_move=watching.beat) as progress,
     ):
         if state.step == 0:
             log.log(0, evaluate(cfg, components, progress) | lifecycle.judge_costs(rewards.pool, world))
         first_step, signal = state.step + 1, notices.SignalWatch()
         for step in range(first_step, cfg.num_steps + 1):
+            watching.step = state.step
+            if why := watching.stop_requested():
+                saver.stop(state, why)
             started = time.perf_counter()
             phases = Phases()
             is_last = step == cfg.num_steps
@@ -158,14 +167,11 @@ def run_steps(cfg: GRPOConfig, world: World) -> None:
                 log.log_samples(step, rollout.sampled, [sampled.advantages for sampled in rollout.groups])
             progress.step(step, live_line(metrics))
             notices.show(signal.after(metrics), is_main=world.is_main)
-            why = stop_requested()
             state = saver.save(
                 state,
                 score=lifecycle.best_score(metrics, max_unscored=cfg.batch.max_unscored, world=world),
-                is_due=is_last or why is not None or step % cfg.checkpoint.every_n_steps == 0,
+                is_due=is_last or step % cfg.checkpoint.every_n_steps == 0,
             )
-            if why and not is_last:
-                saver.stop(state, why)
     if world.is_main:
         plot_curves(output_dir)
         write_summary(output_dir, console)

@@ -40,6 +40,7 @@ from rolltune.run import build, checks, estimates, lengths, lifecycle, notices
 from rolltune.run.agreement import agree_on_data, agree_on_run, agree_on_weights, together
 from rolltune.run.checkpoint import Checkpoints, TrainState, load_optimization, load_state
 from rolltune.run.selftest import print_selftest, run_sft_selftest
+from rolltune.run.watch import Watch, watch
 from rolltune.seeding import derive_seed
 from rolltune.types import LossTotals, Problem
 from rolltune.update import Optimization
@@ -65,13 +66,16 @@ def run(cfg: SFTConfig) -> None:
     if cfg.dry_run:
         dry_run(cfg)
         return
-    world = init_world(cfg.device)
-    with lifecycle.exclusive(cfg.output_dir, world):
-        run_steps(cfg, world)
+    world = init_world(cfg.device, stall_seconds=cfg.stall_seconds)
+    with (
+        lifecycle.exclusive(cfg.output_dir, world),
+        watch(world, stall_seconds=cfg.stall_seconds, grace_seconds=cfg.grace_seconds) as watching,
+    ):
+        run_steps(cfg, world, watching)
     close_world()
 
 
-def run_steps(cfg: SFTConfig, world: World) -> None:
+def run_steps(cfg: SFTConfig, world: World, watching: Watch) -> None:
     """Set up or resume, and take the steps."""
     output_dir = Path(cfg.output_dir)
     checkpoints = Checkpoints(output_dir, keep_last=cfg.checkpoint.keep_last)
@@ -91,22 +95,24 @@ def run_steps(cfg: SFTConfig, world: World) -> None:
         log = lifecycle.open_log(cfg, world, resume_step=state.step if resume_from else None)
     with (
         lifecycle.barrier_on_exit(world),
-        lifecycle.stop_requests(world) as stop_requested,
         closing(log),
-        Progress(cfg.num_steps, state.step, enabled=world.is_main) as progress,
+        Progress(cfg.num_steps, state.step, enabled=world.is_main, on_move=watching.beat) as progress,
     ):
         selftest(cfg, components, state.data_position, Console(quiet=not world.is_main))
         if state.step == 0:
-            log.log(0, {"heldout/loss": heldout_loss(cfg, components)})
+            log.log(0, {"heldout/loss": heldout_loss(cfg, components, progress)})
         for step in range(state.step + 1, cfg.num_steps + 1):
+            watching.step = state.step
+            if why := watching.stop_requested():
+                saver.stop(state, why)
             started = time.perf_counter()
             try:
-                metrics = train(cfg, components, step, state.data_position)
+                metrics = train(cfg, components, step, state.data_position, progress)
             except FloatingPointError as error:  # the weights are still those of ``state``
                 saver.stop(state, str(error))
             is_last = step == cfg.num_steps
             if step % cfg.eval.every_n_steps == 0 or is_last:
-                metrics["heldout/loss"] = heldout_loss(cfg, components)
+                metrics["heldout/loss"] = heldout_loss(cfg, components, progress)
             log.log(step, metrics)
             progress.step(step, {name: metrics[name] for name in ("loss", "heldout/loss") if name in metrics})
             state = replace(
@@ -116,14 +122,11 @@ def run_steps(cfg: SFTConfig, world: World) -> None:
                 policy_version=components.policy.version,
                 seconds=state.seconds + time.perf_counter() - started,
             )
-            why = stop_requested()
             state = saver.save(
                 state,
                 score=-metrics["heldout/loss"] if "heldout/loss" in metrics else None,
-                is_due=is_last or why is not None or step % cfg.checkpoint.every_n_steps == 0,
+                is_due=is_last or step % cfg.checkpoint.every_n_steps == 0,
             )
-            if why and not is_last:
-                saver.stop(state, why)
     if world.is_main:
         Console().print(f"{cfg.num_steps} steps in {state.seconds / 60:.1f} minutes; weights: {output_dir / 'best'}")
 
@@ -246,7 +249,9 @@ def selftest(cfg: SFTConfig, components: Components, data_position: int, console
         print_selftest(results, examples[0].prompt, examples[0].sequences[0].token_ids, tokenizer, console)
 
 
-def train(cfg: SFTConfig, components: Components, step: int, data_position: int) -> dict[str, float]:
+def train(
+    cfg: SFTConfig, components: Components, step: int, data_position: int, progress: Progress
+) -> dict[str, float]:
     """Take one optimizer step on the next examples; returns the metrics of the step."""
     world, policy, phases = components.world, components.policy, Phases()
     torch.manual_seed(derive_seed(cfg.seed, step, world.rank, "dropout"))
@@ -257,13 +262,16 @@ def train(cfg: SFTConfig, components: Components, step: int, data_position: int)
     totals = LossTotals(tokens=int(tokens), sequences=int(sequences))
     loss_sum, entropy_sum, packed_tokens = 0.0, 0.0, 0
     with phases("train"), policy.with_dropout():
-        for microbatch in pack_examples(examples, max_tokens=cfg.batch.microbatch_tokens, device=world.device):
+        microbatches = pack_examples(examples, max_tokens=cfg.batch.microbatch_tokens, device=world.device)
+        on_progress = progress.phase("training")
+        for done, microbatch in enumerate(microbatches, start=1):
             logprobs, entropy = policy.logprobs(microbatch, temperature=1.0)
             loss = nll_loss(logprobs, totals)
             components.optimization.backward(loss)
             loss_sum += loss.item()
             entropy_sum += entropy.sum().item()
             packed_tokens += len(microbatch.input_ids)
+            on_progress(done, len(microbatches))
         metrics = components.optimization.step(world)
     policy.version += not metrics["skipped_step"]
     loss_sum, entropy_sum, packed_tokens = world.sum([loss_sum, entropy_sum, packed_tokens])
@@ -272,15 +280,18 @@ def train(cfg: SFTConfig, components: Components, step: int, data_position: int)
 
 
 @torch.no_grad()
-def heldout_loss(cfg: SFTConfig, components: Components) -> float:
+def heldout_loss(cfg: SFTConfig, components: Components, progress: Progress) -> float:
     """Return the mean negative log-likelihood of the held-out response tokens, without dropout."""
     world, policy = components.world, components.policy
     problems = world.shard(components.heldout)
     examples = [example(cfg, problem, components.render, components.tokenizer) for problem in problems]
     total, count = 0.0, 0
-    for microbatch in pack_examples(examples, max_tokens=cfg.batch.microbatch_tokens, device=world.device):
+    microbatches = pack_examples(examples, max_tokens=cfg.batch.microbatch_tokens, device=world.device)
+    on_progress = progress.phase("evaluating")
+    for done, microbatch in enumerate(microbatches, start=1):
         logprobs, _ = policy.logprobs(microbatch, temperature=1.0)
         total, count = total - logprobs.double().sum().item(), count + len(logprobs)
+        on_progress(done, len(microbatches))
     total, count = world.sum([total, count])
     return total / count
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rolltune.errors import RunStopped
 from rolltune.model.cpu.allocator import keep_freed_memory
-from rolltune.torchrun import process_place
+from rolltune.torchrun import end_with_torchrun, process_place
 
 T = TypeVar("T")
 BUCKET_BYTES = 64 * 2**20
@@ -100,11 +100,13 @@ def _reduce_bucket(gradients: list[Tensor]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def init_world(device: str = "auto") -> World:
+def init_world(device: str = "auto", *, stall_seconds: float = 0.0) -> World:
     """Join the process group that torchrun has set up; without torchrun, return a world of one.
 
     Args:
         device: "auto" (CUDA if available), "cpu" or "cuda".
+        stall_seconds: time after which the run's own watch gives up on ranks that do not move. A collective waits
+            longer, because its error would blame the rank that waits.
     """
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     rank, size, local_rank = process_place()
@@ -114,18 +116,19 @@ def init_world(device: str = "auto") -> World:
     else:
         keep_freed_memory()
     if size > 1 and not dist.is_initialized():
-        _join("nccl" if use_cuda else "gloo", size)
+        end_with_torchrun()
+        _join("nccl" if use_cuda else "gloo", size, timeout=timedelta(minutes=30, seconds=2 * stall_seconds))
     return World(rank=rank, size=size, device=local)
 
 
-def _join(backend: str, size: int) -> None:
+def _join(backend: str, size: int, *, timeout: timedelta) -> None:
     """Wait for the other processes, and say so if they do not come at once."""
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     said = threading.Timer(SECONDS_UNTIL_SAID, print, [f"waiting for {size} processes at {place}"], {"flush": True})
     said.daemon = True
     said.start()
     try:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=timeout)
     except dist.DistError as error:
         reason = str(error).splitlines()[0]
         raise RunStopped(

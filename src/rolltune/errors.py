@@ -19,6 +19,10 @@ class RunStopped(RuntimeError):
     resume."""
 
 
+class StopRequested(RuntimeError):
+    """A step is left because the run was asked to stop; the weights are those of the last step."""
+
+
 class SyncError(RuntimeError):
     """A sampler does not have the policy's weights; the message says what is wrong. Nothing was trained on it."""
 

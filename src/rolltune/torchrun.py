@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 
 from rolltune.errors import ConfigError
 
@@ -28,6 +31,16 @@ def process_place() -> tuple[int, int, int]:
     if rank >= size:
         raise ConfigError([f"RANK: {rank}; must be below WORLD_SIZE, {size}; {_START}"])
     return rank, size, _number("LOCAL_RANK", 0, default="0")
+
+
+def end_with_torchrun() -> None:
+    """Let this process get SIGTERM when the torchrun that started it ends, also if torchrun was killed (Linux only).
+
+    It would go on otherwise, unseen, and lock its output folder.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def _number(name: str, lowest: int, *, default: str = "") -> int:

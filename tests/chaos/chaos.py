@@ -42,8 +42,7 @@ import yaml
 from runs import JOBS, Hang, Job, Judge, Result, Run, prepare_inputs, result_of, send
 from tiny_run import read_rows
 
-# The config key, with a value, that makes ranks give up on one that is frozen. None: this program ends frozen runs.
-WATCHDOG: str | None = None
+STALL_SECONDS = 20  # after which the ranks give up on one that is frozen
 DISK_MIB = 64  # size of the disk of a trial
 
 # Results of a fault. A trial's last start is SAME if nothing failed.
@@ -121,10 +120,12 @@ class Trial:
         """Start the run, or continue it."""
         launcher = ["--nproc_per_node", str(self.job.processes)] if self.job.processes > 1 else []
         command = [sys.executable, "-m", "rolltune.cli", "run", *launcher, self.job.recipe]
-        command += ["--config", str(self.folder / "config.yaml"), "resume=true", *overrides]
+        command += ["--config", str(self.folder / "config.yaml"), *overrides]
+        starts_over = self.starts and "start over without resume=true" in self.starts[-1].text  # as it was told to
+        command += [] if starts_over else ["resume=true"]
         limit = 90 + 5 * self.whole.seconds if self.whole else 300
         log = self.folder / f"start_{len(self.starts)}.txt"
-        self.starts.append(Run(command + ([WATCHDOG] if WATCHDOG else []), log, limit=limit, **options))
+        self.starts.append(Run([*command, f"stall_seconds={STALL_SECONDS}"], log, limit=limit, **options))
         return self.starts[-1]
 
     def hit(self, *overrides: str, **options) -> Run:
@@ -205,11 +206,11 @@ def paused(trial: Trial) -> str:
 
 
 def frozen(trial: Trial) -> str:
-    """SIGSTOP for good, to the last rank: with a watchdog the other ranks end the run. A single process just stays."""
+    """SIGSTOP for good, to the last rank: the other ranks end the run. A single process just stays."""
     run = trial.hit()
     ranks = run.ranks()
     send((ranks or [run.process.pid])[-1], signal.SIGSTOP)
-    if WATCHDOG and len(ranks) > 1:
+    if len(ranks) > 1:
         ended(run, 1, 128 + 9)
         return STOPPED
     time.sleep(1.0)
@@ -262,7 +263,7 @@ def wandb_killed(trial: Trial) -> str:
         time.sleep(0.02)
     for pid in services:
         send(pid, signal.SIGKILL)
-    return WENT_ON if ended(run, 0, 2) == 0 else REFUSED  # wandb may still be starting
+    return WENT_ON if ended(run, 0, 2) == 0 else REFUSED  # wandb may still be starting: logging.wandb is named
 
 
 def stdout_closed(trial: Trial) -> str:

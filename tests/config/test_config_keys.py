@@ -35,6 +35,8 @@ SHARED = {
     "data.train",
     "data.heldout",
     "data.too_long",
+    "stall_seconds",
+    "grace_seconds",
     "prompt",
     "prompt.system",
     "prompt.few_shot",

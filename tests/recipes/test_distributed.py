@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -143,3 +145,68 @@ def test_variables_of_a_cluster_without_torchrun_are_named(monkeypatch, variable
     with pytest.raises(ConfigError, match=said) as refused:
         process_place()
     assert "tune run --nproc_per_node" in str(refused.value)
+
+
+@pytest.fixture
+def start_two(tiny_llama, tmp_path, reward_module):
+    """Start a long run on two processes by `tune run`, and return it with the process ids of its ranks."""
+
+    def begin(**changes) -> tuple[subprocess.Popen, list[int]]:
+        config = tmp_path / "run.yaml"
+        config.write_text(yaml.safe_dump(tiny_grpo(tiny_llama, tmp_path / "run", num_steps=500) | changes))
+        command = ["-m", "rolltune.cli", "run", "--nproc_per_node", "2", "grpo", "--config", str(config)]
+        run = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        metrics = tmp_path / "run/metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
+            assert time.monotonic() < deadline and run.poll() is None
+            time.sleep(0.05)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        ranks = [int(pid) for pid in children if b"grpo.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(ranks) == 2
+        return run, ranks
+
+    return begin
+
+
+@pytest.mark.slow
+def test_torchrun_that_is_asked_to_stop_saves_the_last_step(start_two, tmp_path):
+    run, _ = start_two(checkpoint={"every_n_steps": 400, "keep_last": 2})
+    run.send_signal(signal.SIGTERM)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode != 0 and "stopped by SIGTERM" in errors and "a checkpoint of step" in errors
+    rows = read_rows(tmp_path / "run")
+    assert (tmp_path / f"run/checkpoints/step_{rows[-1]['step']:06d}").is_dir() and 0 < rows[-1]["step"] < 400
+
+
+@pytest.mark.slow
+def test_ranks_end_with_a_torchrun_that_is_killed(start_two, tmp_path):
+    run, ranks = start_two(checkpoint={"every_n_steps": 400, "keep_last": 2})
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert list((tmp_path / "run/checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_frozen_is_named_by_the_others(start_two):
+    run, ranks = start_two(stall_seconds=4.0, checkpoint={"every_n_steps": 1, "keep_last": 1})
+    os.kill(ranks[1], signal.SIGSTOP)
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{ranks[0]}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(ranks[1], signal.SIGKILL)  # torchrun would do it, in 30 seconds
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode != 0
+    assert "rank 0: nothing has moved for 4 s (stall_seconds), in " in errors
+    assert "rank 1 does not answer: it is stopped, or its process or machine is gone" in errors
+    assert "Current thread" in errors or "Thread 0x" in errors

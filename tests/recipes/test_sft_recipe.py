@@ -196,7 +196,7 @@ def test_several_processes_give_the_same_losses(make_config, tmp_path):
         with lock:  # transformers loads a model under switches that hold for the whole process
             return build_policy(*args, **options)
 
-    recipe.init_world, recipe.build_policy = lambda device: local.world, build_one_by_one
+    recipe.init_world, recipe.build_policy = lambda device, **options: local.world, build_one_by_one
 
     def run(world):
         local.world = world

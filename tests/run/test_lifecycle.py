@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import socket
 import time
 from pathlib import Path
@@ -269,15 +268,6 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     with pytest.raises(ConfigError, match="output_dir: .*file/run: Not a directory"):
         with lifecycle.exclusive(str(tmp_path / "file/run"), ALONE):
             pass
-
-
-def test_a_signal_asks_to_stop_and_a_second_one_stops():
-    with lifecycle.stop_requests(ALONE) as requested:
-        assert requested() is None
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert requested() == "stopped by SIGTERM"
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "a second signal ends the process"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_resuming_names_every_change(tmp_path):

@@ -200,6 +200,8 @@ class GRPOConfig:
     loss_scale: Component | None = None  # with float16: rolltune.loss_scale.LossScale; null: its defaults
     batch: BatchConfig = field(default_factory=BatchConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    stall_seconds: float = 1800.0  # end the run if nothing moves on any process for this long; 0: never
+    grace_seconds: float = 20.0  # end the run this long after SIGTERM or Ctrl-C, whatever it does
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
@@ -233,6 +235,8 @@ class SFTConfig:
     loss_scale: Component | None = None  # with float16: rolltune.loss_scale.LossScale; null: its defaults
     batch: SFTBatchConfig = field(default_factory=SFTBatchConfig)
     eval: HeldoutConfig = field(default_factory=HeldoutConfig)
+    stall_seconds: float = 1800.0  # end the run if nothing moves on any process for this long; 0: never
+    grace_seconds: float = 20.0  # end the run this long after SIGTERM or Ctrl-C, whatever it does
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

@@ -31,13 +31,23 @@ class Progress:
         start: number of steps done before this process, if it resumes a run.
         stream: stream to write to; None for stdout.
         enabled: False shows nothing.
+        on_move: called with the phase's name whenever something of it is done.
     """
 
-    def __init__(self, total_steps: int, start: int = 0, *, stream: TextIO | None = None, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        total_steps: int,
+        start: int = 0,
+        *,
+        stream: TextIO | None = None,
+        enabled: bool = True,
+        on_move: Callable[[str], None] = lambda phase: None,
+    ) -> None:
         self._total = total_steps
         self._start = start
         self._stream = sys.stdout if stream is None else stream
         self._enabled = enabled
+        self._on_move = on_move
         self._summary = Text(no_wrap=True, overflow="ellipsis")
         self._live: Live | None = None
         self._began = time.monotonic()
@@ -88,10 +98,16 @@ class Progress:
         Returns:
             A function to call with (units done, units in all).
         """
-        if self._live is None:
-            return lambda done, total: None
-        self._bars.reset(self._phase, description=name, total=total, visible=True)
-        return lambda done, total: self._bars.update(self._phase, completed=done, total=total)
+        self._on_move(name)
+        if self._live is not None:
+            self._bars.reset(self._phase, description=name, total=total, visible=True)
+
+        def on_progress(done: int, total: int) -> None:
+            self._on_move(name)
+            if self._live is not None:
+                self._bars.update(self._phase, completed=done, total=total)
+
+        return on_progress
 
     def step(self, step: int, summary: Mapping[str, float | str]) -> None:
         """Show the numbers of a finished step.

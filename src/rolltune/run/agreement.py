@@ -16,13 +16,13 @@ from torch import Tensor
 import rolltune
 from rolltune.config.schema import GRPOConfig, SFTConfig
 from rolltune.distributed import World
-from rolltune.errors import ConfigError, EngineError, RunStopped, SyncError
+from rolltune.errors import ConfigError, EngineError, RunStopped, StopRequested, SyncError
 from rolltune.model.policy import Policy
 from rolltune.samplers.generation import PromptTooLong
 from rolltune.types import Problem
 
 # Errors of one rank that all ranks raise, so that they stop in the same way. Any other ValueError is a user's mistake.
-_SHARED = (EngineError, FloatingPointError, PromptTooLong, RunStopped, SyncError)
+_SHARED = (EngineError, FloatingPointError, PromptTooLong, RunStopped, StopRequested, SyncError)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
@@ -34,7 +34,7 @@ def together(world: World) -> Iterator[None]:
 
     Raises:
         ConfigError: the mistakes that any rank has found.
-        EngineError, FloatingPointError, PromptTooLong, RunStopped, SyncError: a rank has raised it.
+        EngineError, FloatingPointError, PromptTooLong, RunStopped, StopRequested, SyncError: a rank has raised it.
         RunStopped: another rank has raised something else, which keeps its traceback there.
     """
     error: Exception | None = None

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,7 +30,10 @@ from rolltune.run.checkpoint import Checkpoints, TrainState, check_room, damage,
 from rolltune.update import Optimization
 
 # Keys that may change on resume because they do not affect training.
-FREE_ON_RESUME = {"output_dir", "resume", "dry_run", "device", "checkpoint", "logging", "mismatch"}
+FREE_ON_RESUME = {
+    *("output_dir", "resume", "dry_run", "device", "checkpoint", "logging", "mismatch"),
+    *("stall_seconds", "grace_seconds"),
+}
 
 # Arguments of a judge that may change on resume, because they do not decide its verdicts.
 FREE_JUDGE_ARGUMENTS = {"max_concurrency", "cache", "wait_seconds"}
@@ -333,40 +333,6 @@ def exclusive(output_dir: str, world: World, *, name: str = "run") -> Iterator[N
         if problems := world.gather(problem):
             raise ConfigError(problems)
         yield
-
-
-@contextmanager
-def stop_requests(world: World) -> Iterator[Callable[[], str | None]]:
-    """Turn SIGTERM (Slurm, Kubernetes) and a first Ctrl-C into a request to stop after the current step.
-
-    A second signal ends the process at once.
-
-    Yields:
-        A function that returns why the run should stop, None if nobody asked; all ranks call it, and get one answer.
-    """
-    requests: list[str] = []
-
-    def on_signal(number: int, frame: Any) -> None:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-        requests.append(f"stopped by {signal.Signals(number).name}")
-        if world.is_main:
-            message = "finishing the step and saving; the same signal again stops at once\n"
-            os.write(2, f"{signal.Signals(number).name}: {message}".encode())
-
-    def requested() -> str | None:
-        return next(iter(world.gather(requests[:1])), None)
-
-    # Python calls signal handlers in the main thread only.
-    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-    previous = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        signal.signal(number, on_signal)
-    try:
-        yield requested
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from rolltune.errors import ConfigError
 T = TypeVar("T")
 
 
-def at_least(key: str, value: int, lowest: int) -> Iterable[str]:
+def at_least(key: str, value: float, lowest: int) -> Iterable[str]:
     return [] if value >= lowest else [f"{key}: {value}; must be >= {lowest}"]
 
 

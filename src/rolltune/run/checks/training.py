@@ -53,6 +53,8 @@ def check_training(cfg: GRPOConfig | SFTConfig, *, num_updates: int) -> Iterator
         factors = " x batch.num_iterations x batch.minibatches" if isinstance(cfg, GRPOConfig) else ""
         yield from _check_lr_scheduler(cfg.lr_scheduler, cfg.optimizer, num_updates, f"num_steps{factors}")
     yield from _check_heldout(cfg.eval)
+    yield from at_least("stall_seconds", cfg.stall_seconds, 0)
+    yield from above("grace_seconds", cfg.grace_seconds, 0)
     yield from at_least("checkpoint.every_n_steps", cfg.checkpoint.every_n_steps, 1)
     yield from at_least("checkpoint.keep_last", cfg.checkpoint.keep_last, 1)
     yield from _check_logging(cfg.logging)
