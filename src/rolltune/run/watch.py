@@ -10,7 +10,6 @@ import faulthandler
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -136,7 +135,9 @@ class Watch:
 
     def _exchange(self, signs: dict[int, _Sign], interval: float) -> None:
         """Tell the other ranks of this one, and learn of them, through the store by which they have met."""
-        store = dist.PrefixStore("rolltune/watch", dist.distributed_c10d._get_default_store())
+        store = dist.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
+            "rolltune/watch", dist.distributed_c10d._get_default_store()
+        )
         while not self._over.wait(interval):
             try:
                 own = signs.get(self.world.rank, _Sign())
@@ -159,7 +160,7 @@ class Watch:
             for rank, sign in sorted(signs.items()):
                 if rank not in silent | {self.world.rank}:
                     _say(f"rank {rank} is in {sign.phase} after step {sign.step}")
-        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        faulthandler.dump_traceback(file=2, all_threads=True)
         time.sleep(_REPEATED)  # torchrun ends the others as soon as one has ended, and they show their stacks too
         self._end(STALLED, "stopped; the last checkpoint is whole: continue with the same command and resume=true")
 
