@@ -93,8 +93,8 @@ def run(cfg: GRPOConfig) -> None:
         return
     world = init_world(cfg.device, stall_seconds=cfg.stall_seconds)
     with (
-        lifecycle.exclusive(cfg.output_dir, world),
         watch(world, stall_seconds=cfg.stall_seconds, grace_seconds=cfg.grace_seconds) as watching,
+        lifecycle.exclusive(cfg.output_dir, world),
     ):
         run_steps(cfg, world, watching)
     close_world()

@@ -7,6 +7,7 @@ only have to be summed over ranks.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -117,26 +118,35 @@ def init_world(device: str = "auto", *, stall_seconds: float = 0.0) -> World:
         keep_freed_memory()
     if size > 1 and not dist.is_initialized():
         end_with_torchrun()
-        _join("nccl" if use_cuda else "gloo", size, timeout=timedelta(minutes=30, seconds=2 * stall_seconds))
+        _join("nccl" if use_cuda else "gloo", size, stall_seconds=stall_seconds)
     return World(rank=rank, size=size, device=local)
 
 
-def _join(backend: str, size: int, *, timeout: timedelta) -> None:
-    """Wait for the other processes, and say so if they do not come at once."""
+def _join(backend: str, size: int, *, stall_seconds: float) -> None:
+    """Wait for the other processes, and say so if they do not come at once; end if they do not come at all."""
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    said = threading.Timer(SECONDS_UNTIL_SAID, print, [f"waiting for {size} processes at {place}"], {"flush": True})
-    said.daemon = True
-    said.start()
+    alone = (
+        f"MASTER_ADDR, MASTER_PORT: {place}: the {size} processes did not meet there; start all of them with the same "
+        "address and a free port, or unset WORLD_SIZE for one process"
+    )
+
+    def give_up() -> None:
+        print(f"rank {os.environ.get('RANK')}: {alone}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timers = [threading.Timer(SECONDS_UNTIL_SAID, print, [f"waiting for {size} processes at {place}"], {"flush": True})]
+    if stall_seconds:
+        timers.append(threading.Timer(stall_seconds, give_up))
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timedelta(minutes=30, seconds=2 * stall_seconds))
     except dist.DistError as error:
-        reason = str(error).splitlines()[0]
-        raise RunStopped(
-            f"MASTER_ADDR, MASTER_PORT: {place}: the {size} processes did not meet there ({reason}); start all of them "
-            "with the same address and a free port, or unset WORLD_SIZE for one process"
-        ) from error
+        raise RunStopped(f"{alone} ({str(error).splitlines()[0]})") from error
     finally:
-        said.cancel()
+        for timer in timers:
+            timer.cancel()
 
 
 def close_world() -> None:

@@ -210,3 +210,22 @@ def test_a_rank_that_is_frozen_is_named_by_the_others(start_two):
     assert "rank 0: nothing has moved for 4 s (stall_seconds), in " in errors
     assert "rank 1 does not answer: it is stopped, or its process or machine is gone" in errors
     assert "Current thread" in errors or "Thread 0x" in errors
+
+
+@pytest.mark.slow
+def test_processes_that_never_come_are_not_waited_for(tiny_llama, tmp_path, reward_module):
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tiny_grpo(tiny_llama, tmp_path / "run", stall_seconds=5.0)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "recipes/grpo.py"), "--config", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | place,
+    )
+    assert done.returncode == 1 and f"waiting for 2 processes at 127.0.0.1:{port}" in done.stdout
+    assert f"127.0.0.1:{port}: the 2 processes did not meet there; start all of them" in done.stderr
