@@ -88,10 +88,13 @@ def run(cfg: EvaluateConfig) -> None:
         return
     world = init_world(cfg.device)
     lifecycle.warn_of_slow_dtype(cfg.dtype, world)
-    problems = load_problems(cfg)
-    classifier = instantiate(cfg.classifier) if cfg.classifier else None
-    # Prepare every model before sampling from the first, so that a mistake in the last one shows now.
-    candidates = [prepare(cfg, problems, model, f"models[{i}].path") for i, model in enumerate(cfg.models)]
+    agree_on_run(cfg, world)
+    with together(world):
+        problems = load_problems(cfg)
+        classifier = instantiate(cfg.classifier) if cfg.classifier else None
+        # Prepare every model before sampling from the first, so that a mistake in the last one shows now.
+        candidates = [prepare(cfg, problems, model, f"models[{i}].path") for i, model in enumerate(cfg.models)]
+    agree_on_data({"data": problems}, world)
     with lifecycle.exclusive(cfg.output_dir, world, name="samples"):
         candidates = [with_samples(candidate) for candidate in candidates]
         world.barrier()  # every rank has read the caches: from here on the ranks write
@@ -195,7 +198,9 @@ def sample(
     """Load one model, sample what is missing, and free it again."""
     share = f"; this is the share of one of {world.size} processes" if world.size > 1 else ""
     progress.say(number, candidate.name, f"samples go to {candidate.cache.path}; loading {candidate.path}{share}")
-    model = load_for_sampling(candidate.path, dtype=cfg.dtype, device=world.device)
+    with together(world):
+        model = load_for_sampling(candidate.path, dtype=cfg.dtype, device=world.device)
+    agree_on_weights(candidate.path, model, world)
     with closing(instantiate(cfg.sampler, model, candidate.tokenizer)) as sampler:
         sampler.sync(0)
         sample_missing(

@@ -223,7 +223,7 @@ def set_up(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Component
         loss = instantiate(cfg.loss)
         rewards = build.start_rewards(cfg, train_set, heldout, smoke_test=True)
         estimates.check_disk(cfg)
-    agree_on_data(train_set, heldout, world)
+    agree_on_data({"data.train": train_set, "data.heldout": heldout}, world)
     with together(world):
         policy = build_policy(
             cfg.model,
@@ -238,7 +238,7 @@ def set_up(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Component
         optimization = build.build_optimization(cfg, policy, num_updates=cfg.num_steps * updates_per_step)
         if resume_from:
             optimization.load_state_dict(load_optimization(resume_from, world.device))
-    agree_on_weights(policy, world)
+    agree_on_weights("model.path", policy.model, world)
     return Components(
         world=world,
         policy=policy,

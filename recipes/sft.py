@@ -172,7 +172,7 @@ def set_up(cfg: SFTConfig, world: World, resume_from: Path | None) -> Components
         quiet = not world.is_main
         train_set, heldout = fitting_examples(cfg, train_set, heldout, render, tokenizer, quiet=quiet)
         estimates.check_disk(cfg)
-    agree_on_data(train_set, heldout, world)
+    agree_on_data({"data.train": train_set, "data.heldout": heldout}, world)
     with together(world):
         policy = build_policy(
             cfg.model,
@@ -185,7 +185,7 @@ def set_up(cfg: SFTConfig, world: World, resume_from: Path | None) -> Components
         optimization = build.build_optimization(cfg, policy, num_updates=cfg.num_steps)
         if resume_from:
             optimization.load_state_dict(load_optimization(resume_from, world.device))
-    agree_on_weights(policy, world)
+    agree_on_weights("model.path", policy.model, world)
     return Components(
         world=world,
         policy=policy,

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch.nn import Module
 
 import rolltune
-from rolltune.config.schema import GRPOConfig, SFTConfig
+from rolltune.config.schema import EvaluateConfig, GRPOConfig, SFTConfig
 from rolltune.distributed import World
 from rolltune.errors import ConfigError, EngineError, RunStopped, StopRequested, SyncError
-from rolltune.model.policy import Policy
 from rolltune.samplers.generation import PromptTooLong
 from rolltune.types import Problem
 
@@ -84,7 +84,7 @@ def agree(world: World, facts: Mapping[str, str]) -> None:
         raise ConfigError(problems, on_all_ranks=True)
 
 
-def agree_on_run(cfg: GRPOConfig | SFTConfig, world: World) -> None:
+def agree_on_run(cfg: GRPOConfig | SFTConfig | EvaluateConfig, world: World) -> None:
     """Compare code and config over ranks before anything is loaded. ``output_dir`` may differ between nodes."""
     if world.size == 1:
         return
@@ -95,16 +95,16 @@ def agree_on_run(cfg: GRPOConfig | SFTConfig, world: World) -> None:
     agree(world, versions | {"transformers": transformers.__version__} | keys)
 
 
-def agree_on_data(train: Sequence[Problem], heldout: Sequence[Problem], world: World) -> None:
-    """Compare the problems over ranks."""
+def agree_on_data(data: Mapping[str, Sequence[Problem]], world: World) -> None:
+    """Compare data sets, each under its config key, over ranks."""
     if world.size > 1:
-        agree(world, {"data.train": _describe(train), "data.heldout": _describe(heldout)})
+        agree(world, {key: _describe(problems) for key, problems in data.items()})
 
 
-def agree_on_weights(policy: Policy, world: World) -> None:
-    """Compare a checksum of all weights over ranks."""
+def agree_on_weights(key: str, model: Module, world: World) -> None:
+    """Compare a checksum of all weights of a model, which a config key names, over ranks."""
     if world.size > 1:
-        agree(world, {"model.path: weights": weights_checksum(policy.model.parameters())})
+        agree(world, {f"{key}: weights": weights_checksum(model.parameters())})
 
 
 def weights_checksum(parameters: Iterable[Tensor]) -> str:
