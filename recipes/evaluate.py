@@ -53,6 +53,7 @@ from rolltune.files import write_json_atomic
 from rolltune.model.load import load_for_sampling, load_tokenizer
 from rolltune.prompts import check_visible
 from rolltune.run import build, checks, lengths, lifecycle
+from rolltune.run.agreement import agree_on_data, agree_on_run, agree_on_weights, together
 from rolltune.samplers.generation import split_stop
 from rolltune.types import Problem, Prompt
 
