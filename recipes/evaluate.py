@@ -51,6 +51,7 @@ from rolltune.eval.tables import make_console, print_tables
 from rolltune.eval.verdicts import VerifiedModel, verify
 from rolltune.files import take_lock, write_json_atomic
 from rolltune.model.load import load_for_sampling, load_tokenizer
+from rolltune.rewards.combine import gold_kinds
 from rolltune.run import build, checks, lifecycle
 from rolltune.run.estimates import check_context
 from rolltune.types import Problem, Prompt
@@ -104,7 +105,7 @@ def run(cfg: EvaluateConfig) -> None:
 
 
 def load_problems(cfg: EvaluateConfig) -> Sequence[Problem]:
-    """Load the first ``max_problems`` problems and check that each has a gold answer."""
+    """Load the first ``max_problems`` problems and check that each has a gold answer that can be used."""
     data = instantiate(cfg.data)
     problems = [data[i] for i in range(min(cfg.max_problems or len(data), len(data)))]
     without = [problem.id for problem in problems if problem.answer is None or not problem.answer.strip()]
@@ -115,6 +116,7 @@ def load_problems(cfg: EvaluateConfig) -> Sequence[Problem]:
                 "responses to them cannot be verified: give data with answers"
             ]
         )
+    gold_kinds("correct", component(cfg.correct), problems)
     return problems
 
 

@@ -49,6 +49,7 @@ from rolltune.metrics.timing import Phases, peak_memory_gib
 from rolltune.mismatch import MismatchError, MismatchLimit
 from rolltune.model.load import load_tokenizer
 from rolltune.model.policy import Policy, build_policy
+from rolltune.rewards.combine import format_counts
 from rolltune.rollout import Advantage, Rollout, check_versions, collect, sample_groups, score_groups
 from rolltune.run import build, checks, estimates, lifecycle
 from rolltune.run.checkpoint import Checkpoints, TrainState, load_optimization, load_state
@@ -167,7 +168,10 @@ def dry_run(cfg: GRPOConfig) -> None:
     console = Console()
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
     train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
-    build.start_rewards(cfg, train_set, heldout, smoke_test=False).pool.close()
+    rewards = build.start_rewards(cfg, train_set, heldout, smoke_test=False)
+    rewards.pool.close()
+    for name, kinds in rewards.training.gold_kinds("rewards", train_set).items():
+        console.print(f"gold answers of {name}: {format_counts(kinds)}")
     stream = ProblemStream(train_set, seed=cfg.seed)
     render = build.prompt_renderer(cfg.prompt, tokenizer)
     first = render(stream.take(0, 1)[0])
