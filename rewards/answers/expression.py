@@ -130,9 +130,6 @@ class _Parser:
 
     def items(self) -> Node:
         """Items between commas, semicolons, ``and`` and ``or``; a single item stands for itself."""
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise ParseError("brackets are nested too deeply")
         items, how, joined = [self.relation()], "", "or"
         while separator := self.accept(*_SPLIT):
             while more := self.accept(*_SPLIT):
@@ -140,7 +137,6 @@ class _Parser:
             joined = joined if separator == "or" else ""
             how = UNORDERED if UNORDERED in (how, _SPLIT[separator]) else SEPARATED
             items.append(self.relation())
-        self.depth -= 1
         return Node(how, tuple(items), name=joined) if how else items[0]
 
     def relation(self) -> Node:
@@ -230,6 +226,14 @@ class _Parser:
         return _signed(sign, self.base())
 
     def base(self) -> Node:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise ParseError("brackets are nested too deeply")
+        node = self.unbounded_base()
+        self.depth -= 1
+        return node
+
+    def unbounded_base(self) -> Node:
         kind, token = self.kind(), self.take()
         if kind == "number":
             if self.peek() == "_":  # a number in another base

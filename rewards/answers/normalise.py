@@ -89,7 +89,7 @@ _WRAPPER = re.compile(
     r"\\(boxed|fbox|mbox|text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|rm|it|sf|bb)|emph|operatorname\*?)\s*\{"
 )
 _BOLD = re.compile(r"(?<![\w)}\]])(\*\*|__)(?=\S)(.+?)(?<=\S)\1(?![\w({\\])")
-_BOX = "\x00"
+_BOX_OPEN, _BOX_CLOSE = "\x00", "\x01"
 
 
 def _markup(text: str) -> str:
@@ -101,19 +101,19 @@ def _markup(text: str) -> str:
     text = re.sub(r"\$([^$]*)\$", r" \1 ", text)
     while wrapper := _WRAPPER.search(text):
         text = _unwrap(text, wrapper)
-    text = re.sub(rf"{_BOX}\s*,?\s*{_BOX}", ", ", text).replace(_BOX, " ")
-    return text
+    text = re.sub(rf"{_BOX_CLOSE}\s*,?\s*{_BOX_OPEN}", ", ", text)
+    return text.replace(_BOX_OPEN, " ").replace(_BOX_CLOSE, " ")
 
 
 def _unwrap(text: str, wrapper: re.Match[str]) -> str:
-    """Remove one command around braces, and pad its content with spaces; boxes are marked, to tell them apart."""
+    """Remove one command around braces, and pad its content with spaces; boxes are marked, because two boxes are two answers."""
     depth, end = 1, wrapper.end()
     while end < len(text) and depth:
         depth += {"{": 1, "}": -1}.get(text[end], 0) * (text[end - 1] != "\\")
         end += 1
-    pad = _BOX if wrapper[1] in ("boxed", "fbox") else " "
+    before, after = (_BOX_OPEN, _BOX_CLOSE) if wrapper[1] in ("boxed", "fbox") else (" ", " ")
     content = text[wrapper.end() : end - 1] if depth == 0 else text[wrapper.end() :]
-    return text[: wrapper.start()] + pad + content + pad + text[end:]
+    return text[: wrapper.start()] + before + content + after + text[end:]
 
 
 _COMMANDS = [

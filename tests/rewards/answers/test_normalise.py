@@ -14,6 +14,7 @@ from rolltune.rewards.answers.normalise import has_content, normalise
         ("The answer is **$1\\,800$ dollars**.", "1,800 dollars"),
         ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
         ("\\boxed{1}, \\boxed{2}", "1, 2"),
+        ("\\boxed{\\boxed{18}}", "18"),
         ("x**2", "x^2"),
         ("x¹⁰", "x^{10}"),
         ("\U0001d465 ≤ ３", "x \\le 3"),
