@@ -39,9 +39,10 @@ from __future__ import annotations
 import re
 from collections import deque
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 
-from rolltune.rewards.answers.compare import NoValue, OutOfTime, same
+from rolltune.rewards.answers.compare import NoValue, OutOfTime, evaluate, same
 from rolltune.rewards.answers.expression import SEPARATED, UNORDERED
 from rolltune.rewards.answers.kind import (
     MAX_ANSWER_CHARS,
@@ -179,7 +180,7 @@ def _grade_expression(gold: Gold, stated: str, timeout: float) -> Grade:
     if not nodes or is_list:
         return Grade(correct=False, failure="ambiguous" if is_list else unread(stated))
     try:
-        return Grade(correct=any(same(gold.node, node, timeout=timeout) for node in nodes))
+        return Grade(correct=any(same(gold.node, node, timeout=timeout / len(nodes)) for node in nodes))
     except OutOfTime:
         return Grade(correct=False, failure="timeout")
     except NoValue:
@@ -220,7 +221,7 @@ lenient_answer_reward.gold_kind = gold_kind  # pyright: ignore[reportFunctionMem
 
 # A number with its sign, fraction or power; digits that belong to a name, a unit or an exponent are passed over.
 _LENIENT = re.compile(
-    r"""(?P<number>(?:(?<![\w)}\]])[-\u2212]\s?)?(?:[$\u20ac\u00a3\u20b9]\s?)?(?<![\w.^])
+    r"""(?P<number>(?:(?<![\w)}\]])[-\u2212])?(?:[$\u20ac\u00a3\u20b9]\s?)?(?<![\w.^])
     (?:\\[dtc]?frac\{-?[0-9]{1,99}\}\{[0-9]{1,99}\}
       |(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?
        (?:[eE][-+]?[0-9]{1,3}(?![0-9])|\s?(?:\\times|\\cdot|[*x\u00d7])\s?10\s?\^\s?\{?[-+]?[0-9]{1,3}\}?)?
@@ -242,12 +243,14 @@ def lenient_number(text: str) -> str | None:
     if last is None or len(last[0]) > MAX_ANSWER_CHARS:
         return None
     stated = normalise(last["number"])
-    number = read_number(stated)
+    number, power = read_number(stated), read_expression(stated)
     if number is not None:
         return plain_number(number.value)
-    base, _, exponent = stated.partition("^")
-    number = read_number(base)
-    return None if number is None or not exponent else plain_number(number.value ** int(exponent.strip("{}")))
+    try:
+        value = None if power is None else evaluate(power, timeout=TIMEOUT_SECONDS)
+    except NoValue:
+        return None
+    return plain_number(value) if isinstance(value, Fraction) else None
 
 
 def voted_answer(problem: Problem, text: str) -> str | None:

@@ -17,7 +17,7 @@ MAX_DEPTH = 24
 SEPARATED, UNORDERED, SET = "list", "any", "set"  # 1, 2; 1 and 2; {1, 2}
 BRACKET, UNION, MATRIX, RELATION = "bracket", "union", "matrix", "relation"  # (1, 2], [0, 1] or [2, 3], ..., 1 < x < 2
 STRUCTURES = frozenset((SEPARATED, UNORDERED, SET, BRACKET, UNION, MATRIX, RELATION))
-NEGATIONS = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
+TURNED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
 
 
 class ParseError(ValueError):
@@ -99,6 +99,7 @@ class _Parser:
             position = match.end()
         self.at = 0
         self.depth = 0
+        self.in_bars = False
 
     # --- tokens ---
 
@@ -201,11 +202,11 @@ class _Parser:
                 r"\and",
                 r"\|",
             )
-        return kind in ("number", "symbol", "function") or token in ("(", "{")
+        return kind in ("number", "symbol", "function") or token in ("(", "{") or (token == "|" and not self.in_bars)
 
     def factor(self) -> Node:
         node = self.base()
-        while True:
+        for _ in range(MAX_DEPTH):
             if self.accept("^"):
                 node = Node("^", (node, self.exponent()))
                 if self.peek() == "^":
@@ -216,6 +217,7 @@ class _Parser:
                 node = Node("juxtaposed", (node, Node("symbol", name="%")))
             elif not self.accept("\u00b0"):  # an angle is compared by its number
                 return node
+        raise ParseError("too many signs follow each other")
 
     def exponent(self) -> Node:
         if self.peek() in ("{", "("):
@@ -243,9 +245,11 @@ class _Parser:
             return self.symbol(token)
         if kind == "function":
             return self.function(token)
-        if token == "|":
+        if token == "|" and not self.in_bars:
+            self.in_bars = True
             inside = self.sum()
             self.expect("|")
+            self.in_bars = False
             return Node("call", (inside,), name="abs")
         if token in _CLOSING:
             return self.bracket(token)

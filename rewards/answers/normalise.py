@@ -106,7 +106,7 @@ def _markup(text: str) -> str:
 
 
 def _unwrap(text: str, wrapper: re.Match[str]) -> str:
-    """Remove one command around braces, and pad its content with spaces; boxes are marked, because two boxes are two answers."""
+    """Remove one command around braces. Boxes leave a mark, because two boxes are two answers."""
     depth, end = 1, wrapper.end()
     while end < len(text) and depth:
         depth += {"{": 1, "}": -1}.get(text[end], 0) * (text[end - 1] != "\\")

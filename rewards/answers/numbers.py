@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-MAX_EXPONENT = 9999
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Number:
@@ -65,7 +63,7 @@ _QUANTITIES = frozenset(
     double doubled triple tripled fold pair pairs couple couples permille milli micro nano kilo mega giga tera
     tausend mille mila
     base hex hexadecimal octal binary below beneath under underneath underwater underground debt deficit negative owed
-    owing overdrawn loss losses arrears red short shortfall behind bc bce am pm
+    owing overdrawn recurring repeating loss losses arrears red short shortfall behind bc bce am pm
     """.split()
 )
 _LARGE = re.compile(r"[a-z]+illi(?:on|ard)(?:s|en|e|i|es)?")  # million, Milliarde, quintillion
@@ -95,7 +93,7 @@ def _canonical_unit(unit: str) -> str:
 
 _WORD = r"(?:[^\W\d_]{2,}+|[ghlmsL])(?:\ ?\^\ ?(?:\{\ ?-?[1-4]\ ?\}|-?[1-4])|[23](?!\w))?"
 _FRACTION = r"\\frac\ ?(?:\{\ ?(?P<%s>-?[0-9]+)\ ?\}|(?P<%s>[0-9]))\ ?(?:\{\ ?(?P<%s>[0-9]+)\ ?\}|(?P<%s>[0-9]))"
-_POWER = r"(?:\{\ ?[-+]?[0-9]{1,4}\ ?\}|\([-+]?[0-9]{1,4}\)|[-+]?[0-9]{1,4})"
+_POWER = r"(?:\{\ ?[-+]?[0-9]{1,3}\ ?\}|\([-+]?[0-9]{1,3}\)|[-+]?[0-9]{1,3}(?![0-9]))"
 _CODES = "USD EUR GBP CHF CAD AUD NZD JPY CNY RMB INR KRW BRL MXN SEK NOK DKK PLN CZK HUF RUB TRY ZAR SGD HKD"
 # Possessive quantifiers where a run could be split in many ways, to prevent backtracking.
 _NUMBER = re.compile(
@@ -108,7 +106,7 @@ _NUMBER = re.compile(
       |(?P<numerator>[0-9]++)\ ?/\ ?(?P<denominator>[0-9]++)
       |(?P<comma>[0-9]++,[0-9]{{1,2}}|[1-9][0-9]{{0,2}}(?:\.[0-9]{{3}})++,[0-9]{{1,2}})(?![0-9,])
       |(?P<whole>[1-9][0-9]{{0,2}}(?:,[0-9]{{3}})++|[0-9]++)?(?P<decimals>\.[0-9]++)?
-       (?P<exponent>[eE][-+]?[0-9]{{1,4}}
+       (?P<exponent>[eE][-+]?[0-9]{{1,3}}(?![0-9])
         |\ ?[*xX]\ ?10\ ?\^\ ?{_POWER})?
     )
     (?P<unit>(?:st|nd|rd|th)(?!\w)|[.,]-{{1,2}}|\ ?\u00b0\ ?[CFK]?|'{{1,2}}|"
