@@ -52,8 +52,8 @@ from rolltune.rewards.answers.kind import (
     read_expression,
     read_gold,
     read_stated_number,
+    split_unit,
     unread,
-    without_unit,
 )
 from rolltune.rewards.answers.normalise import fold, normalise
 from rolltune.rewards.answers.numbers import Number, plain_number, read_number
@@ -174,8 +174,9 @@ def _grade_expression(gold: Gold, stated: str, timeout: float) -> Grade:
     assert gold.node is not None
     if _without_spaces(stated) == _without_spaces(gold.text):
         return Grade(correct=True)
-    readings = [stated, without_unit(stated)]
-    nodes = [node for node in map(read_expression, filter(None, readings)) if node is not None]
+    body, unit = split_unit(stated)
+    readings = [(read_expression(stated), ""), (read_expression(body) if unit else None, unit)]
+    nodes = [node for node, unit in readings if node is not None and unit in ("", gold.unit or unit)]
     is_list = any(node.op in (SEPARATED, UNORDERED) for node in nodes) and gold.kind == "expression"
     if not nodes or is_list:
         return Grade(correct=False, failure="ambiguous" if is_list else unread(stated))

@@ -397,6 +397,14 @@ class _Point:
             raise NoValue("a factorial is too large")
         return Fraction(math.factorial(int(value)))
 
+    def binomial(self, n: Any, k: Fraction) -> Any:
+        if k.denominator != 1 or not 0 <= k <= MAX_FACTORIAL:
+            raise NoValue("a binomial coefficient is too large")
+        top = Fraction(1) if isinstance(n, Fraction) else self.mp.mpf(1)
+        for i in range(int(k)):
+            top = self.checked(top * (n - i))
+        return top / math.factorial(int(k))
+
     def call(self, name: str, values: list[Any]) -> Any:
         mp, x = self.mp, values[0]
         if name == "sqrt":
@@ -407,11 +415,8 @@ class _Point:
             return Fraction(int(getattr(mp, name)(self.number(x))))
         if name in ("max", "min") and all(isinstance(value, Fraction) for value in values):
             return max(values) if name == "max" else min(values)
-        if name == "binom" and all(isinstance(value, Fraction) for value in values):
-            n, k = values
-            if n.denominator != 1 or k.denominator != 1 or not 0 <= k <= n <= MAX_FACTORIAL:
-                raise NoValue("a binomial coefficient is too large")
-            return Fraction(math.comb(int(n), int(k)))
+        if name == "binom" and isinstance(values[1], Fraction):
+            return self.binomial(*values)
         if len(values) != 1:
             return self.unknown(name, values)
         if name == "exp":

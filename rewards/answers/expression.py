@@ -289,6 +289,8 @@ class _Parser:
         if self.peek() == "_":
             name = f"{name}_{self.subscript()}"
         power = self.exponent() if self.accept("^") else None
+        if power == _INVERSE and name in ("sin", "cos", "tan"):
+            name, power = "arc" + name, None
         has_bracket = self.peek() in ("(", "{", "|")
         argument = self.base() if has_bracket else self.factor()
         while not has_bracket and self.kind() in ("number", "symbol"):
@@ -383,6 +385,9 @@ class _Parser:
             name += self.take()
         self.expect("}")
         return name
+
+
+_INVERSE = Node("neg", (Node("number", value=Fraction(1)),))
 
 
 def _words(word: str) -> list[tuple[str, str]]:

@@ -38,7 +38,7 @@ from rolltune.rewards.answers.expression import (
     parse,
 )
 from rolltune.rewards.answers.normalise import normalise
-from rolltune.rewards.answers.numbers import HEDGES, Number, is_unit, read_number
+from rolltune.rewards.answers.numbers import HEDGES, Number, canonical_unit, is_unit, read_number
 
 Kind = Literal["auto", "number", "choice", "expression", "list", "set", "text"]
 MAX_ANSWER_CHARS = 256  # far above any honest final answer; bounds the time of everything
@@ -54,12 +54,14 @@ class Gold:
         text: normalised text.
         number: the value, of the kind number.
         node: the parsed text, of the kinds expression, list and set.
+        unit: the unit behind the expression, in one spelling; empty if it has none.
     """
 
     kind: Kind
     text: str
     number: Number | None = None
     node: Node | None = None
+    unit: str = ""
 
 
 @lru_cache(maxsize=8192)
@@ -105,12 +107,15 @@ def _auto(text: str, *, certain: bool = True) -> Gold:
         return Gold(kind="number", text=text, number=number)
     if certain and read_choice(text):
         return Gold(kind="choice", text=text)
-    node = read_expression(text)
+    body, unit = split_unit(text)
+    node = read_expression(body)
+    if node is None or node.op == "symbol":
+        node, unit = read_expression(text), ""
     if node is None or (certain and not _is_mathematics(node)) or not _is_computable(node):
         return Gold(kind="text", text=text)
     if node.op in (SET, UNORDERED, UNION) or any(part.op == "pm" for part in node.walk()):
-        return Gold(kind="set", text=text, node=node)
-    return Gold(kind="list" if node.op in (SEPARATED, BRACKET) else "expression", text=text, node=node)
+        return Gold(kind="set", text=text, node=node, unit=unit)
+    return Gold(kind="list" if node.op in (SEPARATED, BRACKET) else "expression", text=text, node=node, unit=unit)
 
 
 def _is_computable(node: Node) -> bool:
@@ -149,7 +154,7 @@ def read_stated_number(text: str) -> Number | None:
     return read_number(value)
 
 
-_UNIT = re.compile(r"(.*\S) ((?:[^\W\d_]{2,}\.?[ /]?){1,4}(?: ?\^ ?\{?[23]\}?)?)", re.DOTALL)
+_UNIT = re.compile(r"(.*?\S) ((?:[^\W\d_]{2,}\.?[ /]?){1,4}(?: ?\^ ?\{?[23]\}?)?)", re.DOTALL)
 
 
 def read_expression(text: str) -> Node | None:
@@ -163,10 +168,12 @@ def read_expression(text: str) -> Node | None:
         return None
 
 
-def without_unit(text: str) -> str | None:
-    """Return an expression without the unit behind it, ``2\\sqrt{3} cm^2``; None if it has none."""
+def split_unit(text: str) -> tuple[str, str]:
+    """Split an expression from the unit behind it, ``2\\sqrt{3} cm^2``; the unit is empty if there is none."""
     match = _UNIT.fullmatch(text)
-    return match[1] if match and is_unit(re.findall(r"[^\W\d_]+", match[2].lower()), known=True) else None
+    if match is None or not is_unit(re.findall(r"[^\W\d_]+", match[2].lower()), known=True):
+        return text, ""
+    return match[1], canonical_unit(match[2])
 
 
 # --- what is certainly mathematics ------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class Number:
 
     def contradicts(self, other: Number) -> bool:
         """Return whether both have units, and different ones: ``5 feet`` and ``5 inches``, ``5 m`` and ``5 m^2``."""
-        mine, theirs = _canonical_unit(self.unit), _canonical_unit(other.unit)
+        mine, theirs = canonical_unit(self.unit), canonical_unit(other.unit)
         return bool(mine and theirs) and mine != theirs
 
 
@@ -83,7 +83,7 @@ _UNITS = {
 }  # fmt: skip
 
 
-def _canonical_unit(unit: str) -> str:
+def canonical_unit(unit: str) -> str:
     """Write a unit in one spelling: ``miles per hour`` and ``mile/h`` as ``mi/h``."""
     unit = re.sub(r"^(?:percent|percentage|pct)$", "%", unit)
     unit = re.sub(r"\b(?:square|sq\.?) (\w+)", r"\1^2", re.sub(r"\b(?:cubic|cu\.?) (\w+)", r"\1^3", unit.lower()))
