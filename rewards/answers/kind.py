@@ -108,8 +108,8 @@ def _auto(text: str, *, certain: bool = True) -> Gold:
     if certain and read_choice(text):
         return Gold(kind="choice", text=text)
     body, unit = split_unit(text)
-    node = read_expression(body)
-    if node is None or node.op == "symbol":
+    node = read_expression(body) if unit else None
+    if node is None or node.op == "symbol" or not _is_mathematics(node):
         node, unit = read_expression(text), ""
     if node is None or (certain and not _is_mathematics(node)) or not _is_computable(node):
         return Gold(kind="text", text=text)
