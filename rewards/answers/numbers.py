@@ -56,16 +56,18 @@ _QUANTITIES = frozenset(
     """
     one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
     nineteen twenty thirty forty fifty sixty seventy eighty ninety tens hundred hundreds thousand thousands zero dozen
-    dozens score scores gross myriad myriads googol bn grand lakh lakhs lac lacs crore crores mil mn mm tn half halves
-    third thirds fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths
-    twelfth twelfths sixteenth sixteenths quarter quarters hundredth hundredths thousandth thousandths st nd rd th
-    squared cubed factorial pi sqrt root mod plus minus log ln exp sin cos tan nan inf infinity infinite twice thrice
-    double doubled triple tripled fold pair pairs couple couples permille milli micro nano kilo mega giga tera
-    tausend mille mila
-    base hex hexadecimal octal binary below beneath under underneath underwater underground debt deficit negative owed
-    owing overdrawn recurring repeating loss losses arrears red short shortfall behind bc bce am pm
+    dozens doz score scores gross myriad myriads googol bn grand lakh lakhs lac lacs crore crores mil mn mio mrd kk
+    half halves third thirds fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth
+    tenths twelfth twelfths sixteenth sixteenths hundredth hundredths thousandth thousandths st nd rd
+    th squared cubed factorial pi sqrt root mod plus minus log ln exp sin cos tan nan inf infinity infinite twice thrice
+    double doubled triple tripled fold permille ppm ppb basis bps milli micro nano kilo mega
+    giga tera tausend mille mila base hex hexadecimal oct octal binary recurring repeating bc bce am pm
+    below beneath under underneath underwater underground debt deficit negative owed owing overdrawn loss arrears
+    short shortfall behind down downward downwards backward backwards decrease decreased
     """.split()
 )
+_NEGATIVE_PHRASES = ("in the red", "in the hole")
+_LATIN = re.compile(r"[a-z\u00b5\u00df-\u024f\u03c9]+")  # quantity words of other scripts are not known here
 _LARGE = re.compile(r"[a-z]+illi(?:on|ard)(?:s|en|e|i|es)?")  # million, Milliarde, quintillion
 _UNITS = {
     name: names.split()[0]
@@ -170,14 +172,16 @@ def _magnitude(match: re.Match[str]) -> Fraction:
 
 
 def is_unit(words: Iterable[str], *, known: bool = False) -> bool:
-    """Return whether words can name what a number counts: none of them hedges, denies, or changes the number.
+    """Return whether words can name what a number counts: none of them hedges, denies or changes it.
 
     Args:
         words: in lower case.
         known: words of up to three letters, which could be a product of symbols, must be well-known units.
     """
-    return not any(
-        word in HEDGES
+    words = list(words)
+    return not " ".join(words).endswith(_NEGATIVE_PHRASES) and not any(
+        not _LATIN.fullmatch(word)
+        or word in HEDGES
         or word in _QUANTITIES
         or _LARGE.fullmatch(word)
         or (known and len(word) < 4 and word not in _UNITS)

@@ -16,7 +16,7 @@ SPELLINGS = {
     "```73```|\\textbf{73}|\\mathrm{73}|Hence 73|**The answer is: 73**|\\left(\\frac{146}{2}\\right) = 73|073|73.|73。|７３|73\u200b|"
     "\ufeff73|7\u200d3|\\text{73}|73\\!|Answer = 73",
     "29": "US$29|USD29|USD 29|Rs. 29|₩29|29¢|CHF 29|R$ 29|29 Kč|29.-|29,-|$29|29$|29 USD|€29|29€|₹29|$29 per month|\\$29|29 Fr.",
-    "18": "18℃|18 m²|18 m^2|18'|18th|18 °F|18^\\circ|18^{\\circ}|18\\degree|18 degrees|18\\text{ cm}^2|18~\\text{cm}|**18** dollars|"
+    "18": "18 red balls|18 pairs of shoes|18 quarters|18 mm|18 losses|18℃|18 m²|18 m^2|18'|18th|18 °F|18^\\circ|18^{\\circ}|18\\degree|18 degrees|18\\text{ cm}^2|18~\\text{cm}|**18** dollars|"
     "\\boxed{18} dollars|The answer is $18$ dollars.|$18$ %|18 percent|18 pct|18 km/h|18 kg m^2|1.8e1|1.8 \\times 10^1|x = 18|"
     "\\angle ABC = 18",
     "-5": "–5|－5|- 5|{-5}|minus 5|negative 5|−5|-5.0|$-5|-$5|-5 °C",
@@ -40,7 +40,7 @@ def test_people_write_numbers_in_many_ways(gold: str, answer: str) -> None:
 @pytest.mark.parametrize(
     "answer",
     "18 million|18 dozen|half of 18|0x12|0b10010|18k|18 K|18 quintillion|18 Milliarden|18 gross|18 score|18 lakh|18 below zero|"
-    "18 in debt|18 degrees below|18 BC|18 am|18 overdrawn|3 or 18|17 & 18|17→18|17 to 18|between 17 and 19|18 ± 1|18 (or 19)|"
+    "18 in debt|18 in the hole|18 dollars in the red|18 down|18 doz.|18 Mrd.|18 万元|18 тысяч|18 basis points|18 degrees below|18 BC|18 am|18 overdrawn|3 or 18|17 & 18|17→18|17 to 18|between 17 and 19|18 ± 1|18 (or 19)|"
     "(18)|18!|18²|18 squared|18_{16}|18₁₆|18 base 16|18 hex|18x|18i|18\\pi|18\\sqrt{2}|\\boxed{17}\\boxed{18}|17<br>18|17\n18|"
     "maybe 18|so maybe 18|the answer could be 18|The answer isn't 18|not 17 but 18|36/2|12 + 6|12 + 6 = 18|17 = 18|1 8|"
     "18/0|18 0/0|17 7/7".split("|"),
