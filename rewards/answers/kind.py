@@ -37,7 +37,7 @@ from rolltune.rewards.answers.expression import (
     ParseError,
     parse,
 )
-from rolltune.rewards.answers.normalise import normalise
+from rolltune.rewards.answers.normalise import has_content, normalise
 from rolltune.rewards.answers.numbers import HEDGES, Number, canonical_unit, is_unit, read_number
 
 Kind = Literal["auto", "number", "choice", "expression", "list", "set", "text"]
@@ -80,8 +80,8 @@ def read_gold(answer: str, kind: Kind = "auto") -> Gold:
     if not 0 < len(answer.strip()) <= MAX_ANSWER_CHARS:
         raise ValueError(f"gold answer {answer[:80]!r} has {len(answer)} characters; must have 1 to {MAX_ANSWER_CHARS}")
     text = normalise(answer)
-    if not text:
-        raise ValueError(f"gold answer {answer!r} has only markup; it must state something")
+    if not has_content(text):
+        raise ValueError(f"gold answer {answer!r} shows nothing; it must state something")
     gold = _of_kind(text, kind)
     if gold is None:
         raise ValueError(
@@ -199,6 +199,8 @@ def _is_mathematics(node: Node) -> bool:
         return True
     if "ratio" in spelled or not any(part.op == "symbol" for part in parts):
         return False
+    if node.op == "juxtaposed" and parts[-1].op == "symbol" and _first(node).value == 1:
+        return False  # 1ba: algebra does not write a factor of 1
     inner = {id(arg) for part in parts if part.op == "juxtaposed" for arg in part.args}
     if any(_is_monomial(part) for part in parts if id(part) not in inner):
         return True
@@ -213,6 +215,10 @@ def _is_item(node: Node) -> bool:
     return node.op in ("number", "symbol") or (node.op == "neg" and _is_item(node.args[0])) or _is_mathematics(node)
 
 
+def _first(node: Node) -> Node:
+    return _first(node.args[0]) if node.args else node
+
+
 def _is_word(node: Node) -> bool:
     return node.op == "juxtaposed" and all(part.op in ("symbol", "juxtaposed") for part in node.walk())
 
@@ -222,12 +228,12 @@ def _is_capital(node: Node) -> bool:
 
 
 def _is_monomial(node: Node) -> bool:
-    """Return whether a product is written as algebra writes it: a number other than 1, then letters in order."""
+    """Return whether a product is written as algebra writes it: a number, then letters in order."""
     if node.op != "juxtaposed":
         return False
     factors = [part for part in node.walk() if part.op in ("number", "symbol", "juxtaposed")]
     leaves = [part for part in factors if part.op != "juxtaposed"]
-    if len(factors) < len(list(node.walk())) or leaves[0].op != "number" or leaves[0].value == 1:
+    if len(factors) < len(list(node.walk())) or leaves[0].op != "number":
         return False
     letters = [leaf.name for leaf in leaves[1:]]
     return all(letters) and letters == sorted(letters)

@@ -192,10 +192,10 @@ def normalise(text: str) -> str:
         >>> normalise("The answer is **$1\\\\,800$ dollars**.")
         '1,800 dollars'
     """
-    text = _surroundings(_commands(_characters(_markup(text))))
-    if text.endswith(".") and not text.endswith(".."):
-        text = _surroundings(text[:-1])
-    return " ".join(text.split())
+    plain = _surroundings(_commands(_characters(_markup(text))))
+    if plain.endswith(".") and not plain.endswith(".."):
+        plain = _surroundings(plain[:-1])
+    return " ".join((plain or text).split())  # what is nothing but markup stands for itself
 
 
 _ARTICLE = re.compile(r"(?:an?|the) +(?=[^\W\d_]{2})", re.IGNORECASE)

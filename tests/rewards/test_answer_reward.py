@@ -156,7 +156,7 @@ def test_a_problem_without_gold_answer_is_named(gold: str | None) -> None:
         answer_reward(problem(gold), response("18"))
 
 
-@pytest.mark.parametrize(("gold", "message"), [("1" * 300, "300"), ("\u200b", "only markup")])
+@pytest.mark.parametrize(("gold", "message"), [("1" * 300, "300"), ("\u200b", "shows nothing")])
 def test_a_gold_answer_that_nothing_can_match_is_refused(gold: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         grade(gold, response("18"))

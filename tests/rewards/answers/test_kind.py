@@ -16,7 +16,7 @@ KINDS = {
     "choice": ["B", "(C)", r"\text{E}", r"\boxed{\text{(A)}}."],
     "expression": [
         r"2\sqrt{3}", "x^2+1", "2x", "2xy", "ab/2", "x-1", "n/2", "x+y", r"\frac{\pi}{2}", "f(x)=x^2", "2x+4y-3=0", "x < 3",
-        r"k \ge 2", "2+2", "5!", r"\log_2 8", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "y=2x+1", "x", r"36\pi\text{ cm}^2",
+        r"k \ge 2", "2+2", "5!", "12.0 - 1.0i", r"\log_2 8", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "y=2x+1", "x", r"36\pi\text{ cm}^2",
         "D = (0, 1)",
     ],
     "list": ["(1, 2)", "0,1", "3,11,33", r"(-\infty, 3]", "[1,2]", r"(1,\frac{9}{2})", "n=2, 3, 4"],
@@ -24,7 +24,7 @@ KINDS = {
     "text": [
         "12/25/2024", "2024/03/05", "2024-03-05", "1/2/3", "7-11", "[1-9]", "1999-2000", "1101-1010", "555-0123", "12:00",
         "3:4", "W-L-W", "Q-K-J", "a b c", "A B C", "N E", "AB", "(AB)", "(no)", "(ix)", "DC/AB", "A, C", "1ba", "3 pm", "Yes",
-        "no solution", "March 5, 2024", "H_2O", "C_6H_{12}O_6", "192.168.0.1", "Paris", "18 million",
+        "no solution", "March 5, 2024", "H_2O", "C_6H_{12}O_6", "192.168.0.1", "Paris", "18 million", "{}", "**",
     ],
 }  # fmt: skip
 
