@@ -94,16 +94,15 @@ class _Comparison:
             if RELATION in (gold.op, answer.op):
                 return False
         if gold.op not in STRUCTURES and answer.op not in STRUCTURES:
-            return self.same_parts(gold, answer) if "ratio" in (gold.op, answer.op) else self.same_value(gold, answer)
+            if gold.op == answer.op == "ratio":
+                return self.same_in_order(gold.args, answer.args)
+            return self.same_value(gold, answer)
         if MATRIX in (gold.op, answer.op):
             return self.same_matrix(gold, answer)
         if UNION in (gold.op, answer.op):
             gold, answer = _as_union(gold), _as_union(answer)
             return gold.op == answer.op and self.same_in_any_order(gold.args, answer.args)
         return self.same_collection(gold, answer)
-
-    def same_parts(self, gold: Node, answer: Node) -> bool:
-        return gold.op == answer.op and self.same_in_order(gold.args, answer.args)
 
     def same_in_order(self, gold: Sequence[Node], answer: Sequence[Node]) -> bool:
         return len(gold) == len(answer) and all(map(self.same, gold, answer))

@@ -67,8 +67,9 @@ _GREEK = frozenset(
     "imath jmath hbar".split()
 )
 _CALLED = frozenset("fghFGHP") | {r"\phi", r"\varphi", r"\sigma", r"\tau"}
-_RELATIONS = {"=": "=", "<": "<", ">": ">", r"\le": r"\le", r"\ge": r"\ge", r"\ne": r"\ne", r"\in": r"\in"}
-_SPLIT = {",": SEPARATED, ";": SEPARATED, "and": UNORDERED, "or": UNORDERED, r"\and": UNORDERED}
+_RELATIONS = frozenset(r"= < > \le \ge \ne \in".split())
+_SEPARATING = _RELATIONS | frozenset(r"\cup \pm \mp \} \\ \end \|".split())  # commands that start no factor
+_SPLIT = {",": SEPARATED, ";": SEPARATED, "and": UNORDERED, "or": UNORDERED}
 _CLOSING = {"(": ")]", "[": ")]"}
 
 
@@ -115,7 +116,7 @@ class _Parser:
         return token
 
     def accept(self, *tokens: str) -> str:
-        return self.take() if self.peek() in tokens and self.kind() != "end" else ""
+        return self.take() if self.peek() in tokens else ""
 
     def expect(self, token: str) -> None:
         if not self.accept(token):
@@ -192,16 +193,7 @@ class _Parser:
     def starts_factor(self) -> bool:
         token, kind = self.peek(), self.kind()
         if kind == "command":
-            return token not in _RELATIONS and token not in (
-                r"\cup",
-                r"\pm",
-                r"\mp",
-                r"\}",
-                r"\\",
-                r"\end",
-                r"\and",
-                r"\|",
-            )
+            return token not in _SEPARATING
         return kind in ("number", "symbol", "function") or token in ("(", "{") or (token == "|" and not self.in_bars)
 
     def factor(self) -> Node:

@@ -20,7 +20,7 @@ a letter among them.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -91,31 +91,41 @@ def read_gold(answer: str, kind: Kind = "auto") -> Gold:
 
 
 def _of_kind(text: str, kind: Kind) -> Gold | None:
+    if kind == "auto":
+        return _auto(text)
     if kind == "text":
         return Gold(kind="text", text=text)
     if kind == "choice":
         return Gold(kind="choice", text=text) if read_choice(text) else None
-    gold = _auto(text, certain=kind == "auto")
-    if kind == "set" and gold.kind == "list" and gold.node is not None and gold.node.op == SEPARATED:
-        return Gold(kind="set", text=text, node=Node(SET, gold.node.args))
-    return gold if kind in ("auto", gold.kind) else None
+    if kind == "number":
+        number = read_stated_number(text)
+        return Gold(kind="number", text=text, number=number) if number else None
+    gold = _mathematics(text, certain=False)
+    if gold and gold.node and kind == "set" and gold.node.op == SEPARATED:
+        return replace(gold, kind="set", node=Node(SET, gold.node.args))
+    return gold if gold and gold.kind == kind else None
 
 
-def _auto(text: str, *, certain: bool = True) -> Gold:
+def _auto(text: str) -> Gold:
     number = read_stated_number(text)
     if number is not None and number.is_certain:
         return Gold(kind="number", text=text, number=number)
-    if certain and read_choice(text):
+    if read_choice(text):
         return Gold(kind="choice", text=text)
+    return _mathematics(text, certain=True) or Gold(kind="text", text=text)
+
+
+def _mathematics(text: str, *, certain: bool) -> Gold | None:
+    """Read an expression, a list or a set; None if it is none, or, with ``certain``, if it could be something else."""
     body, unit = split_unit(text)
     node = read_expression(body) if unit else None
     if node is None or node.op == "symbol" or not _is_mathematics(node):
         node, unit = read_expression(text), ""
     if node is None or (certain and not _is_mathematics(node)) or not _is_computable(node):
-        return Gold(kind="text", text=text)
-    if node.op in (SET, UNORDERED, UNION) or any(part.op == "pm" for part in node.walk()):
-        return Gold(kind="set", text=text, node=node, unit=unit)
-    return Gold(kind="list" if node.op in (SEPARATED, BRACKET) else "expression", text=text, node=node, unit=unit)
+        return None
+    has_no_order = node.op in (SET, UNORDERED, UNION) or any(part.op == "pm" for part in node.walk())
+    kind = "set" if has_no_order else "list" if node.op in (SEPARATED, BRACKET) else "expression"
+    return Gold(kind=kind, text=text, node=node, unit=unit)
 
 
 def _is_computable(node: Node) -> bool:

@@ -44,6 +44,8 @@ def test_a_gold_answer_has_one_kind_and_is_earned_by_writing_it_down(kind: str, 
         ("ab", "expression", "ba", "a"),
         ("7-11", "expression", "-4", "11-7"),
         ("B", "expression", "B", "b"),
+        ("18", "expression", "12 + 6", "12 + 7"),
+        ("1,5", "number", "1.5", "1, 5"),
     ],
 )
 def test_the_config_overrides_the_kind(gold: str, kind: Kind, right: str, wrong: str) -> None:
