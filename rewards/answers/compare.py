@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 import time
 from collections.abc import Sequence
 from fractions import Fraction
@@ -18,7 +19,7 @@ from functools import reduce
 from typing import Any
 
 from mpmath import MPContext
-from mpmath.libmp import NoConvergence
+from mpmath.libmp import NoConvergence, libelefun
 
 from rolltune.rewards.answers.expression import (
     BRACKET,
@@ -38,6 +39,9 @@ MAX_DIGITS = 4_000  # of an exact rational number; Python prints integers of up 
 MAX_MAGNITUDE = 1_000_000  # binary exponent of any value
 MAX_FACTORIAL = 1_000
 PRECISIONS = ((60, 40), (1_000, 500))  # (digits to compute, digits that must agree)
+# mpmath's caches of constants are not thread-safe while they grow, so they are filled beyond what is needed here.
+for _constant in (libelefun.pi_fixed, libelefun.e_fixed, libelefun.ln2_fixed, libelefun.ln10_fixed):
+    _constant(8192)  # bits
 POINTS = ("positive", "negative", "mixed")  # signs of the symbols
 
 
@@ -299,13 +303,25 @@ def _as_union(node: Node) -> Node:
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
+_contexts = threading.local()
+
+
+def _context(digits: int) -> MPContext:
+    """Return this thread's context of mpmath for a precision; making one takes longer than a comparison."""
+    context = getattr(_contexts, f"of_{digits}", None)
+    if context is None:
+        context = MPContext()
+        context.dps = digits
+        setattr(_contexts, f"of_{digits}", context)
+    return context
+
+
 class _Point:
     """Evaluates nodes at one point, with one precision. A value is a Fraction where it is rational, else of mpmath."""
 
     def __init__(self, signs: str, digits: int, deadline: float) -> None:
         self.signs, self.digits, self.deadline = signs, digits, deadline
-        self.mp = MPContext()
-        self.mp.dps = digits
+        self.mp = _context(digits)
 
     def close(self, a: Any, b: Any, digits: int) -> bool:
         a, b = self.number(a), self.number(b)
