@@ -42,7 +42,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from rolltune.rewards.answers.compare import NoValue, OutOfTime, evaluate, same
+from rolltune.rewards.answers.compare import same
+from rolltune.rewards.answers.evaluate import NoValue, OutOfTime, evaluate
 from rolltune.rewards.answers.expression import SEPARATED, UNORDERED
 from rolltune.rewards.answers.kind import (
     MAX_ANSWER_CHARS,

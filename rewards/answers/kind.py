@@ -24,7 +24,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, get_args
 
-from rolltune.rewards.answers.compare import NoValue, evaluate, is_name
+from rolltune.rewards.answers.compare import is_name
+from rolltune.rewards.answers.evaluate import NoValue, evaluate
 from rolltune.rewards.answers.expression import (
     BRACKET,
     MATRIX,

@@ -24,7 +24,7 @@ from rolltune.rewards.answer import (
     lenient_number,
     voted_answer,
 )
-from rolltune.rewards.answers.compare import OutOfTime
+from rolltune.rewards.answers.evaluate import OutOfTime
 from rolltune.rewards.answers.kind import read_gold
 from rolltune.rewards.answers.normalise import normalise
 from rolltune.types import Problem, Score

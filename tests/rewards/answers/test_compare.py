@@ -33,6 +33,7 @@ SAME = [
     (r"\ln\frac{a}{b}", r"\ln a - \ln b"),
     (r"\sqrt[3]{-8}y", "-2y"),
     ("5!", "120"),
+    (r"\lfloor \pi \rfloor + \lceil 1/2 \rceil", "4"),
     (r"F_n = \sum_{k=0}^{n-1} F_k F_{n-k-1}", r"F_n = \sum_{k=0}^{n-1} F_{n-k-1} F_k"),
     # names of values
     ("k=1/3", r"1/3|\frac13|k = \frac{1}{3}"),
@@ -80,7 +81,8 @@ DIFFERENT = [
     (r"\sqrt{2}", "1.414214|1.41421356237309504880"),
     (r"\pi", "3.14|3.141593"),
     (r"\begin{pmatrix}1/3\\1/5\end{pmatrix}", r"\begin{pmatrix}0.33\\0.2\end{pmatrix}"),
-    # identities that hold for some signs only
+    # identities that hold for some values only
+    (r"\lfloor x \rfloor", "0|1|2|x"),
     ("x", r"\sqrt{x^2}"),
     (r"\sqrt{xy}", r"\sqrt{x}\sqrt{y}"),
     # parts
