@@ -68,7 +68,8 @@ _GREEK = frozenset(
 )
 _CALLED = frozenset("fghFGHP") | {r"\phi", r"\varphi", r"\sigma", r"\tau"}
 _RELATIONS = frozenset(r"= < > \le \ge \ne \in".split())
-_SEPARATING = _RELATIONS | frozenset(r"\cup \pm \mp \} \\ \end \|".split())  # commands that start no factor
+# Commands that start no factor.
+_SEPARATING = _RELATIONS | frozenset(r"\cup \pm \mp \} \\ \end \| \rfloor \rceil \rvert".split())
 _SPLIT = {",": SEPARATED, ";": SEPARATED, "and": UNORDERED, "or": UNORDERED}
 _CLOSING = {"(": ")]", "[": ")]"}
 
