@@ -102,6 +102,7 @@ class _Parser:
         self.at = 0
         self.depth = 0
         self.in_bars = False
+        self.in_function = False
 
     # --- tokens ---
 
@@ -208,7 +209,9 @@ class _Parser:
                 node = Node("!", (node,))
             elif self.accept("%"):
                 node = Node("juxtaposed", (node, Node("symbol", name="%")))
-            elif not self.accept("\u00b0"):  # an angle is compared by its number
+            elif self.accept("\u00b0"):
+                node = Node("*", (node, _DEGREE)) if self.in_function else node  # else compared by its number
+            else:
                 return node
         raise ParseError("too many signs follow each other")
 
@@ -285,9 +288,11 @@ class _Parser:
         if power == _INVERSE and name in ("sin", "cos", "tan"):
             name, power = "arc" + name, None
         has_bracket = self.peek() in ("(", "{", "|")
+        outer, self.in_function = self.in_function, True
         argument = self.base() if has_bracket else self.factor()
         while not has_bracket and self.kind() in ("number", "symbol"):
             argument = Node("juxtaposed", (argument, self.factor()))
+        self.in_function = outer
         node = Node("call", argument.args if argument.op == BRACKET else (argument,), name=name)
         return Node("^", (node, power)) if power else node
 
@@ -380,6 +385,7 @@ class _Parser:
         return name
 
 
+_DEGREE = Node("/", (Node("symbol", name=r"\pi"), Node("number", value=Fraction(180))))
 _INVERSE = Node("neg", (Node("number", value=Fraction(1)),))
 
 

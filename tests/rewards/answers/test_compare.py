@@ -21,6 +21,7 @@ SAME = [
     (r"\sin^2 x + \cos^2 x", "1"),
     (r"\binom{5}{2}", r"10|\frac{5!}{2!3!}"),
     (r"\binom{n}{2}", r"\frac{n(n-1)}{2}"),
+    (r"10\sin 30^\circ", r"5|10\cos(60°)|10\sin\frac{\pi}{6}"),
     (r"\tan^{-1} x", r"\arctan x"),
     (r"8\sqrt[3]{2}", r"8∛2|8 \cdot 2^{1/3}"),
     (r"36\pi\text{ cm}^3", r"36\pi|36\pi cm^3|36π cm³|36\pi \text{ cubic centimeters}"),
