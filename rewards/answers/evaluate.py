@@ -135,22 +135,21 @@ class Point:
         return -magnitude if has_minus else magnitude
 
     def power(self, base: Any, exponent: Any) -> Any:
-        if isinstance(exponent, Fraction):
-            if abs(exponent) > MAX_EXPONENT:
-                raise NoValue("an exponent is too large")
-            if exponent.denominator == 1:
-                if isinstance(base, Fraction):
-                    digits = max(base.numerator.bit_length(), base.denominator.bit_length()) * abs(exponent) / 3.32
-                    if digits > MAX_DIGITS:
-                        raise NoValue("a power has too many digits")
-                return base ** int(exponent)
-            base = self.number(base)
-            if exponent.denominator % 2 and isinstance(base, self.mp.mpf) and base < 0:  # the real root
-                return self.mp.power(-base, self.number(exponent)) * (-1 if exponent.numerator % 2 else 1)
-        base, exponent = self.number(base), self.number(exponent)
-        if base and abs(self.mp.mag(base)) * max(abs(exponent), 1) > MAX_MAGNITUDE:
+        if abs(exponent) > MAX_EXPONENT:
+            raise NoValue("an exponent is too large")
+        if isinstance(exponent, Fraction) and exponent.denominator == 1:
+            if isinstance(base, Fraction):
+                bits = max(base.numerator.bit_length(), base.denominator.bit_length())
+                if bits * abs(exponent) > MAX_DIGITS * 3.32:
+                    raise NoValue("a power has too many digits")
+            return base ** int(exponent)
+        base = self.number(base)
+        if base and abs(self.mp.mag(base)) * abs(exponent) > MAX_MAGNITUDE:
             raise NoValue("a power is too large")
-        return self.mp.power(base, exponent)
+        if isinstance(exponent, Fraction) and exponent.denominator % 2 and isinstance(base, self.mp.mpf) and base < 0:
+            # The real root, not the principal one.
+            return self.mp.power(-base, self.number(exponent)) * (-1 if exponent.numerator % 2 else 1)
+        return self.mp.power(base, self.number(exponent))
 
     def factorial(self, value: Any) -> Any:
         if not isinstance(value, Fraction):

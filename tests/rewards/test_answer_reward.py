@@ -216,7 +216,7 @@ def test_an_expression_without_a_value_is_wrong_and_never_unscored(answer: str, 
     [
         "(a+b+c+d)^{99}", "(((a+b+c+d)^{99}+1)^{99}+x)^{99}", "x^{9999}-x^{9998}+x^{9997}-x^{9996}", "9^{9999}",
         "1000!" + "+1000!" * 40, r"\sin(" * 20 + "x" + ")" * 20, "+".join([r"\tan(7x)^{99}"] * 18),
-        r"\binom{999}{499}" * 15, "-".join(["x"] * 120),
+        r"\binom{999}{499}" * 15, r"(\frac{k}{10e}+0.5)^{(AB)^{7!}}", r"0.9^{e^{9999}}", "-".join(["x"] * 120),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("gold", [r"\sqrt{2}", "3x", "x=3y", r"\{1, x\}"])
@@ -323,6 +323,27 @@ def test_any_answer_to_any_kind_of_gold_gets_0_or_1_in_time(gold: str, block: st
     assert score.total in (0.0, 1.0)
     assert time.thread_time() - started < 1.5
     assert lenient_answer_reward(problem(gold), block).total in (0.0, 1.0)
+
+
+ATOMS = st.sampled_from(
+    ["x", "n", "2", "0", "0.5", "99", "9999", "7!", r"\pi", "e", "i", r"\infty", "AB", "x_1", "12_7"]
+)
+FORMS = st.sampled_from(
+    [
+        "{}+{}", "{}-{}", "{}/{}", "({}){}", "({})^{{{}}}", r"\frac{{{}}}{{{}}}", r"\sqrt[{}]{{{}}}",
+        r"\log_{{{}}}({})", r"\binom{{{}}}{{{}}}", r"\sin({}^{})", "|{}|!{}", "f({},{})", r"{}\pm {}", "({}, {})", r"\{{{}, {}\}}",
+        "{} = {}", "{} < {}", r"[{}, {}) \cup \{{0\}}", r"\sum_{{k=1}}^{{{}}} {}", r"\begin{{pmatrix}}{}&{}\end{{pmatrix}}",
+    ]
+)  # fmt: skip
+EXPRESSIONS = st.recursive(ATOMS, lambda parts: st.builds(str.format, FORMS, parts, parts), max_leaves=14)
+
+
+@settings(max_examples=500, deadline=2000)
+@given(GOLDS | EXPRESSIONS.filter(lambda text: len(text) <= MAX_ANSWER_CHARS), EXPRESSIONS)
+def test_any_mathematics_gets_0_or_1_in_time(gold: str, block: str) -> None:
+    started = time.thread_time()
+    assert answer_reward(problem(gold), response(block)).total in (0.0, 1.0)
+    assert time.thread_time() - started < 1.5
 
 
 @settings(max_examples=500)
