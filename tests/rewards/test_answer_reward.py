@@ -331,8 +331,10 @@ ATOMS = st.sampled_from(
 FORMS = st.sampled_from(
     [
         "{}+{}", "{}-{}", "{}/{}", "({}){}", "({})^{{{}}}", r"\frac{{{}}}{{{}}}", r"\sqrt[{}]{{{}}}",
-        r"\log_{{{}}}({})", r"\binom{{{}}}{{{}}}", r"\sin({}^{})", "|{}|!{}", "f({},{})", r"{}\pm {}", "({}, {})", r"\{{{}, {}\}}",
-        "{} = {}", "{} < {}", r"[{}, {}) \cup \{{0\}}", r"\sum_{{k=1}}^{{{}}} {}", r"\begin{{pmatrix}}{}&{}\end{{pmatrix}}",
+        r"\log_{{{}}}({})", r"\binom{{{}}}{{{}}}", r"\sin({}^{})", "|{}|!{}", "f({},{})",
+        r"{}\pm {}", "({}, {})", r"\{{{}, {}\}}",
+        "{} = {}", "{} < {}", r"[{}, {}) \cup \{{0\}}", r"\sum_{{k=1}}^{{{}}} {}",
+        r"\begin{{pmatrix}}{}&{}\end{{pmatrix}}",
     ]
 )  # fmt: skip
 EXPRESSIONS = st.recursive(ATOMS, lambda parts: st.builds(str.format, FORMS, parts, parts), max_leaves=14)
