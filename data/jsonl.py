@@ -34,8 +34,8 @@ def jsonl(
     Args:
         path: the file.
         question_key: key of the question, which becomes one user message.
-        answer_key: key of the gold answer, a string or a number. Strings are kept except for surrounding space: write
-            ``1800`` and not ``$1,800``. None for data without answers.
+        answer_key: key of the gold answer, a string or a number. Strings are kept except for surrounding space.
+            None for data without answers.
         id_key: key of the id, a string or an integer. By default ids are "<file name>/<line number>".
         solution_key: key of a worked solution.
         messages_key: key of a whole conversation, ``[{"role": ..., "content": ...}, ...]``, that ends with a user

@@ -27,6 +27,7 @@ from rolltune.config.schema import AuditRewardsConfig
 from rolltune.errors import ConfigError
 from rolltune.files import make_folder, write_json_atomic
 from rolltune.rewards.checks.reward_audit import AuditReport, audit, render, render_response
+from rolltune.rewards.combine import format_counts, gold_kinds
 from rolltune.run import build, checks
 from rolltune.run.selftest import full_marks
 from rolltune.types import Problem, Reward
@@ -43,6 +44,9 @@ def run(cfg: AuditRewardsConfig) -> None:
     console.print(f"{len(problems)} problems, rewards: {', '.join(rewards)}")
     if left_out := [name for name in cfg.rewards if name not in rewards]:
         console.print(f"not audited, because they do not give a right response 1 for its text: {', '.join(left_out)}")
+    for name, reward in rewards.items():
+        if kinds := gold_kinds(f"rewards.{name}", reward, problems):
+            console.print(f"gold answers of {name}: {format_counts(kinds)}")
     if cfg.dry_run:
         console.print("dry run: the config is complete and valid; nothing was audited")
         return

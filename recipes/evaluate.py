@@ -52,6 +52,7 @@ from rolltune.eval.verdicts import VerifiedModel, verify
 from rolltune.files import write_json_atomic
 from rolltune.model.load import load_for_sampling, load_tokenizer
 from rolltune.prompts import check_visible
+from rolltune.rewards.combine import gold_kinds
 from rolltune.run import build, checks, lengths, lifecycle
 from rolltune.run.agreement import agree_on_data, agree_on_run, agree_on_weights, together
 from rolltune.samplers.generation import split_stop
@@ -108,7 +109,7 @@ def run(cfg: EvaluateConfig) -> None:
 
 
 def load_problems(cfg: EvaluateConfig) -> Sequence[Problem]:
-    """Load the first ``max_problems`` problems and check that each has a gold answer."""
+    """Load the first ``max_problems`` problems and check that each has a gold answer that can be used."""
     data = instantiate(cfg.data)
     problems = [data[i] for i in range(min(cfg.max_problems or len(data), len(data)))]
     without = [problem.id for problem in problems if problem.answer is None or not problem.answer.strip()]
@@ -119,6 +120,7 @@ def load_problems(cfg: EvaluateConfig) -> Sequence[Problem]:
                 "responses to them cannot be verified: give data with answers"
             ]
         )
+    gold_kinds("correct", component(cfg.correct), problems)
     return problems
 
 

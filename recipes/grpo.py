@@ -50,6 +50,7 @@ from rolltune.mismatch import MismatchError, MismatchLimit
 from rolltune.model.load import load_tokenizer
 from rolltune.model.policy import Policy, build_policy
 from rolltune.prompts import PromptRenderer, check_visible
+from rolltune.rewards.combine import format_counts
 from rolltune.rollout import Advantage, Rollout, check_versions, collect, sample_groups, score_groups
 from rolltune.run import build, checks, estimates, lengths, lifecycle, notices
 from rolltune.run.agreement import agree_on_data, agree_on_run, agree_on_weights, together
@@ -183,10 +184,13 @@ def dry_run(cfg: GRPOConfig) -> None:
     tokenizer = load_tokenizer(cfg.model.path, cfg.prompt.chat_template)
     train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
     notices.show(about_data(cfg, train_set, heldout))
+    rewards = build.start_rewards(cfg, train_set, heldout, smoke_test=False)
+    rewards.pool.close()
+    for name, kinds in rewards.training.gold_kinds("rewards", train_set).items():
+        console.print(f"gold answers of {name}: {format_counts(kinds)}")
     render = build.prompt_renderer(cfg.prompt, tokenizer)
     check_texts(cfg, tokenizer)
     train_set, heldout, longest = lengths.fitting_prompts(cfg, train_set, heldout, render)
-    build.start_rewards(cfg, train_set, heldout, smoke_test=False).pool.close()
     first = render(ProblemStream(train_set, seed=cfg.seed).take(0, 1)[0])
     console.print("first prompt:", Text(str(tokenizer.decode(list(first.token_ids))), style="dim"), sep="\n")
     completions = cfg.batch.prompts_per_step * cfg.sampling.group_size

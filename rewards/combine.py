@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -127,11 +128,21 @@ class WeightedReward:
             problems: all that will be scored.
 
         Raises:
-            ValueError: a problem lacks what it is judged by.
+            ValueError: a problem lacks what it is judged by, or has a gold answer that no response could earn.
         """
+        self.gold_kinds(section, problems)
         for name, reward in self.judged.items():
             reward.check(problems)
             reward.join(pool, f"{section}.{name}", problems[0])
+
+    def gold_kinds(self, section: str, problems: Sequence[Problem]) -> dict[str, Counter[str]]:
+        """Read every gold answer, and count the kinds for each reward that compares with it.
+
+        Raises:
+            ValueError: a gold answer cannot be read, or no response could earn it.
+        """
+        counts = {name: gold_kinds(f"{section}.{name}", reward, problems) for name, (reward, _) in self.rewards.items()}
+        return {name: kinds for name, kinds in counts.items() if kinds}
 
     def __call__(self, problem: Problem, completion: Completion) -> Score:
         """Score one completion."""
@@ -167,6 +178,43 @@ class WeightedReward:
             return self.judged[name].finish(pending.judged[name])
         extra = {"completion": pending.completion} if name in self._wants_completion else {}
         return reward(pending.problem, pending.completion.text, **extra)
+
+
+def gold_kinds(key: str, reward: Callable[..., Score], problems: Sequence[Problem]) -> Counter[str]:
+    """Count the kinds of the gold answers that a reward compares with; empty for a reward that does not.
+
+    A reward that does has an attribute ``gold_kind``, a function like :func:`rolltune.rewards.answer.gold_kind`.
+
+    Args:
+        key: the reward's config key, for the message.
+        reward: a function, with its options bound.
+        problems: all that it will score.
+
+    Raises:
+        ValueError: a gold answer cannot be read, or no response could earn it.
+    """
+    read = getattr(getattr(reward, "func", reward), "gold_kind", None)
+    if read is None:
+        return Counter()
+    kind = getattr(reward, "keywords", {}).get("kind", "auto")
+    kinds: Counter[str] = Counter()
+    refused: list[str] = []
+    for problem in problems:
+        try:
+            kinds[read(problem, kind=kind)] += 1
+        except ValueError as error:
+            refused.append(str(error))
+    if refused:
+        more = f", and {len(refused) - 3} more" if len(refused) > 3 else ""
+        raise ValueError(
+            f"{key}: {len(refused)} of {len(problems)} gold answers cannot be used: {'; '.join(refused[:3])}{more}"
+        )
+    return kinds
+
+
+def format_counts(counts: Mapping[str, int]) -> str:
+    """Write counts as ``7 number, 2 text``, the largest first."""
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def _takes_completion(reward: Callable[..., Score]) -> bool:

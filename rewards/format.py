@@ -5,6 +5,7 @@ The layout is that of DeepSeek-R1-Zero (arXiv 2501.12948, Table 1).
 
 from __future__ import annotations
 
+from rolltune.rewards.answers.normalise import has_content
 from rolltune.rewards.tags import parse_tags
 from rolltune.types import Problem, Score
 
@@ -12,8 +13,9 @@ from rolltune.types import Problem, Score
 def format_reward(problem: Problem, text: str) -> Score:
     """Return 1 if the response is one think block and then one answer block, else 0.
 
-    Each of the four tags must occur exactly once, neither block may be empty, and only whitespace may stand before,
-    between and after the blocks.
+    Each of the four tags must occur exactly once, both blocks must show something, and nothing but whitespace may stand
+    before, between and after the blocks. Characters that show nothing (spaces, zero-width and control characters,
+    fillers) do not fill a block.
 
     Example:
         >>> format_reward(problem, "<think>2 + 2</think> <answer>4</answer>").total
@@ -23,5 +25,5 @@ def format_reward(problem: Problem, text: str) -> Score:
     layout = tags.layout
     if layout is None or any(count != 1 for count in tags.counts.values()):
         return Score(total=0.0)
-    is_whole = layout.think.strip() and layout.answer.strip() and not layout.outside.strip()
+    is_whole = has_content(layout.think) and has_content(layout.answer) and not layout.outside.strip()
     return Score(total=1.0 if is_whole else 0.0)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 
-from rolltune.rewards.answer import TIMEOUT_SECONDS, gold_answer, grade
+from rolltune.rewards.answer import TIMEOUT_SECONDS, gold_answer, gold_kind, grade
+from rolltune.rewards.answers.kind import Kind
 from rolltune.types import Completion, Problem, Score
 
 
@@ -22,6 +23,7 @@ def cosine_length_reward(
     wrong_start: float = -10.0,
     wrong_end: float = 0.0,
     exceed: float = -10.0,
+    kind: Kind = "auto",
     timeout: float = TIMEOUT_SECONDS,
 ) -> Score:
     """Reward correctness by length, along half a cosine (Demystifying Long CoT, arXiv 2502.03373, section 4.2).
@@ -36,22 +38,24 @@ def cosine_length_reward(
     Args:
         completion: supplies the token count.
         max_tokens: the paper's L_max; normally ``sampling.max_new_tokens``.
-        timeout: seconds for comparing an expression, as in :func:`rolltune.rewards.answer.answer_reward`.
+        kind: as in :func:`rolltune.rewards.answer.answer_reward`.
+        timeout: as in :func:`rolltune.rewards.answer.answer_reward`.
 
     Raises:
         ValueError: no gold answer, or ``max_tokens`` below 1.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
-    verdict = grade(gold_answer(problem), text, timeout=timeout)
+    verdict = grade(gold_answer(problem), text, kind=kind, timeout=timeout)
     length = len(completion.token_ids)
     if length >= max_tokens:
         return Score(total=exceed, failure=verdict.failure)
-    if verdict.correct is None:
-        return Score(total=None, failure=verdict.failure)
     start, end = (correct_start, correct_end) if verdict.correct else (wrong_start, wrong_end)
     total = end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * length / max_tokens))
     return Score(total=total, failure=verdict.failure)
+
+
+cosine_length_reward.gold_kind = gold_kind  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def soft_overlong_reward(

@@ -144,3 +144,5 @@ def test_the_first_problems_and_the_seed(audit, capsys):
 def test_dry_run_writes_nothing(audit, capsys):
     assert audit(planted("anywhere"), dry_run=True) == (0, None)
     assert "nothing was audited" in capsys.readouterr().out
+    assert audit(DEFAULT, dry_run=True) == (0, None)
+    assert "gold answers of answer: 12 number" in capsys.readouterr().out

@@ -175,6 +175,22 @@ def test_gold_answer_that_the_reward_does_not_take_stops_the_run(run_grpo):
         run_grpo(answer_format="{solution} So it is {answer}.")
 
 
+def test_every_gold_answer_is_read_before_anything_is_loaded(run_grpo, tmp_path, capsys, monkeypatch):
+    answers = ["5 inches", "016", 1e-7, r"10,\!000", "12/25/2024", "B", "(1, 2)"]
+    rows = "".join(json.dumps({"question": f"Question {i}?", "answer": a}) + "\n" for i, a in enumerate(answers))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    data = {
+        "train": {"_component_": "rolltune.data.jsonl.jsonl", "path": str(tmp_path / "rows.jsonl")},
+        "heldout": {"_component_": "rolltune.data.sums.sums", "count": 4, "high": 9, "split": "heldout"},
+    }
+    run_grpo(data=data, overrides=("dry_run=true",))
+    assert "gold answers of answer: 4 number, 1 text, 1 choice, 1 list" in capsys.readouterr().out
+    message = r"rewards.answer: 3 of 7 gold answers cannot be used: problem 'rows/5': .*'12/25/2024' is not of the kind"
+    monkeypatch.setattr("rolltune.model.policy.build_policy", None)  # weights are loaded after the check
+    with pytest.raises(ValueError, match=message):
+        run_grpo(data=data, overrides=("rewards.answer.kind=number",))
+
+
 def test_a_trainer_that_forgets_the_temperature_is_caught(run_grpo, monkeypatch):
     from rolltune.model import policy
 

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rolltune.rewards import symbolic
 from rolltune.rewards.length import cosine_length_reward, soft_overlong_reward
 from rolltune.types import Completion, Problem, Score
 
@@ -64,21 +63,6 @@ def test_cosine_falls_with_length_where_right_and_rises_where_wrong(tokens: int)
     wrong, longer_wrong = cosine(WRONG, tokens).total, cosine(WRONG, tokens + 1).total
     assert right is not None and longer_right is not None and wrong is not None and longer_wrong is not None
     assert right > longer_right > 1.0 > 0.0 > longer_wrong > wrong
-
-
-def test_cosine_keeps_the_failure_and_leaves_a_late_check_unscored(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cosine("no block", 10).failure == "no_answer"
-
-    def late(gold: str, answer: str, *, timeout: float) -> bool:
-        raise TimeoutError
-
-    monkeypatch.setattr(symbolic, "equal", late)
-    problem = Problem(id="p", messages=PROBLEM.messages, answer="3x+11")
-    for tokens, total in ((10, None), (1000, -10.0)):
-        score = cosine_length_reward(
-            problem, "<answer>11+3x</answer>", completion=completion(tokens), max_tokens=1000, timeout=0.1
-        )
-        assert (score.total, score.failure) == (total, "timeout")
 
 
 def test_cosine_refuses_what_makes_no_sense() -> None:

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from rolltune.rewards.answer import answer_reward
-from rolltune.rewards.combine import WeightedReward
+from rolltune.rewards.combine import WeightedReward, format_counts
 from rolltune.rewards.format import format_reward
-from rolltune.rewards.length import soft_overlong_reward
+from rolltune.rewards.judges.pool import JudgePool
+from rolltune.rewards.length import cosine_length_reward, soft_overlong_reward
 from rolltune.types import Completion, Problem, Score
 
 PROBLEM = Problem(id="p", messages=({"role": "user", "content": "9 * 2?"},), answer="18")
@@ -183,3 +184,24 @@ def test_a_bool_is_a_number_and_more_than_a_scalar_is_not():
 def score_of(reward) -> Score:
     completion = Completion(token_ids=(1,), logprobs=(0.0,), finish_reason="stop", policy_version=0, text="x")
     return WeightedReward(rewards={"r": (reward, 2.0)})(Problem(id="p", messages=()), completion)
+
+
+def test_every_gold_answer_is_read_before_anything_else() -> None:
+    def problems(*answers: str) -> list[Problem]:
+        return [Problem(id=f"rows/{i}", messages=(), answer=answer) for i, answer in enumerate(answers, start=1)]
+
+    cosine = partial(cosine_length_reward, max_tokens=10, kind="number")
+    reward = WeightedReward(
+        rewards={"answer": (answer_reward, 1.0), "length": (cosine, 0.0), "format": (format_reward, 0.1)}
+    )
+    assert reward.gold_kinds("rewards", problems("18", "5 inches")) == {
+        "answer": {"number": 2},
+        "length": {"number": 2},
+    }
+    with pytest.raises(
+        ValueError, match=r"rewards.answer: 1 of 2 gold answers .* problem 'rows/2': .* has 300 characters"
+    ):
+        reward.gold_kinds("rewards", problems("18", "1" * 300))
+    with pytest.raises(ValueError, match=r"rewards.length: 1 of 2 .* problem 'rows/2': .*'Monday' is not .*'number'"):
+        reward.join(JudgePool(), "rewards", problems("18", "Monday"))
+    assert format_counts({"text": 2, "number": 7}) == "7 number, 2 text"
