@@ -50,7 +50,7 @@ _SPECIAL = (
     ),
     re.compile(rf"^([ \t]{{0,8}})(?=#{{1,6}}[ \t]{{0,3}}(?:{_ROLES})[ \t]{{0,3}}$)", re.IGNORECASE | re.MULTILINE),
     # "grade": 1 as a judge writes it; quoted unescaped it would end the judge's reason and be taken for its grade
-    re.compile(r'(")(?=(?:grade|rating|verdicts)"\s*:)', re.IGNORECASE),
+    re.compile(r"""(["'])(?=(?:grade|rating|verdicts|better)["']\s*:)""", re.IGNORECASE),
     re.compile(r"()(?<![=\\])(?====[^\n]{0,200}\b(?:begins|ends)\b)", re.IGNORECASE),  # the delimiter lines themselves
 )
 

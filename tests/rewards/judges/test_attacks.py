@@ -206,18 +206,17 @@ def test_no_attack_is_paid_for_being_quoted(way: str):
         for question in questions(text):
             reading = read_prompt(user_message(question))
             reply = SPEAKS[way](reading.block("response"), json.dumps(verdict_on(reading)))
-            for whole in (True, False):
-                try:
-                    value = read_answer(question, reply, whole=whole)
-                except ValueError:
-                    assert way not in READ_ALWAYS, (text[:200], reply[:500])
-                    continue
-                read += 1
-                if isinstance(value, Rating):
-                    assert value.rating == 1, (text[:200], reply[:500])
-                else:
-                    verdicts = value.verdicts if isinstance(value, Verdicts) else [value]
-                    assert all(verdict.grade == 0 for verdict in verdicts), (text[:200], reply[:500])
+            try:
+                value = read_answer(question, reply)
+            except ValueError as error:
+                assert way not in READ_ALWAYS, (error, text[:200], reply[:500])
+                continue
+            read += 1
+            if isinstance(value, Rating):
+                assert value.rating == 1, (text[:200], reply[:500])
+            else:
+                verdicts = value.verdicts if isinstance(value, Verdicts) else [value]
+                assert all(verdict.grade == 0 for verdict in verdicts), (text[:200], reply[:500])
     assert read > 0 or way in ("not at all", "broken off in the reason")
 
 
