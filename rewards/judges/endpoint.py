@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +21,10 @@ from rolltune.rewards.judges.judge import Answer, Failure, Question, read_answer
 from rolltune.types import Message
 
 # Status codes that may concern only a question's text: too long, or blocked by a filter.
-_ABOUT_THE_TEXT = frozenset({400, 403, 413, 422, 451})
+_ABOUT_THE_TEXT = frozenset({400, 402, 403, 404, 413, 422, 451})
+_USUALLY_ABOUT_ALL = frozenset({402, 404})  # a service may also route or price one long text differently
+# Finish reasons of replies that are not the judge's whole answer.
+_INCOMPLETE = frozenset({"content_filter", "tool_calls", "function_call", "abort", "safety", "refusal"})
 _HARMLESS: tuple[Message, ...] = ({"role": "user", "content": "Reply with an empty JSON object."},)
 _MAX_KEPT_CHARS = 64_000  # of a reply
 _log = logging.getLogger(__name__)
@@ -96,8 +98,8 @@ class EndpointJudge:
         """Answer a question; the answer has no value if that fails.
 
         Raises:
-            ValueError: the server refuses every call (a wrong key, model or address, a schema it does not support), or
-                does not report the tokens that a cap needs; or the cache is broken.
+            ValueError: the server refuses every call (a wrong key, model or address, no quota, a schema it does not
+                support); or the cache is broken.
         """
         self._questions += 1
         key = self._key(question)
@@ -127,7 +129,7 @@ class EndpointJudge:
 
     def share_budget(self, path: Path) -> None:
         """Apply the caps to all processes that count their usage in this file."""
-        self.endpoint.share_budget(Budget(path, f"{self._settings.model} {self.endpoint.base_url}"))
+        self.endpoint.share_budget(Budget(path, self._settings.account))
 
     def metrics(self) -> dict[str, float]:
         """Return this process's totals.
@@ -167,7 +169,7 @@ class EndpointJudge:
             messages=question.messages,
             schema=response_format(question.answer),
             json_schema=self._json_schema,
-            temperature=self._temperature,
+            temperature=float(self._temperature) + 0.0,  # one key for 0, 0.0 and -0.0
             seed=self._seed,
             max_tokens=self._max_tokens,
         )
@@ -193,34 +195,32 @@ class EndpointJudge:
         except EndpointDown as error:
             return self._none("judge_down", str(error))
         except Refused as error:
-            if error.status not in _ABOUT_THE_TEXT or await self._refuses_all(question.answer):
+            if error.status not in _ABOUT_THE_TEXT or await self._refuses_all(question.answer, error.status):
                 raise
             return self._none("judge_refused", str(error))
 
     async def _ask_twice(self, key: str, question: Question) -> Answer:
-        """Ask, and ask again after a malformed reply. If both are malformed, keep the part that can be read."""
+        """Ask, and ask again after a malformed reply."""
         messages: Sequence[Message] = question.messages
-        part: BaseModel | None = None
         text = problem = ""
         for is_repair in (False, True):
             self._repairs += is_repair
             reply = await self._call(messages, question.answer)
-            text = self._kept(reply.text)
+            # Some servers file a whole reply under its thoughts.
+            text = self._kept(reply.text if reply.text.strip() else reply.reasoning)
             if reply.finish_reason == "length":
                 return self._none("judge_cut", f"the reply reached max_tokens: {self._max_tokens}", text)
-            if reply.finish_reason == "content_filter":
-                return self._none("judge_refused", "the reply was filtered", text)
+            if reply.finish_reason in _INCOMPLETE:
+                return self._none("judge_refused", f"the reply is incomplete: {reply.finish_reason}", text)
             try:
                 value = read_answer(question, text)
             except ValueError as error:
-                problem = str(error)
+                where = "" if reply.text.strip() else "the content is empty; of the reasoning: "
+                problem = f"{where}{error}"
             else:
                 self._store(key, text, reply)
                 return Answer(value=value, failure=None, text=text, judge=self.name, cached=False)
-            part = _part(question, text) or part
             messages = (*question.messages, *repair(text, problem))
-        if part is not None:
-            return Answer(value=part, failure=None, text=text, judge=self.name, cached=False)
         return self._none("judge_unparseable", f"{problem}, in {text[-200:]!r}", text)
 
     async def _call(self, messages: Sequence[Message], answer: type[BaseModel]) -> Reply:
@@ -237,12 +237,12 @@ class EndpointJudge:
         self._has_answered = True
         return reply
 
-    async def _refuses_all(self, answer: type[BaseModel]) -> bool:
+    async def _refuses_all(self, answer: type[BaseModel], status: int) -> bool:
         """Whether a refusal concerns the server and not only the question.
 
         It concerns the question if the server answered another one since the last refusal, or answers a harmless one.
         """
-        if self._has_answered:
+        if self._has_answered and status not in _USUALLY_ABOUT_ALL:
             self._has_answered = False
             return False
         try:
@@ -259,19 +259,10 @@ class EndpointJudge:
 
     def _kept(self, text: str) -> str:
         """Return a reply's end without the key, which a server may echo."""
-        key = os.environ.get(self._settings.api_key_env, "").strip()
-        return text.replace(key or "\0", "***")[-_MAX_KEPT_CHARS:]
+        return self.endpoint.redacted(text)[-_MAX_KEPT_CHARS:]
 
     def _none(self, failure: Failure, why: str, text: str = "") -> Answer:
         if failure not in self._logged:  # only the first is logged; all are counted
             self._logged.add(failure)
             _log.warning("%s: a question is unscored (%s): %s", self.name, failure, why)
         return Answer(value=None, failure=failure, text=text, judge=self.name, cached=False)
-
-
-def _part(question: Question, text: str) -> BaseModel | None:
-    """Read the usable part of an incomplete answer."""
-    try:
-        return read_answer(question, text, whole=False)
-    except ValueError:
-        return None
