@@ -353,3 +353,10 @@ def test_it_is_a_judged_reward_and_composes_by_weight(pool):
     assert score.total == pytest.approx(2 * 1.9 / 2.2 + 0.25)
     assert score.parts["rubric/category/essential"] == 1.0 and "rubric/says_four" in score.notes
     assert pool.metrics()["judge/rubric/calls"] == 1 and list(reward.text_rewards) == ["plain"]
+
+
+def test_a_rubric_of_pitfalls_only_is_warned_about(make_reward, caplog):
+    only = Problem(id="only", messages=PROBLEM.messages, rubric=Rubric(criteria=CRITERIA[2:]))
+    with FaultServer(always("")) as server:
+        make_reward(server).check([PROBLEM, only])
+    assert "1 rubrics, the first of 'only', list pitfalls only" in caplog.text
