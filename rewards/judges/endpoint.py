@@ -17,7 +17,16 @@ from rolltune.endpoints.budget import Budget
 from rolltune.endpoints.client import BudgetExceeded, Endpoint, EndpointDown, Refused, Reply
 from rolltune.endpoints.settings import EndpointSettings, check_sampling
 from rolltune.rewards.judges.cache import AnswerCache, cache_key
-from rolltune.rewards.judges.judge import Answer, Failure, Question, read_answer, repair, response_format
+from rolltune.rewards.judges.delimit import added_tokens, token_breaker
+from rolltune.rewards.judges.judge import (
+    Answer,
+    Failure,
+    Question,
+    read_answer,
+    repair,
+    response_format,
+    without_tokens,
+)
 from rolltune.types import Message
 
 # Status codes that may concern only a question's text: too long, or blocked by a filter.
@@ -48,10 +57,13 @@ class EndpointJudge:
         max_tokens: of one reply. A reply cut there is unscored.
         json_schema: send the reply's JSON schema; False for a server that refuses schemas.
         max_concurrency: calls in flight at once.
+        special_tokens: strings that the judge's tokenizer reads as special tokens. They are broken by a backslash in
+            all that the judge is shown. Those of the common model families are recognised by their form without this.
+        tokenizer: folder or Hugging Face name of the judge's tokenizer, whose special tokens are broken likewise.
         cache: SQLite file of answers, created if needed. Processes of one machine may share it. None: no cache.
 
     Raises:
-        ValueError: an argument is out of range, or ``cache`` is another kind of file.
+        ValueError: an argument is out of range, ``cache`` is another kind of file, or ``tokenizer`` cannot be loaded.
     """
 
     def __init__(
@@ -63,6 +75,8 @@ class EndpointJudge:
         max_tokens: int = 2048,
         json_schema: bool = True,
         max_concurrency: int = 32,
+        special_tokens: list[str] | None = None,
+        tokenizer: str | None = None,
         cache: str | None = None,
     ) -> None:
         check_sampling(temperature=temperature, max_tokens=max_tokens)
@@ -73,6 +87,7 @@ class EndpointJudge:
         self._seed = seed
         self._max_tokens = max_tokens
         self._json_schema = json_schema
+        self._broken = token_breaker([*(special_tokens or []), *([] if tokenizer is None else _tokens_of(tokenizer))])
         self._cache = None if cache is None else AnswerCache(cache)
         self._in_flight: dict[tuple[asyncio.AbstractEventLoop, str], asyncio.Task[Answer]] = {}
         self._askers: Counter[tuple[asyncio.AbstractEventLoop, str]] = Counter()
@@ -102,6 +117,7 @@ class EndpointJudge:
                 support); or the cache is broken.
         """
         self._questions += 1
+        question = without_tokens(question, self._broken)
         key = self._key(question)
         if (known := self._cached(key, question)) is not None:
             self._cache_hits += 1
@@ -266,3 +282,12 @@ class EndpointJudge:
             self._logged.add(failure)
             _log.warning("%s: a question is unscored (%s): %s", self.name, failure, why)
         return Answer(value=None, failure=failure, text=text, judge=self.name, cached=False)
+
+
+def _tokens_of(name: str) -> list[str]:
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    try:
+        return added_tokens(AutoTokenizer.from_pretrained(name))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer: {name!r} cannot be loaded ({str(error).splitlines()[0]:.200})") from None

@@ -7,12 +7,13 @@ contradicted by another verdict in the reply.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import html
 import re
 import unicodedata
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -108,6 +109,14 @@ class Judge(Protocol):
     async def aclose(self) -> None:
         """Close everything that the running event loop has open."""
         ...
+
+
+def without_tokens(question: Question, broken: Callable[[str], str]) -> Question:
+    """A question in whose texts a judge's own special tokens are broken (:func:`.delimit.token_breaker`)."""
+    messages: tuple[Message, ...] = tuple(
+        {"role": message["role"], "content": broken(message["content"])} for message in question.messages
+    )
+    return dataclasses.replace(question, messages=messages)
 
 
 def response_format(answer: type[BaseModel]) -> dict[str, Any]:

@@ -49,7 +49,10 @@ SPECIAL = """
 <{bar}User{bar}> <{bar}Assistant{bar}> <|user|> <|assistant|> <|system|> <|end|>
 <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|>
 <|CHATBOT_TOKEN|> [gMASK] <sop> <|start|> <|channel|> <|message|> <|return|> <think> </think> <tool_call> </tool_call>
-<tool_response> </tool_response> [CLS] [SEP] [MASK] [PAD] [UNK] <mask> ]~b] ]~!b[ <fim_prefix>
+<tool_response> </tool_response> [CLS] [SEP] [MASK] [PAD] [UNK] <mask> ]~b] ]~!b[ [e~[ <fim_prefix>
+<repo_name> <reponame> <file_sep> <filename> <gh_stars> <issue_start> <jupyter_code> <empty_output> <turn|> <|turn>
+[|system|] [|endofturn|] [|assistant|] [UNUSED_TOKEN_145] [control_8] <TOKENS_UNUSED_1> <eoh> <reserved_106> <seed:bos>
+>>ANSWER<< <SPECIAL_12> <extra_id_1> <|reserved_200017|> <|constrain|> <{bar}tool▁calls▁begin{bar}> <ctrl_99>
 """.replace("{bar}", "\uff5c").split()
 
 

@@ -435,3 +435,16 @@ def test_an_answer_in_the_cache_that_cannot_be_read_is_asked_for_again(tmp_path)
 def test_arguments_out_of_range(options, says: str):
     with pytest.raises(ValueError, match=says):
         EndpointJudge(**as_arguments(**{"base_url": "http://localhost/v1", "model": "m", **options}))
+
+
+def test_tokens_of_the_judges_own_are_broken(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    special = tokenizer.all_special_tokens[0]
+    with FaultServer(in_turn(ok(GOOD))) as server:
+        for options in ({"special_tokens": ["@@turn", special]}, {"tokenizer": str(tmp_path / "tokenizer")}):
+            ask(connect(server, **options), rating_of(f"@@turn {special}"))
+    shown = [call.request["messages"][1]["content"] for call in server.calls]
+    assert "@\\@turn" in shown[0] and "@@turn" in shown[1]
+    assert not any(special in text for text in shown)
+    with pytest.raises(ValueError, match="tokenizer: .*none' cannot be loaded"):
+        EndpointJudge(**as_arguments(base_url="http://localhost/v1", model="m", tokenizer=str(tmp_path / "none")))
