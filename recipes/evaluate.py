@@ -53,6 +53,7 @@ from rolltune.files import take_lock, write_json_atomic
 from rolltune.model.load import load_for_sampling, load_tokenizer
 from rolltune.run import build, checks, lifecycle
 from rolltune.run.estimates import check_context
+from rolltune.terminal import printable
 from rolltune.types import Problem, Prompt
 
 
@@ -296,7 +297,7 @@ def dry_run(cfg: EvaluateConfig) -> None:
             tokenizer, prompts = render(cfg, problems, model)
         first = prompts[problems[0].id]
         if prompt_digest(first) != shown:
-            text = str(tokenizer.decode(list(first.token_ids)))
+            text = printable(str(tokenizer.decode(list(first.token_ids))))
             console.print(f"first prompt of {model.name}:", Text(text, "dim"), sep="\n", soft_wrap=True)
             shown = prompt_digest(first)
         console.print(

@@ -55,6 +55,7 @@ from rolltune.run.checkpoint import Checkpoints, TrainState, load_optimization, 
 from rolltune.run.selftest import print_selftest, run_selftest
 from rolltune.samplers import Sampler
 from rolltune.seeding import derive_seed
+from rolltune.terminal import printable
 from rolltune.types import Group, Loss, LossTotals, Problem, Prompt, SamplingParams
 from rolltune.update import OldPolicy, Optimization, PreparedMicrobatch, prepare_microbatches, update_policy
 
@@ -171,7 +172,7 @@ def dry_run(cfg: GRPOConfig) -> None:
     stream = ProblemStream(train_set, seed=cfg.seed)
     render = build.prompt_renderer(cfg.prompt, tokenizer)
     first = render(stream.take(0, 1)[0])
-    console.print("first prompt:", Text(str(tokenizer.decode(list(first.token_ids))), style="dim"), sep="\n")
+    console.print("first prompt:", Text(printable(str(tokenizer.decode(list(first.token_ids)))), style="dim"), sep="\n")
     longest = build.longest_prompt(stream, render)
     estimates.check_context(cfg.model, prompt_tokens=longest, max_new_tokens=cfg.sampling.max_new_tokens)
     completions = cfg.batch.prompts_per_step * cfg.sampling.group_size

@@ -16,6 +16,7 @@ import rolltune
 from rolltune.config.explain import explain
 from rolltune.config.load import Check, dump, validate
 from rolltune.errors import ConfigError, EngineError, RunStopped, SyncError
+from rolltune.terminal import printable
 
 T = TypeVar("T")
 USER_MISTAKE = 2
@@ -95,7 +96,7 @@ def main(schema: type[T], run: Callable[[T], None], *, check: Check[T] = lambda 
     except (RunStopped, SyncError, EngineError) as stopped:
         # All ranks stop together and rank 0 speaks, but an EngineError may end any one rank: torchrun kills the others.
         if os.environ.get("RANK", "0") == "0" or isinstance(stopped, EngineError):
-            print(f"{Path(sys.argv[0]).stem}: stopped: {stopped}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).stem}: stopped: {printable(str(stopped))}", file=sys.stderr)
         sys.exit(STOPPED)
     except ValueError as error:
         # A ConfigError needs no place, unless it was made from another error.
@@ -127,5 +128,5 @@ def _is_ours(filename: str) -> bool:
 def format_mistakes(error: ValueError, title: str) -> str:
     """A title with the number of mistakes, then one mistake a line."""
     problems = error.problems if isinstance(error, ConfigError) else [str(error)]
-    lines = "\n".join(problems).splitlines()
+    lines = printable("\n".join(problems)).splitlines()  # problems quote ids and text of data
     return "\n".join([f"{title}: {len(problems)} mistake{'s' * (len(problems) > 1)}", *(f"  {line}" for line in lines)])

@@ -74,7 +74,7 @@ def start(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -
                 ]
             )
         # A run may be older than a key. The key's default is what such a run did.
-        before, now = config.with_defaults(type(cfg), before), asdict(cfg)
+        before, now = config.masked(config.with_defaults(type(cfg), before)), config.masked(asdict(cfg))
         changed = [k for k in now if k not in FREE_ON_RESUME and _fixed(before.get(k)) != _fixed(now[k])]
         if changed:
             raise ConfigError(
@@ -139,7 +139,7 @@ def open_log(cfg: GRPOConfig | SFTConfig, world: World, *, resume_step: int | No
         wandb=cfg.logging.wandb,
         wandb_project=cfg.logging.wandb_project,
         tensorboard=cfg.logging.tensorboard,
-        config=asdict(cfg),
+        config=config.masked(asdict(cfg)),
         resume_step=resume_step,
     )
 
