@@ -476,8 +476,8 @@ class Endpoint:
 
     def redacted(self, text: str) -> str:
         """Replace the key, and other secret header values, by ``***``, in whatever escaping a server echoes them."""
-        secrets = [self._key(), *(_environment(variable) for variable in self.settings.headers_env.values())]
-        return redacted(text, secrets)
+        variables = ("OPENAI_API_KEY", self.settings.key_variable, *self.settings.headers_env.values())
+        return redacted(text, map(_environment, variables))
 
     def _shown(self, text: str) -> str:
         """Shorten a server's message for an error: one line, without the key and control characters."""
