@@ -79,7 +79,7 @@ def test_other_variables_are_no_secrets(name: str, monkeypatch):
 def test_a_password_in_a_url_is_refused_wherever_it_is(tmp_path, tree, key: str):
     with pytest.raises(ConfigError) as wrong:
         load(tmp_path, **tree)
-    assert f"{key}: a URL with a user name or password" in str(wrong.value) and "pass-word" not in str(wrong.value)
+    assert f"{key}: contains a user name or password" in str(wrong.value) and "pass-word" not in str(wrong.value)
 
 
 def test_an_at_sign_elsewhere_is_no_password(tmp_path):

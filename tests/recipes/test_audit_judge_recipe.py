@@ -97,6 +97,7 @@ def make_file(tmp_path):
             **as_config(
                 **{
                     "base_url": server.base_url if server else "http://127.0.0.1:9/v1",
+                    "api_key_env": "OPENAI_API_KEY",
                     "model": "tiny",
                     "max_attempts": 1,
                     "max_concurrency": 4,  # what the test's server has room for in its queue of connections

@@ -52,6 +52,6 @@ def password_problems(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, str) and _PASSWORD_IN_URL.match(value.strip()):
         yield (
             key,
-            f"{key}: a URL with a user name or password, which would be printed and saved; give only the address, and "
+            f"{key}: contains a user name or password, which would be printed and saved; give only the address, and "
             "the password in an environment variable",
         )

@@ -7,7 +7,7 @@ import functools
 import re
 from collections.abc import Iterable
 
-_SHORTEST = 4  # characters; a shorter value is no secret, and would be found everywhere
+_SHORTEST = 6  # characters; a shorter value ("none", "EMPTY") is no secret, and would be found everywhere
 
 
 def redacted(text: str, secrets: Iterable[str]) -> str:
