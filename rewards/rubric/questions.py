@@ -382,9 +382,8 @@ def read_grades(
             for answer in answers
         ]
     value = answers[0].value
-    if not isinstance(value, Verdicts):
-        return [(None, failures[0])] * number_of_criteria
-    assert len(value.verdicts) == number_of_criteria, (len(value.verdicts), number_of_criteria)
+    if not isinstance(value, Verdicts) or len(value.verdicts) != number_of_criteria:
+        return [(None, failures[0] if failures else "judge_unparseable")] * number_of_criteria
     return [(verdict.grade, verdict.reason) for verdict in value.verdicts]
 
 
