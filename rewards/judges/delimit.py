@@ -151,7 +151,8 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     Added words without any sign, such as "Canberra", are left out: they are text.
     """
     special = set(tokenizer.all_special_tokens)
-    return sorted(special | {token for token in tokenizer.get_added_vocab() if not token.strip().isalnum()})
+    added: list[str] = list(tokenizer.get_added_vocab())  # pyright: ignore[reportCallIssue, reportOptionalCall]
+    return sorted(special | {token for token in added if not token.strip().isalnum()})
 
 
 def _shown(char: str) -> str:

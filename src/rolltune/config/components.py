@@ -170,9 +170,9 @@ def locate(path: str) -> Any:
 
 
 def _check_home(path: str, root: str, found: Any) -> None:
-    """Raise ValueError for a function or class that a library has imported from elsewhere, such as ``os.system``."""
+    """Raise ValueError for a function or class that a library has imported from Python's own modules, such as ``os.system``."""
     home = found.__module__ if inspect.isclass(found) or inspect.isroutine(found) else None
-    if root in ROOTS and isinstance(home, str) and home.partition(".")[0] not in ROOTS:
+    if root in ROOTS and isinstance(home, str) and home.partition(".")[0] in sys.stdlib_module_names:
         raise ValueError(
             f"{path}: is {home}.{found.__name__}, which {root} only imports; to use it, import it in a module of your "
             "own and give that module's path"
