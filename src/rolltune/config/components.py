@@ -170,7 +170,7 @@ def locate(path: str) -> Any:
 
 
 def _check_home(path: str, root: str, found: Any) -> None:
-    """Raise ValueError for a function or class that a library has imported from Python's own modules, such as ``os.system``."""
+    """Refuse a function or class of Python's own modules that a library imported, such as ``os.system``."""
     home = found.__module__ if inspect.isclass(found) or inspect.isroutine(found) else None
     if root in ROOTS and isinstance(home, str) and home.partition(".")[0] in sys.stdlib_module_names:
         raise ValueError(
