@@ -28,6 +28,7 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rolltune import config
 from rolltune.config.components import instantiate
@@ -41,6 +42,7 @@ from rolltune.rewards.judges.judge import Judge, Question
 from rolltune.rewards.rubric.questions import explicit_questions, read_grades
 from rolltune.rewards.rubric.templates import JudgePrompt, load_prompt
 from rolltune.run import checks
+from rolltune.terminal import printable
 from rolltune.writers.writing import shown_messages
 
 
@@ -120,9 +122,9 @@ def build(cfg: AuditJudgeConfig) -> Job:
 def dry_run(job: Job) -> None:
     """Print the first question and the number of questions."""
     console = make_console()
-    console.rule(job.responses[0].labels[0].id)
+    console.rule(Text(printable(job.responses[0].labels[0].id, keep="")))
     first = job.questions(job.responses[0], is_reversed=False)[0]
-    console.print(shown_messages(first.messages), markup=False, highlight=False)
+    console.print(printable(shown_messages(first.messages)), markup=False, highlight=False)
     console.rule()
     questions = [q for p in job.passes for r in job.responses for q in job.questions(r, is_reversed=p.is_reversed)]
     tokens = sum(len(message["content"]) for question in questions for message in question.messages) // 4

@@ -30,6 +30,7 @@ from rolltune.rewards.checks.reward_audit import AuditReport, audit, render, ren
 from rolltune.rewards.combine import format_counts, gold_kinds
 from rolltune.run import build, checks
 from rolltune.run.selftest import full_marks
+from rolltune.terminal import printable
 from rolltune.types import Problem, Reward
 
 
@@ -53,7 +54,7 @@ def run(cfg: AuditRewardsConfig) -> None:
     reports = {name: audit_one(problems, reward, cfg) for name, reward in rewards.items()}
     for name, report in reports.items():
         console.rule(f"{name}: {report.false_negatives} false negatives, {report.false_positives} false positives")
-        console.print(render(report), markup=False, highlight=False)
+        console.print(printable(render(report)), markup=False, highlight=False)
     found = {
         name: {"false_negatives": report.false_negatives, "false_positives": report.false_positives}
         for name, report in reports.items()

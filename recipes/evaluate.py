@@ -56,6 +56,7 @@ from rolltune.rewards.combine import gold_kinds
 from rolltune.run import build, checks, lengths, lifecycle
 from rolltune.run.agreement import agree_on_data, agree_on_run, agree_on_weights, together
 from rolltune.samplers.generation import split_stop
+from rolltune.terminal import printable
 from rolltune.types import Problem, Prompt
 
 
@@ -308,7 +309,7 @@ def dry_run(cfg: EvaluateConfig) -> None:
             tokenizer, prompts = render(cfg, problems, model)
         first = prompts[problems[0].id]
         if prompt_digest(first) != shown:
-            text = str(tokenizer.decode(list(first.token_ids)))
+            text = printable(str(tokenizer.decode(list(first.token_ids))))
             console.print(f"first prompt of {model.name}:", Text(text, "dim"), sep="\n", soft_wrap=True)
             shown = prompt_digest(first)
         console.print(

@@ -60,6 +60,7 @@ from rolltune.run.watch import Watch, watch
 from rolltune.samplers import Sampler
 from rolltune.samplers.generation import PromptTooLong, split_stop
 from rolltune.seeding import derive_seed
+from rolltune.terminal import printable
 from rolltune.types import Group, Loss, LossTotals, Problem, SamplingParams
 from rolltune.update import OldPolicy, Optimization, PreparedMicrobatch, prepare_microbatches, update_policy
 
@@ -192,7 +193,7 @@ def dry_run(cfg: GRPOConfig) -> None:
     check_texts(cfg, tokenizer)
     train_set, heldout, longest = lengths.fitting_prompts(cfg, train_set, heldout, render)
     first = render(ProblemStream(train_set, seed=cfg.seed).take(0, 1)[0])
-    console.print("first prompt:", Text(str(tokenizer.decode(list(first.token_ids))), style="dim"), sep="\n")
+    console.print("first prompt:", Text(printable(str(tokenizer.decode(list(first.token_ids)))), style="dim"), sep="\n")
     completions = cfg.batch.prompts_per_step * cfg.sampling.group_size
     tokens = completions * cfg.sampling.max_new_tokens
     console.print(

@@ -28,6 +28,7 @@ from rolltune.config.schema import LintRubricsConfig
 from rolltune.files import make_folder, write_json_atomic
 from rolltune.rewards.checks.rubric_lint import Finding, lint
 from rolltune.run import checks
+from rolltune.terminal import printable
 from rolltune.types import Problem
 
 SHOWN = 50  # findings in the table
@@ -94,13 +95,8 @@ def table(findings: Sequence[Finding]) -> Table:
     for finding in findings:
         style = "red" if finding.severity == "error" else "yellow"
         cells = (finding.rubric, finding.rule, finding.message, finding.mend)
-        found.add_row(Text(finding.severity, style), *(Text(printable(cell)) for cell in cells))
+        found.add_row(Text(finding.severity, style), *(Text(printable(cell, keep="")) for cell in cells))
     return found
-
-
-def printable(text: str) -> str:
-    """Escape control characters, since a model may have written the rubric."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 if __name__ == "__main__":

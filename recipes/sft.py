@@ -42,6 +42,7 @@ from rolltune.run.checkpoint import Checkpoints, TrainState, load_optimization, 
 from rolltune.run.selftest import print_selftest, run_sft_selftest
 from rolltune.run.watch import Watch, watch
 from rolltune.seeding import derive_seed
+from rolltune.terminal import printable
 from rolltune.types import LossTotals, Problem
 from rolltune.update import Optimization
 
@@ -146,7 +147,10 @@ def dry_run(cfg: SFTConfig) -> None:
     prompt, response = examples[0].prompt.token_ids, examples[0].sequences[0].token_ids
     console.print(
         "first example, trained tokens in green:\n",
-        Text.assemble((str(tokenizer.decode(list(prompt))), "dim"), (str(tokenizer.decode(list(response))), "green")),
+        Text.assemble(
+            (printable(str(tokenizer.decode(list(prompt)))), "dim"),
+            (printable(str(tokenizer.decode(list(response)))), "green"),
+        ),
     )
     longest = max(len(e.prompt.token_ids) for e in examples), max(len(e.sequences[0].token_ids) for e in examples)
     console.print(

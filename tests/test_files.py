@@ -45,3 +45,27 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, broken):
     with pytest.raises(OSError, match="no space"):
         write_json_atomic(path, {"new": "x" * 10_000})
     assert strict_json(path.read_text()) == {"old": True}
+
+
+def test_a_link_with_the_temporary_files_name_is_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("untouched")
+    for name in ("a.json.tmp", "a.json"):
+        (tmp_path / name).symlink_to(victim)
+    write_json_atomic(tmp_path / "a.json", {"a": 1})
+    assert victim.read_text() == "untouched" and not (tmp_path / "a.json").is_symlink()
+    assert (tmp_path / "a.json.tmp").is_symlink()
+
+
+def test_a_name_that_was_guessed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.secrets, "token_hex", lambda count: "guessed")
+    (tmp_path / "a.json.guessed.tmp").symlink_to(tmp_path / "victim")
+    with pytest.raises(FileExistsError):
+        write_json_atomic(tmp_path / "a.json", {"a": 1})
+    assert not (tmp_path / "victim").exists()
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path):
+    (tmp_path / "usual").touch()
+    write_json_atomic(tmp_path / "a.json", {})
+    assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "usual").stat().st_mode

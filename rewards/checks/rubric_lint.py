@@ -194,14 +194,6 @@ def _direction(criterion: Criterion, number: int) -> Iterator[_Raw]:
             f"reads as bad to satisfy and {'is marked' if stated else 'counts as'} good: {shown}",
             "give satisfied_is_good: false, or say what the response does right",
         )
-    elif criterion.category == "pitfall" and not stated and reads == "unsaid":
-        yield _Raw(
-            "error",
-            "unknown_polarity",
-            number,
-            f"is a pitfall, and neither its wording nor its weight says whether satisfying it is good: {shown}",
-            "give satisfied_is_good: true or false, or begin with 'Avoids ...'",
-        )
 
 
 def _copied(text: str, number: int, answer: str) -> Iterator[_Raw]:

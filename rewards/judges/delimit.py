@@ -11,6 +11,11 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_CHARS = 16_000  # of a text that the judge is shown
 _EMPTY = "(nothing: the text is empty)"
@@ -25,21 +30,31 @@ _LT, _GT, _BAR = "[<\uff1c\ufe64\u2039]", "[>\uff1e\ufe65\u203a]", "[|\uff5c\uff
 _TAGS = (
     r"s|bos|eos|pad|unk|mask|sep|cls|sop|eop|eod|eot|eom|think|thinking|thought|tool_calls?|tool_responses?|tools?|"
     r"function_calls?|function_results?|system|user|assistant|human|model|developer|(?:start|end)_of_\w{1,20}|"
-    r"(?:im|turn|start|end)_?(?:start|end|turn)?|fim_\w{1,12}|unused\d{1,4}|extra_id_\d{1,4}|image\w{0,20}|video|audio"
+    r"(?:im|turn|start|end)_?(?:start|end|turn)?|unused\d{1,4}|image\w{0,20}|video|audio|"
+    r"filename|reponame|human|bot|ipython|toolcalls?|tooloutputs?|eoh|eoa|boh|boa|eoc|0x[0-9a-f]{2}"
 )
 _BRACKETS = (
     r"inst|sys|system|user|assistant|human|system_prompt|available_tools|tool_calls|tool_results|tool_content|args|"
     r"call_id|think|model_settings|prefix|suffix|middle|img|img_break|img_end|audio|begin_audio|gmask|smask|mask|cls|"
-    r"sep|pad|unk|bos|eos"
+    r"sep|pad|unk|bos|eos|(?:control|unused)_?\d{1,4}"
 )
 _ROLES = (
+    r"(?:gpt-?4?\s{1,3}correct\s{1,3})?(?:user|assistant)|"
     r"system(?:\s{1,3}(?:prompt|message|instructions?))?|user|assistant|human|developer|ai|instructions?|input|response|"
     r"\u7cfb\u7edf|\u7528\u6237|\u52a9\u624b"  # system, user, assistant in Chinese
 )
 # Each match gets a backslash after its first group.
 _SPECIAL = (
-    re.compile(rf"({_LT})(?={_BAR})"),  # <|im_start|>, <|eot_id|>, and with full-width bars
-    re.compile(rf"({_LT})(?=\s{{0,3}}/?\s{{0,3}}(?:{_TAGS})\s{{0,3}}/?{_GT})", re.IGNORECASE),  # <s>, </think>
+    re.compile(rf"({_LT}|\[)(?={_BAR})"),  # <|im_start|>, <|eot_id|>, [|system|], and with full-width bars
+    # <file_sep>, <turn|>, <CLS|LM>, <extra_id_0>: no tag of HTML contains an underscore or a bar
+    re.compile(rf"({_LT})(?=/?[^\s<>\\]{{0,40}}(?:[_\u2581]|{_BAR})[^\s<>]{{0,60}}{_GT})"),
+    re.compile(rf"({_LT})(?=/?(?:function|parameter|tool|invoke)=[^<>\n]{{0,80}}{_GT})", re.IGNORECASE),
+    re.compile(r"(\[)(?=/?[A-Z]{1,20}(?:_[A-Z0-9]{1,20}){1,4}\])"),  # [TOOL_CALLS], [UNUSED_TOKEN_145]
+    re.compile(r"(>)(?=>[A-Z]{2,20}<<)"),  # >>QUESTION<<
+    re.compile(r"(\[)(?=e~\[)"),  # [e~[
+    re.compile(
+        rf"({_LT})(?=\s{{0,3}}/?\s{{0,3}}(?:\w{{1,20}}:)?(?:{_TAGS})\s{{0,3}}/?{_GT})", re.IGNORECASE
+    ),  # <s>, </think>
     re.compile(rf"({_LT})(?={_LT}\s{{0,3}}/?\s{{0,3}}sys)", re.IGNORECASE),  # <<SYS>>
     re.compile(rf"(\[)(?=\s{{0,3}}/?\s{{0,3}}(?:{_BRACKETS})\s{{0,3}}\])", re.IGNORECASE),  # [INST]
     re.compile(r"(\])(?=[~<]!?[a-z]{0,12}[\[\]])", re.IGNORECASE),  # ]~b]
@@ -50,7 +65,7 @@ _SPECIAL = (
     ),
     re.compile(rf"^([ \t]{{0,8}})(?=#{{1,6}}[ \t]{{0,3}}(?:{_ROLES})[ \t]{{0,3}}$)", re.IGNORECASE | re.MULTILINE),
     # "grade": 1 as a judge writes it; quoted unescaped it would end the judge's reason and be taken for its grade
-    re.compile(r'(")(?=(?:grade|rating|verdicts)"\s*:)', re.IGNORECASE),
+    re.compile(r"""(["'])(?=(?:grade|rating|verdicts|better)["']\s*:)""", re.IGNORECASE),
     re.compile(r"()(?<![=\\])(?====[^\n]{0,200}\b(?:begins|ends)\b)", re.IGNORECASE),  # the delimiter lines themselves
 )
 
@@ -99,6 +114,45 @@ def neutral(text: str) -> str:
     for pattern in _SPECIAL:
         text = pattern.sub(r"\1\\", text)
     return text
+
+
+def token_breaker(tokens: Iterable[str]) -> Callable[[str], str]:
+    """Return a function that breaks these tokens with a backslash, in whatever case, and leaves all else.
+
+    For a judge whose tokenizer is known: its special tokens may look like nothing that :func:`neutral` knows. White
+    space and single characters are not broken.
+
+    Example:
+        >>> token_breaker(["<end>"])("a <END> b")
+        'a <\\END> b'
+    """
+    spellings = (spelling for token in tokens for spelling in (token, token.replace("\u2581", " ")))
+    known = frozenset(spelling.casefold() for spelling in spellings if len(spelling.strip()) > 1)
+    if not known:
+        return lambda text: text
+    lengths = sorted({len(token) for token in known})
+    first = re.compile("[" + "".join(re.escape(char) for char in sorted({token[0] for token in known})) + "]", re.I)
+
+    def broken(text: str) -> str:
+        parts, end = [], 0
+        for match in first.finditer(text):
+            at = match.start()
+            if any(text[at : at + length].casefold() in known for length in lengths):
+                parts += [text[end : at + 1], "\\"]
+                end = at + 1
+        return "".join([*parts, text[end:]])
+
+    return broken
+
+
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """All tokens that a tokenizer finds in a text before it splits it: special tokens and other added ones.
+
+    Added words without any sign, such as "Canberra", are left out: they are text.
+    """
+    special = set(tokenizer.all_special_tokens)
+    added: list[str] = list(tokenizer.get_added_vocab())  # pyright: ignore[reportCallIssue, reportOptionalCall]
+    return sorted(special | {token for token in added if not token.strip().isalnum()})
 
 
 def _shown(char: str) -> str:

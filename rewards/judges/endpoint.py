@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -18,11 +17,23 @@ from rolltune.endpoints.budget import Budget
 from rolltune.endpoints.client import BudgetExceeded, Endpoint, EndpointDown, Refused, Reply
 from rolltune.endpoints.settings import EndpointSettings, check_sampling
 from rolltune.rewards.judges.cache import AnswerCache, cache_key
-from rolltune.rewards.judges.judge import Answer, Failure, Question, read_answer, repair, response_format
+from rolltune.rewards.judges.delimit import added_tokens, token_breaker
+from rolltune.rewards.judges.judge import (
+    Answer,
+    Failure,
+    Question,
+    read_answer,
+    repair,
+    response_format,
+    without_tokens,
+)
 from rolltune.types import Message
 
 # Status codes that may concern only a question's text: too long, or blocked by a filter.
-_ABOUT_THE_TEXT = frozenset({400, 403, 413, 422, 451})
+_ABOUT_THE_TEXT = frozenset({400, 402, 403, 404, 413, 422, 451})
+_USUALLY_ABOUT_ALL = frozenset({402, 404})  # a service may also route or price one long text differently
+# Finish reasons of replies that are not the judge's whole answer.
+_INCOMPLETE = frozenset({"content_filter", "tool_calls", "function_call", "abort", "safety", "refusal"})
 _HARMLESS: tuple[Message, ...] = ({"role": "user", "content": "Reply with an empty JSON object."},)
 _MAX_KEPT_CHARS = 64_000  # of a reply
 _log = logging.getLogger(__name__)
@@ -46,10 +57,13 @@ class EndpointJudge:
         max_tokens: of one reply. A reply cut there is unscored.
         json_schema: send the reply's JSON schema; False for a server that refuses schemas.
         max_concurrency: calls in flight at once.
+        special_tokens: strings that the judge's tokenizer reads as special tokens. They are broken by a backslash in
+            all that the judge is shown. Those of the common model families are recognised by their form without this.
+        tokenizer: folder or Hugging Face name of the judge's tokenizer, whose special tokens are broken likewise.
         cache: SQLite file of answers, created if needed. Processes of one machine may share it. None: no cache.
 
     Raises:
-        ValueError: an argument is out of range, or ``cache`` is another kind of file.
+        ValueError: an argument is out of range, ``cache`` is another kind of file, or ``tokenizer`` cannot be loaded.
     """
 
     def __init__(
@@ -61,6 +75,8 @@ class EndpointJudge:
         max_tokens: int = 2048,
         json_schema: bool = True,
         max_concurrency: int = 32,
+        special_tokens: list[str] | None = None,
+        tokenizer: str | None = None,
         cache: str | None = None,
     ) -> None:
         check_sampling(temperature=temperature, max_tokens=max_tokens)
@@ -71,6 +87,7 @@ class EndpointJudge:
         self._seed = seed
         self._max_tokens = max_tokens
         self._json_schema = json_schema
+        self._broken = token_breaker([*(special_tokens or []), *([] if tokenizer is None else _tokens_of(tokenizer))])
         self._cache = None if cache is None else AnswerCache(cache)
         self._in_flight: dict[tuple[asyncio.AbstractEventLoop, str], asyncio.Task[Answer]] = {}
         self._askers: Counter[tuple[asyncio.AbstractEventLoop, str]] = Counter()
@@ -96,10 +113,11 @@ class EndpointJudge:
         """Answer a question; the answer has no value if that fails.
 
         Raises:
-            ValueError: the server refuses every call (a wrong key, model or address, a schema it does not support), or
-                does not report the tokens that a cap needs; or the cache is broken.
+            ValueError: the server refuses every call (a wrong key, model or address, no quota, a schema it does not
+                support); or the cache is broken.
         """
         self._questions += 1
+        question = without_tokens(question, self._broken)
         key = self._key(question)
         if (known := self._cached(key, question)) is not None:
             self._cache_hits += 1
@@ -127,7 +145,7 @@ class EndpointJudge:
 
     def share_budget(self, path: Path) -> None:
         """Apply the caps to all processes that count their usage in this file."""
-        self.endpoint.share_budget(Budget(path, f"{self._settings.model} {self.endpoint.base_url}"))
+        self.endpoint.share_budget(Budget(path, self._settings.account))
 
     def metrics(self) -> dict[str, float]:
         """Return this process's totals.
@@ -167,7 +185,7 @@ class EndpointJudge:
             messages=question.messages,
             schema=response_format(question.answer),
             json_schema=self._json_schema,
-            temperature=self._temperature,
+            temperature=float(self._temperature) + 0.0,  # one key for 0, 0.0 and -0.0
             seed=self._seed,
             max_tokens=self._max_tokens,
         )
@@ -193,34 +211,32 @@ class EndpointJudge:
         except EndpointDown as error:
             return self._none("judge_down", str(error))
         except Refused as error:
-            if error.status not in _ABOUT_THE_TEXT or await self._refuses_all(question.answer):
+            if error.status not in _ABOUT_THE_TEXT or await self._refuses_all(question.answer, error.status):
                 raise
             return self._none("judge_refused", str(error))
 
     async def _ask_twice(self, key: str, question: Question) -> Answer:
-        """Ask, and ask again after a malformed reply. If both are malformed, keep the part that can be read."""
+        """Ask, and ask again after a malformed reply."""
         messages: Sequence[Message] = question.messages
-        part: BaseModel | None = None
         text = problem = ""
         for is_repair in (False, True):
             self._repairs += is_repair
             reply = await self._call(messages, question.answer)
-            text = self._kept(reply.text)
+            # Some servers file a whole reply under its thoughts.
+            text = self._kept(reply.text if reply.text.strip() else reply.reasoning)
             if reply.finish_reason == "length":
                 return self._none("judge_cut", f"the reply reached max_tokens: {self._max_tokens}", text)
-            if reply.finish_reason == "content_filter":
-                return self._none("judge_refused", "the reply was filtered", text)
+            if reply.finish_reason in _INCOMPLETE:
+                return self._none("judge_refused", f"the reply is incomplete: {reply.finish_reason}", text)
             try:
                 value = read_answer(question, text)
             except ValueError as error:
-                problem = str(error)
+                where = "" if reply.text.strip() else "the content is empty; of the reasoning: "
+                problem = f"{where}{error}"
             else:
                 self._store(key, text, reply)
                 return Answer(value=value, failure=None, text=text, judge=self.name, cached=False)
-            part = _part(question, text) or part
             messages = (*question.messages, *repair(text, problem))
-        if part is not None:
-            return Answer(value=part, failure=None, text=text, judge=self.name, cached=False)
         return self._none("judge_unparseable", f"{problem}, in {text[-200:]!r}", text)
 
     async def _call(self, messages: Sequence[Message], answer: type[BaseModel]) -> Reply:
@@ -237,12 +253,12 @@ class EndpointJudge:
         self._has_answered = True
         return reply
 
-    async def _refuses_all(self, answer: type[BaseModel]) -> bool:
+    async def _refuses_all(self, answer: type[BaseModel], status: int) -> bool:
         """Whether a refusal concerns the server and not only the question.
 
         It concerns the question if the server answered another one since the last refusal, or answers a harmless one.
         """
-        if self._has_answered:
+        if self._has_answered and status not in _USUALLY_ABOUT_ALL:
             self._has_answered = False
             return False
         try:
@@ -259,8 +275,7 @@ class EndpointJudge:
 
     def _kept(self, text: str) -> str:
         """Return a reply's end without the key, which a server may echo."""
-        key = os.environ.get(self._settings.api_key_env, "").strip()
-        return text.replace(key or "\0", "***")[-_MAX_KEPT_CHARS:]
+        return self.endpoint.redacted(text)[-_MAX_KEPT_CHARS:]
 
     def _none(self, failure: Failure, why: str, text: str = "") -> Answer:
         if failure not in self._logged:  # only the first is logged; all are counted
@@ -269,9 +284,10 @@ class EndpointJudge:
         return Answer(value=None, failure=failure, text=text, judge=self.name, cached=False)
 
 
-def _part(question: Question, text: str) -> BaseModel | None:
-    """Read the usable part of an incomplete answer."""
+def _tokens_of(name: str) -> list[str]:
+    from transformers import AutoTokenizer  # takes seconds to import
+
     try:
-        return read_answer(question, text, whole=False)
-    except ValueError:
-        return None
+        return added_tokens(AutoTokenizer.from_pretrained(name))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer: {name!r} cannot be loaded ({str(error).splitlines()[0]:.200})") from None

@@ -18,6 +18,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from rolltune.prompts import PromptRenderer
+from rolltune.rewards.judges.delimit import added_tokens, token_breaker
 from rolltune.rewards.judges.judge import Answer, Question, read_answer, repair
 from rolltune.samplers import Sampler
 from rolltune.seeding import derive_seed
@@ -65,6 +66,7 @@ class PolicyJudge:
         self._seed = seed
         self._sampler: Sampler | None = None
         self._render: PromptRenderer | None = None
+        self._broken = token_breaker([])
         self._lock = threading.Lock()
         self._waiting: list[_Waiting] = []
         totals = ("questions", "repairs", "completion_tokens", "latency_seconds")
@@ -88,6 +90,7 @@ class PolicyJudge:
         """
         self._sampler = starting_sampler() if self._frozen else sampler
         self._render = PromptRenderer(tokenizer)
+        self._broken = token_breaker(added_tokens(tokenizer))
 
     async def ask(self, question: Question) -> Answer:
         """Return the policy's answer. An unparseable reply is asked for once more."""
@@ -157,7 +160,9 @@ class PolicyJudge:
 
     def _request(self, messages: Sequence[Message]) -> SampleRequest:
         assert self._render is not None, "JudgePool.bind() comes first"
-        prompt = self._render(Problem(id="judge", messages=tuple(messages)))
+        # The tokenizer reads its special tokens wherever they stand: in the response, the problem or the rubric.
+        shown: tuple[Message, ...] = tuple({"role": m["role"], "content": self._broken(m["content"])} for m in messages)
+        prompt = self._render(Problem(id="judge", messages=shown))
         return SampleRequest(prompt=prompt, seeds=(derive_seed(self._seed, "judge", *map(str, messages)),))
 
     def share_budget(self, path: Path) -> None:

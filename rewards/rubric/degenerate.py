@@ -15,7 +15,9 @@ from rolltune.rewards.judges.delimit import neutral
 DEGENERATE = "degenerate"  # failure of a response that says nothing; it is worth 0, not unscored
 
 _TAG = re.compile(r"</?(?:think|answer|response|solution|reasoning)>", re.IGNORECASE)
-_OPERATORS = frozenset("+-*/%=<>&|^!?")  # a single one may be the answer to "which sign?"
+# Ends of sentences, and what rules are drawn with. Other punctuation may be an answer: "[]", "->", ";", "**", "&&".
+_STOPS = frozenset(".,:\u2026\u3001\u3002\uff0c\uff1a\u00b7\u2022")
+_RULES = _STOPS | frozenset("-_=*~#`")
 # Openers of an answer: those of the paper, and similar ones in other languages. None is an answer by itself.
 _OPENERS = (
     "solution|the solution|solution process|thought process|thinking process|my thought process|reasoning|analysis",
@@ -37,10 +39,10 @@ _MAX_CHARS = 100_000
 
 
 def is_degenerate(text: str) -> bool:
-    """Whether a response is empty, punctuation, openers only, or one thing repeated.
+    """Whether a response is empty, dots and rules, openers only, or one thing repeated.
 
-    Short responses that may be right are not degenerate: "42", "No", "-3", "x", "+", one emoji. Do not use this check
-    for a task that asks for punctuation, or for the same line a hundred times.
+    Short responses that may be right are not degenerate: "42", "No", "-3", "x", "+", "[]", one emoji. Do not use this
+    check for a task that asks for a full stop or a colon, or for the same line a hundred times.
 
     Example:
         >>> [is_degenerate(text) for text in (":", "Thought process:", "<think></think>", "42")]
@@ -48,16 +50,15 @@ def is_degenerate(text: str) -> bool:
     """
     text = _TAG.sub(" ", text[:_MAX_CHARS])
     text = unicodedata.normalize("NFKC", neutral(text)).replace("\ufffd", " ").replace("\\", " ").strip()
-    if text in _OPERATORS:
-        return False
-    if not any(unicodedata.category(char)[0] in "LNS" for char in text) or _is_ascii_art(text):
+    if not any(unicodedata.category(char)[0] in "LNPS" for char in text) or _is_punctuation(text):
         return True
     return _is_opening(text) or _is_repetition(text)
 
 
-def _is_ascii_art(text: str) -> bool:
-    """At least three characters, all of them signs: rules, dots, empty markdown."""
-    return len(text) >= 3 and all(char.isspace() or (char.isascii() and not char.isalnum()) for char in text)
+def _is_punctuation(text: str) -> bool:
+    """Only dots, commas and colons, or a rule: at least three signs that lines are drawn with."""
+    chars = set("".join(text.split()))
+    return chars <= _STOPS or (len(text) >= 3 and chars <= _RULES)
 
 
 def _is_opening(text: str) -> bool:

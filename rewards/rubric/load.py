@@ -208,13 +208,17 @@ def rar_problem(
         None if no criterion of the rubric remains.
 
     Raises:
-        ValueError: a field is missing or wrong, or ``unsure`` is "error" and a pitfall's direction is unknown.
+        ValueError: a field is missing or wrong; a number's sign contradicts the category; or ``unsure`` is "error" and
+            a pitfall's direction is unknown.
     """
     parsed = parse(_RarRecord, record)
     criteria: list[Criterion] = []
     wrong: list[str] = []
     for number, item in enumerate(parsed.rubric):
         category, description = _category(item)
+        if problem := _contradiction(item, category):
+            wrong.append(f"rubric[{number}].weight: {problem}")
+            continue
         direction = pitfall_direction(description) if category == "pitfall" else None
         if category == "pitfall" and direction is None:
             if unsure == "error":
@@ -252,6 +256,16 @@ def _category(item: _RarItem) -> tuple[Category, str]:
         if prefix and category == prefix[1].casefold():
             return category, description or item.title
     return _by_number(item.weight), description or item.title
+
+
+def _contradiction(item: _RarItem, category: Category) -> str | None:
+    """What the published number says against the category; None if it agrees."""
+    if item.weight == 0:
+        return f"{item.title!r:.80} has weight 0, so judging it has no effect; remove it"
+    if (item.weight < 0) != (category == "pitfall"):
+        wanted = "below" if category == "pitfall" else "above"
+        return f"{item.title!r:.80} is {category} and has the weight {item.weight}; must be {wanted} 0"
+    return None
 
 
 def _by_number(weight: int) -> Category:

@@ -12,10 +12,10 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from rolltune.rewards.judges.delimit import MAX_CHARS, delimited
-from rolltune.rewards.judges.judge import Answer, Question
+from rolltune.rewards.judges.judge import PROVOKED, Answer, Question
 from rolltune.rewards.rubric.schema import CATEGORY_WEIGHTS, Category, Criterion
 from rolltune.rewards.rubric.scoring import HIGHEST_RATING, LOWEST_RATING
 from rolltune.rewards.rubric.templates import JudgePrompt, Kind, packaged_prompt
@@ -23,7 +23,13 @@ from rolltune.seeding import derive_seed
 from rolltune.types import Problem
 
 _MAX_REASON_CHARS = 1000
-_Reason = Annotated[str, AfterValidator(lambda text: text[:_MAX_REASON_CHARS])]
+_Reason = Annotated[
+    str,
+    BeforeValidator(lambda reason: "" if reason is None else reason),
+    AfterValidator(lambda text: text[:_MAX_REASON_CHARS]),
+]
+_GRADES: Mapping[str, float] = {"0": 0.0, "0.0": 0.0, "false": 0.0, "1": 1.0, "1.0": 1.0, "true": 1.0}
+_TITLE_KEYS = ("title", "criterion", "name", "id", "number")  # where judges name the criterion
 
 
 class Verdict(BaseModel):
@@ -48,10 +54,11 @@ class Verdict(BaseModel):
     @field_validator("grade", mode="before")
     @classmethod
     def _check(cls, value: object) -> float:
-        # True and False are a pass and a fail, 1.0 and 0.0 too.
-        if not isinstance(value, int | float) or value not in (0, 1):
+        # True and False are a pass and a fail, 1.0 and 0.0 too, also in quotes.
+        grade = _GRADES.get(str(value).strip().casefold()) if isinstance(value, str | int | float) else None
+        if grade is None:
             raise ValueError("must be 0 or 1")
-        return float(value)
+        return grade
 
 
 class Verdicts(BaseModel):
@@ -145,7 +152,7 @@ def explicit_questions(
         _by(problem, text).shuffle(numbered)
     shown = _delimited_list(numbered, "criteria", max_chars)
     messages = prompt.messages(**values, criteria=shown, count=str(len(criteria)))
-    return [Question(messages=messages, answer=verdicts_schema(len(criteria)))]
+    return [Question(messages=messages, answer=verdicts_schema(tuple(criterion.title for criterion in criteria)))]
 
 
 def implicit_question(
@@ -264,52 +271,87 @@ def _stakes(criterion: Criterion, category_weights: Mapping[Category, float]) ->
 # --- how it is answered -----------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def verdicts_schema(count: int) -> type[Verdicts]:
-    """Return the schema of the verdicts on ``count`` criteria, exactly one for each.
+@functools.lru_cache(maxsize=1024)
+def verdicts_schema(titles: tuple[str, ...]) -> type[Verdicts]:
+    """Return the schema of the verdicts on criteria with these titles, exactly one for each.
 
-    From an incomplete answer it keeps the verdicts that can be read: a criterion whose verdict is missing, invalid, or
-    given twice with different grades has none, and the others are not affected. With the validation context
-    ``{"whole": True}`` it refuses such an answer.
+    A verdict belongs to the criterion whose number or title it states, never to one by its place in the list. If each
+    verdict states a title, titles decide. Otherwise the numbers must be 1 .. n, all of them: a reply that counts from 0
+    or leaves one out does not say which verdict belongs where, and is refused as a whole.
     """
+    count = len(titles)
 
     class Listed(Verdicts):
         model_config = ConfigDict(json_schema_extra=lambda schema: _replace(schema, _verdicts_schema(count)))
 
         @field_validator("verdicts", mode="before")
         @classmethod
-        def _readable(cls, value: object, info: ValidationInfo) -> list[Verdict]:
+        def _readable(cls, value: object) -> list[Verdict]:
             if not isinstance(value, list):
                 raise ValueError("must be a list")
             found: dict[int, Verdict] = {}
             problems: list[str] = []
-            contradicted: set[int] = set()
-            for item in value[: 4 * count]:
-                verdict = _one_of(item, count, problems)
-                if verdict is not None and found.setdefault(verdict.number, verdict).grade != verdict.grade:
-                    problems.append(f"criterion {verdict.number} has two grades")
-                    contradicted.add(verdict.number)
-            problems += [f"criterion {number} has no verdict" for number in range(1, count + 1) if number not in found]
-            kept = [found[number] for number in sorted(found) if number not in contradicted]
-            if not kept or (problems and (info.context or {}).get("whole")):
+            for number, item in _bound(value[: 4 * count], titles, problems):
+                verdict = _one_of(item, number, problems)
+                if verdict is not None and found.setdefault(number, verdict).grade != verdict.grade:
+                    problems.append(f"criterion {number} has two grades")
+            if not problems:
+                missing = [number for number in range(1, count + 1) if number not in found]
+                problems = [f"criterion {number} has no verdict" for number in missing]
+            if problems:
                 raise ValueError("; ".join(problems[:5]))
-            return kept
+            return [found[number] for number in sorted(found)]
 
     return Listed
 
 
-def _one_of(item: object, count: int, problems: list[str]) -> Verdict | None:
-    """Read a verdict on one of the criteria 1 .. count; None, and a line in ``problems``, if that fails."""
-    number = item.get("number") if isinstance(item, Mapping) else None
-    if isinstance(number, bool) or not isinstance(number, int | float) or number not in range(1, count + 1):
-        problems.append(f"a verdict has no number from 1 to {count}")
+def _bound(
+    items: Sequence[object], titles: Sequence[str], problems: list[str]
+) -> list[tuple[int, Mapping[str, object]]]:
+    """Pair each verdict with the number of its criterion; none, and a line in ``problems``, if that is unclear."""
+    verdicts = [item for item in items if isinstance(item, Mapping)]
+    numbers = [_number(item.get("number"), len(titles)) for item in verdicts]
+    named = [_titled(item, titles) for item in verdicts]
+    is_numbered = set(numbers) == set(range(1, len(titles) + 1))
+    is_named = bool(verdicts) and len(verdicts) == len(items) and None not in named
+    if len(verdicts) < len(items) or not (is_named or None not in numbers):
+        problems.append(f"a verdict has no number from 1 to {len(titles)}")
+    elif (is_numbered or not is_named) and any(name not in (None, at) for name, at in zip(named, numbers, strict=True)):
+        problems.append("the number of a verdict is not that of its title")
+    else:
+        places = named if is_named else numbers
+        return [(place, item) for place, item in zip(places, verdicts, strict=True) if place is not None]
+    return []
+
+
+def _number(value: object, count: int) -> int | None:
+    if isinstance(value, str):
+        value = int(value) if value.strip().isdecimal() and len(value) < 10 else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or value not in range(1, count + 1):
         return None
+    return int(value)
+
+
+def _titled(item: Mapping[str, object], titles: Sequence[str]) -> int | None:
+    """The number of the criterion whose title a verdict states; None without a title, or if several have it."""
+    plain = [_plain_title(title) for title in titles]
+    stated = [_plain_title(item[key]) for key in _TITLE_KEYS if isinstance(item.get(key), str)]
+    found = {plain.index(title) + 1 for title in stated if plain.count(title) == 1}
+    return found.pop() if len(found) == 1 else None
+
+
+def _plain_title(title: object) -> str:
+    return " ".join(str(title).split()).rstrip(".:").casefold()
+
+
+def _one_of(item: Mapping[str, object], number: int, problems: list[str]) -> Verdict | None:
+    """Read a verdict; None, and a line in ``problems``, if that fails."""
     try:
-        return Verdict.model_validate(item)
+        return Verdict.model_validate({**item, "number": number})
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         said = first["msg"].removeprefix("Value error, ")
-        problems.append(f"criterion {int(number)}: {'.'.join(map(str, first['loc']))}: {said}")
+        problems.append(f"criterion {number}: {'.'.join(map(str, first['loc']))}: {said}")
         return None
 
 
@@ -324,9 +366,14 @@ def read_grades(
         one_call: as they were asked.
 
     Returns:
-        (grade, reason) for each criterion, or (None, failure word) without a grade. A missing grade is never 0.
+        (grade, reason) for each criterion, or (None, failure word) without a grade. A missing grade is never 0. A
+        failure that a response can provoke (:data:`rolltune.rewards.judges.judge.PROVOKED`) leaves no grade at all: if
+        only its criterion were left out, a response could gain by making a grade against it unreadable.
     """
     assert len(answers) == (1 if one_call else number_of_criteria), (len(answers), number_of_criteria, one_call)
+    failures = [answer.failure or "judge_unparseable" for answer in answers if answer.value is None]
+    if provoked := [failure for failure in failures if failure in PROVOKED]:
+        return [(None, provoked[0])] * number_of_criteria
     if not one_call:
         return [
             (answer.value.grade, answer.value.reason)
@@ -335,13 +382,9 @@ def read_grades(
             for answer in answers
         ]
     value = answers[0].value
-    if not isinstance(value, Verdicts):
-        return [(None, answers[0].failure or "judge_unparseable")] * number_of_criteria
-    found = {verdict.number: verdict for verdict in value.verdicts}
-    return [
-        (found[number].grade, found[number].reason) if number in found else (None, "judge_unparseable")
-        for number in range(1, number_of_criteria + 1)
-    ]
+    if not isinstance(value, Verdicts) or len(value.verdicts) != number_of_criteria:
+        return [(None, failures[0] if failures else "judge_unparseable")] * number_of_criteria
+    return [(verdict.grade, verdict.reason) for verdict in value.verdicts]
 
 
 def _replace(schema: dict[str, Any], by: dict[str, Any]) -> None:

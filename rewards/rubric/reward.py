@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from rolltune.rewards.tags import parse_tags
 from rolltune.types import Problem, Score
 
 Aggregation = Literal["explicit", "implicit"]
+_log = logging.getLogger(__name__)
 _SMOKE_RESPONSE = "I do not know."
 
 
@@ -36,9 +38,10 @@ class RubricReward:
       (:func:`rolltune.rewards.rubric.scoring.explicit_score`);
     - ``implicit``: judges see the whole rubric and give one rating from 1 to 10.
 
-    A criterion without a grade leaves the mean. A response with less than ``min_scored`` of the weight graded is
-    unscored, which never counts as 0. A response that says nothing (empty, only "Solution:", one word repeated) is
-    worth 0, and no judge is asked.
+    A criterion whose judge is down leaves the mean. A response with less than ``min_scored`` of the weight graded is
+    unscored, which never counts as 0. So is one whose reply is partial, unreadable, cut or refused, since a response
+    can provoke that. A response that says nothing (empty, only "Solution:", one word repeated) is worth 0, and no judge
+    is asked.
 
     Example of a node::
 
@@ -138,6 +141,15 @@ class RubricReward:
                 raise ValueError(
                     f"data: {problem.id} has no answer to show as the reference; set with_reference: false"
                 )
+
+        silent = [problem.id for problem in problems if problem.rubric is not None and problem.rubric.rewards_silence]
+        if silent:
+            _log.warning(
+                "data: %s rubrics, the first of %r, list pitfalls only, so a refusal to answer earns 1.0; add criteria "
+                "that an answer has to satisfy",
+                len(silent),
+                silent[0],
+            )
 
     def join(self, pool: JudgePool, key: str, problem: Problem) -> None:
         """Register the judges; see :class:`rolltune.rewards.combine.JudgedReward`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import re
@@ -36,8 +37,7 @@ class Criterion(BaseModel):
         category: gives the weight if there is no number; otherwise it only groups curves.
         weight: a number other than 0, negative if satisfying the criterion is bad; None: by category.
         satisfied_is_good: the direction. A pitfall must state it, here or by a negative weight, since data sets have
-            both
-            kinds: "Does not mention x" is good when satisfied, "Recommends x" is not.
+            both kinds: "Does not mention x" is good when satisfied, "Recommends x" is not.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,7 +59,12 @@ class Criterion(BaseModel):
                 f"{self.title!r} has the weight {self.weight:g} and satisfied_is_good "
                 f"{str(self.satisfied_is_good).lower()}; a negative weight already means that: give one of them"
             )
-        if self.category == "pitfall" and self.weight is None and self.satisfied_is_good is None:
+        if self.category not in (None, "pitfall") and self.weight is not None and self.weight < 0:
+            raise ValueError(
+                f"{self.title!r} is {self.category} and has the weight {self.weight:g}, which makes it bad to satisfy; "
+                "give it a weight above 0, or category: pitfall"
+            )
+        if self.category == "pitfall" and (self.weight or 0) >= 0 and self.satisfied_is_good is None:
             raise ValueError(
                 f"{self.title!r} is a pitfall without satisfied_is_good: true for 'Avoids ...', false for 'Does ...'"
             )
@@ -81,8 +86,13 @@ class Criterion(BaseModel):
 
     @property
     def key(self) -> str:
-        """The description without differences in case, punctuation, spaces and character width."""
-        return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", self.description).casefold()))
+        """The description without differences in spaces, character width and the punctuation at its end.
+
+        Case, signs and symbols stay: "x > 3" and "x < 3", or "5 mW" and "5 MW", are different criteria.
+        """
+        text = unicodedata.normalize("NFC", self.description)
+        text = "".join(unicodedata.normalize("NFKC", c) if unicodedata.east_asian_width(c) in "FH" else c for c in text)
+        return " ".join(text.split()).rstrip(" .\u3002")
 
 
 class Rubric(BaseModel):
@@ -99,6 +109,11 @@ class Rubric(BaseModel):
     @classmethod
     def of(cls, *criteria: Criterion) -> Self:
         return cls(criteria=criteria)
+
+    @property
+    def rewards_silence(self) -> bool:
+        """Whether it lists pitfalls only, so that a response that does nothing earns full marks."""
+        return all(criterion.category == "pitfall" or not criterion.is_good for criterion in self.criteria)
 
     def merged(self, category_weights: Mapping[Category, float] = CATEGORY_WEIGHTS) -> Self:
         """Merge repeated criteria: of those with the same text and direction, keep the heaviest, in the first one's
@@ -130,10 +145,21 @@ def check_category_weights(weights: Mapping[str, float]) -> dict[Category, float
 
 
 def slugs(criteria: Sequence[Criterion]) -> list[str]:
-    """Name each criterion's curve: its title in snake_case, with a number if the name is taken."""
+    """Name each criterion's curve: its title in snake_case, with a number if the rubric has the title already.
+
+    Two titles never share a name. A title that snake_case does not keep whole ("x > 3", a long one) gets a hash of it.
+
+    Example:
+        >>> slugs([Criterion(title=title, description="d", category="optional") for title in ("Right Unit", "x > 3")])
+        ['right_unit', 'x_3.58760d16']
+    """
     names: list[str] = []
     for criterion in criteria:
-        stem = "_".join(re.findall(r"[a-z0-9]+", criterion.title.casefold()))[:40] or "criterion"
-        numbered = (stem if i == 1 else f"{stem}_{i}" for i in itertools.count(1))
+        title = " ".join(unicodedata.normalize("NFC", criterion.title).casefold().split())
+        words = re.findall(r"[^\W_]+", title)
+        stem = "_".join(words)[:40] or "criterion"
+        if stem.replace("_", " ") != title:
+            stem += f".{hashlib.sha256(title.encode(errors='replace')).hexdigest()[:8]}"
+        numbered = (stem if i == 1 else f"{stem}.{i}" for i in itertools.count(1))
         names.append(next(name for name in numbered if name not in names))
     return names

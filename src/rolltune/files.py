@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +37,27 @@ def write_text_atomic(path: Path, text: str) -> None:
 
     The text is on the disk when this returns.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         # A model's text can hold half of a surrogate pair, which UTF-8 cannot encode. It is written as \udXXX, JSON's
         # escape for it.
         file.write(text.encode("utf-8", errors="backslashreplace"))
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give an empty temporary file beside ``path``, which replaces it when the ``with`` block ends without an error.
+
+    Its name cannot be guessed and it is created anew, so a link that another user left in the folder is not followed.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def make_folder(path: str | Path) -> Path:

@@ -188,7 +188,7 @@ def request_to_stop(trial: Trial, number: signal.Signals) -> str:
     """SIGTERM or SIGINT: between its first and last steps the run saves and says so, else it just ends."""
     run = trial.hit()
     send(trial.victim(run), number)
-    code = ended(run, 0, 1, -number, 128 + number)
+    code = ended(run, 0, 1, -number, 128 + number, traceback=True)  # Python shows one while it imports
     is_saved = f"stopped by {number.name}" in run.text and "a checkpoint of step" in run.text
     if (code == 1 and not is_saved) or (code == 0 and is_saved):
         raise Failure(UNEXPLAINED, f"exit status {code}: {run.last_line}")
@@ -263,7 +263,10 @@ def wandb_killed(trial: Trial) -> str:
         time.sleep(0.02)
     for pid in services:
         send(pid, signal.SIGKILL)
-    return WENT_ON if ended(run, 0, 2) == 0 else REFUSED  # wandb may still be starting: logging.wandb is named
+    # wandb shows the traceback of its own thread
+    return (
+        WENT_ON if ended(run, 0, 2, traceback=True) == 0 else REFUSED
+    )  # wandb may still be starting
 
 
 def stdout_closed(trial: Trial) -> str:
@@ -377,10 +380,9 @@ def observe(trial: Trial, kind: str, act: Callable[[Trial], str]) -> Outcome:
 
 
 def finish(trial: Trial) -> str:
-    """Let the run finish, unless it has, and compare it with the unbroken one."""
+    """Let the run finish, and compare it with the unbroken one."""
     assert trial.whole is not None
-    if not (trial.output_dir / "summary.json").exists():
-        ended(trial.resume(), 0)
+    ended(trial.resume(), 0)  # also if it had finished: its last checkpoint may have been damaged since
     found, right = result_of(trial.output_dir), trial.whole.result
     if differ := [name for name, value in asdict(found).items() if value != asdict(right)[name]]:
         raise Failure(DIFFERS, f"{' and '.join(differ)} are not those of the unbroken run")

@@ -185,3 +185,35 @@ def test_a_value_that_a_dataclass_refuses_is_named_in_full(judge):
     node = judge(endpoint={"url": "u", "caps": {"max_calls": 0}})
     with pytest.raises(ConfigError, match=r"^my_test_settings.Judge: endpoint\.caps\.max_calls: 0"):
         instantiate(node)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["torch.os.system", "rolltune.files.os.system", "torch.utils.data.dataloader.os.system", "torch.sys.exit",
+     "rolltune.config.components.importlib.import_module", "transformers.utils.os.system", "torch.builtins.exec",
+     "rolltune.files.contextlib.suppress", "rolltune.rewards.symbolic.subprocess.run"],
+)  # fmt: skip
+def test_a_module_that_another_only_imports_is_not_walked_through(path: str):
+    with pytest.raises(ValueError, match=rf"^{path}: .*(only imports|has no )"):
+        locate(path)
+
+
+@pytest.mark.parametrize(
+    "path", ["rolltune.files.take_lock.__globals__", "torch.__builtins__.get", "torch.Tensor.__class__"]
+)
+def test_internals_are_not_components(path: str):
+    with pytest.raises(ValueError, match="two leading underscores"):
+        locate(path)
+
+
+def test_nor_is_a_function_that_a_library_only_imports():
+    with pytest.raises(ValueError, match=r"get_type_hints: is typing.get_type_hints, which rolltune only imports"):
+        locate("rolltune.config.components.get_type_hints")
+
+
+def test_the_same_holds_in_modules_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "own_walk.py").write_text("import os\nfrom os.path import join\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="own_walk.os is the module os, which own_walk only imports"):
+        locate("own_walk.os.system")
+    assert locate("own_walk.join")("a", "b") == "a/b"  # which a user may import there on purpose

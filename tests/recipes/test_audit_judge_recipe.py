@@ -32,7 +32,9 @@ class SeedlessJudge:
 
     async def ask(self, question):
         from rolltune.rewards.judges.judge import Answer
-        value = question.answer.model_validate({"verdicts": [{"number": 1, "reason": "", "grade": 1}]})
+        count = question.answer.model_json_schema()["properties"]["verdicts"]["minItems"]
+        verdicts = [{"number": n + 1, "reason": "", "grade": 1} for n in range(count)]
+        value = question.answer.model_validate({"verdicts": verdicts})
         return Answer(value=value, failure=None, text="", judge=self.name, cached=False)
 
     def metrics(self):
@@ -97,6 +99,7 @@ def make_file(tmp_path):
             **as_config(
                 **{
                     "base_url": server.base_url if server else "http://127.0.0.1:9/v1",
+                    "api_key_env": "OPENAI_API_KEY",
                     "model": "tiny",
                     "max_attempts": 1,
                     "max_concurrency": 4,  # what the test's server has room for in its queue of connections
@@ -418,10 +421,10 @@ def test_other_data_and_bad_lines_are_named(make_file, tmp_path):
 
 
 def test_a_judge_of_ones_own(make_file, tmp_path):
-    """Without an endpoint, a seed or the totals of one; a list of which it grades the first criterion alone."""
+    """Without an endpoint, a seed or the totals of one; it passes everything."""
     file = make_file(None, data=TEN)
     cfg = checks.validate(AuditJudgeConfig, str(file), ["judge={_component_: planted_judges.SeedlessJudge}"])
     load_recipe("audit_judge").run(cfg)
     found = json.loads((tmp_path / "out/audit.json").read_text())
-    assert found["accuracy"]["of"] == 10 and found["failures"] == {"judge_unparseable": len(OF_TEN) - 10}
+    assert found["accuracy"]["of"] == len(OF_TEN) and found["failures"] == {}
     assert found["cost"] == {"questions": 7.0} and found["judge"] == "planted"

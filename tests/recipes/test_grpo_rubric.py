@@ -25,6 +25,7 @@ def options(server: FaultServer, cache: Path | None, *, judge: dict[str, Any] | 
     given = {
         "base_url": server.base_url,
         "model": "m",
+        "api_key_env": "OPENAI_API_KEY",
         "max_attempts": 1,
         "max_concurrency": 4,
         "timeout_seconds": 20.0,

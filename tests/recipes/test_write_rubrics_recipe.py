@@ -75,6 +75,7 @@ def make_file(tmp_path):
                 **{
                     "with_reference": True,
                     "base_url": server.base_url if server else "http://127.0.0.1:9/v1",
+                    "api_key_env": "OPENAI_API_KEY",
                     "model": "tiny",
                 }
                 | changes.pop("writer", {})

@@ -79,7 +79,10 @@ def make_file(tmp_path):
                 "_component_": "rolltune.traces.endpoint.EndpointTraceWriter",
                 "task": "countdown",
                 "condition": "backtracking",
-                **as_config(**{"base_url": server.base_url, "model": "tiny"} | changes.pop("writer", {})),
+                **as_config(
+                    **{"base_url": server.base_url, "model": "tiny", "api_key_env": "OPENAI_API_KEY"}
+                    | changes.pop("writer", {})
+                ),
             }
         tree = {
             "output_dir": str(tmp_path / name),

@@ -215,7 +215,6 @@ BAD = {
     "cut JSON": (ok(json.dumps({"criteria": CRITERIA})[:-40]), "brace that is not closed"),
     "cut": (reply(CRITERIA, finish_reason="length"), "it was cut at 50 tokens: write fewer or shorter criteria"),
     "another schema": (ok(json.dumps({"rubric": CRITERIA})), "criteria: Field required"),
-    "a list": (ok(json.dumps(CRITERIA)), "."),
     "unknown category": (
         reply([*CRITERIA[:6], CRITERIA[6] | {"category": "bonus"}]),
         "criteria.6.category: Input should be 'essential', 'important', 'optional' or 'pitfall'",

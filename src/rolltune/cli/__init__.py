@@ -18,6 +18,7 @@ from rolltune.cli import catalog
 from rolltune.cli.catalog import UsageError
 from rolltune.cli.launch import USER_MISTAKE, is_valid, run, run_torchtune
 from rolltune.files import home_path
+from rolltune.terminal import printable
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -162,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
         return args.command(args) or 0
     except UsageError as error:
-        print(f"tune {command}: {error}", file=sys.stderr)
+        print(f"tune {command}: {printable(str(error))}", file=sys.stderr)
         return USER_MISTAKE
     except KeyboardInterrupt:
         return INTERRUPTED

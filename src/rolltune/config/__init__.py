@@ -3,6 +3,7 @@
 from rolltune.config.command_line import format_mistakes, main, parse_args
 from rolltune.config.explain import explain
 from rolltune.config.load import Check, all_keys, dump, load, read_saved, save, validate, with_defaults
+from rolltune.config.secrets import masked
 from rolltune.errors import ConfigError
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "format_mistakes",
     "load",
     "main",
+    "masked",
     "parse_args",
     "read_saved",
     "save",

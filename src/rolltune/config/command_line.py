@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -16,6 +17,7 @@ import rolltune
 from rolltune.config.explain import explain
 from rolltune.config.load import Check, dump, validate
 from rolltune.errors import ConfigError, EngineError, RunStopped, SyncError
+from rolltune.terminal import printable
 
 T = TypeVar("T")
 USER_MISTAKE = 2
@@ -92,7 +94,12 @@ def main(schema: type[T], run: Callable[[T], None], *, check: Check[T] = lambda 
         sys.exit(INTERRUPTED)
     except (RunStopped, SyncError, EngineError) as stopped:
         if os.environ.get("RANK", "0") == "0":  # all ranks stop together
-            print(f"{Path(sys.argv[0]).stem}: stopped: {stopped}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).stem}: stopped: {printable(str(stopped))}", file=sys.stderr)
+        sys.exit(STOPPED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"{Path(sys.argv[0]).stem}: stopped: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(STOPPED)
     except ValueError as error:
         # A ConfigError needs no place, unless it was made from another error.
@@ -154,5 +161,5 @@ def _is_ours(filename: str) -> bool:
 def format_mistakes(error: ValueError, title: str) -> str:
     """A title with the number of mistakes, then one mistake a line."""
     problems = error.problems if isinstance(error, ConfigError) else [str(error)]
-    lines = "\n".join(problems).splitlines()
+    lines = printable("\n".join(problems)).splitlines()  # problems quote ids and text of data
     return "\n".join([f"{title}: {len(problems)} mistake{'s' * (len(problems) > 1)}", *(f"  {line}" for line in lines)])

@@ -156,6 +156,8 @@ def locate(path: str) -> Any:
     parts = path.split(".")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+    if any(name.startswith("__") for name in parts):
+        raise ValueError(f"{path}: names with two leading underscores are not components")
     _check_root(path, parts[0])
     found = _import(parts[0])
     for depth, name in enumerate(parts[1:], start=1):
@@ -166,7 +168,20 @@ def locate(path: str) -> Any:
             found = _import(module)
         else:
             found = getattr(found, name)
+        if isinstance(found, types.ModuleType) and found.__name__.partition(".")[0] != parts[0]:
+            raise ValueError(f"{path}: {module} is the module {found.__name__}, which {parent} only imports")
+    _check_home(path, parts[0], found)
     return found
+
+
+def _check_home(path: str, root: str, found: Any) -> None:
+    """Refuse a function or class of Python's own modules that a library imported, such as ``os.system``."""
+    home = found.__module__ if inspect.isclass(found) or inspect.isroutine(found) else None
+    if root in ROOTS and isinstance(home, str) and home.partition(".")[0] in sys.stdlib_module_names:
+        raise ValueError(
+            f"{path}: is {home}.{found.__name__}, which {root} only imports; to use it, import it in a module of your "
+            "own and give that module's path"
+        )
 
 
 def _check_root(path: str, root: str) -> None:

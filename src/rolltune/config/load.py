@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rolltune.config.components import nearest
 from rolltune.config.renamed import renamed_key
 from rolltune.config.schema import Component, FilePath
+from rolltune.config.secrets import masked, password_problems
 from rolltune.config.tree import apply_override, join_key, parse_yaml, read_yaml, remove, split_key, yaml_problem
 from rolltune.config.values import describe_type, show, type_problem, without_none
 from rolltune.errors import ConfigError
@@ -82,8 +83,9 @@ def validate(
 
 
 def dump(config: Any) -> str:
-    """A config as YAML, with all keys and with interpolations resolved. It loads to the same config."""
-    tree = _map_texts(dataclasses.asdict(config), _escape)
+    """A config as YAML, with all keys and with interpolations resolved, except those of secrets. It loads to the same
+    config."""
+    tree = masked(_map_texts(dataclasses.asdict(config), _escape))
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -170,6 +172,7 @@ def _load(schema: type[T], path: str | Path, overrides: Sequence[str]) -> tuple[
     tree = read_yaml(path)
     problems = dict(problem for override in overrides if (problem := apply_override(override, tree, schema)))
     resolved = _resolve(schema, tree, problems)
+    problems |= dict(password_problems(resolved))
     builder = _Builder(problems, known=[*all_keys(schema), *_argument_keys(resolved)])
     return builder.section(schema, resolved, ""), problems
 

@@ -17,9 +17,9 @@ class Usage:
 
     Attributes:
         calls: requests sent, including those in flight and those that failed.
-        prompt_tokens: as the server counts them.
-        completion_tokens: as the server counts them.
-        dollars: by the prices in the settings; 0 without prices.
+        prompt_tokens: as the server counts them, or an upper estimate.
+        completion_tokens: as the server counts them, or an upper estimate.
+        dollars: by the prices in the settings, or the price that the server reports if that is higher.
         retries: calls sent because an earlier one failed. Of this process only.
         failures: calls without a reply. Of this process only.
     """
@@ -54,24 +54,26 @@ class Budget:
         self._name = name
 
     def read(self) -> Usage:
-        """Return the calls and tokens so far."""
+        """Return the usage so far."""
         return self.add()
 
-    def add(self, *, calls: int = 0, prompt_tokens: int = 0, completion_tokens: int = 0) -> Usage:
-        """Add calls and tokens, and return the totals including them.
+    def add(self, *, calls: int = 0, prompt_tokens: int = 0, completion_tokens: int = 0, dollars: float = 0.0) -> Usage:
+        """Add calls, tokens and dollars, and return the totals including them.
 
         Raises:
             ValueError: the file cannot be written, so a cap could not hold.
         """
         with self._connected() as connection:
             total = connection.execute(
-                "INSERT INTO usage VALUES (?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET"
+                "INSERT INTO usage (name, calls, prompt_tokens, completion_tokens, dollars) VALUES (?, ?, ?, ?, ?)"
+                " ON CONFLICT (name) DO UPDATE SET"
                 " calls = calls + excluded.calls, prompt_tokens = prompt_tokens + excluded.prompt_tokens,"
-                " completion_tokens = completion_tokens + excluded.completion_tokens"
-                " RETURNING calls, prompt_tokens, completion_tokens",
-                (self._name, calls, prompt_tokens, completion_tokens),
+                " completion_tokens = completion_tokens + excluded.completion_tokens,"
+                " dollars = dollars + excluded.dollars"
+                " RETURNING calls, prompt_tokens, completion_tokens, dollars",
+                (self._name, calls, prompt_tokens, completion_tokens, dollars),
             ).fetchone()
-        return Usage(calls=total[0], prompt_tokens=total[1], completion_tokens=total[2])
+        return Usage(calls=total[0], prompt_tokens=total[1], completion_tokens=total[2], dollars=total[3])
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
@@ -81,8 +83,12 @@ class Budget:
             with contextlib.closing(sqlite3.connect(self._path, timeout=_WAIT_SECONDS, isolation_level=None)) as file:
                 file.execute(
                     "CREATE TABLE IF NOT EXISTS usage (name TEXT PRIMARY KEY, calls INTEGER NOT NULL,"
-                    " prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL) WITHOUT ROWID"
+                    " prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,"
+                    " dollars REAL NOT NULL DEFAULT 0) WITHOUT ROWID"
                 )
+                if "dollars" not in [column[1] for column in file.execute("PRAGMA table_info(usage)")]:
+                    with contextlib.suppress(sqlite3.OperationalError):  # another process was faster
+                        file.execute("ALTER TABLE usage ADD COLUMN dollars REAL NOT NULL DEFAULT 0")
                 yield file
         except (sqlite3.Error, OSError) as error:
             raise ValueError(

@@ -2,42 +2,51 @@
 
 Transient failures (no connection, no reply in time, 408, 409, 429, 5xx, a body that is not a chat completion) are
 retried with growing pauses, and never before the server's ``Retry-After``. Each call is counted before it is sent, so a
-cap on calls holds. The key comes from the environment and appears in no repr, log or exception.
+cap on calls holds. A reply's tokens are counted as the server reports them, under whatever names, or by an upper
+estimate (:mod:`rolltune.endpoints.usage`). The key comes from the environment, goes to ``base_url`` only (redirects are
+not followed), and appears in no repr, log or exception.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import logging
 import math
 import os
 import random
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import httpx
 import tenacity
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from rolltune.endpoints.budget import Budget, Usage
+from rolltune.endpoints.redaction import redacted
 from rolltune.endpoints.settings import EndpointSettings
+from rolltune.endpoints.usage import Tokens, read_usage
 from rolltune.types import Message
-
-if TYPE_CHECKING:
-    import openai
 
 # Pause before the first retry; it doubles with each attempt. Half of it is random, so that calls that failed together
 # are not retried together.
 BACKOFF_SECONDS = 0.5
 _LONGEST_BACKOFF = 60.0
 _LONGEST_RETRY_AFTER = 120.0  # a longer Retry-After is cut to this
-_LARGEST_BODY = 8 * 2**20  # bytes; a reply of 100,000 tokens takes half a MiB
+_LARGEST_BODY = 8 * 2**20  # bytes, decompressed; a reply of 100,000 tokens takes half a MiB
 _TRANSIENT = frozenset({408, 409, 429})  # and 5xx
 _MESSAGE_CHARS = 300  # of a server's message that an error quotes
 _NO_KEY = "none"  # sent to servers without keys
+# In the code, type or message of an error: the account is exhausted, and waiting does not help.
+_NO_QUOTA = ("insufficient_quota", "billing", "exceeded your current quota", "insufficient balance", "out of credits")
+_BAD_KEY = ("invalid_api_key", "authentication_error", "invalid_authentication", "incorrect api key")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,13 +55,15 @@ class Reply:
 
     Attributes:
         text: of the first choice; empty if it has none.
+        reasoning: its thoughts, where the server reports them separately.
         model: the server's name of the model, which may be more exact than the name in the settings.
         finish_reason: "stop", "length" for a reply cut at ``max_tokens``, or another word of the server; may be empty.
-        prompt_tokens: as the server counts them; 0 if it does not.
-        completion_tokens: as the server counts them; 0 if it does not.
+        prompt_tokens: as the server counts them; an upper estimate if it does not.
+        completion_tokens: as the server counts them; an upper estimate if it does not.
     """
 
     text: str
+    reasoning: str = ""
     model: str
     finish_reason: str
     prompt_tokens: int
@@ -105,34 +116,45 @@ class TransientError(Exception):
 
 # --- what a server sends ----------------------------------------------------------------------------------------------
 
-Count = Annotated[int, Field(ge=0, le=10**9)]
+
+def _without_surrogates(value: object) -> object:
+    """Join surrogate pairs, and replace half pairs by U+FFFD: no other library takes them."""
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else value
+
+
+def _joined(value: object) -> object:
+    """Join the texts of a content that is a list of parts; other parts (thoughts, images) are left out."""
+    if isinstance(value, list) and all(isinstance(part, str | Mapping) for part in value):
+        texts = [part if isinstance(part, str) else part.get("text") for part in value]
+        value = "".join(text for text in texts if isinstance(text, str))
+    return _without_surrogates(value)
+
+
+_Text = Annotated[str | None, BeforeValidator(_joined)]
+_Name = Annotated[str | None, BeforeValidator(_without_surrogates)]
 
 
 class _Message(BaseModel):
-    content: str | None = None
+    content: _Text = None
+    reasoning_content: _Text = None  # vLLM, DeepSeek
+    reasoning: _Text = None  # Ollama, OpenRouter, newer vLLM
 
 
 class _Choice(BaseModel):
     message: _Message
-    finish_reason: str | None = None
-
-
-class _Usage(BaseModel):
-    prompt_tokens: Count = 0
-    completion_tokens: Count = 0
+    finish_reason: _Name = None
 
 
 class _Completion(BaseModel):
     """The fields of a chat completion that are read. Others are ignored."""
 
-    model: str = ""
+    model: _Name = None
     choices: list[_Choice]
-    usage: _Usage | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Connection:
-    client: openai.AsyncOpenAI
+    client: httpx.AsyncClient
     slots: AbstractAsyncContextManager[None]
 
 
@@ -162,6 +184,8 @@ class Endpoint:
         self.base_url = settings.base_url.rstrip("/")
         self._max_concurrency = max_concurrency
         self._calls = self._prompt_tokens = self._completion_tokens = self._retries = self._failures = 0
+        self._dollars = 0.0
+        self._has_warned = False
         self._connections: dict[asyncio.AbstractEventLoop, _Connection] = {}
         self._budget: Budget | None = None
 
@@ -175,7 +199,7 @@ class Endpoint:
             calls=self._calls,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
-            dollars=self.settings.price(self._prompt_tokens, self._completion_tokens),
+            dollars=self._dollars,
             retries=self._retries,
             failures=self._failures,
         )
@@ -195,22 +219,22 @@ class Endpoint:
             messages: ending with the message to reply to.
             temperature: 0 for the likeliest reply.
             max_tokens: of the reply. A reply cut there has the finish reason "length".
-            seed: for servers that sample by a seed; others ignore it.
+            seed: for servers that sample by a seed; not sent with the setting ``send_seed: false``.
             response_format: as in the protocol, such as ``{"type": "json_object"}``.
 
         Raises:
             BudgetExceeded: a cap was reached before the call, or before a retry.
             EndpointDown: all attempts failed.
-            Refused: a ValueError: the server refuses the call, and would again (400, 401, 403, 404 ...).
-            ValueError: there is a cap on tokens or dollars, and the server does not report a reply's tokens.
+            Refused: a ValueError: the server refuses the call, and would again (400, 401, 403, 404 ..., an exhausted
+                account).
         """
         request: dict[str, Any] = {
             "model": self.settings.model,
             "messages": list(messages),
             "temperature": temperature,
-            "max_tokens": max_tokens,
+            self.settings.max_tokens_key: max_tokens,
         }
-        if seed is not None:
+        if seed is not None and self.settings.send_seed:
             request["seed"] = seed
         if response_format is not None:
             request["response_format"] = response_format
@@ -236,27 +260,16 @@ class Endpoint:
         """Close the connections of the running event loop."""
         connection = self._connections.pop(asyncio.get_running_loop(), None)
         if connection is not None:
-            await connection.client.close()
+            await connection.client.aclose()
 
     def _connect(self) -> _Connection:
         loop = asyncio.get_running_loop()
         if loop not in self._connections:
-            import openai  # takes a second to import
-
-            key = self._key() or _NO_KEY
-            if not (key.isascii() and key.isprintable() and " " not in key):
-                # The HTTP library would refuse the header, and quote it.
-                raise ValueError(
-                    f"api_key_env: the value of {self.settings.api_key_env} cannot be a key: it contains "
-                    "spaces or special characters; set it again"
-                )
-            client = openai.AsyncOpenAI(
-                api_key=key,
-                base_url=self.base_url,
+            client = httpx.AsyncClient(
+                headers=self._headers(),
+                params=None if self.settings.api_version is None else {"api-version": self.settings.api_version},
                 timeout=self.settings.timeout_seconds,
-                max_retries=0,
-                # openai's default HTTP client closes itself when collected, which warns if its loop has ended.
-                http_client=openai.DefaultAsyncHttpxClient(),
+                limits=httpx.Limits(max_connections=1000, max_keepalive_connections=100),
             )
             self._connections = {old: kept for old, kept in self._connections.items() if not old.is_closed()}
             slots = (
@@ -265,32 +278,68 @@ class Endpoint:
             self._connections[loop] = _Connection(client, slots)
         return self._connections[loop]
 
+    def _headers(self) -> dict[str, str]:
+        """The header fields of each request.
+
+        Raises:
+            ValueError: the value of an environment variable cannot be one.
+        """
+        sent = {"Authorization": f"Bearer {self._key() or _NO_KEY}"}
+        variables = {"Authorization": ("api_key_env", self.settings.key_variable or "")}
+        if self.settings.is_openai:
+            openai = {"OpenAI-Organization": "OPENAI_ORG_ID", "OpenAI-Project": "OPENAI_PROJECT_ID"}
+            sent |= {name: value for name, variable in openai.items() if (value := _environment(variable))}
+        for name, variable in self.settings.headers_env.items():
+            if not _environment(variable):
+                raise ValueError(f"headers_env.{name}: {variable} is not set; export it")
+            sent[name] = _environment(variable)
+            variables[name] = (f"headers_env.{name}", variable)
+        for name, value in sent.items():
+            # The HTTP library would refuse the header, and quote it.
+            if not (value.isascii() and value.isprintable() and " " not in value.removeprefix("Bearer ")):
+                key, variable = variables.get(name, ("environment", name))
+                raise ValueError(
+                    f"{key}: the value of {variable} cannot be sent: it contains spaces or special characters; set it "
+                    "again"
+                )
+        return {**sent, "Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
+
     def _key(self) -> str:
-        """The key; empty if the variable is not set."""
-        return os.environ.get(self.settings.api_key_env, "").strip()
+        """The key; empty if there is none for this server."""
+        return _environment(self.settings.key_variable)
 
-    async def _call(self, client: openai.AsyncOpenAI, request: dict[str, Any], attempt: int) -> Reply:
+    async def _call(self, client: httpx.AsyncClient, request: dict[str, Any], attempt: int) -> Reply:
         """Send a request once."""
-        import openai
-
         self._check_caps()
         self._count_call()
         self._retries += attempt > 1
+        content = json.dumps(request).encode()
+        body: bytes | None = None
+        status, headers = 0, httpx.Headers()
         failure: Exception
         try:
             # The client's own limit applies to each read, so a server that drips bytes could hold it forever.
-            async with asyncio.timeout(self.settings.timeout_seconds):
-                response = await client.chat.completions.with_raw_response.create(**request)
-            return self._read(response.content)
-        except openai.APIStatusError as error:
-            failure = self._refusal(error)
-        except (TimeoutError, openai.APITimeoutError):
+            async with (
+                asyncio.timeout(self.settings.timeout_seconds),
+                client.stream("POST", f"{self.base_url}/chat/completions", content=content) as response,
+            ):
+                status, headers = response.status_code, response.headers
+                body = await _read_body(response)
+        except (TimeoutError, httpx.TimeoutException):
             failure = TransientError(f"no reply within {self.settings.timeout_seconds:g} s")
-        except openai.APIConnectionError as error:
-            cause = error.__cause__ or error
-            failure = TransientError(f"no connection ({type(cause).__name__}: {self._shown(str(cause))})")
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            failure = TransientError(f"no connection ({type(error).__name__}: {self._shown(str(error))})")
         except TransientError as error:
             failure = error
+        else:
+            try:
+                if status != 200:
+                    raise self._refusal(status, _text(body), headers)
+                return self._read(body, content, request)
+            except (TransientError, Refused) as error:
+                failure = error
+        if status == 200 and body is None:  # the server has written a reply, and it got lost
+            self._count_tokens(read_usage(None, len(content), request[self.settings.max_tokens_key]))
         self._failures += 1
         # Raised outside of except: the library's error would be its context, with the request and so the key.
         raise failure
@@ -318,7 +367,8 @@ class Endpoint:
             calls=shared.calls,
             prompt_tokens=shared.prompt_tokens,
             completion_tokens=shared.completion_tokens,
-            dollars=self.settings.price(shared.prompt_tokens, shared.completion_tokens),
+            # A file of an older version has tokens only.
+            dollars=max(shared.dollars, self.settings.price(shared.prompt_tokens, shared.completion_tokens)),
         )
 
     def _check_caps(self) -> None:
@@ -330,69 +380,170 @@ class Endpoint:
             if used[name] >= cap:
                 raise BudgetExceeded(name, cap, usage)
 
-    def _read(self, body: bytes) -> Reply:
+    def _count_tokens(self, tokens: Tokens) -> Tokens:
+        """Count what a reply has used; return it with all tokens assigned to the prompt or the reply."""
+        dollars = self.settings.price(tokens.prompt, tokens.completion)
+        if tokens.total > tokens.prompt + tokens.completion:  # it is not reported which: count the dearer kind
+            rest = tokens.total - tokens.prompt - tokens.completion
+            dollars += max(self.settings.price(rest, 0), self.settings.price(0, rest))
+            tokens = replace(tokens, completion=tokens.completion + rest)
+        dollars = max(dollars, tokens.dollars)
+        self._prompt_tokens += tokens.prompt
+        self._completion_tokens += tokens.completion
+        self._dollars += dollars
+        if self._budget is not None:
+            self._budget.add(prompt_tokens=tokens.prompt, completion_tokens=tokens.completion, dollars=dollars)
+        if tokens.is_estimate and self.settings.caps and not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "%s does not report all tokens (usage); caps count at most one token per byte instead",
+                self.settings.host,
+            )
+        return tokens
+
+    def _read(self, body: bytes, content: bytes, request: Mapping[str, Any]) -> Reply:
         """Read the reply in a response's body.
 
         Raises:
             TransientError: the body is cut, or not a chat completion.
-            ValueError: it lacks the token counts that a cap needs.
+            Refused: it is an error that would come again.
         """
-        if len(body) > _LARGEST_BODY:
-            raise TransientError(f"a reply of {len(body)} bytes; at most {_LARGEST_BODY} are read")
+        text = _text(body)
         try:
-            completion = _Completion.model_validate_json(body)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            said = self._shown(body.decode("utf-8", errors="replace"))
-            problem = f"not a chat completion ({where}{': ' if where else ''}{first['msg']}): {said}"
-        else:
-            if completion.usage is not None:
-                self._prompt_tokens += completion.usage.prompt_tokens
-                self._completion_tokens += completion.usage.completion_tokens
-                if self._budget is not None:
-                    self._budget.add(
-                        prompt_tokens=completion.usage.prompt_tokens,
-                        completion_tokens=completion.usage.completion_tokens,
-                    )
-            elif unchecked := [name for name in ("max_total_tokens", "max_dollars") if name in self.settings.caps]:
-                raise ValueError(
-                    f"{unchecked[0]}: cannot be checked, since {self.settings.host} does not report tokens (usage); "
-                    "remove it, and set max_calls"
-                )
-            if completion.choices:
-                choice, usage = completion.choices[0], completion.usage or _Usage()
-                return Reply(
-                    text=choice.message.content or "",
-                    model=completion.model,
-                    finish_reason=choice.finish_reason or "",
-                    prompt_tokens=usage.prompt_tokens,
-                    completion_tokens=usage.completion_tokens,
-                )
-            problem = "not a chat completion (choices: is empty)"
-        raise TransientError(problem)
+            parsed, problem = json.loads(text), ""
+        except (ValueError, RecursionError) as error:
+            parsed, problem = None, f"Invalid JSON: {error}"
+        limit = request[self.settings.max_tokens_key]
+        # An unreadable body shows nothing of the reply's length.
+        tokens = read_usage(parsed, len(content), limit if parsed is None else min(limit, len(body)))
+        is_error = isinstance(parsed, dict) and parsed.get("error") and not parsed.get("choices")
+        if not (is_error and tokens.is_estimate):  # an error with status 200 is no reply that was written
+            tokens = self._count_tokens(tokens)
+        if is_error:
+            raise self._refusal(200, text, httpx.Headers())
+        if not problem:
+            try:
+                completion = _Completion.model_validate(parsed)
+            except ValidationError as error:
+                first = error.errors(include_url=False, include_context=False)[0]
+                where = ".".join(map(str, first["loc"]))
+                problem = f"{where}{': ' if where else ''}{first['msg']}"
+            else:
+                return self._reply(completion, tokens)
+        raise TransientError(f"not a chat completion ({problem}): {self._shown(text)}")
 
-    def _refusal(self, error: openai.APIStatusError) -> Exception:
-        """Turn a response of status 3xx, 4xx or 5xx into an exception."""
-        status, body = error.status_code, error.body
-        message = body.get("message") if isinstance(body, dict) else None
-        said = f"{status}: {self._shown(message if isinstance(message, str) else error.response.text)}"
-        if status in _TRANSIENT or status >= 500:
-            return TransientError(said, _seconds(error.response.headers.get("retry-after")))
+    def _reply(self, completion: _Completion, tokens: Tokens) -> Reply:
+        if not completion.choices:
+            raise TransientError("not a chat completion (choices: is empty)")
+        choice = completion.choices[0]
+        if choice.finish_reason == "error":
+            raise TransientError("the server ended the reply with an error")
+        return Reply(
+            text=choice.message.content or "",
+            reasoning=choice.message.reasoning_content or choice.message.reasoning or "",
+            model=completion.model or "",
+            finish_reason=choice.finish_reason or "",
+            prompt_tokens=tokens.prompt,
+            completion_tokens=tokens.completion,
+        )
+
+    def _refusal(self, status: int, body: str, headers: httpx.Headers) -> TransientError | Refused:
+        """Turn an error into an exception. Some servers send errors with status 200."""
+        error = _error(body)
+        if status == 200:
+            status = error.code or (429 if error.says(_NO_QUOTA) else 401 if error.says(_BAD_KEY) else 500)
+        said = f"{status}: {self._shown(error.message or body)}"
+        variable = self.settings.key_variable
+        if status == 429 and error.says(_NO_QUOTA):
+            return Refused(f"api_key_env: the account at {self.settings.host} has no quota left ({said})", status)
+        if status in _TRANSIENT or status >= 500 or status < 300:
+            return TransientError(said, _seconds(headers.get("retry-after")))
+        if status in (401, 403) and self._key():
+            return Refused(f"api_key_env: {variable} is refused by {self.settings.host} ({said})", status)
         if status in (401, 403):
-            problem = "is refused by" if self._key() else "is not set, and a key is required by"
-            return Refused(f"api_key_env: {self.settings.api_key_env} {problem} {self.settings.host} ({said})", status)
+            named = f"{variable} is not set, and" if variable else "null;"
+            hint = "" if variable else "; name the environment variable that has it"
+            return Refused(f"api_key_env: {named} a key is required by {self.settings.host} ({said}){hint}", status)
+        if status == 402:
+            return Refused(f"api_key_env: {self.settings.host} asks for payment ({said})", status)
         if status == 404:
             return Refused(f"model or base_url: {self.base_url} has no {self.settings.model!r} ({said})", status)
+        if status < 400:
+            return Refused(f"base_url: {self.base_url} redirects to another address; give that one ({said})", status)
         return Refused(
             f"model or base_url: {self.base_url} refuses a call for {self.settings.model!r} ({said})", status
         )
 
+    def redacted(self, text: str) -> str:
+        """Replace the key, and other secret header values, by ``***``, in whatever escaping a server echoes them."""
+        variables = ("OPENAI_API_KEY", self.settings.key_variable, *self.settings.headers_env.values())
+        return redacted(text, map(_environment, variables))
+
     def _shown(self, text: str) -> str:
         """Shorten a server's message for an error: one line, without the key and control characters."""
-        text = text.replace(self._key() or "\0", "***")[: 10 * _MESSAGE_CHARS]
+        text = self.redacted(text[: 100 * _MESSAGE_CHARS])[: 10 * _MESSAGE_CHARS]
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
         return text if len(text) <= _MESSAGE_CHARS else f"{text[: _MESSAGE_CHARS - 3]}..."
+
+
+@dataclass(frozen=True, slots=True)
+class _Error:
+    """An error as servers report it. ``code``: an HTTP status in its body, 0 without one."""
+
+    message: str
+    code: int
+    words: str
+
+    def says(self, known: Sequence[str]) -> bool:
+        return any(word in self.words for word in known)
+
+
+def _error(body: str) -> _Error:
+    try:
+        parsed = json.loads(body)
+    except (ValueError, RecursionError):
+        return _Error("", 0, body[:1000].casefold())
+    parsed = parsed[0] if isinstance(parsed, list) and parsed else parsed
+    inner = parsed.get("error", parsed) if isinstance(parsed, dict) else parsed
+    if not isinstance(inner, dict):
+        return _Error(inner if isinstance(inner, str) else "", 0, str(inner)[:1000].casefold())
+    message, code = inner.get("message"), str(inner.get("code") or inner.get("status") or "")
+    words = f"{code} {inner.get('type')} {message}"[:1000].casefold()
+    status = int(code) if code.isdecimal() and 400 <= int(code[:9]) < 600 else 0
+    return _Error(message if isinstance(message, str) else "", status, words)
+
+
+def _text(body: bytes) -> str:
+    """Decode a body: UTF-8, with or without a byte order mark, or Latin-1."""
+    try:
+        return body.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return body.decode("latin-1")
+
+
+async def _read_body(response: httpx.Response) -> bytes:
+    """Read a response up to the limit. Compressed data are unpacked no further than that.
+
+    Raises:
+        TransientError: it is larger, or compressed in a way that was not asked for.
+    """
+    encoding = response.headers.get("content-encoding", "").strip().casefold()
+    if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+        raise TransientError(f"a reply compressed as {encoding[:40]!r}; gzip was asked for")
+    unpack = zlib.decompressobj(zlib.MAX_WBITS | 32) if encoding not in ("", "identity") else None
+    body = bytearray()
+    async for chunk in response.aiter_raw():
+        try:
+            body += chunk if unpack is None else unpack.decompress(chunk, _LARGEST_BODY + 1 - len(body))
+        except zlib.error as error:
+            raise TransientError(f"a reply that cannot be unpacked ({error})") from None
+        if len(body) > _LARGEST_BODY:
+            raise TransientError(f"a reply of more than {_LARGEST_BODY:,} bytes; no more are read")
+    return bytes(body)
+
+
+def _environment(variable: str | None) -> str:
+    return os.environ.get(variable, "").strip() if variable else ""
 
 
 _jitter = random.Random()  # separate, so that a retry does not advance a seeded generator

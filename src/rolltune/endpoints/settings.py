@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import re
-from dataclasses import dataclass, fields
+import socket
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args
 from urllib.parse import urlsplit
+
+MaxTokensKey = Literal["max_tokens", "max_completion_tokens"]
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OWN_HEADERS = ("authorization", "content-type", "accept-encoding", "content-length", "host")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,14 +26,22 @@ class EndpointSettings:
     Attributes:
         base_url: address up to and including ``/v1``; without user name, password or query.
         model: the server's name of the model.
-        api_key_env: environment variable with the key. A server without keys needs none.
+        api_key_env: environment variable with the key, which is sent to ``base_url``, over plain http too. None: no key
+            is sent, except to https://api.openai.com: that in OPENAI_API_KEY, with OPENAI_ORG_ID and OPENAI_PROJECT_ID.
+        headers_env: further header fields, each with the environment variable that has its value, such as
+            ``{api-key: AZURE_OPENAI_API_KEY}``.
+        api_version: sent as the query ``api-version``, which Azure needs.
+        max_tokens_key: name under which the limit on a reply is sent; newer OpenAI models want
+            ``max_completion_tokens``.
+        send_seed: whether a seed is sent; false for servers that refuse it, such as Mistral's.
         timeout_seconds: limit for one whole reply.
         max_attempts: calls for one reply, at most, when calls fail.
         max_calls: cap on the calls, including repeated ones. Never exceeded.
         max_total_tokens: cap on the tokens, prompts included. Once it is reached no call starts, but calls in flight
-            may exceed it.
-        max_dollars: cap on the price, as with ``max_total_tokens``. A failed call counts as free, since its tokens are
-            unknown.
+            may exceed it. What the server does not report is counted by an upper estimate: a token for each byte of the
+            request and of the reply, at most ``max_tokens`` for the latter. So is an unreadable reply.
+        max_dollars: cap on the price, as with ``max_total_tokens``. A call without any reply (an error, or none in
+            time) counts as free.
         dollars_per_million_input: price of prompt tokens.
         dollars_per_million_output: price of completion tokens.
 
@@ -36,7 +51,11 @@ class EndpointSettings:
 
     base_url: str
     model: str
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: str | None = None
+    headers_env: dict[str, str] = field(default_factory=dict)
+    api_version: str | None = None
+    max_tokens_key: MaxTokensKey = "max_tokens"
+    send_seed: bool = True
     timeout_seconds: float = 120.0
     max_attempts: int = 6
     max_calls: int | None = None
@@ -49,9 +68,16 @@ class EndpointSettings:
         _check_url(self.base_url)
         if not self.model.strip():
             raise ValueError("model: is empty; give the server's name of the model")
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
-            # The value is not shown: it may be the key itself.
+        # The values are not shown: they may be the keys themselves.
+        if self.api_key_env is not None and not _VARIABLE.fullmatch(self.api_key_env):
             raise ValueError("api_key_env: not the name of an environment variable; give its name, never the key")
+        for name, variable in self.headers_env.items():
+            if not re.fullmatch(r"[A-Za-z0-9-]+", name) or name.casefold() in _OWN_HEADERS:
+                raise ValueError("headers_env: not the name of a header field, or one that is set already")
+            if not _VARIABLE.fullmatch(variable):
+                raise ValueError(f"headers_env.{name}: not the name of an environment variable; give its name")
+        if self.max_tokens_key not in get_args(MaxTokensKey):
+            raise ValueError(f"max_tokens_key: {self.max_tokens_key!r}; use {' or '.join(get_args(MaxTokensKey))}")
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts: {self.max_attempts}; must be >= 1")
         for name in ("timeout_seconds", "max_calls", "max_total_tokens", "max_dollars"):
@@ -70,6 +96,23 @@ class EndpointSettings:
         """Host, and port if there is one, of the base URL."""
         url = urlsplit(self.base_url)
         return f"{url.hostname}" if url.port is None else f"{url.hostname}:{url.port}"
+
+    @property
+    def account(self) -> str:
+        """The model and its server, whatever the spelling of the URL: caps are counted by it."""
+        url = urlsplit(self.base_url)
+        port = url.port or (443 if url.scheme == "https" else 80)
+        return f"{self.model.strip()} {_canonical_host(url.hostname or '')}:{port}"
+
+    @property
+    def is_openai(self) -> bool:
+        url = urlsplit(self.base_url)
+        return url.scheme == "https" and url.hostname == "api.openai.com" and url.port in (None, 443)
+
+    @property
+    def key_variable(self) -> str | None:
+        """The environment variable whose value is sent as the key; None if none is."""
+        return self.api_key_env or ("OPENAI_API_KEY" if self.is_openai else None)
 
     @property
     def caps(self) -> dict[str, float]:
@@ -103,10 +146,24 @@ def _check_url(base_url: str) -> None:
         url = urlsplit("")
     if "@" in base_url or url.query or url.fragment:
         raise ValueError(  # the value is not shown: it may contain a password
-            "base_url: contains a user name, password, query or fragment; give only the address, and the key in the "
-            "environment variable that api_key_env names"
+            "base_url: contains a user name, password, query or fragment; give only the address, the key in the "
+            "environment variable that api_key_env names, and Azure's version as api_version"
         )
     if url.scheme not in ("http", "https") or not url.hostname:
         raise ValueError(f"base_url: {base_url!r}; must be an address such as http://localhost:8000/v1")
     if url.path.rstrip("/").endswith("/completions"):
         raise ValueError(f"base_url: {base_url!r}; leave out /chat/completions, which is appended to it")
+
+
+def _canonical_host(host: str) -> str:
+    """One spelling for each host; "localhost" for all addresses of this machine's loopback."""
+    host = host.casefold().rstrip(".")
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        try:
+            address = ipaddress.ip_address(socket.inet_aton(host))  # 127.1
+        except OSError:
+            return "localhost" if host.endswith(".localhost") else host
+    address = getattr(address, "ipv4_mapped", None) or address
+    return "localhost" if address.is_loopback or address.is_unspecified else str(address)

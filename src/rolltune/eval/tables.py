@@ -13,6 +13,7 @@ from rich.text import Text
 
 from rolltune.eval.passk import Estimate
 from rolltune.eval.results import Bin, Evaluation, ModelResult
+from rolltune.terminal import printable
 
 _PLAIN_WIDTH = 200  # columns in a pipe or file, wide enough that no cell is wrapped
 _LABELS = {
@@ -45,7 +46,7 @@ def print_tables(evaluation: Evaluation, console: Console) -> None:
         _print(console, "behaviours per completion by the classifier", _classified_table(evaluation))
     console.print()
     for note in evaluation.notes:
-        console.print(Text(note, style="dim"), soft_wrap=True)
+        console.print(Text(printable(note), style="dim"), soft_wrap=True)
 
 
 def _print(console: Console, title: str, table: Table) -> None:

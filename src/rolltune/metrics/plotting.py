@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rolltune.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +39,6 @@ def title_axes(axes: Axes, title: str, ylabel: str) -> None:
 
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write a PNG file, which appears complete or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=150, format="png")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
     return path

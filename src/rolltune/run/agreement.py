@@ -60,10 +60,14 @@ def _kind(error: Exception) -> type[Exception] | None:
     for kind in _SHARED:
         if isinstance(error, kind):
             return kind
+    if isinstance(error, OSError):  # a full disk
+        return RunStopped
     return ConfigError if isinstance(error, ValueError) else None
 
 
 def _text(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}"
     return str(error) if _kind(error) else f"{type(error).__name__}: {error}"
 
 

@@ -58,12 +58,13 @@ def start(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -
         if found is not None and not world.is_main:
             latest = checkpoints.path(found["step"])
             _check_same(latest, found, world)
-    if world.is_main:
-        if not cfg.resume:
-            shutil.rmtree(checkpoints.output_dir / BUDGETS, ignore_errors=True)  # of a run that never took a step
-        config.save(cfg, checkpoints.output_dir)
-        if latest is not None:
-            checkpoints.recover(load_state(latest))
+    with together(world):
+        if world.is_main:
+            if not cfg.resume:
+                shutil.rmtree(checkpoints.output_dir / BUDGETS, ignore_errors=True)  # of a run that took no step
+            config.save(cfg, checkpoints.output_dir)
+            if latest is not None:
+                checkpoints.recover(load_state(latest))
     return latest
 
 
@@ -130,7 +131,7 @@ def _check_unchanged(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints) -> N
                 "restore it, or start over in another output_dir"
             ]
         )
-    now = asdict(cfg)
+    now = config.masked(asdict(cfg))
     if others := before.keys() - now.keys():
         raise ConfigError(
             [
@@ -139,7 +140,7 @@ def _check_unchanged(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints) -> N
             ]
         )
     # A run may be older than a key. The key's default is what such a run did.
-    before = config.with_defaults(type(cfg), before)
+    before = config.masked(config.with_defaults(type(cfg), before))
     free = FREE_ON_RESUME | ({"num_steps"} if _is_longer(before, now) else set())
     changed = [
         f"{key}: {now[key]}: the run in {cfg.output_dir} was started with {before.get(key)}; {_advice(key, now)}"
@@ -216,7 +217,7 @@ def open_log(cfg: GRPOConfig | SFTConfig, world: World, *, resume_step: int | No
         wandb=cfg.logging.wandb,
         wandb_project=cfg.logging.wandb_project,
         tensorboard=cfg.logging.tensorboard,
-        config=asdict(cfg),
+        config=config.masked(asdict(cfg)),
         resume_step=resume_step,
     )
 

@@ -21,6 +21,7 @@ from rolltune.batch import TokenSequence, TrainGroup, pack, pack_examples, train
 from rolltune.model.batch_invariant import is_batch_invariant
 from rolltune.model.policy import Policy
 from rolltune.prompts import without_prefill, worked_response
+from rolltune.terminal import printable
 from rolltune.types import Completion, Group, Microbatch, Prompt, Reward, RolloutMicrobatch
 
 # Limits on |trainer - sampler| log-prob: (mean, max) over tokens. In fp32 only the order of summation differs. bf16
@@ -168,10 +169,10 @@ def print_selftest(
     """
     table = Table("", "self-test", "result", title=None, show_edge=False, pad_edge=False)
     for check in checks:
-        table.add_row("[green]ok[/]" if check.passed else "[red]FAILED[/]", check.name, Text(check.detail))
+        table.add_row("[green]ok[/]" if check.passed else "[red]FAILED[/]", check.name, Text(printable(check.detail)))
     console.print(table)
-    prompt_tail = tokenizer.decode(list(prompt.token_ids[-60:]))
-    trained = str(tokenizer.decode(list(token_ids[:200])))
+    prompt_tail = printable(str(tokenizer.decode(list(prompt.token_ids[-60:]))))
+    trained = printable(str(tokenizer.decode(list(token_ids[:200]))))
     console.print("one example, trained tokens in green (the end of the prompt, in grey, is not trained):", style="dim")
     console.print(
         Text.assemble((f"...{prompt_tail}", "dim"), (trained, "green"), "" if len(token_ids) <= 200 else "...")

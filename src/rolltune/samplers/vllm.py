@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rolltune.config.secrets import password_problems
 from rolltune.endpoints import serving
 from rolltune.errors import EngineError
 from rolltune.model.fp32_head import FP32Head
@@ -123,6 +124,8 @@ def served(
     length = _check_options(model, dtype, max_num_seqs, max_model_len, kv_cache_gib)
     if base_urls is not None and not base_urls:
         raise ValueError("sampler.base_urls: []; give at least one URL, or null to start a server for this run")
+    for _, problem in password_problems(base_urls, "sampler.base_urls"):  # errors name the URLs
+        raise ValueError(problem)
     if transfer not in serving.TRANSFERS:
         raise ValueError(f"sampler.transfer: {transfer}; must be one of {', '.join(serving.TRANSFERS)}")
     if transfer == "nccl" and base_urls is not None and len(base_urls) > 1:

@@ -19,7 +19,7 @@ from rolltune import config
 from rolltune.config.schema import WriteRubricsConfig, WriteTracesConfig
 from rolltune.endpoints import settings
 from rolltune.errors import ConfigError
-from rolltune.files import take_lock
+from rolltune.files import replacing, take_lock
 from rolltune.types import Message, Problem
 
 # Keys that may change between the parts of a continued run, because no record depends on them.
@@ -211,14 +211,13 @@ class RecordFile(Generic[R]):
         place = {problem.id: i for i, problem in enumerate(problems)}
         key = self.layout.key
         records = sorted(self.read(), key=lambda r: (place.get(r.problem.id, len(place)), *key(r)))
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("wb") as file:
-            file.writelines(map(self.layout.to_line, records))
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        self._file.close()
-        temporary.replace(self.path)
+        with replacing(self.path) as temporary:
+            with temporary.open("wb") as file:
+                file.writelines(map(self.layout.to_line, records))
+                file.flush()
+                os.fsync(file.fileno())
+                size = file.tell()
+            self._file.close()
         self._file = self._open(size)
 
 
@@ -239,7 +238,7 @@ def save_config(
         ConfigError: the folder contains another run or a broken config.yaml; or the existing records have other
             problems, another writer, verifier or seed.
     """
-    now = asdict(cfg)
+    now = config.masked(asdict(cfg))
     before = config.read_saved(file.path.parent)
     if before is not None and before.keys() != now.keys():
         raise ConfigError([f"output_dir: {cfg.output_dir}: contains another run; choose another output_dir"])
@@ -248,7 +247,7 @@ def save_config(
             raise ConfigError(
                 [f"output_dir: {cfg.output_dir}: has {file.path.name} but no config.yaml; choose another output_dir"]
             )
-        changed = _changed(before, now)
+        changed = _changed(config.masked(before), now)
         if changed:
             raise ConfigError(
                 [

@@ -17,10 +17,12 @@ from typing import Any, Generic, NoReturn
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rolltune.endpoints.client import BudgetExceeded, Endpoint, EndpointDown, Reply
 from rolltune.files import home_path, write_json_atomic
 from rolltune.metrics.progress import Progress
+from rolltune.terminal import printable
 from rolltune.types import Message, Problem
 from rolltune.writers.records import R, RecordFile
 
@@ -198,7 +200,7 @@ def _give_up(work: Work[Any], why: str, status: int) -> NoReturn:
     """Print the progress and end the process."""
     anew = " (caps start again at zero)" if work.endpoint else ""
     there = f"{len(work.file.done)} of {_all(work)} are in {work.file.path}; continue with the same command{anew}"
-    print(f"{work.recipe}: {why}\n  {there}", file=sys.stderr)
+    print(printable(f"{work.recipe}: {why}\n  {there}"), file=sys.stderr)
     sys.exit(status)
 
 
@@ -209,8 +211,8 @@ def show_dry_run(shown: Mapping[str, str], wanted: str) -> None:
     """Print texts, each below its name, and that nothing was written."""
     console = Console()
     for name, text in shown.items():
-        console.rule(name)
-        console.print(text, markup=False, highlight=False)
+        console.rule(Text(printable(name, keep="")))
+        console.print(printable(text), markup=False, highlight=False)
     console.rule()
     console.print(f"dry run: everything resolves; a run would write {wanted}; nothing was written")
 
@@ -225,5 +227,5 @@ def show_summary(work: Work[Any], summary: Mapping[str, float | None]) -> None:
     console = Console()
     console.print(table)
     if work.left_out:
-        console.print(f"last one left out: {work.left_out[-1]}", markup=False, highlight=False)
+        console.print(printable(f"last one left out: {work.left_out[-1]}"), markup=False, highlight=False)
     console.print(f"{work.file.layout.nouns}: {work.file.path}", markup=False, highlight=False)

@@ -49,7 +49,10 @@ SPECIAL = """
 <{bar}User{bar}> <{bar}Assistant{bar}> <|user|> <|assistant|> <|system|> <|end|>
 <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|>
 <|CHATBOT_TOKEN|> [gMASK] <sop> <|start|> <|channel|> <|message|> <|return|> <think> </think> <tool_call> </tool_call>
-<tool_response> </tool_response> [CLS] [SEP] [MASK] [PAD] [UNK] <mask> ]~b] ]~!b[ <fim_prefix>
+<tool_response> </tool_response> [CLS] [SEP] [MASK] [PAD] [UNK] <mask> ]~b] ]~!b[ [e~[ <fim_prefix>
+<repo_name> <reponame> <file_sep> <filename> <gh_stars> <issue_start> <jupyter_code> <empty_output> <turn|> <|turn>
+[|system|] [|endofturn|] [|assistant|] [UNUSED_TOKEN_145] [control_8] <TOKENS_UNUSED_1> <eoh> <reserved_106> <seed:bos>
+>>ANSWER<< <SPECIAL_12> <extra_id_1> <|reserved_200017|> <|constrain|> <{bar}tool▁calls▁begin{bar}> <ctrl_99>
 """.replace("{bar}", "\uff5c").split()
 
 
@@ -206,18 +209,17 @@ def test_no_attack_is_paid_for_being_quoted(way: str):
         for question in questions(text):
             reading = read_prompt(user_message(question))
             reply = SPEAKS[way](reading.block("response"), json.dumps(verdict_on(reading)))
-            for whole in (True, False):
-                try:
-                    value = read_answer(question, reply, whole=whole)
-                except ValueError:
-                    assert way not in READ_ALWAYS, (text[:200], reply[:500])
-                    continue
-                read += 1
-                if isinstance(value, Rating):
-                    assert value.rating == 1, (text[:200], reply[:500])
-                else:
-                    verdicts = value.verdicts if isinstance(value, Verdicts) else [value]
-                    assert all(verdict.grade == 0 for verdict in verdicts), (text[:200], reply[:500])
+            try:
+                value = read_answer(question, reply)
+            except ValueError as error:
+                assert way not in READ_ALWAYS, (error, text[:200], reply[:500])
+                continue
+            read += 1
+            if isinstance(value, Rating):
+                assert value.rating == 1, (text[:200], reply[:500])
+            else:
+                verdicts = value.verdicts if isinstance(value, Verdicts) else [value]
+                assert all(verdict.grade == 0 for verdict in verdicts), (text[:200], reply[:500])
     assert read > 0 or way in ("not at all", "broken off in the reason")
 
 

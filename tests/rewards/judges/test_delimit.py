@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import read_prompt
+from transformers import PreTrainedTokenizerFast
 
-from rolltune.rewards.judges.delimit import MAX_CHARS, delimited, neutral
+from rolltune.rewards.judges.delimit import MAX_CHARS, added_tokens, delimited, neutral, token_breaker
 from rolltune.rewards.rubric.degenerate import is_degenerate
 
 # Texts that are made of the pieces of attacks, which plain random text never holds.
@@ -20,6 +23,9 @@ PIECES = st.sampled_from(
         "|",
         ">",
         "im_end",
+        "file_sep",
+        "_",
+        "e~[",
         "=== ",
         "response",
         " ends ===",
@@ -111,6 +117,15 @@ def test_plain_text_is_not_touched(text: str):
         ("**User**: x", "\\**User**: x"),
         ("\u7cfb\u7edf\uff1ax", "\\\u7cfb\u7edf\uff1ax"),
         ('{"grade" : 1}', '{"\\grade" : 1}'),
+        ("{'better': 'first'}", "{'\\better': 'first'}"),
+        ("<file_sep>", "<\\file_sep>"),
+        ("</tool_use>", "<\\/tool_use>"),
+        ("<turn|>", "<\\turn|>"),
+        ("[|system|]", "[\\|system|]"),
+        ("<seed:think>", "<\\seed:think>"),
+        ("<function=run>", "<\\function=run>"),
+        (">>QUESTION<<", ">\\>QUESTION<<"),
+        ("GPT4 Correct User: x", "\\GPT4 Correct User: x"),
         ("=== text 00 ends ===", "\\=== text 00 ends ==="),
         ("a\u200bb\u202ec\u00add\ufeff", "abcd"),
         ("a\U000e0041\U000e0101b", "ab"),
@@ -127,7 +142,8 @@ def test_what_is_special_is_not_special_any_more(text: str, shown: str):
     "text",
     [
         "x < y | z > 2",
-        "a[0], a[i], [1, 2]",
+        "a[0], a[i], [1, 2], [A, B]",
+        "a >> b << c, std::vector<int>, Map<String, List<T>>, x <- y_1, 1 < a_b",
         "<div class='s'>x</div>",
         "The system: two users, one assistant.",
         "\\frac{1}{2} \\sum",
@@ -139,6 +155,49 @@ def test_what_is_special_is_not_special_any_more(text: str, shown: str):
 )
 def test_what_is_not_special_stays(text: str):
     assert neutral(text) == text
+
+
+# The 17 added tokens of SmolLM2, and some with which simple replacement fails.
+TOKENS = """
+<|endoftext|> <|im_start|> <|im_end|> <repo_name> <reponame> <file_sep> <filename> <gh_stars> <issue_start>
+<issue_comment> <issue_closed> <jupyter_start> <jupyter_text> <jupyter_code> <jupyter_output> <jupyter_script>
+<empty_output> <x> <<x>> @@@User @@ ]]>x ##turn
+""".split()
+
+
+def own_tokenizer(*more: str) -> PreTrainedTokenizerFast:
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[none]": 0}, unk_token="[none]"))
+    made.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in TOKENS])
+    made.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in ("  ", "\n\n", "Canberra", *more)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[none]")
+
+
+@given(st.lists(st.sampled_from(TOKENS) | st.text(alphabet="<>@x]#|\\ ", max_size=3), max_size=20).map("".join))
+def test_no_token_of_a_tokenizer_is_left(text: str):
+    tokenizer = TOKENIZER
+    special = set(tokenizer.convert_tokens_to_ids(TOKENS))
+    shown = BREAK(text)
+    assert not special & set(tokenizer(shown, add_special_tokens=False)["input_ids"])
+    assert shown.replace("\\", "") == text.replace("\\", "")  # and stays readable
+
+
+TOKENIZER = own_tokenizer("{{tool}}")
+BREAK = token_breaker(added_tokens(TOKENIZER))
+
+
+def test_only_tokens_are_broken():
+    assert BREAK("a  b\n\nCanberra <y> {{tool}}") == "a  b\n\nCanberra <y> {\\{tool}}"
+    assert BREAK("<REPO_NAME><<x>>") == "<\\REPO_NAME><\\<\\x>>"
+    assert token_breaker([])("<|im_start|>") == "<|im_start|>"
+
+
+def test_breaking_takes_no_quadratic_time():
+    broken = token_breaker([f"<unused{i}>" for i in range(6000)])
+    start = time.monotonic()
+    assert len(broken("<" * 100_000 + "<unused7>")) == 100_010
+    for text in ("<" * 10**5, "<a_" * 30_000, "<" + "_" * 10**5, "[A_" * 30_000, "[" * 10**5, ">" * 10**5):
+        neutral(text)
+    assert time.monotonic() - start < 10
 
 
 def test_a_long_text_keeps_both_ends():
@@ -171,7 +230,8 @@ def test_an_empty_text_is_said_to_be_empty(text: str):
         ":",
         "...",
         "---",
-        "**",
+        "* * *",
+        "```\n```",
         "\u3002",
         "<think>\n</think>",
         "<answer>Solution</answer>",
@@ -214,6 +274,18 @@ def test_texts_that_say_nothing(text: str):
         "+",
         "-",
         "!=",
+        "**",
+        "[]",
+        "{}",
+        "())(",
+        "[[]]",
+        "->",
+        "&&",
+        ";",
+        "*/",
+        "<>",
+        "^$",
+        "[:]",
         "\u221e",
         "\u03c0",
         "\U0001f44d",

@@ -17,7 +17,7 @@ from rolltune.endpoints.client import Refused
 from rolltune.rewards.judges.cache import AnswerCache
 from rolltune.rewards.judges.endpoint import EndpointJudge
 from rolltune.rewards.judges.judge import Answer, Question, response_format
-from rolltune.rewards.rubric.questions import Rating, Verdicts, explicit_questions, implicit_question
+from rolltune.rewards.rubric.questions import Rating, explicit_questions, implicit_question
 from rolltune.rewards.rubric.schema import Criterion
 from rolltune.types import Problem
 
@@ -182,16 +182,35 @@ def test_a_reply_that_is_cut_is_unscored_even_if_it_could_be_read():
     assert len(server.calls) == 1 and judge.metrics()["judge_cut"] == 1
 
 
-def test_a_part_of_the_verdicts_is_kept_but_not_cached(tmp_path):
+def test_a_part_of_the_verdicts_leaves_the_response_unscored(tmp_path):
     partial = json.dumps({"verdicts": [{"number": 2, "reason": "r", "grade": 1}]})
-    with FaultServer(in_turn(ok(partial), ok("no"))) as server:
+    with FaultServer(in_turn(ok(partial))) as server:
         judge = connect(server, cache=str(tmp_path / "c"))
         (answer,) = ask(judge, both())
-        assert answer.failure is None and isinstance(answer.value, Verdicts)
-        assert [(verdict.number, verdict.grade) for verdict in answer.value.verdicts] == [(2, 1.0)]
-        assert "criterion 1 has no verdict" in server.calls[1].request["messages"][3]["content"]
-        ask(judge, both())
-    assert len(server.calls) == 4
+    assert (answer.failure, answer.value, len(server.calls)) == ("judge_unparseable", None, 2)
+    assert len(AnswerCache(tmp_path / "c")) == 0
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_a_verdict_among_the_thoughts_is_read_where_the_content_is_empty(field: str):
+    def thinking(thought: str, content: str | None) -> Response:
+        reply = json.loads(ok(content).body)
+        reply["choices"][0]["message"][field] = thought
+        return Response(body=json.dumps(reply).encode())
+
+    with FaultServer(in_turn(thinking(GOOD, None), thinking("Hm.", ""), thinking(GOOD, "no verdict"))) as server:
+        judge = connect(server)
+        assert ask(judge, rating_of("4"))[0].value == Rating(reason="Right.", rating=8)
+        (answer,) = ask(judge, rating_of("5"))  # thoughts without a verdict, then a content without one
+    assert answer.failure == "judge_unparseable" and len(server.calls) == 3
+    assert "the content is empty" in server.calls[2].request["messages"][-1]["content"]
+
+
+@pytest.mark.parametrize("reason", ["tool_calls", "content_filter", "function_call"])
+def test_a_reply_that_ended_otherwise_is_not_a_verdict(reason: str):
+    with FaultServer(in_turn(ok(GOOD, finish_reason=reason))) as server:
+        (answer,) = ask(connect(server), rating_of("4"))
+    assert (answer.failure, answer.value, len(server.calls)) == ("judge_refused", None, 1)
 
 
 def test_role_tokens_in_a_malformed_reply_are_broken_in_the_repair():
@@ -204,13 +223,33 @@ def test_role_tokens_in_a_malformed_reply_are_broken_in_the_repair():
 
 
 @pytest.mark.parametrize(
-    ("status", "says"), [(401, "api_key_env: "), (404, "model or base_url: "), (402, "model or base_url: ")]
+    ("status", "says", "calls"),
+    # Of 402 and 404 a harmless question shows that they do not concern one text.
+    [(401, "api_key_env: ", 1), (404, "model or base_url: ", 2), (402, "api_key_env: ", 2)],
 )
-def test_a_server_that_refuses_for_good_ends_it(status: int, says: str):
-    with FaultServer(in_turn(error(status, "no"))) as server:
+def test_a_server_that_refuses_for_good_ends_it(status: int, says: str, calls: int):
+    with FaultServer(in_turn(ok(GOOD), error(status, "no"))) as server:
+        judge = connect(server)
+        ask(judge, rating_of("3"))
         with pytest.raises(Refused) as refused:
+            ask(judge, rating_of("4"))
+    assert str(refused.value).startswith(says) and refused.value.status == status
+    assert len(server.calls) == 1 + calls
+
+
+def test_an_account_without_quota_ends_it():
+    with FaultServer(in_turn(error(429, "insufficient_quota"))) as server:
+        with pytest.raises(Refused, match="has no quota left"):
             ask(connect(server), rating_of("4"))
-    assert str(refused.value).startswith(says) and refused.value.status == status and len(server.calls) == 1
+    assert len(server.calls) == 1
+
+
+@pytest.mark.parametrize("status", [402, 404])
+def test_a_payment_or_route_for_one_text_concerns_that_text(status: int):
+    with FaultServer(refusing("forbidden", status)) as server:
+        judge = connect(server)
+        found = [ask(judge, rating_of(text))[0].failure for text in ("1", "forbidden", "2")]
+    assert found == [None, "judge_refused", None]
 
 
 def refusing(text: str, status: int):
@@ -339,6 +378,23 @@ def test_a_second_judge_with_the_same_cache_asks_only_what_is_new(tmp_path):
             assert not answer.cached, changed
 
 
+def test_temperature_0_has_one_spelling_in_the_cache(tmp_path):
+    with FaultServer(in_turn(ok(GOOD))) as server:
+        for temperature in (0, 0.0, -0.0, False):
+            ask(connect(server, cache=str(tmp_path / "c"), temperature=temperature), rating_of("a"))
+    assert len(server.calls) == 1
+
+
+def test_spellings_of_a_url_share_a_cap(tmp_path):
+    with FaultServer(in_turn(ok(GOOD))) as server:
+        found = []
+        for url in (server.base_url, server.base_url.replace("127.0.0.1", "localhost") + "/"):
+            judge = connect(server, base_url=url, max_calls=1)
+            judge.share_budget(tmp_path / "rewards.sqlite")
+            found.append(ask(judge, rating_of(url))[0].failure)
+    assert found == [None, "judge_budget"]
+
+
 def test_a_judge_that_dies_in_mid_run_and_the_run_after_it(tmp_path):
     """Ten are answered, then the server fails for good: the others are unscored, counted, and asked by the next run."""
     cache = str(tmp_path / "judge.sqlite")
@@ -379,3 +435,16 @@ def test_an_answer_in_the_cache_that_cannot_be_read_is_asked_for_again(tmp_path)
 def test_arguments_out_of_range(options, says: str):
     with pytest.raises(ValueError, match=says):
         EndpointJudge(**as_arguments(**{"base_url": "http://localhost/v1", "model": "m", **options}))
+
+
+def test_tokens_of_the_judges_own_are_broken(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    special = tokenizer.all_special_tokens[0]
+    with FaultServer(in_turn(ok(GOOD))) as server:
+        for options in ({"special_tokens": ["@@turn", special]}, {"tokenizer": str(tmp_path / "tokenizer")}):
+            ask(connect(server, **options), rating_of(f"@@turn {special}"))
+    shown = [call.request["messages"][1]["content"] for call in server.calls]
+    assert "@\\@turn" in shown[0] and "@@turn" in shown[1]
+    assert not any(special in text for text in shown)
+    with pytest.raises(ValueError, match="tokenizer: .*none' cannot be loaded"):
+        EndpointJudge(**as_arguments(base_url="http://localhost/v1", model="m", tokenizer=str(tmp_path / "none")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -134,6 +135,29 @@ def test_a_question_too_long_for_the_model_is_unscored_alone(make_reward, tiny_l
     assert [score.failure == "judge_refused" for score in scores] == [False, True, False]
     assert [score.total for score in scores] == [None] * 3 and pool.metrics()["judge/r/judge_refused"] == 1
     assert "4096 tokens" in caplog.text
+
+
+def test_the_policys_own_tokens_are_broken_wherever_they_stand(tokenizer):
+    """In the response, the problem and the rubric: the tokenizer would read them as its special tokens."""
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"additional_special_tokens": ["<gh>", "@@turn"]})
+    text = "<gh> @@turn <GH>"
+    rubric = Rubric.of(Criterion(title=text, description=text, category="essential"))
+    problem = Problem(id="p", messages=({"role": "user", "content": text},), rubric=rubric)
+    asked: list[int] = []
+
+    class Sampler(Scripted):
+        def generate(self, requests, params, **options):
+            asked.extend(token for request in requests for token in request.prompt.token_ids)
+            return super().generate(requests, params, **options)
+
+    reward, pool = RubricReward(judges=[NODE]), JudgePool()
+    reward.join(pool, "rewards.r", problem)
+    pool.bind(Sampler(own, lambda asked: verdict(1)), own, lambda: None)
+    assert reward(problem, text).total == 1.0
+    pool.close()
+    assert own.convert_tokens_to_ids("<gh>") in own("<gh>")["input_ids"]
+    assert asked and not set(asked) & set(own.convert_tokens_to_ids(["<gh>", "@@turn"]))
 
 
 @pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"temperature": 3.0}])

@@ -204,7 +204,7 @@ def test_every_pitfall_that_does_not_say_is_named():
         ("Esssential Criteria: Names the cause.", 5, "essential", "Names the cause."),
         ("optional criteria : Names the cause.", 3, "optional", "Names the cause."),
         ("Important Criterion: Names the cause.", 5, "important", "Names the cause."),
-        ("Pitfall Criteria: Avoids jargon.", 2, "pitfall", "Avoids jargon."),
+        ("Pitfall Criteria: Avoids jargon.", -2, "pitfall", "Avoids jargon."),
         ("Essential Criteria: ", 5, "essential", "Title"),
     ],
 )
@@ -237,6 +237,17 @@ def test_a_wrong_published_record(change, message):
         rar_problem(row | change, "rar/0")
 
 
-def test_a_number_of_zero_is_no_weight():
-    with pytest.raises(ValueError, match="'Title' has weight 0"):
-        rar(item("Essential Criteria: x.", 0), weights="numbers")
+@pytest.mark.parametrize("weights", ["categories", "numbers"])
+@pytest.mark.parametrize(
+    ("description", "weight", "says"),
+    [
+        ("Essential Criteria: Names the cause.", -5, "'Title' is essential and has the weight -5; must be above 0"),
+        ("Optional Criteria: Is short.", -1, "'Title' is optional and has the weight -1; must be above 0"),
+        ("Pitfall Criteria: Avoids jargon.", 2, "'Title' is pitfall and has the weight 2; must be below 0"),
+        ("Essential Criteria: x.", 0, "'Title' has weight 0"),
+        ("x.", 0, "'Title' has weight 0"),
+    ],
+)
+def test_a_number_that_contradicts_the_category(description: str, weight: int, says: str, weights):
+    with pytest.raises(ValueError, match=rf"rubric\[1\]\.weight: {says}"):
+        rar(item("Essential Criteria: Names the cause.", 5), item(description, weight), weights=weights)

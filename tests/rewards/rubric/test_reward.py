@@ -96,16 +96,51 @@ def test_one_question_for_each_criterion(make_reward):
     assert score.total == pytest.approx(1.9 / 2.2) and len(server.calls) == 3
 
 
-def test_a_criterion_without_a_grade_leaves_the_mean(make_reward):
+def one_by_one(pitfall: Response) -> Callable[[int, dict[str, Any]], Response]:
+    """A script that grades the three criteria 1 and 0, and answers the pitfall as given."""
+
+    def judge(call: int, request: dict[str, Any]) -> Response:
+        asked = request["messages"][1]["content"]
+        return pitfall if "Guesses" in asked else ok(json.dumps({"reason": "r", "grade": int("Says four" in asked)}))
+
+    return judge
+
+
+def test_a_criterion_whose_judge_is_down_leaves_the_mean(make_reward):
     """The pitfall (0.9 of 2.2) is unscored: 1.0 / 1.3 of what is left where 0.5 of the weight is enough."""
-    with FaultServer(always(verdicts(1, 0, None))) as server:
-        lenient = make_reward(server, min_scored=0.5)(PROBLEM, TEXT)
-        strict = make_reward(server, min_scored=0.7)(PROBLEM, TEXT)
+    with FaultServer(one_by_one(error(500, "down"))) as server:
+        lenient = make_reward(server, min_scored=0.5, one_call=False)(PROBLEM, TEXT)
+        strict = make_reward(server, min_scored=0.7, one_call=False)(PROBLEM, TEXT)
     assert lenient.total == pytest.approx(1.0 / 1.3)
     assert lenient.parts["scored_share"] == pytest.approx(1.3 / 2.2)
     assert lenient.parts["category/pitfall"] is None
     assert strict.total is None and strict.notes["guesses"].startswith("unscored: ")
-    assert strict.failure == "judge_unparseable"
+    assert strict.failure == "judge_down"
+
+
+PARTIAL = {
+    "missing": verdicts(1, 0, None),
+    "null": verdicts(1, 0, 0).replace('"grade": 0}]', '"grade": null}]'),
+    "unreadable": verdicts(1, 0, 0).replace('"grade": 0}]', '"grade": "perhaps"}]'),
+    "from 0": verdicts(1, 0, 0)
+    .replace("number", "x")
+    .replace('"x": 1', '"number": 0')
+    .replace('"x": 2', '"number": 1'),
+}
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_a_partial_reply_leaves_the_response_unscored(make_reward, name: str):
+    """If only the unreadable criterion were left out, a bad response could gain by making it unreadable."""
+    with FaultServer(always(PARTIAL[name])) as server:
+        score = make_reward(server, min_scored=0.1)(PROBLEM, TEXT)
+    assert (score.total, score.failure, score.parts["scored_share"]) == (None, "judge_unparseable", 0.0)
+
+
+@pytest.mark.parametrize("reply", [ok("no"), ok("{}", finish_reason="length"), ok("", finish_reason="content_filter")])
+def test_so_does_one_criterion_of_several_questions(make_reward, reply: Response):
+    with FaultServer(one_by_one(reply)) as server:
+        assert make_reward(server, min_scored=0.1, one_call=False)(PROBLEM, TEXT).total is None
 
 
 def test_judges_that_disagree(make_reward):
@@ -318,3 +353,10 @@ def test_it_is_a_judged_reward_and_composes_by_weight(pool):
     assert score.total == pytest.approx(2 * 1.9 / 2.2 + 0.25)
     assert score.parts["rubric/category/essential"] == 1.0 and "rubric/says_four" in score.notes
     assert pool.metrics()["judge/rubric/calls"] == 1 and list(reward.text_rewards) == ["plain"]
+
+
+def test_a_rubric_of_pitfalls_only_is_warned_about(make_reward, caplog):
+    only = Problem(id="only", messages=PROBLEM.messages, rubric=Rubric(criteria=CRITERIA[2:]))
+    with FaultServer(always("")) as server:
+        make_reward(server).check([PROBLEM, only])
+    assert "1 rubrics, the first of 'only', list pitfalls only" in caplog.text
