@@ -264,9 +264,7 @@ def wandb_killed(trial: Trial) -> str:
     for pid in services:
         send(pid, signal.SIGKILL)
     # wandb shows the traceback of its own thread
-    return (
-        WENT_ON if ended(run, 0, 2, traceback=True) == 0 else REFUSED
-    )  # wandb may still be starting
+    return WENT_ON if ended(run, 0, 2, traceback=True) == 0 else REFUSED  # wandb may still be starting
 
 
 def stdout_closed(trial: Trial) -> str:

@@ -115,8 +115,9 @@ class Watch:
         """
         interval = min(max(stall_seconds / _LOOKS, 0.1), 30.0)
         signs: dict[int, _Sign] = {}
+        exchange = threading.Thread(target=self._exchange, args=(signs, interval), daemon=True)
         if self.world.size > 1:
-            threading.Thread(target=self._exchange, args=(signs, interval), daemon=True).start()
+            exchange.start()
         before: list[int] = []
         last_look: dict[int, tuple[int, int]] = {}  # rank: its looks, and ours when they last changed
         idle = looks = 0
@@ -132,6 +133,8 @@ class Watch:
             if idle * interval >= stall_seconds:
                 silent = {r for r in range(self.world.size) if looks - last_look.get(r, (0, 0))[1] > _UNANSWERED}
                 self._report(idle * interval, signs, silent)
+        if exchange.is_alive():
+            exchange.join(_REPEATED)
 
     def _exchange(self, signs: dict[int, _Sign], interval: float) -> None:
         """Tell the other ranks of this one, and learn of them, through the store by which they have met."""
@@ -175,13 +178,16 @@ def watch(world: World, *, stall_seconds: float, grace_seconds: float) -> Iterat
         grace_seconds: time after SIGTERM (Slurm, Kubernetes) or Ctrl-C after which the process ends, whatever it does.
     """
     watching = Watch(world, grace_seconds)
+    looking = threading.Thread(target=watching.look, args=(stall_seconds,), daemon=True)
     if stall_seconds:
-        threading.Thread(target=watching.look, args=(stall_seconds,), daemon=True).start()
+        looking.start()
     try:
         with _signals(watching.on_signal):
             yield watching
     finally:
         watching._over.set()
+        if looking.is_alive():
+            looking.join()  # it uses the store of the process group, which is closed next
 
 
 @contextmanager
