@@ -189,7 +189,8 @@ def request_to_stop(trial: Trial, number: signal.Signals) -> str:
     run = trial.hit()
     send(trial.victim(run), number)
     code = ended(run, 0, 1, -number, 128 + number, traceback=True)  # Python shows one while it imports
-    is_saved = f"stopped by {number.name}" in run.text and "a checkpoint of step" in run.text
+    kept = ("a checkpoint of step", "nothing was trained yet", "the last checkpoint is")
+    is_saved = f"stopped by {number.name}" in run.text and any(text in run.text for text in kept)
     if (code == 1 and not is_saved) or (code == 0 and is_saved):
         raise Failure(UNEXPLAINED, f"exit status {code}: {run.last_line}")
     return STOPPED if is_saved else KILLED if code else WENT_ON
