@@ -380,8 +380,12 @@ def observe(trial: Trial, kind: str, act: Callable[[Trial], str]) -> Outcome:
 
 def finish(trial: Trial) -> str:
     """Let the run finish, and compare it with the unbroken one."""
-    assert trial.whole is not None
     ended(trial.resume(), 0)  # also if it had finished: its last checkpoint may have been damaged since
+    return compare(trial)
+
+
+def compare(trial: Trial) -> str:
+    assert trial.whole is not None
     found, right = result_of(trial.output_dir), trial.whole.result
     if differ := [name for name, value in asdict(found).items() if value != asdict(right)[name]]:
         raise Failure(DIFFERS, f"{' and '.join(differ)} are not those of the unbroken run")
