@@ -155,12 +155,7 @@ def run_steps(cfg: GRPOConfig, world: World, watching: Watch) -> None:
                 )
                 if step % cfg.eval.every_n_steps == 0 or is_last:
                     metrics |= evaluate(cfg, components, progress)
-            except (
-                SyncError,
-                EngineError,
-                MismatchError,
-                PromptTooLong,
-            ) as error:  # weights of ``state``
+            except LEAVES_THE_WEIGHTS as error:
                 saver.stop(state, str(error))
             except FloatingPointError as error:  # earlier updates of the step may have been taken
                 saver.stop_without_saving(state, str(error))

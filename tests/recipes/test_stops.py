@@ -66,6 +66,47 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_numbers(write
     assert read_rows(tmp_path / "stopped") == read_rows(tmp_path / "whole")
 
 
+SLOW_SAMPLER = '''
+import os
+import time
+
+from rolltune.samplers.native import NativeSampler
+
+
+class SlowSampler(NativeSampler):
+    """Takes two seconds for each completion while there is a file of the name in SLOW."""
+
+    def generate(self, requests, params, *, on_progress, on_completion=None):
+        def report(done, total):
+            time.sleep(2 * os.path.exists(os.environ["SLOW"]))
+            on_progress(done, total)
+
+        return super().generate(requests, params, on_progress=report, on_completion=on_completion)
+'''
+
+
+def test_a_step_whose_sampling_takes_too_long_is_left_with_a_checkpoint(
+    write_config, tmp_path, reward_module, monkeypatch
+):
+    (reward_module / "tiny_sampler.py").write_text(SLOW_SAMPLER)
+    monkeypatch.setenv("SLOW", str(slow := tmp_path / "slow"))
+    settings = {"num_steps": 30, "eval": {"every_n_steps": 30, "max_problems": 4}, "grace_seconds": 8}
+    settings |= {"checkpoint": {"every_n_steps": 30}, "sampler": {"_component_": "tiny_sampler.SlowSampler"}}
+    assert start(write_config("whole", **settings)).wait() == 0
+    config = write_config("stopped", **settings)
+    run = start(config)
+    wait_for_step(tmp_path / "stopped", 4)
+    slow.touch()
+    time.sleep(1)  # into the sampling of the next step
+    run.send_signal(signal.SIGTERM)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 1 and "stopped by SIGTERM\n  a checkpoint of step" in errors, errors
+    assert "Traceback" not in errors and len(list((tmp_path / "stopped/checkpoints").iterdir())) == 1
+    slow.unlink()
+    assert start(config, "resume=true").wait() == 0
+    assert read_rows(tmp_path / "stopped") == read_rows(tmp_path / "whole")
+
+
 def test_a_second_run_in_the_folder_is_refused_at_once(write_config, tmp_path):
     config = write_config("run", num_steps=200, checkpoint={"every_n_steps": 100, "keep_last": 1})
     first = start(config)
