@@ -14,6 +14,8 @@ from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
+from rolltune.errors import ConfigError
+
 
 def home_path(path: str | Path) -> Path:
     """A path with ``~`` at its start replaced by the home folder, so that no folder called ``~`` is ever made.
@@ -64,13 +66,17 @@ def make_folder(path: str | Path) -> Path:
     """Make a folder and those above it.
 
     Raises:
-        ValueError: it cannot be made.
+        ConfigError: it cannot be made.
     """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"output_dir: {path}: {error.strerror}; choose a folder that can be written") from None
+        raise _not_writable(path, error) from None
     return Path(path)
+
+
+def _not_writable(path: str | Path, error: OSError) -> ConfigError:
+    return ConfigError([f"output_dir: {path}: {error.strerror or error}; choose a folder that can be written"])
 
 
 def finite(obj: Any) -> Any:
@@ -93,7 +99,8 @@ def take_lock(path: Path) -> AcquireReturnProxy:
         ...     ...
 
     Raises:
-        ValueError: another process, or this one, holds the lock; the message names its host and process.
+        ConfigError: another process, or this one, holds the lock, whose host and process the message names; or the
+            folder cannot be written.
     """
     make_folder(path.parent)
     file = path.with_name(path.name + ".lock")
@@ -102,9 +109,11 @@ def take_lock(path: Path) -> AcquireReturnProxy:
     except Timeout:
         holder = file.read_text(encoding="utf-8", errors="replace").strip()
         who = f" ({holder})" if holder else ""
-        raise ValueError(
-            f"{path}: another process is writing it{who}; wait for it, or choose another output_dir"
+        raise ConfigError(
+            [f"output_dir: {path}: another process is writing it{who}; wait for it, or choose another output_dir"]
         ) from None
+    except OSError as error:
+        raise _not_writable(path.parent, error) from None
     before = file.read_text(encoding="utf-8", errors="replace")
     if not before or before.startswith("process "):  # on file systems without locks, filelock keeps its own text there
         file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
