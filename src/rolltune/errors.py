@@ -19,6 +19,10 @@ class RunStopped(RuntimeError):
     resume."""
 
 
+class RankFailed(RunStopped):
+    """Another rank has failed with an error that keeps its traceback there. No rank may wait for it."""
+
+
 class StopRequested(RuntimeError):
     """A step is left because the run was asked to stop; the weights are those of the last step."""
 
@@ -29,3 +33,13 @@ class SyncError(RuntimeError):
 
 class EngineError(RuntimeError):
     """An engine behind a sampler did not do what it was asked; the message says which, and what it answered."""
+
+
+# Errors that all ranks raise, and that end a run with their message alone.
+STOPS = (RunStopped, SyncError, EngineError, FloatingPointError)
+
+
+def os_error_text(error: OSError) -> str:
+    """Return what the system says of an error, with the file if there is one."""
+    what = error.strerror or str(error)
+    return what if error.filename is None else f"{error.filename}: {what}"

@@ -102,6 +102,26 @@ def test_ranks_that_differ_are_refused_before_the_first_step(tiny_llama, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_bug_on_one_rank_keeps_its_traceback_and_holds_up_no_other(tiny_llama, tmp_path, reward_module):
+    with (reward_module / "tiny_reward.py").open("a") as file:
+        file.write("""
+import os
+
+def broken(problem, text):
+    return Score(total={"0": 1.0}[os.environ["RANK"]])
+
+broken.full_marks = None
+""")
+    config = tmp_path / "run.yaml"
+    rewards = {"broken": {"_component_": "tiny_reward.broken"}}
+    config.write_text(yaml.safe_dump(tiny_grpo(tiny_llama, tmp_path / "run", rewards=rewards)))
+    (first, told), (second, traceback) = by_hand(config)
+    assert (first, second) == (1, 1), told + traceback
+    assert "stopped: rank 1: KeyError: '1'" in told and "Traceback" not in told
+    assert traceback.rstrip().endswith("KeyError: '1'")
+
+
+@pytest.mark.slow
 def test_other_weights_under_the_same_path_are_refused(tiny_llama, tmp_path, reward_module):
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(tiny_grpo(Path("model"), Path("out"), num_steps=2)))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 import torch
 from thread_world import on_ranks
 
+from rolltune.config.schema import EvaluateConfig
 from rolltune.distributed import World
 from rolltune.errors import ConfigError, EngineError, RunStopped
-from rolltune.run.agreement import agree, together, weights_checksum
+from rolltune.run.agreement import agree, agree_on_run, source_checksum, together, weights_checksum
+from rolltune.run.lifecycle import barrier_on_exit
 from rolltune.samplers.generation import PromptTooLong
 
 
@@ -47,15 +51,15 @@ def test_the_mistake_of_one_rank_ends_all(tmp_path):
 
     def fail(world: World) -> str:
         try:
-            with together(world):
+            with barrier_on_exit(world), together(world):
                 if world.rank == 1:
-                    raise KeyError("bug")
+                    raise KeyError("bug")  # that rank ends, and waits at no barrier
         except (KeyError, RunStopped) as error:
             return f"{type(error).__name__}: {error}"
         return ""
 
     assert on_ranks(2, set_up) == ["data.train: no such file"] * 2
-    assert on_ranks(2, fail) == ["RunStopped: rank 1: KeyError: 'bug'", "KeyError: 'bug'"]
+    assert on_ranks(2, fail) == ["RankFailed: rank 1: KeyError: 'bug'", "KeyError: 'bug'"]
 
 
 def test_what_differs_is_named_with_its_ranks():
@@ -74,3 +78,45 @@ def test_a_checksum_sees_one_bit_and_swapped_tensors():
     weights[0][1] = 2**-149  # the last bit
     assert weights_checksum(weights) != same
     assert weights_checksum([torch.ones(2), torch.zeros(2)]) != weights_checksum([torch.zeros(2), torch.ones(2)])
+
+
+def test_a_checksum_of_the_source_sees_folders_that_are_links(tmp_path):
+    """As rewards and data are in a checkout."""
+    (package := tmp_path / "src/package").mkdir(parents=True)
+    (rewards := tmp_path / "rewards").mkdir()
+    (package / "rewards").symlink_to(rewards)
+    (rewards / "answer.py").write_text("full_marks = 1.0")
+    before = source_checksum(package)
+    (rewards / "answer.py").write_text("full_marks = 2.0")
+    changed = source_checksum(package)
+    (rewards / "answer.py").rename(rewards / "format.py")
+    assert len({before, changed, source_checksum(package)}) == 3
+
+
+def test_a_difference_between_configs_shows_no_secret(monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-123456")
+
+    def run(world: World) -> str:
+        data = {"_component_": "mine.problems", "url": f"https://h{world.rank}/v1?key=sk-123456"}
+        with pytest.raises(ConfigError) as error:
+            agree_on_run(EvaluateConfig(data=data), world)
+        return str(error.value)
+
+    said = on_ranks(2, run)[0]
+    assert "data.url: https://h0/v1?key=${oc.env:JUDGE_API_KEY} on rank 0, https://h1/" in said
+    assert "sk-123456" not in said
+
+
+def test_an_error_of_the_system_is_told_with_its_file_if_it_has_one():
+    def run(error: OSError) -> str:
+        def fail(world: World) -> str:
+            with pytest.raises(RunStopped) as stopped, together(world):
+                if world.rank == 1:
+                    raise error
+            return str(stopped.value)
+
+        return on_ranks(2, fail)[0]
+
+    assert run(OSError(errno.ENOSPC, "No space left on device")) == "rank 1: No space left on device"
+    assert run(OSError(errno.ENOSPC, "No space left on device", "a")) == "rank 1: a: No space left on device"
+    assert run(OSError("cannot connect")) == "rank 1: cannot connect"

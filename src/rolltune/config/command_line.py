@@ -16,14 +16,14 @@ from typing import Any, NoReturn, TextIO, TypeVar
 import rolltune
 from rolltune.config.explain import explain
 from rolltune.config.load import Check, dump, validate
-from rolltune.errors import ConfigError, EngineError, RunStopped, SyncError
+from rolltune.errors import STOPS, ConfigError, RankFailed, os_error_text
 from rolltune.terminal import printable
 
 T = TypeVar("T")
 USER_MISTAKE = 2
 INTERRUPTED = 130
 STOPPED = 1
-SECONDS_FOR_RANK_0 = 5.0
+SECONDS_FOR_ANOTHER = 5.0  # torchrun ends this process when the rank with the better message has ended
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def main(schema: type[T], run: Callable[[T], None], *, check: Check[T] = lambda 
     """Run a recipe from the command line: load and check the config, print it, and call ``run``.
 
     A user's mistake (a :class:`ConfigError`, or a ValueError from rolltune's own code) is printed in a few lines and
-    ends the process with status 2. :class:`RunStopped` and the errors of samplers are printed and end it with status 1.
+    ends the process with status 2. What ends a run with a message (``rolltune.errors.STOPS``) gives status 1.
     Any other error is a bug and keeps its traceback.
 
     Args:
@@ -92,14 +92,16 @@ def main(schema: type[T], run: Callable[[T], None], *, check: Check[T] = lambda 
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except (RunStopped, SyncError, EngineError) as stopped:
+    except STOPS as stopped:
         if os.environ.get("RANK", "0") == "0":  # all ranks stop together
             print(f"{Path(sys.argv[0]).stem}: stopped: {printable(str(stopped))}", file=sys.stderr)
+        if isinstance(stopped, RankFailed):
+            time.sleep(SECONDS_FOR_ANOTHER)
         sys.exit(STOPPED)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(f"{Path(sys.argv[0]).stem}: stopped: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).stem}: stopped: {os_error_text(error)}", file=sys.stderr)
         sys.exit(STOPPED)
     except ValueError as error:
         # A ConfigError needs no place, unless it was made from another error.
@@ -141,7 +143,7 @@ def _lasting(stream: TextIO | None) -> TextIO:
 def _give_up(error: ValueError, place: traceback.FrameSummary | None = None) -> NoReturn:
     """Print a user's mistakes and end the process."""
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(SECONDS_FOR_RANK_0)  # rank 0 usually finds the same mistake, and torchrun then ends this process
+        time.sleep(SECONDS_FOR_ANOTHER)  # rank 0 usually finds the same mistake
         if isinstance(error, ConfigError) and error.on_all_ranks:
             sys.exit(USER_MISTAKE)
     print(format_mistakes(error, Path(sys.argv[0]).stem), file=sys.stderr)

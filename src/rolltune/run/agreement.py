@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,18 @@ from torch import Tensor
 from torch.nn import Module
 
 import rolltune
+from rolltune import config
 from rolltune.config.schema import EvaluateConfig, GRPOConfig, SFTConfig
 from rolltune.distributed import World
-from rolltune.errors import ConfigError, EngineError, RunStopped, StopRequested, SyncError
+from rolltune.errors import (
+    ConfigError,
+    EngineError,
+    RankFailed,
+    RunStopped,
+    StopRequested,
+    SyncError,
+    os_error_text,
+)
 from rolltune.samplers.generation import PromptTooLong
 from rolltune.types import Problem
 
@@ -35,7 +45,7 @@ def together(world: World) -> Iterator[None]:
     Raises:
         ConfigError: the mistakes that any rank has found.
         EngineError, FloatingPointError, PromptTooLong, RunStopped, StopRequested, SyncError: a rank has raised it.
-        RunStopped: another rank has raised something else, which keeps its traceback there.
+        RankFailed: another rank has raised something else, which keeps its traceback there.
     """
     error: Exception | None = None
     try:
@@ -53,7 +63,7 @@ def together(world: World) -> Iterator[None]:
     if kind is ConfigError:
         lines = dict.fromkeys(line for _, _, text in failures for line in text.splitlines())
         raise ConfigError(list(lines), on_all_ranks=True) from error
-    raise (kind or RunStopped)(f"rank {rank}: {text}") from error
+    raise (kind or RankFailed)(f"rank {rank}: {text}") from error
 
 
 def _kind(error: Exception) -> type[Exception] | None:
@@ -67,7 +77,7 @@ def _kind(error: Exception) -> type[Exception] | None:
 
 def _text(error: Exception) -> str:
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}"
+        return os_error_text(error)
     return str(error) if _kind(error) else f"{type(error).__name__}: {error}"
 
 
@@ -92,9 +102,8 @@ def agree_on_run(cfg: GRPOConfig | SFTConfig | EvaluateConfig, world: World) -> 
     """Compare code and config over ranks before anything is loaded. ``output_dir`` may differ between nodes."""
     if world.size == 1:
         return
-    keys = {name: str(value) for name, value in _leaves(asdict(cfg)) if name != "output_dir"}
-    root = Path(rolltune.__file__).parent
-    code = _digest(path.read_bytes() for path in sorted(root.rglob("*.py")))
+    keys = {name: str(value) for name, value in _leaves(config.masked(asdict(cfg))) if name != "output_dir"}
+    code = source_checksum(Path(rolltune.__file__).parent)
     versions = {"rolltune": f"{rolltune.__version__} (source {code})", "torch": torch.__version__}
     agree(world, versions | {"transformers": transformers.__version__} | keys)
 
@@ -109,6 +118,12 @@ def agree_on_weights(key: str, model: Module, world: World) -> None:
     """Compare a checksum of all weights of a model, which a config key names, over ranks."""
     if world.size > 1:
         agree(world, {f"{key}: weights": weights_checksum(model.parameters())})
+
+
+def source_checksum(package: Path) -> str:
+    """Return a checksum of all Python files in a folder, also in folders that are links: rewards and data are some."""
+    files = sorted(glob("**/*.py", root_dir=package, recursive=True))
+    return _digest(part for file in files for part in (file.encode(), (package / file).read_bytes()))
 
 
 def weights_checksum(parameters: Iterable[Tensor]) -> str:

@@ -18,7 +18,7 @@ from rolltune.config.components import is_node
 from rolltune.config.schema import GRPOConfig, SFTConfig
 from rolltune.distributed import World
 from rolltune.endpoints import settings
-from rolltune.errors import ConfigError, RunStopped, SyncError
+from rolltune.errors import STOPS, ConfigError, RankFailed, RunStopped
 from rolltune.files import take_lock
 from rolltune.metrics.log import MetricsLog, read_metrics
 from rolltune.model.policy import Policy
@@ -320,19 +320,12 @@ def exclusive(output_dir: str, world: World, *, name: str = "run") -> Iterator[N
     """Let one run at a time write an output folder, or what is called ``name`` in it; all ranks call this.
 
     Raises:
-        ConfigError: on all ranks, if another process writes the folder.
+        ConfigError: on all ranks, if another process writes the folder, or it cannot be written.
     """
     with ExitStack() as stack:
-        problem = []
-        if world.is_main:
-            try:
+        with together(world):
+            if world.is_main:
                 stack.enter_context(take_lock(Path(output_dir) / name))
-            except ValueError as error:
-                problem = [f"output_dir: {str(error).removeprefix('output_dir: ')}"]
-            except OSError as error:
-                problem = [f"output_dir: {output_dir}: {error.strerror or error}; choose a folder that can be written"]
-        if problems := world.gather(problem):
-            raise ConfigError(problems)
         yield
 
 
@@ -344,7 +337,9 @@ def barrier_on_exit(world: World) -> Iterator[None]:
     """
     try:
         yield
-    except (RunStopped, SyncError):  # which all ranks raise
+    except RankFailed:
+        raise
+    except STOPS:
         world.barrier()
         raise
 
