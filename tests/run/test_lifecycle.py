@@ -130,6 +130,7 @@ DAMAGES = {
     "policy/model.safetensors: 40 bytes": lambda path: os.truncate(path / "policy/model.safetensors", 40),
     "policy/model.safetensors: missing": lambda path: (path / "policy/model.safetensors").unlink(),
     "files.json: missing": lambda path: (path / "files.json").unlink(),
+    "files.json.*TypeError": lambda path: (path / "files.json").write_text("[1]"),
     "files.json.*JSONDecodeError": lambda path: os.truncate(path / "files.json", 20),
 }
 

@@ -170,7 +170,7 @@ def damage(path: Path) -> str | None:
     The sizes of the files are compared, not every byte.
     """
     try:
-        state, sizes = load_state(path), json.loads((path / FILES).read_text())
+        state, sizes = load_state(path), dict(json.loads((path / FILES).read_text()))
     except FileNotFoundError as error:
         return f"{Path(error.filename).name}: missing"
     except (OSError, ValueError, TypeError) as error:
