@@ -122,24 +122,14 @@ def fitting_prompts(
         ConfigError: problems do not fit, and ``data.too_long`` is "refuse" or nothing is left.
     """
     limit = sequence_limit(cfg.model, cfg.sampler)
-    new_tokens = cfg.sampling.max_new_tokens, cfg.eval.max_new_tokens or cfg.sampling.max_new_tokens
-    lengths = render.lengths(train), render.lengths(heldout)
-    kept = []
-    for key, problems, prompts, new, new_key in zip(
-        ("data.train", "data.heldout"),
-        (train, heldout),
-        lengths,
-        new_tokens,
-        ("sampling.max_new_tokens", "eval.max_new_tokens"),
-        strict=True,
+    training, evaluation = cfg.sampling.max_new_tokens, cfg.eval.max_new_tokens or cfg.sampling.max_new_tokens
+    kept, longest = [], 0
+    for key, problems, new_key, new in (
+        ("data.train", train, "sampling.max_new_tokens", training),
+        ("data.heldout", heldout, "eval.max_new_tokens", evaluation),
     ):
+        prompts = render.lengths(problems)
         sets = [(key, problems, [count + new for count in prompts])]
         kept += fitting_data(cfg, limit, sets, parts=f"prompt and {new_key}, {new}", quiet=quiet)
-    room = None if limit is None else limit.tokens
-    fits = [
-        count
-        for prompts, new in zip(lengths, new_tokens, strict=True)
-        for count in prompts
-        if room is None or count + new <= room
-    ]
-    return kept[0], kept[1], max(fits)
+        longest = max([longest, *(count for count in prompts if limit is None or count + new <= limit.tokens)])
+    return kept[0], kept[1], longest
