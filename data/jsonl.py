@@ -119,7 +119,7 @@ def find_key(record: dict[str, Any], key: str) -> Any:
     """Return the value at a key; a dotted key leads into objects: ``reward_model.ground_truth``.
 
     Raises:
-        ValueError: there is no such key; the message lists those that there are.
+        ValueError: the record lacks the key; the message lists the keys that it has.
     """
     if key in record:
         return record[key]

@@ -3,7 +3,7 @@
 Two expressions are the same if they have the same value. Rational numbers are compared exactly. Everything else is
 evaluated at three points (:mod:`rolltune.rewards.answers.evaluate`), first to 60 digits, and to 1,000 if these agree.
 An identity holds at any point, and expressions that differ agree at a point nobody chose with probability 0, so nothing
-is ever expanded or simplified. There is no tolerance: ``1.414214`` is not ``\\sqrt{2}``, and ``0.333`` is not ``1/3``.
+is ever expanded or simplified. Close is not equal: ``1.414214`` is not ``\\sqrt{2}``, and ``0.333`` is not ``1/3``.
 """
 
 from __future__ import annotations

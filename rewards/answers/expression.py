@@ -2,7 +2,7 @@
 
 The parser is a recursive descent over normalised text (:mod:`rolltune.rewards.answers.normalise`), LaTeX and plain
 spelling alike. It takes time linear in the length of the text, and it refuses what can be read in two ways: ``2 3``,
-``x2``, ``9^9^9``, a word that is no function.
+``x2``, ``9^9^9``, a word that names no known function.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def read_expression(text: str) -> Node | None:
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    """Split an expression from the unit behind it, ``2\\sqrt{3} cm^2``; the unit is empty if there is none."""
+    """Split ``2\\sqrt{3} cm^2`` into the expression and its unit, which is empty if the text has none."""
     match = _UNIT.fullmatch(text)
     if match is None or not is_unit(re.findall(r"[^\W\d_]+", match[2].lower()), known=True):
         return text, ""

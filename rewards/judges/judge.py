@@ -143,8 +143,8 @@ def read_answer(question: Question, reply: str) -> BaseModel:
         reply: the judge's text.
 
     Raises:
-        ValueError: there is no such object, it does not fit the schema, or the reply contains two verdicts that
-            differ. The message tells the judge what to repair.
+        ValueError: the reply holds no such object, one that does not fit the schema, or two verdicts that differ.
+            The message tells the judge what to repair.
     """
     text, found, problem = _find_objects(reply[-MAX_REPLY_CHARS:])
     own = [place for place in found if not _is_quotation(place.value, text[place.start : place.end], question)]
