@@ -18,8 +18,10 @@ import pytest
 from fault_server import FaultServer, Response, error, ok
 
 from rolltune.endpoints import client as endpoint_module
+from rolltune.endpoints import responses
 from rolltune.endpoints.budget import Usage
-from rolltune.endpoints.client import BudgetExceeded, Endpoint, EndpointDown, _seconds
+from rolltune.endpoints.client import BudgetExceeded, Endpoint, EndpointDown
+from rolltune.endpoints.responses import retry_seconds
 from rolltune.endpoints.settings import EndpointSettings
 
 KEY = "sk-secret/0123456789"
@@ -113,6 +115,10 @@ FAULTS = {
     "nothing": (Response(), "not a chat completion (Invalid JSON: Expecting value"),
     "another object": (Response(body=b'{"id": 1}'), "not a chat completion (choices: Field required)"),
     "an error with status 200": (Response(body=error(500, "oops").body), "500: oops"),
+    "a code of many digits": (
+        Response(body=b'{"error": {"code": "000000500' + b"0" * 5000 + b'", "message": "busy"}}'),
+        "500: busy",
+    ),
     "an overload with status 200": (Response(body=b'{"error": {"code": 503, "message": "busy"}}'), "503: busy"),
     "an error in the reply": (ok("4", finish_reason="error"), "the server ended the reply with an error"),
     "no choices": (Response(body=b'{"choices": []}'), "not a chat completion (choices: is empty)"),
@@ -172,7 +178,7 @@ def test_no_server():
 
 
 def test_too_much(monkeypatch):
-    monkeypatch.setattr(endpoint_module, "_LARGEST_BODY", 1000)
+    monkeypatch.setattr(responses, "_LARGEST_BODY", 1000)
     with FaultServer(in_turn(ok("4" * 1000), error(500, "5" * 1000), ok("4"))) as server:
         assert chat(connect(server)).text == "4"
     assert len(server.calls) == 3
@@ -279,11 +285,23 @@ def test_retry_after_is_waited_for(wait):
 
 
 def test_retry_after():
-    assert _seconds("2.5") == 2.5
-    assert _seconds(formatdate(time.time() + 60, usegmt=True)) == pytest.approx(60, abs=2)
-    assert _seconds(formatdate(time.time() - 60, usegmt=True)) == 0
-    assert _seconds("86400") == _seconds("inf") == _seconds(formatdate(time.time() + 86400, usegmt=True)) == 120
-    assert _seconds(None) == _seconds("-5") == _seconds("soon") == _seconds("nan") == _seconds("") == 0
+    assert retry_seconds("2.5") == 2.5
+    assert retry_seconds(formatdate(time.time() + 60, usegmt=True)) == pytest.approx(60, abs=2)
+    assert retry_seconds(formatdate(time.time() - 60, usegmt=True)) == 0
+    assert (
+        retry_seconds("86400")
+        == retry_seconds("inf")
+        == retry_seconds(formatdate(time.time() + 86400, usegmt=True))
+        == 120
+    )
+    assert (
+        retry_seconds(None)
+        == retry_seconds("-5")
+        == retry_seconds("soon")
+        == retry_seconds("nan")
+        == retry_seconds("")
+        == 0
+    )
 
 
 def test_pauses_grow_and_are_drawn(monkeypatch):
@@ -294,7 +312,7 @@ def test_pauses_grow_and_are_drawn(monkeypatch):
         def __init__(self, attempt, retry_after=0.0):
             self.attempt_number = attempt
             self.outcome = self
-            self.exception = lambda: endpoint_module.TransientError("", retry_after)
+            self.exception = lambda: responses.TransientError("", retry_after)
 
     for attempt, longest in ((1, 0.5), (2, 1.0), (5, 8.0), (8, 60.0), (10**6, 60.0)):
         drawn = [endpoint_module._pause(State(attempt)) for _ in range(200)]

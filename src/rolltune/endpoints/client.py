@@ -16,20 +16,18 @@ import logging
 import math
 import os
 import random
-import time
-import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
-from email.utils import parsedate_to_datetime
-from typing import Annotated, Any
+from typing import Any
 
 import httpx
 import tenacity
-from pydantic import BaseModel, BeforeValidator, ValidationError
+from pydantic import ValidationError
 
 from rolltune.endpoints.budget import Budget, Usage
 from rolltune.endpoints.redaction import redacted
+from rolltune.endpoints.responses import Completion, TransientError, read_body, retry_seconds, server_error, text_of
 from rolltune.endpoints.settings import EndpointSettings
 from rolltune.endpoints.usage import Tokens, read_usage
 from rolltune.types import Message
@@ -38,8 +36,6 @@ from rolltune.types import Message
 # are not retried together.
 BACKOFF_SECONDS = 0.5
 _LONGEST_BACKOFF = 60.0
-_LONGEST_RETRY_AFTER = 120.0  # a longer Retry-After is cut to this
-_LARGEST_BODY = 8 * 2**20  # bytes, decompressed; a reply of 100,000 tokens takes half a MiB
 _TRANSIENT = frozenset({408, 409, 429})  # and 5xx
 _MESSAGE_CHARS = 300  # of a server's message that an error quotes
 _NO_KEY = "none"  # sent to servers without keys
@@ -104,52 +100,6 @@ class Refused(ValueError):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
-
-
-class TransientError(Exception):
-    """A failure after which a retry may succeed."""
-
-    def __init__(self, message: str, retry_after: float = 0.0) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-# --- what a server sends ----------------------------------------------------------------------------------------------
-
-
-def _without_surrogates(value: object) -> object:
-    """Join surrogate pairs, and replace half pairs by U+FFFD: no other library takes them."""
-    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else value
-
-
-def _joined(value: object) -> object:
-    """Join the texts of a content that is a list of parts; other parts (thoughts, images) are left out."""
-    if isinstance(value, list) and all(isinstance(part, str | Mapping) for part in value):
-        texts = [part if isinstance(part, str) else part.get("text") for part in value]
-        value = "".join(text for text in texts if isinstance(text, str))
-    return _without_surrogates(value)
-
-
-_Text = Annotated[str | None, BeforeValidator(_joined)]
-_Name = Annotated[str | None, BeforeValidator(_without_surrogates)]
-
-
-class _Message(BaseModel):
-    content: _Text = None
-    reasoning_content: _Text = None  # vLLM, DeepSeek
-    reasoning: _Text = None  # Ollama, OpenRouter, newer vLLM
-
-
-class _Choice(BaseModel):
-    message: _Message
-    finish_reason: _Name = None
-
-
-class _Completion(BaseModel):
-    """The fields of a chat completion that are read. Others are ignored."""
-
-    model: _Name = None
-    choices: list[_Choice]
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +274,7 @@ class Endpoint:
                 client.stream("POST", f"{self.base_url}/chat/completions", content=content) as response,
             ):
                 status, headers = response.status_code, response.headers
-                body = await _read_body(response)
+                body = await read_body(response)
         except (TimeoutError, httpx.TimeoutException):
             failure = TransientError(f"no reply within {self.settings.timeout_seconds:g} s")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -334,7 +284,7 @@ class Endpoint:
         else:
             try:
                 if status != 200:
-                    raise self._refusal(status, _text(body), headers)
+                    raise self._refusal(status, text_of(body), headers)
                 return self._read(body, content, request)
             except (TransientError, Refused) as error:
                 failure = error
@@ -408,7 +358,7 @@ class Endpoint:
             TransientError: the body is cut, or not a chat completion.
             Refused: it is an error that would come again.
         """
-        text = _text(body)
+        text = text_of(body)
         try:
             parsed, problem = json.loads(text), ""
         except (ValueError, RecursionError) as error:
@@ -423,7 +373,7 @@ class Endpoint:
             raise self._refusal(200, text, httpx.Headers())
         if not problem:
             try:
-                completion = _Completion.model_validate(parsed)
+                completion = Completion.model_validate(parsed)
             except ValidationError as error:
                 first = error.errors(include_url=False, include_context=False)[0]
                 where = ".".join(map(str, first["loc"]))
@@ -432,7 +382,7 @@ class Endpoint:
                 return self._reply(completion, tokens)
         raise TransientError(f"not a chat completion ({problem}): {self._shown(text)}")
 
-    def _reply(self, completion: _Completion, tokens: Tokens) -> Reply:
+    def _reply(self, completion: Completion, tokens: Tokens) -> Reply:
         if not completion.choices:
             raise TransientError("not a chat completion (choices: is empty)")
         choice = completion.choices[0]
@@ -449,7 +399,7 @@ class Endpoint:
 
     def _refusal(self, status: int, body: str, headers: httpx.Headers) -> TransientError | Refused:
         """Turn an error into an exception. Some servers send errors with status 200."""
-        error = _error(body)
+        error = server_error(body)
         if status == 200:
             status = error.code or (429 if error.says(_NO_QUOTA) else 401 if error.says(_BAD_KEY) else 500)
         said = f"{status}: {self._shown(error.message or body)}"
@@ -457,7 +407,7 @@ class Endpoint:
         if status == 429 and error.says(_NO_QUOTA):
             return Refused(f"api_key_env: the account at {self.settings.host} has no quota left ({said})", status)
         if status in _TRANSIENT or status >= 500 or status < 300:
-            return TransientError(said, _seconds(headers.get("retry-after")))
+            return TransientError(said, retry_seconds(headers.get("retry-after")))
         if status in (401, 403) and self._key():
             return Refused(f"api_key_env: {variable} is refused by {self.settings.host} ({said})", status)
         if status in (401, 403):
@@ -486,62 +436,6 @@ class Endpoint:
         return text if len(text) <= _MESSAGE_CHARS else f"{text[: _MESSAGE_CHARS - 3]}..."
 
 
-@dataclass(frozen=True, slots=True)
-class _Error:
-    """An error as servers report it. ``code``: an HTTP status in its body, 0 without one."""
-
-    message: str
-    code: int
-    words: str
-
-    def says(self, known: Sequence[str]) -> bool:
-        return any(word in self.words for word in known)
-
-
-def _error(body: str) -> _Error:
-    try:
-        parsed = json.loads(body)
-    except (ValueError, RecursionError):
-        return _Error("", 0, body[:1000].casefold())
-    parsed = parsed[0] if isinstance(parsed, list) and parsed else parsed
-    inner = parsed.get("error", parsed) if isinstance(parsed, dict) else parsed
-    if not isinstance(inner, dict):
-        return _Error(inner if isinstance(inner, str) else "", 0, str(inner)[:1000].casefold())
-    message, code = inner.get("message"), str(inner.get("code") or inner.get("status") or "")
-    words = f"{code} {inner.get('type')} {message}"[:1000].casefold()
-    status = int(code) if code.isdecimal() and 400 <= int(code[:9]) < 600 else 0
-    return _Error(message if isinstance(message, str) else "", status, words)
-
-
-def _text(body: bytes) -> str:
-    """Decode a body: UTF-8, with or without a byte order mark, or Latin-1."""
-    try:
-        return body.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return body.decode("latin-1")
-
-
-async def _read_body(response: httpx.Response) -> bytes:
-    """Read a response up to the limit. Compressed data are unpacked no further than that.
-
-    Raises:
-        TransientError: it is larger, or compressed in a way that was not asked for.
-    """
-    encoding = response.headers.get("content-encoding", "").strip().casefold()
-    if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-        raise TransientError(f"a reply compressed as {encoding[:40]!r}; gzip was asked for")
-    unpack = zlib.decompressobj(zlib.MAX_WBITS | 32) if encoding not in ("", "identity") else None
-    body = bytearray()
-    async for chunk in response.aiter_raw():
-        try:
-            body += chunk if unpack is None else unpack.decompress(chunk, _LARGEST_BODY + 1 - len(body))
-        except zlib.error as error:
-            raise TransientError(f"a reply that cannot be unpacked ({error})") from None
-        if len(body) > _LARGEST_BODY:
-            raise TransientError(f"a reply of more than {_LARGEST_BODY:,} bytes; no more are read")
-    return bytes(body)
-
-
 def _environment(variable: str | None) -> str:
     return os.environ.get(variable, "").strip() if variable else ""
 
@@ -556,17 +450,3 @@ def _pause(state: tenacity.RetryCallState) -> float:
     assert isinstance(failure, TransientError)
     longest = min(BACKOFF_SECONDS * 2 ** min(state.attempt_number - 1, 30), _LONGEST_BACKOFF)
     return max(_jitter.uniform(longest / 2, longest), failure.retry_after)
-
-
-def _seconds(retry_after: str | None) -> float:
-    """Convert a Retry-After header (seconds or an HTTP date) to seconds from now; 0 if it is missing or malformed."""
-    if retry_after is None:
-        return 0.0
-    try:
-        seconds = float(retry_after)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(retry_after).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return 0.0
-    return min(max(seconds, 0.0), _LONGEST_RETRY_AFTER) if not math.isnan(seconds) else 0.0
