@@ -123,11 +123,6 @@ def gold_kind(problem: Problem, *, kind: Kind = "auto") -> Kind:
 answer_reward.gold_kind = gold_kind  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def is_correct(gold: str, text: str) -> bool:
-    """Return whether the answer of the response is right."""
-    return grade(gold, text).correct
-
-
 def grade(gold: str, text: str, *, kind: Kind = "auto", timeout: float = TIMEOUT_SECONDS) -> Grade:
     """Check the last answer block of a whole response, by the rules in the module's docstring.
 

@@ -84,7 +84,7 @@ MISTAKES = [
         "lr_scheduler={_component_: torch.optim.lr_scheduler.ConstantLR}",
         "lr_scheduler._component_: ConstantLR takes no num_training_steps",
     ),
-    ("advantage=rolltune.rewards.answer.is_correct", "advantage.text: missing"),
+    ("advantage=rolltune.rewards.answer.answer_reward", "advantage.text: missing"),
     ("rewards.answer.completion=1", "rewards.answer.completion: answer_reward takes no such argument"),
     (
         "rewards.length={_component_: rolltune.rewards.length.cosine_length_reward, max_tokens: 9, completion: 1}",

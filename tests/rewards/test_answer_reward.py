@@ -19,7 +19,6 @@ from rolltune.rewards.answer import (
     answer_reward,
     gold_kind,
     grade,
-    is_correct,
     lenient_answer_reward,
     lenient_number,
     voted_answer,
@@ -36,6 +35,10 @@ def problem(answer: str | None) -> Problem:
 
 def response(answer: str, working: str = "Working gives 18.") -> str:
     return f"<think>{working}</think>\n<answer>{answer}</answer>"
+
+
+def is_correct(gold: str, text: str) -> bool:
+    return grade(gold, text).correct
 
 
 RIGHT = [
