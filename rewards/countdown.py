@@ -124,6 +124,7 @@ def countdown_reward(problem: Problem, text: str, *, use_all: bool = True) -> Sc
     """Return 1 if the last ``<answer>`` block is an expression that reaches the target with the given numbers, else 0.
 
     Example:
+        >>> problem = Problem(id="c/0", messages=({"role": "user", "content": "Reach 13."},), answer="2 * 5 + 3")
         >>> countdown_reward(problem, "<think>5 * 2 = 10, 10 + 3 = 13.</think> <answer>3 + 5 * 2</answer>").total
         1.0
 

@@ -124,7 +124,7 @@ def read_number(text: str) -> Number | None:
 
     Example:
         >>> read_number("1,800.50 dollars")
-        Number(value=Fraction(3601, 2), unit='dollars', is_fraction=False)
+        Number(value=Fraction(3601, 2), unit='dollars', is_fraction=False, is_certain=True)
     """
     while text.startswith("(") and text.endswith(")") and "\\frac" in text and text.count("(") == 1:
         text = text[1:-1].strip()  # but not "(18)", which accountants read as -18

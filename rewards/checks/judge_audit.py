@@ -275,7 +275,7 @@ def cohen_kappa(table: np.ndarray) -> np.ndarray:
     """Cohen's kappa, (agreement - chance) / (1 - chance) (Cohen 1960, eq. 1).
 
     Example:
-        >>> float(cohen_kappa(np.array([20, 5, 10, 15])))  # agreement 0.7, by chance 0.5
+        >>> round(float(cohen_kappa(np.array([20, 5, 10, 15]))), 4)  # agreement 0.7, by chance 0.5
         0.4
 
     Args:

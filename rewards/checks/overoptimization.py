@@ -36,8 +36,9 @@ class OveroptimizationCheck:
 
     Example:
         >>> check = OveroptimizationCheck(reward="style", gold={"_component_": "rolltune.rewards.answer.answer_reward"})
-        >>> monitor = check.start(training, heldout, pool)
-        >>> monitor.measure(responses, output_dir=output_dir, world=world).metrics["overoptimization/gap"]
+        >>> monitor = check.start(training, heldout, pool)  # doctest: +SKIP
+        >>> reading = monitor.measure(responses, output_dir=output_dir, world=world)  # doctest: +SKIP
+        >>> reading.metrics["overoptimization/gap"]  # doctest: +SKIP
         0.125
 
     Attributes:

@@ -123,8 +123,8 @@ def token_breaker(tokens: Iterable[str]) -> Callable[[str], str]:
     space and single characters are not broken.
 
     Example:
-        >>> token_breaker(["<end>"])("a <END> b")
-        'a <\\END> b'
+        >>> print(token_breaker(["<end>"])("a <END> b"))
+        a <\\END> b
     """
     spellings = (spelling for token in tokens for spelling in (token, token.replace("\u2581", " ")))
     known = frozenset(spelling.casefold() for spelling in spellings if len(spelling.strip()) > 1)

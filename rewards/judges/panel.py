@@ -19,9 +19,9 @@ class Panel:
     """Judges that are asked the same questions, and the rule that combines their grades.
 
     Example:
-        >>> panel = Panel([small_judge, other_judge, third_judge], combine="majority")
-        >>> answers = await panel.ask(question)  # one from each judge
-        >>> panel.combined([read_grades([answer], 5, one_call=True) for answer in answers])
+        >>> panel = Panel([small_judge, other_judge, third_judge], combine="majority")  # doctest: +SKIP
+        >>> answers = await panel.ask(question)  # one from each judge  # doctest: +SKIP
+        >>> panel.combined([read_grades([answer], 5, one_call=True) for answer in answers])  # doctest: +SKIP
 
     Args:
         judges: at least one. Judges of different vendors share fewer blind spots.

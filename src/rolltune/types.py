@@ -32,7 +32,7 @@ class Problem:
     """One record of a data set: a question, and what is known about its answer.
 
     Example:
-        >>> Problem(id="gsm8k/train/0", messages=({"role": "user", "content": "2 + 2?"},), answer="4")
+        >>> problem = Problem(id="gsm8k/train/0", messages=({"role": "user", "content": "2 + 2?"},), answer="4")
 
     Attributes:
         id: unique and stable name within the data set; it names the problem in logs and seeds its samples.
@@ -118,7 +118,9 @@ class Completion:
     """The output of a sampler. Token ids, log-probs and text stay together; text is never tokenized again.
 
     Example:
-        >>> Completion(token_ids=(19, 2), logprobs=(-0.1, -0.02), finish_reason="stop", policy_version=3, text="4")
+        >>> completion = Completion(
+        ...     token_ids=(19, 2), logprobs=(-0.1, -0.02), finish_reason="stop", policy_version=3, text="4"
+        ... )
 
     Attributes:
         token_ids: the sampled tokens, including EOS if the model wrote one.
@@ -144,7 +146,7 @@ class Score:
     """The result of a reward for one completion.
 
     Example:
-        >>> Score(total=0.0, failure="no_answer")
+        >>> score = Score(total=0.0, failure="no_answer")
 
     Numbers may be of any kind: Python's (bool, Decimal, Fraction), or scalars of numpy and torch. They become floats.
 

@@ -49,7 +49,7 @@ class BehaviourClassifier:
     Example:
         >>> settings = EndpointSettings(base_url="http://localhost:8000/v1", model="llama-3.3-70b")
         >>> classifier = BehaviourClassifier(endpoint=settings)
-        >>> classifier.classify(["3 * 8 = 24. Let me check: 24 / 8 = 3."])
+        >>> classifier.classify(["3 * 8 = 24. Let me check: 24 / 8 = 3."])  # doctest: +SKIP
         [BehaviourCounts(verification=1, backtracking=0, subgoal_setting=0, backward_chaining=0)]
 
     Args:
