@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 from rolltune.endpoints.budget import Budget, Usage
 from rolltune.endpoints.redaction import redacted
-from rolltune.endpoints.responses import Completion, TransientError, read_body, retry_seconds, server_error, text_of
+from rolltune.endpoints.responses import ChatCompletion, TransientError, read_body, retry_seconds, server_error, text_of
 from rolltune.endpoints.settings import EndpointSettings
 from rolltune.endpoints.usage import Tokens, read_usage
 from rolltune.types import Message
@@ -373,7 +373,7 @@ class Endpoint:
             raise self._refusal(200, text, httpx.Headers())
         if not problem:
             try:
-                completion = Completion.model_validate(parsed)
+                completion = ChatCompletion.model_validate(parsed)
             except ValidationError as error:
                 first = error.errors(include_url=False, include_context=False)[0]
                 where = ".".join(map(str, first["loc"]))
@@ -382,7 +382,7 @@ class Endpoint:
                 return self._reply(completion, tokens)
         raise TransientError(f"not a chat completion ({problem}): {self._shown(text)}")
 
-    def _reply(self, completion: Completion, tokens: Tokens) -> Reply:
+    def _reply(self, completion: ChatCompletion, tokens: Tokens) -> Reply:
         if not completion.choices:
             raise TransientError("not a chat completion (choices: is empty)")
         choice = completion.choices[0]

@@ -54,7 +54,7 @@ class _Choice(BaseModel):
     finish_reason: _Name = None
 
 
-class Completion(BaseModel):
+class ChatCompletion(BaseModel):
     """The fields of a chat completion that are read. Others are ignored."""
 
     model: _Name = None
