@@ -38,7 +38,7 @@ from rolltune.config.components import component, component_or_object, instantia
 from rolltune.config.schema import GRPOConfig
 from rolltune.corrections import Correction
 from rolltune.data.dataset import ProblemStream
-from rolltune.distributed import World, close_world, init_world
+from rolltune.distributed import World, joined_world
 from rolltune.errors import EngineError, StopRequested, SyncError
 from rolltune.eval.heldout import sample_greedy, score_heldout
 from rolltune.metrics.curves import plot_curves
@@ -93,13 +93,12 @@ def run(cfg: GRPOConfig) -> None:
     if cfg.dry_run:
         dry_run(cfg)
         return
-    world = init_world(cfg.device, stall_seconds=cfg.stall_seconds)
     with (
+        joined_world(cfg.device, stall_seconds=cfg.stall_seconds) as world,
         watch(world, stall_seconds=cfg.stall_seconds, grace_seconds=cfg.grace_seconds) as watching,
         lifecycle.exclusive(cfg.output_dir, world),
     ):
         run_steps(cfg, world, watching)
-    close_world()
 
 
 def run_steps(cfg: GRPOConfig, world: World, watching: Watch) -> None:
@@ -154,7 +153,11 @@ def run_steps(cfg: GRPOConfig, world: World, watching: Watch) -> None:
                     seconds=state.seconds + time.perf_counter() - started,
                 )
                 if step % cfg.eval.every_n_steps == 0 or is_last:
-                    metrics |= evaluate(cfg, components, progress)
+                    try:
+                        metrics |= evaluate(cfg, components, progress)
+                    except LEAVES_THE_WEIGHTS:
+                        log.log(step, metrics)  # the step is taken, and saved below
+                        raise
             except LEAVES_THE_WEIGHTS as error:
                 saver.stop(state, str(error))
             except FloatingPointError as error:  # earlier updates of the step may have been taken

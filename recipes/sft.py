@@ -29,7 +29,7 @@ from rolltune import config
 from rolltune.batch import TokenSequence, TrainGroup, count_totals, pack_examples
 from rolltune.config.schema import SFTConfig
 from rolltune.data.dataset import ProblemStream
-from rolltune.distributed import World, close_world, init_world
+from rolltune.distributed import World, joined_world
 from rolltune.losses.nll import nll_loss
 from rolltune.metrics.progress import Progress
 from rolltune.metrics.timing import Phases, peak_memory_gib
@@ -67,13 +67,12 @@ def run(cfg: SFTConfig) -> None:
     if cfg.dry_run:
         dry_run(cfg)
         return
-    world = init_world(cfg.device, stall_seconds=cfg.stall_seconds)
     with (
+        joined_world(cfg.device, stall_seconds=cfg.stall_seconds) as world,
         watch(world, stall_seconds=cfg.stall_seconds, grace_seconds=cfg.grace_seconds) as watching,
         lifecycle.exclusive(cfg.output_dir, world),
     ):
         run_steps(cfg, world, watching)
-    close_world()
 
 
 def run_steps(cfg: SFTConfig, world: World, watching: Watch) -> None:
