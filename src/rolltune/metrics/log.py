@@ -65,7 +65,7 @@ class MetricsLog:
         tensorboard: bool = False,
         config: Mapping[str, Any] | None = None,
         resume_step: int | None = None,
-        token_text: Callable[[int], str] | None = None,
+        token_text: Callable[[int], str | list[str]] | None = None,
     ) -> None:
         self._output_dir = None if output_dir is None else Path(output_dir)
         self._token_text = token_text

@@ -19,7 +19,7 @@ def write_samples(
     groups: Sequence[Group],
     advantages: Sequence[Sequence[float] | None],
     *,
-    token_text: Callable[[int], str] | None = None,
+    token_text: Callable[[int], str | list[str]] | None = None,
 ) -> Path:
     """Write every completion of a step to ``<output_dir>/samples/step_000010.jsonl``, one JSON object per line.
 
@@ -46,7 +46,7 @@ def sample_records(
     groups: Sequence[Group],
     advantages: Sequence[Sequence[float] | None],
     *,
-    token_text: Callable[[int], str] | None = None,
+    token_text: Callable[[int], str | list[str]] | None = None,
 ) -> list[dict[str, Any]]:
     """Make one record per completion; arguments as in :func:`write_samples`."""
     text_of = functools.cache(token_text) if token_text else None
@@ -76,6 +76,6 @@ def sample_records(
             )
             room -= len(completion.token_ids)
             if text_of and room >= 0:
-                records[-1]["token_texts"] = [text_of(token) for token in completion.token_ids]
+                records[-1]["token_texts"] = [str(text_of(token)) for token in completion.token_ids]
                 records[-1]["token_logprobs"] = [round(logprob, 3) for logprob in completion.logprobs]
     return records

@@ -35,9 +35,11 @@ class Page:
         title: name of the run, evaluation or comparison.
         kind: "run", "evaluation" or "comparison".
         facts: label and value: what was run, where and when.
-        warnings: in plain words.
         panels: the charts.
-        tables: each with "title", "note", "columns" and "rows" of text.
+        tables: those below the charts, each with "title", "note", "columns" and "rows" of text.
+        numbers: those above the charts.
+        warnings: in plain words.
+        notes: how to read the numbers.
         config: text of ``config.yaml``; empty without one.
         samples: completions; None without any.
     """
@@ -45,9 +47,11 @@ class Page:
     title: str
     kind: str
     facts: Facts
-    warnings: list[str]
     panels: list[Panel]
     tables: list[Record]
+    numbers: Sequence[Record] = ()
+    warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
     config: str = ""
     samples: Samples | None = None
 
@@ -57,9 +61,11 @@ class Page:
             "title": self.title,
             "kind": self.kind,
             "facts": self.facts,
-            "warnings": self.warnings,
+            "warnings": list(self.warnings),
             "panels": [asdict(panel) for panel in self.panels],
             "tables": self.tables,
+            "numbers": list(self.numbers),
+            "notes": list(self.notes),
             "config": self.config,
             "samples": self.samples.index() if self.samples and self.samples.packs else None,
         }
@@ -98,10 +104,8 @@ def gather_comparison(folders: Sequence[str | Path]) -> Page:
         facts=[(name, str(path.resolve())) for name, path in zip(names, paths, strict=True)],
         warnings=warnings,
         panels=comparison_panels({name: collect_series(records) for name, records in metrics.items()}),
-        tables=[
-            _numbers_table({name: _numbers(records) for name, records in metrics.items()}),
-            _config_table({name: _read_config(path) for name, path in zip(names, paths, strict=True)}),
-        ],
+        numbers=[_numbers_table({name: _numbers(records) for name, records in metrics.items()})],
+        tables=[_config_table({name: _read_config(path) for name, path in zip(names, paths, strict=True)})],
     )
 
 
@@ -125,7 +129,8 @@ def _run(folder: Path) -> Page:
         facts=_run_facts(folder, records),
         warnings=list(notices.about_metrics(records)),
         panels=run_panels(collect_series(records)),
-        tables=[_numbers_table({"value": _numbers(records)}), *_criteria_table(samples)],
+        numbers=[_numbers_table({"value": _numbers(records)})],
+        tables=_criteria_table(samples),
         config=_config_text(folder),
         samples=samples,
     )
@@ -264,7 +269,7 @@ def _evaluation(folder: Path) -> Page:
             ("models", ", ".join(results["models"])),
             ("problems", f"{results['problems']}, {results['samples']} samples of each"),
         ],
-        warnings=list(results["notes"]),
+        notes=results["notes"],
         panels=evaluation_panels(results),
         tables=evaluation_tables(results, problems),
         config=_config_text(folder),

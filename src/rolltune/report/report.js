@@ -594,10 +594,8 @@
 
   // --- the page
 
-  function warningsSection() {
-    if (!data.warnings.length) return null;
-    const title = data.kind === "evaluation" ? "Notes" : "Warnings";
-    return section("warnings", title, el("ul", {}, ...data.warnings.map((line) => el("li", {}, visible(line)))));
+  function linesSection(id, title, lines) {
+    return lines.length ? section(id, title, el("ul", {}, ...lines.map((line) => el("li", {}, visible(line))))) : null;
   }
 
   function factsSection() {
@@ -605,15 +603,15 @@
     return section("about", data.kind === "comparison" ? "Runs" : "About", el("dl", { class: "facts" }, ...pairs));
   }
 
-  function tablesSection() {
-    const made = data.tables
+  function tablesSection(id, title, tables) {
+    const made = tables
       .filter(({ rows }) => rows.length)
-      .flatMap(({ title, note, columns, rows }) => [
-        el("h3", {}, visible(title)),
+      .flatMap(({ title: name, note, columns, rows }) => [
+        name === title ? null : el("h3", {}, visible(name)),
         note ? el("p", { class: "hint" }, visible(note)) : null,
-        table(columns, rows, title),
+        table(columns, rows, name),
       ]);
-    return made.length ? section("numbers", "Numbers", ...made.filter(Boolean)) : null;
+    return made.length ? section(id, title, ...made.filter(Boolean)) : null;
   }
 
   function configSection() {
@@ -622,11 +620,13 @@
   }
 
   const makers = {
-    warnings: warningsSection,
+    warnings: () => linesSection("warnings", "Warnings", data.warnings),
     about: factsSection,
+    numbers: () => tablesSection("numbers", "Numbers", data.numbers),
     curves: () => (data.panels.length ? chartsSection() : null),
-    numbers: tablesSection,
+    tables: () => tablesSection("tables", "Tables", data.tables),
     samples: () => (data.samples ? samplesSection() : null),
+    notes: () => linesSection("notes", "Notes", data.notes),
     config: configSection,
   };
 

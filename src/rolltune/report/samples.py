@@ -188,7 +188,7 @@ def criteria(packs: Iterable[Pack]) -> list[Record]:
                 "agreement": _mean(same),
             }
         )
-    return sorted(rows, key=lambda row: -1.0 if row["mean"] is None else row["mean"])
+    return sorted(rows, key=lambda row: -1.0 if row["mean"] is None else row["mean"], reverse=True)
 
 
 def _mean(values: Sequence[float]) -> float | None:

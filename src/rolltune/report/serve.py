@@ -88,7 +88,6 @@ class WatchServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: WatchServer  # pyright: ignore[reportIncompatibleVariableOverride]
-    protocol_version = "HTTP/1.1"
     timeout = 30
 
     def do_GET(self) -> None:
@@ -117,7 +116,6 @@ class _Handler(BaseHTTPRequestHandler):
         route = self._route()
         if route is None:
             return
-        self.close_connection = True  # a body, if there is one, is not read
         if route != "stop":
             self._refuse(HTTPStatus.NOT_FOUND, "no such page")
             return
@@ -136,7 +134,6 @@ class _Handler(BaseHTTPRequestHandler):
         return rest[0]
 
     def _refuse(self, status: HTTPStatus, text: str) -> None:
-        self.close_connection = True
         self._send(f"{text}\n".encode(), "text/plain; charset=utf-8", status)
 
     def _send(self, content: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK) -> None:

@@ -217,7 +217,7 @@ def open_log(
     world: World,
     *,
     resume_step: int | None,
-    token_text: Callable[[int], str] | None = None,
+    token_text: Callable[[int], str | list[str]] | None = None,
 ) -> MetricsLog:
     """Open the metrics log on rank 0, and one that writes nothing on the others; arguments as in MetricsLog."""
     if not world.is_main:

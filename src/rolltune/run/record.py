@@ -29,7 +29,7 @@ def write_record(output_dir: str | Path, world: World) -> None:
         Path(output_dir) / NAME,
         {
             "recipe": name,
-            "command": config.masked(shlex.join(["tune", "run", name, *arguments])),
+            "command": shlex.join(config.masked(["tune", "run", name, *arguments])),
             "started": round(time.time(), 3),
             "processes": world.size,
             "versions": {"python": platform.python_version()} | dict(_versions()),
