@@ -33,7 +33,7 @@ def make_groups(step: int, text: str | None = None) -> list[Group]:
             completions = (replace(completions[0], text=text), completions[1])
         scores = (
             Score(
-                total=step / 10 + number / 100,
+                total=step / 10 + number / 100 + 1e-6,
                 parts={"rubric": step / 10, "rubric/scored_share": 1.0},
                 notes={"rubric/is_short": "1: a 1: It is short. | b 1: Yes.", "rubric/is_kind": "0.5: a 1: x | b 0: y"},
             ),

@@ -93,6 +93,7 @@ def test_samples_are_filtered_and_searched(make_run, open_report):
     page = tab.page
     assert tab.texts("#groups h3") == ["step 4 · sums/0 mean reward 0.2", "step 4 · sums/1 mean reward 0.41"]
     assert tab.texts("#groups .completion:nth-child(2) .flag") == ["truncated", "unscored", "judge_down", "no gradient"]
+    assert page.locator("#groups .top").count() == page.locator("#groups .bottom").count() == 1
     page.select_option("#place", "2")
     tab.wait_for_first("step 2 · sums/0")
     for name, first, count in (

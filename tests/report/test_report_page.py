@@ -49,7 +49,8 @@ def test_what_a_run_was(make_run):
     page = gather(folder)
     facts = dict(page.facts)
     assert facts["command"] == "tune run grpo --config x.yaml" and facts["model"] == "tiny"
-    assert facts["steps"] == "4 of 8" and facts["processes"] == "2" and facts["time in steps"] == "0.2 minutes"
+    assert facts["steps"] == "4 of 8" and facts["last start"].endswith(", processes: 2")
+    assert facts["time"].endswith(", 0.2 minutes in steps")
     assert facts["hardware"] == "H100, EPYC, 2 cores, 16.0 GiB of memory"
     assert facts["judges"] == "16 calls, 0 tokens, 2.00 dollars"
     assert page.config == (folder / "config.yaml").read_text()
@@ -121,7 +122,7 @@ def test_samples_are_indexed_and_packed(make_run):
 def test_too_many_samples_are_thinned_out_evenly(make_run, monkeypatch):
     folder = make_run(steps=6)
     size = sum(path.stat().st_size for path in (folder / "samples").iterdir())
-    monkeypatch.setattr(samples_module, "MAX_SAMPLE_BYTES", size // 2)
+    monkeypatch.setattr(samples_module, "MAX_SAMPLE_BYTES", size // 2 + 1)
     index = gather(folder).data()["samples"]
     assert index["places"] == ["2", "4", "6"] and index["note"].startswith("3 of 6 steps are in this page")
 
@@ -168,7 +169,8 @@ def test_an_evaluation(evaluation_folder):
     page = gather(evaluation_folder)
     base, trained = panel(page, "pass@k").lines
     assert panel(page, "pass@k").x == [1, 2] and panel(page, "pass@k").log2
-    assert (base.y, trained.y) == ([0.25, 0.5], [7 / 16, 7 / 8]) and base.low is not None and base.low[0] < 0.25
+    assert (base.y, trained.y) == ([0.25, 0.5], [7 / 16, 7 / 8])
+    assert base.low is not None and base.low[0] is not None and base.low[0] < 0.25
     tables = {table["title"]: table for table in page.tables}
     assert tables["Metrics"]["rows"][0][:2] == ["accuracy, greedy", "0.500 [0.215, 0.785]"]
     assert tables["Differences between models"]["rows"][0][0] == "trained - base"
@@ -190,7 +192,10 @@ def test_folders_without_a_run_and_damaged_files(tmp_path, make_run, evaluation_
         gather(evaluation_folder)
     folder = make_run()
     (folder / "samples" / "step_000002.jsonl").write_text("{\n")
-    with pytest.raises(ValueError, match="step_000002.jsonl: a line is not JSON"):
+    with pytest.raises(ValueError, match="step_000002.jsonl:1: not JSON"):
+        gather(folder)
+    (folder / "samples" / "step_000002.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(ValueError, match="step_000002.jsonl:1: not an object with a 'problem'"):
         gather(folder)
 
 

@@ -31,8 +31,8 @@ def evaluation_panels(results: Mapping[str, Any]) -> list[Panel]:
         )
     ]
     for bins, title, label in (
-        ("by_length", "Accuracy by completion length", "tokens, mean of each tenth of the model's completions"),
-        ("by_solution_length", "Accuracy by length of the gold solution", "words, mean of each fifth of the problems"),
+        ("by_length", "Accuracy by completion length", "tokens, mean of a tenth of the completions"),
+        ("by_solution_length", "Accuracy by length of the gold solution", "words, mean of a fifth of the problems"),
         ("by_baseline", "Accuracy by difficulty", f"solve rate of {next(iter(models), '')}"),
     ):
         points = {
@@ -159,7 +159,7 @@ def evaluation_samples(folder: Path, problems: Sequence[Record], models: Sequenc
         path = folder / "samples" / f"{name}.jsonl"
         if not path.is_file():
             continue
-        found = {record["problem"]: record for record in read_records(path)[1:]}
+        found = {record["problem"]: record for record in read_records(path, header=True)}
         listed = [record for record in problems if record["problem"] in found]
         for start in range(0, len(listed), PROBLEMS_IN_PACK):
             groups = [

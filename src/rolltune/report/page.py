@@ -129,7 +129,7 @@ def _run(folder: Path) -> Page:
         facts=_run_facts(folder, records),
         warnings=list(notices.about_metrics(records)),
         panels=run_panels(collect_series(records)),
-        numbers=[_numbers_table({"value": _numbers(records)})],
+        numbers=[_numbers_table({"": _numbers(records)})],
         tables=_criteria_table(samples),
         config=_config_text(folder),
         samples=samples,
@@ -141,19 +141,16 @@ def _metrics(folder: Path) -> list[Record]:
 
 
 def _run_facts(folder: Path, records: Sequence[Record]) -> Facts:
-    facts = [("folder", str(folder.resolve())), *_process_facts(folder)]
     config = _read_config(folder)
-    if "model.path" in config:
-        facts.append(("model", config["model.path"]))
     done = max((int(line["step"]) for line in records), default=0)
-    of = f" of {config['num_steps']}" if "num_steps" in config else ""
-    facts.append(("steps", f"{done}{of}"))
+    facts = [("steps", f"{done} of {config['num_steps']}" if "num_steps" in config else str(done))]
     times = [line["time"] for line in records if line.get("time")]
     if times:
-        facts.append(("first and last line of the log", f"{_clock(min(times))} to {_clock(max(times))}"))
         seconds = sum(v or 0.0 for line in records for name, v in line.items() if name.startswith("seconds/"))
-        facts.append(("time in steps", _duration(seconds)))
-    return facts + _judge_facts(collect_series(records))
+        facts.append(("time", f"{_clock(min(times))} to {_clock(max(times))}, {_duration(seconds)} in steps"))
+    if "model.path" in config:
+        facts.append(("model", config["model.path"]))
+    return [*facts, *_judge_facts(collect_series(records)), *_process_facts(folder), ("folder", str(folder.resolve()))]
 
 
 def _process_facts(folder: Path) -> Facts:
@@ -164,8 +161,7 @@ def _process_facts(folder: Path) -> Facts:
         cores = f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gib']} GiB of memory"
         return [
             ("command", started["command"]),
-            ("started", _clock(started["started"])),
-            ("processes", str(started["processes"])),
+            ("last start", f"{_clock(started['started'])}, processes: {started['processes']}"),
             ("hardware", ", ".join([*hardware["gpus"], cores])),
             ("versions", ", ".join(f"{name} {version}" for name, version in started["versions"].items())),
         ]
@@ -232,25 +228,31 @@ def _numbers_table(runs: Mapping[str, Mapping[str, str]]) -> Record:
 
 
 def _criteria_table(samples: Samples) -> list[Record]:
-    rows = criteria(samples.packs.values())
+    rows = [
+        [
+            criterion,
+            _ratio(tally.total, tally.responses),
+            _ratio(tally.agreed, tally.judged_twice),
+            str(tally.responses),
+            str(tally.unscored),
+        ]
+        for criterion, tally in criteria(samples.packs.values()).items()
+    ]
     if not rows:
         return []
     return [
         {
             "title": "Rubric, by criterion",
-            "note": "the most often met first; a grade of 1 means met; agreement: share of the responses to which all "
-            "judges gave the same grade, with several judges only",
+            "note": "the most often met first; a grade of 1 means met; agreement: share of the responses graded by "
+            "several judges to which all gave the same grade",
             "columns": ["criterion", "mean grade", "agreement", "graded", "unscored"],
-            "rows": [
-                [
-                    row["criterion"],
-                    *("-" if row[name] is None else f"{row[name]:.2f}" for name in ("mean", "agreement")),
-                    *(str(row[name]) for name in ("responses", "unscored")),
-                ]
-                for row in rows
-            ],
+            "rows": rows,
         }
     ]
+
+
+def _ratio(part: float, whole: int) -> str:
+    return f"{part / whole:.2f}" if whole else "-"
 
 
 # --- an evaluation ----------------------------------------------------------------------------------------------------
@@ -264,10 +266,10 @@ def _evaluation(folder: Path) -> Page:
         title=folder.resolve().name,
         kind="evaluation",
         facts=[
-            ("folder", str(folder.resolve())),
-            *_process_facts(folder),
             ("models", ", ".join(results["models"])),
             ("problems", f"{results['problems']}, {results['samples']} samples of each"),
+            *_process_facts(folder),
+            ("folder", str(folder.resolve())),
         ],
         notes=results["notes"],
         panels=evaluation_panels(results),

@@ -143,8 +143,9 @@ MAX_LINES = 8  # of a panel, those with the most points first
 
 def run_panels(curves: Curves) -> list[Panel]:
     """Make the panels of a run that there is data for."""
+    curves = {name: series for name, series in curves.items() if not (name.endswith("/dollars") and not any(series[1]))}
     if curves.get("heldout/score") == curves.get("heldout/accuracy"):  # verdicts are 0 or 1
-        curves = {name: series for name, series in curves.items() if name != "heldout/score"}
+        curves.pop("heldout/score", None)
     return [panel for spec in _SPECS if (panel := _panel(spec, curves))]
 
 

@@ -5,6 +5,7 @@
   const watching = document.body.dataset.watch === "yes";
   const main = document.getElementById("main");
   const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3], [5, 2], [1, 2], [12, 4], [4, 4, 1, 4]];
+  const STEPS = [1, 2, 5].flatMap((n) => [...Array(9).keys()].map((power) => n * 10 ** power)).sort((a, b) => a - b);
   const PAGE = 8; // groups shown at once
   const MAX_FOUND = 200; // groups that a search collects
   const MAX_TEXT = 20000; // characters of a text shown at first
@@ -48,7 +49,7 @@
     const body = rows.map((row) =>
       el("tr", {}, ...row.map((cell, i) => el(i ? "td" : "th", i ? {} : { scope: "row" }, visible(cell)))),
     );
-    const made = el("table", {}, el("thead", {}, head), el("tbody", {}, ...body));
+    const made = el("table", {}, columns.some(Boolean) ? el("thead", {}, head) : "", el("tbody", {}, ...body));
     if (caption) made.prepend(el("caption", {}, visible(caption)));
     return el("div", { class: "scroll", tabIndex: 0, role: "region", "aria-label": caption || "table" }, made);
   }
@@ -141,7 +142,11 @@
       const kept = this.isZoomed() ? { min: this.uplot.scales.x.min, max: this.uplot.scales.x.max } : null;
       this.uplot?.destroy();
       const { series, columns, bands } = layout(this.panel, this.hidden);
-      const axis = { stroke: style("--muted"), grid: { stroke: style("--grid"), width: 1 }, ticks: { show: false } };
+      const font = "12px system-ui, sans-serif";
+      const axis = { stroke: style("--muted"), font, labelFont: font, grid: { stroke: style("--grid"), width: 1 }, ticks: { show: false } };
+      const labels = (_, splits) => splits.map((value) => (value === null ? "" : number(value)));
+      const { x_label } = this.panel;
+      const isByStep = x_label === "step";
       const options = {
         width: Math.max(200, this.plot.clientWidth),
         height: 210,
@@ -151,10 +156,10 @@
         bands,
         scales: { x: this.panel.log2 ? { time: false, distr: 3, log: 2 } : { time: false } },
         axes: [
-          { ...axis, size: 30, values: (_, splits) => splits.map((v) => (v === null ? "" : number(v))) },
-          { ...axis, size: 52, values: (_, splits) => splits.map((v) => (v === null ? "" : number(v))) },
+          { ...axis, size: 30, values: labels, ...(isByStep ? { incrs: STEPS } : { label: x_label, labelSize: 18 }) },
+          { ...axis, size: 52, values: labels },
         ],
-        cursor: { sync: { key: this.panel.x_label }, drag: { x: true, y: false }, points: { size: 6 } },
+        cursor: { sync: { key: x_label }, drag: { x: true, y: false }, points: { size: 6 } },
         hooks: { setCursor: [() => this.fillLegend()] },
       };
       this.uplot = new uPlot(options, columns, this.plot);
@@ -270,8 +275,7 @@
       el(
         "p",
         { class: "tools" },
-        el("label", { for: "smoothing" }, "Smoothing"),
-        slider,
+        ...(data.kind === "evaluation" ? [] : [el("label", { for: "smoothing" }, "Smoothing"), slider]),
         el("span", { class: "hint" }, "Drag over a chart to zoom, double-click to zoom out. Click a name to hide a curve."),
       ),
       el("div", { id: "charts" }),
@@ -410,7 +414,7 @@
 
   function card(index, group) {
     const { groups, axis } = data.samples;
-    const rewards = known(groups.rewards[index]);
+    const rewards = known(group.completions.map((c) => c.reward ?? null));
     const summary = rewards.length ? `mean reward ${number(mean(rewards))}` : "unscored";
     const messages = group.messages.map((message) =>
       el("div", { class: "message" }, el("span", { class: "role" }, visible(message.role)), long(message.content)),
@@ -428,19 +432,20 @@
   function completion(c, i, rewards) {
     const reward = c.reward ?? null;
     const spread = rewards.length > 1 && Math.max(...rewards) > Math.min(...rewards);
-    const rank = !spread || reward === null ? "" : reward === Math.max(...rewards) ? " top" : reward === Math.min(...rewards) ? " bottom" : "";
+    const isTop = spread && reward === Math.max(...rewards);
+    const isBottom = spread && reward === Math.min(...rewards);
     const flags = [
       c.finish_reason === "length" ? "truncated" : null,
       reward === null ? "unscored" : null,
       c.failure ?? null,
       data.samples.axis === "step" && !c.advantage ? "no gradient" : null,
     ].filter(Boolean);
-    const parts = Object.entries(c.parts ?? {}).filter(([name]) => !name.includes("/failure/"));
+    const parts = Object.entries(c.parts ?? {}).filter(([name]) => !/\/(failure|criterion)\//.test(name));
     const notes = Object.entries(c.notes ?? {});
     const sign = c.advantage > 0 ? "+" : "";
     return el(
       "div",
-      { class: "completion" + rank },
+      { class: `completion${isTop ? " top" : isBottom ? " bottom" : ""}` },
       el(
         "p",
         { class: "head" },
@@ -457,7 +462,7 @@
             "details",
             { class: "notes" },
             el("summary", {}, `Verdicts (${notes.length})`),
-            el("dl", {}, ...notes.flatMap(([name, text]) => [el("dt", {}, visible(name)), el("dd", {}, long(text))])),
+            el("dl", {}, ...notes.flatMap(([name, text]) => [el("dt", {}, visible(name)), el("dd", {}, long(text.replaceAll(" | ", "\n")))])),
           )
         : null,
     );

@@ -22,7 +22,38 @@ from rolltune.rewards.rubric.notes import read_note
 MAX_SAMPLE_BYTES = 160 * 2**20  # of the sample files that go into one page
 
 Record = dict[str, Any]
-Grades = list[tuple[str, float | None, list[float | None]]]  # a criterion, its grade, the judges' grades
+
+
+@dataclass
+class Tally:
+    """The grades of one criterion of a rubric.
+
+    Attributes:
+        responses: number of graded responses.
+        total: sum of their grades.
+        unscored: number of responses without a grade.
+        judged_twice: number of responses that several judges have graded.
+        agreed: number of these to which all judges gave the same grade.
+    """
+
+    responses: int = 0
+    total: float = 0.0
+    unscored: int = 0
+    judged_twice: int = 0
+    agreed: int = 0
+
+    def add(self, grade: float | None, by_judge: Sequence[float | None]) -> None:
+        known = [of_judge for of_judge in by_judge if of_judge is not None]
+        self.responses += grade is not None
+        self.total += grade or 0.0
+        self.unscored += grade is None
+        self.judged_twice += len(known) > 1
+        self.agreed += len(known) > 1 and len(set(known)) == 1
+
+    def __iadd__(self, other: Tally) -> Tally:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+        return self
 
 
 @dataclass(frozen=True)
@@ -33,13 +64,13 @@ class Pack:
         place: label of the step.
         data: gzipped JSON, a list of groups.
         index: for each group what the page's index holds.
-        grades: of the rubric's criteria.
+        criteria: grades of the rubric's criteria, by criterion.
     """
 
     place: str
     data: bytes
     index: list[Record]
-    grades: Grades
+    criteria: dict[str, Tally]
 
 
 @dataclass(frozen=True)
@@ -98,25 +129,37 @@ def run_samples(output_dir: Path) -> Samples:
 @lru_cache(maxsize=10_000)
 def _pack_step(path: Path, changed_ns: int, size: int) -> Pack:
     """Pack a file. A run writes its report again and again, and only new files are read."""
-    records = read_records(path)
     groups = [
-        make_group(of_group[0]["problem"], of_group[0]["messages"], of_group[0].get("answer"), of_group)
-        for of_group in _grouped(records)
+        make_group(of_group[0]["problem"], of_group[0].get("messages", ()), of_group[0].get("answer"), of_group)
+        for of_group in _grouped(read_records(path))
     ]
-    return make_pack(str(int(path.stem.removeprefix("step_"))), groups)
+    return make_pack(path.stem.removeprefix("step_").lstrip("0") or "0", groups)
 
 
 def _grouped(records: Iterable[Record]) -> list[list[Record]]:
     return [list(group) for _, group in groupby(records, key=lambda record: (record.get("group"), record["problem"]))]
 
 
-def read_records(path: Path) -> list[Record]:
-    """Read a JSON lines file; a last line without its newline was cut by a kill and is ignored."""
+def read_records(path: Path, *, header: bool = False) -> list[Record]:
+    """Read a file of samples or problems; a last line without its newline was cut by a kill and is ignored.
+
+    Args:
+        path: the file, in JSON lines.
+        header: whether the first line is something else.
+
+    Raises:
+        ValueError: a line is not an object about a problem.
+    """
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: a line is not JSON ({error.msg}); remove the file") from None
+    records = []
+    for number, line in list(enumerate(lines, start=1))[int(header) :]:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error.msg}); remove the file") from None
+        if not isinstance(records[-1], dict) or not isinstance(records[-1].get("problem"), str):
+            raise ValueError(f"{path}:{number}: not an object with a 'problem'; remove the file")
+    return records
 
 
 def make_group(problem: str, messages: Sequence[Any], answer: str | None, completions: Sequence[Record]) -> Record:
@@ -145,7 +188,12 @@ def make_pack(place: str, groups: Sequence[Record]) -> Pack:
         for group in groups
     ]
     data = gzip.compress(json.dumps(list(groups)).encode(), compresslevel=6, mtime=0)
-    return Pack(place, data, index, [grade for group in groups for c in group["completions"] for grade in _grades(c)])
+    tallies: dict[str, Tally] = defaultdict(Tally)
+    for group in groups:
+        for completion in group["completions"]:
+            for criterion, grade, by_judge in _grades(completion):
+                tallies[criterion].add(grade, by_judge)
+    return Pack(place, data, index, dict(tallies))
 
 
 def _rounded(value: float | None) -> float | None:
@@ -163,33 +211,10 @@ def _grades(completion: Record) -> Iterator[tuple[str, float | None, list[float 
             yield criterion, *read
 
 
-def criteria(packs: Iterable[Pack]) -> list[Record]:
-    """Summarise a rubric's criteria.
-
-    Returns:
-        For each criterion: "criterion", "responses" that were graded, "unscored" ones, "mean" grade, and "agreement":
-        the share of responses graded by several judges to which all gave the same grade (None without any).
-    """
-    by_name: dict[str, Grades] = defaultdict(list)
+def criteria(packs: Iterable[Pack]) -> dict[str, Tally]:
+    """Add up the grades of a rubric's criteria, the most often met first."""
+    tallies: dict[str, Tally] = defaultdict(Tally)
     for pack in packs:
-        for grade in pack.grades:
-            by_name[grade[0]].append(grade)
-    rows = []
-    for name, grades in by_name.items():
-        known = [grade for _, grade, _ in grades if grade is not None]
-        several = [judges for _, _, judges in grades if sum(grade is not None for grade in judges) > 1]
-        same = [len({grade for grade in judges if grade is not None}) == 1 for judges in several]
-        rows.append(
-            {
-                "criterion": name,
-                "responses": len(known),
-                "unscored": len(grades) - len(known),
-                "mean": _mean(known),
-                "agreement": _mean(same),
-            }
-        )
-    return sorted(rows, key=lambda row: -1.0 if row["mean"] is None else row["mean"], reverse=True)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+        for criterion, tally in pack.criteria.items():
+            tallies[criterion] += tally
+    return dict(sorted(tallies.items(), key=lambda item: -item[1].total / max(1, item[1].responses)))
