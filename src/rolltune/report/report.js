@@ -37,7 +37,9 @@
   function number(value, digits = 3) {
     if (value === null || value === undefined) return "–";
     if (Number.isInteger(value)) return String(value);
-    return Math.abs(value) >= 1000 ? value.toFixed(0) : String(Number(value.toPrecision(digits)));
+    if (Math.abs(value) >= 1000) return value.toFixed(0);
+    if (Math.abs(value) < 1e-3) return value.toExponential(digits - 1).replace(/\.?0*e/, "e");
+    return String(Number(value.toPrecision(digits)));
   }
 
   function section(id, title, ...children) {
@@ -154,7 +156,10 @@
         legend: { show: false },
         series,
         bands,
-        scales: { x: this.panel.log2 ? { time: false, distr: 3, log: 2 } : { time: false } },
+        scales: {
+          x: this.panel.log2 ? { time: false, distr: 3, log: 2 } : { time: false },
+          y: { range: (_, min, max) => this.range(min, max) },
+        },
         axes: [
           { ...axis, size: 30, values: labels, ...(isByStep ? { incrs: STEPS } : { label: x_label, labelSize: 18 }) },
           { ...axis, size: 52, values: labels },
@@ -166,6 +171,12 @@
       if (kept) this.uplot.setScale("x", kept);
       this.fillLegend();
       if (this.values.open) this.fillTable();
+    }
+
+    // From 0 for sums, and 0 to 1 where everything is 0.
+    range(min, max) {
+      if (min === null || (min === 0 && max === 0)) return [0, 1];
+      return uPlot.rangeNum(this.panel.stacked ? 0 : min, max, 0.1, true);
     }
 
     update(panel) {
@@ -645,6 +656,7 @@
       return made;
     });
     const shown = sections.filter(Boolean);
+    main.dataset.kind = data.kind;
     shown.forEach((made, i) => {
       const there = document.getElementById(made.id);
       if (there === made) return;

@@ -95,7 +95,7 @@ def about_metrics(records: Sequence[Record]) -> Iterator[str]:
     if truncated is not None and truncated > MANY_TRUNCATED:
         yield (
             f"{truncated:.0%} of the completions of the last steps were cut at sampling.max_new_tokens; a cut response "
-            "has no answer"
+            "often has no answer"
         )
     unscored = _last_fifth(steps, "reward/unscored")
     if unscored is not None and unscored > MANY_UNSCORED:
@@ -106,7 +106,7 @@ def about_metrics(records: Sequence[Record]) -> Iterator[str]:
         yield f"reward and length are correlated ({correlation:+.2f} in the last steps): {longer} completions earn more"
     alarms = [record["step"] for record in records if record.get("overoptimization/alarm")]
     if alarms:
-        yield f"the training reward and the gold measure came apart, first at step {alarms[0]}: the reward is gamed"
+        yield f"the training reward and the gold measure came apart, first at step {alarms[0]}: read the samples"
     first, last = _first_fifth(steps, "mismatch/mean_abs"), _last_fifth(steps, "mismatch/mean_abs")
     if first is not None and last is not None and last > max(SMALL_MISMATCH, MISMATCH_GROWTH * first):
         yield (
