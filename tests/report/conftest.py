@@ -22,7 +22,7 @@ from rolltune.rewards.answer import answer_reward, lenient_answer_reward
 from rolltune.rewards.format import format_reward
 from rolltune.types import Problem
 
-CHROMIUM = shutil.which("chromium")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ARGUMENTS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),

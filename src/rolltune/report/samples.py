@@ -19,7 +19,7 @@ from typing import Any
 
 from rolltune.rewards.rubric.notes import read_note
 
-MAX_SAMPLE_BYTES = 160 * 2**20  # of the sample files that go into one page
+MAX_SAMPLE_BYTES = 256 * 2**20  # of the sample files that go into one page
 
 Record = dict[str, Any]
 
