@@ -208,7 +208,7 @@ def test_watching_a_run_and_stopping_it(make_run, browser):
         write_step(folder, 5)
         expect(tab.page.locator("#groups h3").first).to_contain_text("step 5", timeout=20_000)
         assert tab.page.locator("figure output").first.inner_text() == "0.5"
-        assert "Following the run" in tab.page.locator("#live").inner_text()
+        assert "Following run; last change" in tab.page.locator("#live").inner_text()
         tab.page.click("#stop")
         assert not (folder / "stop").exists(), "one click may be a slip"
         tab.page.click("#stop")

@@ -76,3 +76,11 @@ def test_a_damaged_file_is_said_and_the_server_goes_on(server, folder):
     assert status == 503 and b"step_000005.jsonl" in text
     (folder / "samples" / "step_000005.jsonl").unlink()
     assert ask(server, "data")[0] == 200
+
+
+def test_an_evaluation_has_nothing_to_stop(evaluation_folder):
+    with WatchServer(evaluation_folder) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert ask(server, "")[0] == 200
+        assert ask(server, "stop", "POST")[0] == 404 and not (evaluation_folder / "stop").exists()
+        server.shutdown()

@@ -21,7 +21,9 @@ def add_arguments(report: argparse.ArgumentParser, watch: argparse.ArgumentParse
         help="the page; without it report.html in the folder, or in this folder if there are several",
     )
     watch.add_argument("folder", metavar="FOLDER", type=home_path, help="output_dir of a run or evaluation")
-    watch.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
+    watch.add_argument(
+        "--host", default="127.0.0.1", help="name or address of this machine to listen on, as the browser has it"
+    )
     watch.add_argument("--port", type=int, default=0, help="port (0: a free one)")
 
 

@@ -686,7 +686,7 @@
         }
       }
       const asked = data.stop_requested ? " It is asked to stop: it saves a checkpoint before its next step and ends." : "";
-      live.textContent = `Following the run; last change ${new Date(1000 * data.changed).toLocaleTimeString()}.${asked}`;
+      live.textContent = `Following ${visible(data.title)}; last change ${new Date(1000 * data.changed).toLocaleTimeString()}.${asked}`;
       document.getElementById("stop").disabled = data.stop_requested;
     } catch {
       live.textContent = "The server of this page is gone; start `tune watch` again.";
@@ -697,7 +697,7 @@
   function watchRun() {
     document.getElementById("live").hidden = false;
     const stop = document.getElementById("stop");
-    stop.hidden = false;
+    stop.hidden = data.kind !== "run";
     let sure = false;
     stop.addEventListener("click", async () => {
       if (sure) await fetch("stop", { method: "POST" });

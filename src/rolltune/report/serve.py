@@ -66,7 +66,7 @@ class WatchServer(ThreadingHTTPServer):
 
     Args:
         folder: the output folder of a run or evaluation.
-        host: address to listen on.
+        host: name or address of this machine to listen on; requests for other hosts are refused.
         port: 0 for a free one.
 
     Raises:
@@ -78,11 +78,12 @@ class WatchServer(ThreadingHTTPServer):
 
     def __init__(self, folder: str | Path, *, host: str = LOOPBACK, port: int = 0) -> None:
         self.watched = WatchedFolder(Path(folder))
-        self.watched.page()
+        self.can_stop = self.watched.page()[1].kind == "run"
         self.token = secrets.token_urlsafe(24)
         super().__init__((host, port), _Handler)
         port = self.server_address[1]
-        self.hosts = {f"{name}:{port}" for name in ({host, "localhost"} if host == LOOPBACK else {host})}
+        names = {host, "localhost"} if host == LOOPBACK else {host}
+        self.hosts = {f"{name}:{port}" for name in names} | (names if port == 80 else set())
         self.url = f"http://{host}:{port}/{self.token}/"
 
 
@@ -116,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
         route = self._route()
         if route is None:
             return
-        if route != "stop":
+        if route != "stop" or not self.server.can_stop:
             self._refuse(HTTPStatus.NOT_FOUND, "no such page")
             return
         stop_file.request_stop(self.server.watched.folder)
