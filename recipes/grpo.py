@@ -33,6 +33,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from rolltune import config
+from rolltune.balance import balance, imbalance
 from rolltune.batch import count_totals, pack, train_group, without_zero_advantages
 from rolltune.config.components import component, component_or_object, instantiate
 from rolltune.config.schema import GRPOConfig
@@ -362,17 +363,15 @@ def train(
                         on_microbatch=progress.phase("training"),
                     )
                 )
+    own_tokens = sum(len(m.microbatch.input_ids) for microbatches, _ in minibatches for m in microbatches)
     sampled_tokens, packed_tokens = world.sum(
-        [
-            sum(len(completion.token_ids) for group in rollout.sampled for completion in group.completions),
-            sum(len(m.microbatch.input_ids) for microbatches, _ in minibatches for m in microbatches),
-        ]
+        [sum(len(completion.token_ids) for group in rollout.sampled for completion in group.completions), own_tokens]
     )
     return (
         rollout_metrics(rollout, world)
         | update_metrics(updates)
         | phases.metrics(sample=sampled_tokens, train=packed_tokens * cfg.batch.num_iterations)
-        | {"memory/peak_gib": peak_memory_gib()}
+        | {"memory/peak_gib": peak_memory_gib(), "imbalance/train": imbalance(own_tokens, world)}
     )
 
 
@@ -391,7 +390,7 @@ def prepare(
         groups = without_zero_advantages(groups)
     microbatches = prepare_microbatches(
         components.policy,
-        pack(groups, max_tokens=cfg.batch.microbatch_tokens, device=world.device),
+        pack(balance(groups, world), max_tokens=cfg.batch.microbatch_tokens, device=world.device),
         temperature=cfg.sampling.temperature,
         old_policy=components.old_policy,
         with_reference=with_reference,

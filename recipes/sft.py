@@ -26,6 +26,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from rolltune import config
+from rolltune.balance import balance, imbalance
 from rolltune.batch import TokenSequence, TrainGroup, count_totals, pack_examples
 from rolltune.config.schema import SFTConfig
 from rolltune.data.dataset import ProblemStream
@@ -265,7 +266,9 @@ def train(
     totals = LossTotals(tokens=int(tokens), sequences=int(sequences))
     loss_sum, entropy_sum, packed_tokens = 0.0, 0.0, 0
     with phases("train"), policy.with_dropout():
-        microbatches = pack_examples(examples, max_tokens=cfg.batch.microbatch_tokens, device=world.device)
+        microbatches = pack_examples(
+            balance(examples, world), max_tokens=cfg.batch.microbatch_tokens, device=world.device
+        )
         on_progress = progress.phase("training")
         for done, microbatch in enumerate(microbatches, start=1):
             logprobs, entropy = policy.logprobs(microbatch, temperature=1.0)
@@ -277,6 +280,7 @@ def train(
             on_progress(done, len(microbatches))
         metrics = components.optimization.step(world)
     policy.version += not metrics["skipped_step"]
+    metrics["imbalance/train"] = imbalance(packed_tokens, world)
     loss_sum, entropy_sum, packed_tokens = world.sum([loss_sum, entropy_sum, packed_tokens])
     metrics |= {"loss": loss_sum, "entropy": entropy_sum / totals.tokens, "memory/peak_gib": peak_memory_gib()}
     return metrics | phases.metrics(train=packed_tokens)
