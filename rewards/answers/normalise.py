@@ -26,7 +26,8 @@ def has_content(text: str) -> bool:
 # --- characters -------------------------------------------------------------------------------------------------------
 
 _SIGNS = {
-    "\u2212": "-", "\u00d7": "*", "\u00b7": "*", "\u22c5": "*", "\u2217": "*", "\u2219": "*", "\u00f7": "/",
+    "\u2212": "-", "\u00d7": "*", "\u00b7": "*", "\u22c5": "*", "\u2217": "*", "\u2219": "*",
+    "\u2715": "*", "\u2716": "*", "\u2a2f": "*", "\u00f7": "/",
     "\u2044": "/", "\u2215": "/", "\u2236": ":", "\u221a": r"\sqrt ", "\u221b": r"\sqrt[3] ",
     "\u221e": r"\infty ", "\u2264": r"\le ",
     "\u2265": r"\ge ", "\u2a7d": r"\le ", "\u2a7e": r"\ge ", "\u2260": r"\ne ", "\u222a": r"\cup ", "\u2208": r"\in ",
@@ -146,9 +147,14 @@ def _commands(text: str) -> str:
     return text
 
 
+def spell(text: str) -> str:
+    """Write a text's characters and commands in ASCII and plain LaTeX as far as possible; markup and words stay."""
+    return _commands(_characters(text))
+
+
 # --- what surrounds an answer -----------------------------------------------------------------------------------------
 
-_NOUN = r"(?:answer|result|total|sum|value|solution|number|amount|count|output)"
+_NOUN = r"(?:answer|result|total|sum|value|solution|number|amount|count|output|equation|expression)"
 _LEAD_IN = re.compile(
     rf"""(?:(?:so|thus|hence|therefore|then|finally|in\ conclusion|overall)\b[\s,:]*)?
     (?:(?:(?:the|my|our|your)\s+)?(?:(?:final|correct|exact|required)\s+)?{_NOUN}\s*(?:is|equals|:|=)\s*:?\s*
@@ -192,7 +198,7 @@ def normalise(text: str) -> str:
         >>> normalise("The answer is **$1\\\\,800$ dollars**.")
         '1,800 dollars'
     """
-    plain = _surroundings(_commands(_characters(_markup(text))))
+    plain = _surroundings(spell(_markup(text)))
     if plain.endswith(".") and not plain.endswith(".."):
         plain = _surroundings(plain[:-1])
     return " ".join((plain or text).split())  # what is nothing but markup stands for itself
