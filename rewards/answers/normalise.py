@@ -161,6 +161,7 @@ _LEAD_IN = re.compile(
       |(?:it|this|that)(?:\s+is|'s|\s+equals)\s+|(?:we|i)\s+(?:get|have|find|obtain)\s+|=\s*|:\s*)?""",
     re.IGNORECASE | re.VERBOSE,
 )
+_BOILERPLATE = re.compile(r"\.? I hope (?:it|this) is correct\.?$", re.IGNORECASE)
 _PAIRS = {"*": "*", "_": "_", '"': '"', "\u00ab": "\u00bb"}
 
 
@@ -198,7 +199,7 @@ def normalise(text: str) -> str:
         >>> normalise("The answer is **$1\\\\,800$ dollars**.")
         '1,800 dollars'
     """
-    plain = _surroundings(spell(_markup(text)))
+    plain = _surroundings(_BOILERPLATE.sub("", spell(_markup(text)).rstrip()))
     if plain.endswith(".") and not plain.endswith(".."):
         plain = _surroundings(plain[:-1])
     return " ".join((plain or text).split())  # what is nothing but markup stands for itself

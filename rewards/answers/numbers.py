@@ -107,7 +107,7 @@ _NUMBER = re.compile(
        (?:\ ?{_FRACTION % ("mtop", "mtop1", "mbottom", "mbottom1")}|\ (?P<mn>[0-9]++)/(?P<md>[0-9]++))
       |(?P<numerator>[0-9]++)\ ?/\ ?(?P<denominator>[0-9]++)
       |(?P<comma>[0-9]++,[0-9]{{1,2}}|[1-9][0-9]{{0,2}}(?:\.[0-9]{{3}})++,[0-9]{{1,2}})(?![0-9,])
-      |(?P<whole>[1-9][0-9]{{0,2}}(?:,[0-9]{{3}})++|[0-9]++)?(?P<decimals>\.[0-9]++)?
+      |(?P<whole>[1-9][0-9]{{0,2}}(?:(?:,[0-9]{{3}})++|(?:\ [0-9]{{3}})++(?![0-9]))|[0-9]++)?(?P<decimals>\.[0-9]++)?
        (?P<exponent>[eE][-+]?[0-9]{{1,3}}(?![0-9])
         |\ ?[*xX]\ ?10\ ?\^\ ?{_POWER})?
     )
@@ -166,7 +166,7 @@ def _magnitude(match: re.Match[str]) -> Fraction:
         return Fraction(integer("top", "top1", "numerator"), integer("bottom", "bottom1", "denominator"))
     if match["comma"]:
         return Fraction(match["comma"].replace(".", "").replace(",", "."))
-    digits = "1" if match["ten"] else (match["whole"] or "").replace(",", "") + (match["decimals"] or "")
+    digits = "1" if match["ten"] else re.sub("[, ]", "", match["whole"] or "") + (match["decimals"] or "")
     exponent = re.search(r"[-+]?[0-9]+(?=[^0-9]*$)", match["ten"] or match["exponent"] or "")
     return Fraction(digits) * Fraction(10) ** (int(exponent[0]) if exponent else 0)
 

@@ -151,6 +151,7 @@ def _working(problem: Problem) -> str:
 
 # --- answers ----------------------------------------------------------------------------------------------------------
 
+_GROUPED = re.compile(r"[1-9][0-9]{0,2} [0-9]{3}(\.[0-9]+)?")  # 1 800 is 1,800
 _PLAIN_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
 
@@ -203,9 +204,10 @@ def _wrong_numbers(answer: str, rng: random.Random) -> list[Labelled]:
     shorter = [sign + d for d in shorter if _PLAIN_NUMBER.fullmatch(d) and Decimal(sign + d) != value]
     if shorter:
         wrong.append(("digit_dropped", rng.choice(shorter)))
-    if len(digits) > 1:
-        cut = rng.randrange(1, len(digits))
-        wrong.append(("split", f"{sign}{digits[:cut]} {digits[cut:]}"))
+    split = [f"{digits[:cut]} {digits[cut:]}" for cut in range(1, len(digits))]
+    split = [text for text in split if not _GROUPED.fullmatch(text)]
+    if split:
+        wrong.append(("split", sign + rng.choice(split)))
     return wrong
 
 

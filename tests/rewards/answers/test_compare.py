@@ -42,7 +42,11 @@ SAME = [
     ("|AB|=1", "1"),
     ("y=2x+1", "2x+1|y = 1+2x|y-2x-1=0"),
     ("S_{MBCN}:S=7:32", "7:32|7 : 32"),
+    ("36\\pi", r"A = \pi \cdot 6^2 = 36\pi|36\pi \approx 113.1|The area is 36\pi \approx 113 cm^2."),
+    ("2x+1", "f'(x) = 2x + 1|y' = 1 + 2x|f^{-1}(x) = 2x+1"),
     # lists, tuples, sets, intervals
+    ("1,22", "1.22|1, 22|1,22"),
+    ("(2,-1)", r"\langle 2, -1 \rangle|\begin{pmatrix} 2 \\ -1 \end{pmatrix}|\begin{pmatrix} 2 & -1 \end{pmatrix}"),
     ("(1,\\frac{9}{2})", r"(1, \frac{9}{2})|(1,4.5)|\left(1, 9/2\right)|(x,y) = (1, 4.5)"),
     ("0,1", "(0,1)|0, 1"),
     ("3,11,33", "3, 11, 33|3;11;33|3, 11 and 33"),
@@ -62,7 +66,8 @@ SAME = [
     ("34x+45y-20z+100=0", "-34x-45y+20z-100=0"),
     ("x < 3", r"x \lt 3|3 > x|2x < 6|-x > -3"),
     (r"x \neq 5", r"x != 5|x ≠ 5"),
-    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3 & \frac{8}{2} \end{bmatrix}"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3 & \frac{8}{2} \end{bmatrix}"
+        r"|\left[\begin{array}{cc} 1 & 2 \\ 3 & 4 \end{array}\right]|A^{-1} = \begin{pmatrix}1&2\\3&4\end{pmatrix}"),
 ]  # fmt: skip
 
 DIFFERENT = [
@@ -81,6 +86,9 @@ DIFFERENT = [
     # no decimal for a surd or a fraction
     (r"\sqrt{2}", "1.414214|1.41421356237309504880"),
     (r"\pi", "3.14|3.141593"),
+    (r"36\pi", r"113.1|A \approx 36\pi|36\pi \approx 112.1|12\pi = 36\pi|36\pi = 12\pi|36\pi = 113.1|36\pi + x \approx 113"),
+    ("x+1", "x^2 = x+1|x^{-1} = x+1"),
+    ("1,22", "1.23|1.2|2.2"),
     (r"\begin{pmatrix}1/3\\1/5\end{pmatrix}", r"\begin{pmatrix}0.33\\0.2\end{pmatrix}"),
     # identities that hold for some values only
     (r"\lfloor x \rfloor", "0|1|2|x"),
@@ -93,6 +101,8 @@ DIFFERENT = [
     (r"\{1,2\}", r"\{1\}|\{1,2,3\}|(1,2)"),
     ("(37,3,3),(17,3,3,7)", "(37,3,3,13),(17,3,3,7)"),
     (r"\pm 2021", "2021"),
+    ("(2,-1)", r"\langle -1, 2 \rangle|\begin{pmatrix} 2 & 0 \\ -1 & 0 \end{pmatrix}|\begin{pmatrix} -1 \\ 2 \end{pmatrix}"),
+    ("[2,-1]", r"\begin{pmatrix} 2 \\ -1 \end{pmatrix}"),
     (r"[-3,2]", r"(-\infty, -3] \cup [2, \infty)"),
     ("x < 1", "x > -1|x > 1|x \\le 1|x < 2|y < 1"),
     ("7 = 11a+c", "11a+c|7"),
