@@ -32,6 +32,7 @@ from rolltune.rewards.answer import answer_reward
 from rolltune.rewards.checks.reward_audit import LabelledAnswer
 
 Verdicts = list[bool]
+Checker = Callable[[Sequence[str], Sequence[str]], Verdicts]  # of gold answers and responses
 ROLLTUNE_LAYOUT = "<think>{solution}</think>\n<answer>{answer}</answer>"
 LAYOUTS = {
     "box": r"{solution}" + "\n\n" + r"\boxed{{answer}}",
@@ -74,13 +75,13 @@ def by_math_verify(golds: Sequence[str], responses: Sequence[str]) -> Verdicts:
 
 
 def by_trl(golds: Sequence[str], responses: Sequence[str]) -> Verdicts:
-    from trl.rewards import accuracy_reward
+    from trl.rewards.accuracy_rewards import accuracy_reward
 
     turns = [[{"role": "assistant", "content": text}] for text in responses]
     return [reward == 1.0 for reward in accuracy_reward(turns, [f"${gold}$" for gold in golds])]
 
 
-def by_lm_eval(python: str, name: str) -> Callable[[Sequence[str], Sequence[str]], Verdicts]:
+def by_lm_eval(python: str, name: str) -> Checker:
     def check(golds: Sequence[str], responses: Sequence[str]) -> Verdicts:
         asked = json.dumps([list(golds), list(responses)])
         done = subprocess.run([python, "-c", LM_EVAL], input=asked, capture_output=True, text=True, check=True)
@@ -103,9 +104,7 @@ def source(answer: LabelledAnswer) -> str:
     return answer.problem.id.partition("/")[0]
 
 
-def measure(
-    answers: Sequence[LabelledAnswer], peers: Mapping[str, Callable[[Sequence[str], Sequence[str]], Verdicts]]
-) -> dict[str, tuple[str, Counter[str]]]:
+def measure(answers: Sequence[LabelledAnswer], peers: Mapping[str, Checker]) -> dict[str, tuple[str, Counter[str]]]:
     """Return each checker's layout and mistakes."""
     golds = [answer.problem.answer or "" for answer in answers]
     found = {"rolltune": ("tags", mistakes(answers, by_rolltune(answers)))}
@@ -140,7 +139,10 @@ def main() -> None:
     parser.add_argument("--lm-eval-python", help="Python of an environment with lm-eval")
     args = parser.parse_args()
     versions = {name: importlib.metadata.version(name) for name in ("math-verify", "trl")}
-    peers = {f"math-verify {versions['math-verify']}": by_math_verify, f"TRL {versions['trl']}": by_trl}
+    peers: dict[str, Checker] = {
+        f"math-verify {versions['math-verify']}": by_math_verify,
+        f"TRL {versions['trl']}": by_trl,
+    }
     if args.lm_eval_python:
         for name in ("strict-match", "flexible-extract"):
             peers[f"lm-eval gsm8k {name}"] = by_lm_eval(args.lm_eval_python, name)
