@@ -97,10 +97,11 @@ _WORD = r"(?:[^\W\d_]{2,}+|[ghlmsL])(?:\ ?\^\ ?(?:\{\ ?-?[1-4]\ ?\}|-?[1-4])|[23
 _FRACTION = r"\\frac\ ?(?:\{\ ?(?P<%s>-?[0-9]+)\ ?\}|(?P<%s>[0-9]))\ ?(?:\{\ ?(?P<%s>[0-9]+)\ ?\}|(?P<%s>[0-9]))"
 _POWER = r"(?:\{\ ?[-+]?[0-9]{1,3}\ ?\}|\([-+]?[0-9]{1,3}\)|[-+]?[0-9]{1,3}(?![0-9]))"
 _CODES = "USD EUR GBP CHF CAD AUD NZD JPY CNY RMB INR KRW BRL MXN SEK NOK DKK PLN CZK HUF RUB TRY ZAR SGD HKD"
+_CODES += r" Rs\.? Fr\.? [kK]r\.? Rp\.? RM Ksh Kč zł Ft"
 # Possessive quantifiers where a run could be split in many ways, to prevent backtracking.
 _NUMBER = re.compile(
     rf"""(?P<sign>[-+]\ ?|minus\ |negative\ )?
-    (?:(?:[A-Z]{{0,3}}[$\u00a4]|(?:{_CODES.replace(" ", "|")})(?=[\ 0-9.-])|Rs\.?|Fr\.)\ ?(?P<inner>[-+])?\ ?)?
+    (?:(?:[A-Z]{{0,3}}[$\u00a4]|(?:{_CODES.replace(" ", "|")})(?=[\ 0-9.-]))\ ?(?P<inner>[-+])?\ ?)?
     (?:10\ ?\^\ ?(?P<ten>{_POWER})
       |{_FRACTION % ("top", "top1", "bottom", "bottom1")}
       |(?P<mixed>[0-9]{{1,9}})
