@@ -47,7 +47,7 @@ from functools import lru_cache
 
 from rolltune.rewards.answers.compare import same
 from rolltune.rewards.answers.evaluate import NoValue, OutOfTime, evaluate
-from rolltune.rewards.answers.expression import SEPARATED, UNORDERED
+from rolltune.rewards.answers.expression import BRACKET, SEPARATED, UNORDERED
 from rolltune.rewards.answers.kind import (
     MAX_ANSWER_CHARS,
     Gold,
@@ -185,7 +185,8 @@ def _grade_expression(gold: Gold, stated: str, timeout: float) -> Grade:
     body, unit = split_unit(stated)
     readings = [(read_expression(stated), ""), (read_expression(body) if unit else None, unit)]
     nodes = [node for node, unit in readings if node is not None and unit in ("", gold.unit or unit)]
-    is_list = any(node.op in (SEPARATED, UNORDERED) for node in nodes) and gold.kind == "expression"
+    has_parts = gold.kind != "expression" or any(arg.op == BRACKET for arg in gold.node.args)
+    is_list = any(node.op in (SEPARATED, UNORDERED) for node in nodes) and not has_parts
     if not nodes or is_list:
         return Grade(correct=False, failure="ambiguous" if is_list else unread(stated))
     try:

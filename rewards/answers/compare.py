@@ -53,6 +53,8 @@ class _Comparison:
     def same(self, gold: Node, answer: Node) -> bool:
         if gold == answer:
             return True
+        if {gold.op, answer.op} & {SEPARATED, UNORDERED}:
+            gold, answer = _as_equations(gold), _as_equations(answer)
         if answer.op == RELATION and gold.op != RELATION and set(answer.name.split()) == {"="}:
             # A name and its value, or a chain of equal ones: V = 6^2\\pi = 36\\pi.
             return all(self.same(gold, side) for side in answer.args[is_name(answer.args[0]) :])
@@ -175,7 +177,14 @@ def _is_listed_by(bracket: Node, other: Node) -> bool:
 
 
 def _rewrite(node: Node) -> Node:
-    return _plus_minus(_multiply(node))
+    return _plus_minus(_unite(_multiply(node)))
+
+
+def _unite(node: Node) -> Node:
+    """Write a union of sets as one set."""
+    if node.op != UNION or any(arg.op != SET for arg in node.args):
+        return node
+    return Node(SET, tuple(item for arg in node.args for item in arg.args))
 
 
 def _multiply(node: Node) -> Node:
@@ -258,6 +267,16 @@ def _as_interval(node: Node) -> Node:
     if len(sides) == 2 and sides[1].op == "symbol":
         return Node(BRACKET, (sides[0], _INFINITY), name=("(" if signs[0] == "<" else "[") + ")")
     return node
+
+
+def _as_equations(node: Node) -> Node:
+    """Write ``(x, y) = (2, 3)`` as ``x = 2, y = 3``."""
+    if node.op != RELATION or node.name != "=" or {side.op for side in node.args} != {BRACKET}:
+        return node
+    names, values = (side.args for side in node.args)
+    if len(names) != len(values) or not all(map(is_name, names)):
+        return node
+    return Node(UNORDERED, tuple(Node(RELATION, pair, name="=") for pair in zip(names, values, strict=True)))
 
 
 def _as_vector(node: Node) -> Node:

@@ -72,6 +72,7 @@ _RELATIONS = frozenset(r"= < > \le \ge \ne \in".split())
 _SEPARATING = _RELATIONS | frozenset(r"\cup \pm \mp \} \\ \end \| \rfloor \rceil \rvert \rangle".split())
 _SPLIT = {",": SEPARATED, ";": SEPARATED, "and": UNORDERED, "or": UNORDERED}
 _ENVIRONMENTS = ("pmatrix", "bmatrix", "vmatrix", "matrix", "array")
+_SUCH_THAT = ([("sign", "|")], [("sign", ":")], [("command", r"\mid")])  # {x | x > 2}
 _CLOSING = {"(": ")]", "[": ")]"}
 
 
@@ -314,8 +315,12 @@ class _Parser:
         if name == r"\{":
             if self.accept(r"\}"):
                 return Node(SET)
+            if self.kind() == "symbol" and self.tokens[self.at + 1 : self.at + 2] in _SUCH_THAT:
+                self.at += 2  # the condition stands for the set
             inside = self.items()
             self.expect(r"\}")
+            if inside.op == RELATION:
+                return inside
             return Node(SET, inside.args if inside.op in (SEPARATED, UNORDERED) else (inside,))
         if name == r"\langle":
             inside = self.items()

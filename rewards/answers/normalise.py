@@ -124,7 +124,7 @@ _COMMANDS = [
         (r"\\(?:left|right|[bB]ig+[lr]?|displaystyle|limits|mathopen|mathclose)(?![A-Za-z])\.?", " "),
         (r"\\!", ""),
         (r"(?<!\\)\\(?:[,;: ]|q?quad(?![A-Za-z]))|~(?=\s*\\|\s*[A-Za-z])|(?<=[0-9}])~", " "),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\[dtc](frac|binom)(?![A-Za-z])", r"\\\1"),
         (r"\s*\^\s*(?:\{\s*(?:\\circ|\\degree|\u00b0)\s*\}|\\circ|\\degree|\u00b0)|\\degree(?![A-Za-z])", "\u00b0"),
         (r"\\(?:cdot|times|ast)(?![A-Za-z])", "*"),
         (r"\\div(?![A-Za-z])", "/"),
@@ -211,4 +211,5 @@ _ARTICLE = re.compile(r"(?:an?|the) +(?=[^\W\d_]{2})", re.IGNORECASE)
 def fold(text: str) -> str:
     """Return a normalised text as it is compared with a text: no case, no leading article, no spaces around signs."""
     text = _ARTICLE.sub("", text.casefold(), count=1) if _ARTICLE.match(text) else text.casefold()
-    return re.sub(r" *([^\w ]) *", r"\1", re.sub(r"[{}]", "", text)).strip()
+    text = re.sub(r"(\\[a-z]+) *", r"\1 ", re.sub(r"[{}]", "", text))
+    return re.sub(r" *([^\w ]) *", r"\1", text).strip()

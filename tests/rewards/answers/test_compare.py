@@ -19,7 +19,7 @@ SAME = [
     # values
     ("(x+1)^2", "x^2+2x+1|(x+1)(x+1)|(1+x)^{2}"),
     (r"\sin^2 x + \cos^2 x", "1"),
-    (r"\binom{5}{2}", r"10|\frac{5!}{2!3!}"),
+    (r"\dbinom{5}{2}", r"10|\tbinom{5}{2}|\frac{5!}{2!3!}"),
     (r"\binom{n}{2}", r"\frac{n(n-1)}{2}"),
     (r"10\sin 30^\circ", r"5|10\cos(60°)|10\sin\frac{\pi}{6}"),
     (r"\tan^{-1} x", r"\arctan x"),
@@ -46,6 +46,11 @@ SAME = [
     ("2x+1", "f'(x) = 2x + 1|y' = 1 + 2x|f^{-1}(x) = 2x+1"),
     # lists, tuples, sets, intervals
     ("1,22", "1.22|1, 22|1,22"),
+    ("x=2,y=3", r"(x, y) = (2, 3)|\boxed{(y,x)=(3,2)}|y = 3 and x = 2"),
+    ("(x,y)=(2,3)", "x=2, y=3|y = 3, x = 2|(2,3)"),
+    (r"\{1,2\}\cup\{3\}", r"\{1,2,3\}|\{3\} \cup \{2, 1\}"),
+    (r"\{x \mid -1<x<2\}", r"(-1,2)|-1 < x < 2|\{x : -1 < x < 2\}"),
+    (r"x\equiv 3\pmod 5", r"x \equiv 3 \pmod{5}"),
     ("(2,-1)", r"\langle 2, -1 \rangle|\begin{pmatrix} 2 \\ -1 \end{pmatrix}|\begin{pmatrix} 2 & -1 \end{pmatrix}"),
     ("(1,\\frac{9}{2})", r"(1, \frac{9}{2})|(1,4.5)|\left(1, 9/2\right)|(x,y) = (1, 4.5)"),
     ("0,1", "(0,1)|0, 1"),
@@ -102,6 +107,10 @@ DIFFERENT = [
     ("(37,3,3),(17,3,3,7)", "(37,3,3,13),(17,3,3,7)"),
     (r"\pm 2021", "2021"),
     ("(2,-1)", r"\langle -1, 2 \rangle|\begin{pmatrix} 2 & 0 \\ -1 & 0 \end{pmatrix}|\begin{pmatrix} -1 \\ 2 \end{pmatrix}"),
+    ("x=2,y=3", "(x,y)=(3,2)|(y,x)=(2,3)|(x,y,z)=(2,3,4)|(x,z)=(2,3)"),
+    (r"\{1,2\}\cup\{3\}", r"\{1,2\}|\{1,2,3,4\}|(1,2,3)"),
+    (r"\{x \mid -1<x<2\}", r"(-1,2]|\{-1, 2\}|\{x \mid -1<x<3\}"),
+    (r"x\equiv 3\pmod 5", r"x \equiv 3 \pmod{15}|x \equiv 35 \pmod{}"),
     ("[2,-1]", r"\begin{pmatrix} 2 \\ -1 \end{pmatrix}"),
     (r"[-3,2]", r"(-\infty, -3] \cup [2, \infty)"),
     ("x < 1", "x > -1|x > 1|x \\le 1|x < 2|y < 1"),
@@ -134,7 +143,7 @@ def test_different(gold: str, answer: str) -> None:
     assert not grade(gold, f"<answer>{answer}</answer>").correct
 
 
-AGREED = ["(x+1)^2", r"\sin^2 x + \cos^2 x", r"\binom{5}{2}", r"\frac{x+2}{7}", "2^{10}"]
+AGREED = ["(x+1)^2", r"\sin^2 x + \cos^2 x", r"\dbinom{5}{2}", r"\frac{x+2}{7}", "2^{10}"]
 
 
 @pytest.mark.parametrize(("gold", "answer"), pairs([row for row in SAME if row[0] in AGREED]))
