@@ -316,11 +316,14 @@ class _Parser:
             if self.accept(r"\}"):
                 return Node(SET)
             if self.kind() == "symbol" and self.tokens[self.at + 1 : self.at + 2] in _SUCH_THAT:
-                self.at += 2  # the condition stands for the set
+                self.at += 2
+                condition = self.relation()
+                self.expect(r"\}")
+                if condition.op != RELATION:
+                    raise ParseError("a set needs a condition after the bar")
+                return condition
             inside = self.items()
             self.expect(r"\}")
-            if inside.op == RELATION:
-                return inside
             return Node(SET, inside.args if inside.op in (SEPARATED, UNORDERED) else (inside,))
         if name == r"\langle":
             inside = self.items()
