@@ -248,7 +248,7 @@ class AuditRewardsConfig:
     output_dir: FilePath = MISSING  # folder for the report
     seed: int = 0  # of the generated wrong answers
     dry_run: bool = False  # check everything, score nothing
-    data: Component = MISSING  # problems with gold answers
+    data: Component = MISSING  # problems with gold answers, or labelled answers (rolltune.data.answers_labelled)
     rewards: dict[str, Component] = field(default_factory=dict)  # name: component, as in grpo
     answer_format: str = _ANSWER_FORMAT  # layout of a right response
     max_problems: int | None = None  # most problems to use; null: all
