@@ -220,6 +220,20 @@ def test_an_opened_response_is_trained_on_without_a_second_tag(tokenizer, templa
     )
 
 
+@pytest.mark.parametrize(("thinking", "opened"), [({}, ""), ({"enable_thinking": False}, "<think>\n\n</think>\n\n")])
+def test_variables_of_the_template_decide_what_it_opens(tokenizer, thinking, opened):
+    """As in Qwen3, whose generation prompt has an empty block of thoughts only where thinking is off."""
+    block = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    template = QWEN3.replace("%}<|assistant|>{% endif", f"%}}<|assistant|>{block}{{% endif")
+    render = PromptRenderer(templated(tokenizer, template), chat_template_kwargs=thinking)
+    assert render.prefill == render(PROBLEM).prefill == opened
+    assert tokenizer.decode(render(PROBLEM).token_ids).endswith(f"<|assistant|>{opened}")
+    with pytest.raises(ConfigError, match=r"prompt.chat_template_kwargs: thinking: .* no such variable"):
+        PromptRenderer(templated(tokenizer, template), chat_template_kwargs={"thinking": False})
+    with pytest.raises(ConfigError, match=r"prompt.chat_template: cannot be rendered: .*'messages'"):
+        PromptRenderer(templated(tokenizer, template), chat_template_kwargs={"messages": []})
+
+
 def test_a_prefill_goes_on_behind_the_templates_own(tokenizer):
     render = PromptRenderer(templated(tokenizer, R1), prefill="<think>Let me")
     assert render(PROBLEM).prefill == "<think>\nLet me"

@@ -78,6 +78,7 @@ class PromptConfig:
     few_shot: list[FewShotExample] = field(default_factory=list)  # [{user: ..., assistant: ...}] before each problem
     prefill: str = ""  # start of the response ("<think>"); rewards see it as if the model had written it
     chat_template: FilePath | None = None  # Jinja file, for base models without a template; null: the model's own
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # the template's own: {enable_thinking: false}
 
 
 @dataclass(kw_only=True)
