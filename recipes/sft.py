@@ -139,6 +139,7 @@ def dry_run(cfg: SFTConfig) -> None:
     train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
     notices.show(about_data(cfg, train_set, heldout))
     render = build.prompt_renderer(cfg.prompt, tokenizer)
+    notices.show(notices.about_prompts(render))
     train_set, heldout = fitting_examples(cfg, train_set, heldout, render, tokenizer)
     examples = [
         example(cfg, problem, render, tokenizer)
@@ -174,6 +175,7 @@ def set_up(cfg: SFTConfig, world: World, resume_from: Path | None) -> Components
         notices.show(about_data(cfg, train_set, heldout), is_main=world.is_main)
         render = build.prompt_renderer(cfg.prompt, tokenizer)
         quiet = not world.is_main
+        notices.show(notices.about_prompts(render), is_main=world.is_main)
         train_set, heldout = fitting_examples(cfg, train_set, heldout, render, tokenizer, quiet=quiet)
         estimates.check_disk(cfg)
     agree_on_data({"data.train": train_set, "data.heldout": heldout}, world)

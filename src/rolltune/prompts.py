@@ -27,6 +27,8 @@ class PromptRenderer:
 
     The template is rendered to text and the prefill appended before anything is tokenized, so a token may span both, as
     it would at inference. What the template itself writes behind the header of the response is part of the prefill.
+    What of the header it lacks is appended, such as gpt-oss's ``<|channel|>final<|message|>``: responses start there in
+    a conversation.
 
     Example:
         >>> render = PromptRenderer(tokenizer, system="Think first.")  # doctest: +SKIP
@@ -44,8 +46,8 @@ class PromptRenderer:
         chat_template_kwargs: variables of the template, such as ``enable_thinking``.
 
     Raises:
-        ConfigError: the template cannot be rendered, has no header for the response, opens the response in another way
-            than ``prefill``, or does not know one of its variables.
+        ConfigError: the template cannot be rendered, opens the response in another way than ``prefill``, or does not
+            know one of its variables.
     """
 
     def __init__(
@@ -69,16 +71,9 @@ class PromptRenderer:
             key = f"prompt.few_shot[{i}].assistant"
             self._few_shot.append((key, {"role": "assistant", "content": example.assistant}))
         opened, missing = _response_start(tokenizer, self._variables)
-        if missing and not prefill.startswith(missing):
-            raise ConfigError(
-                [
-                    f"prompt.chat_template: with add_generation_prompt the template does not write {missing!r}, which "
-                    "it writes before a response of the assistant; add it to the template, or start prompt.prefill "
-                    "with it"
-                ]
-            )
-        self._added = _added_prefill(opened, prefill)
-        self.prefill = f"{opened}{self._added}"
+        added = _added_prefill(opened, prefill.removeprefix(missing))
+        self.prefill = f"{opened}{added}"
+        self._added = f"{missing}{added}"
 
     def __call__(self, problem: Problem) -> Prompt:
         """Render one problem.
@@ -94,6 +89,12 @@ class PromptRenderer:
         # The template writes its own BOS; adding special tokens would write it twice.
         token_ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         return [Prompt(token_ids=tuple(ids), prefill=self.prefill) for ids in token_ids]  # pyright: ignore
+
+    def writes_date(self) -> bool:
+        """Return whether the template writes today's date, so that prompts differ from day to day."""
+        question = _conversation(1)[:1]
+        another_day = self._variables | {"strftime_now": lambda _format: "another day"}
+        return _render(self._tokenizer, question, self._variables) != _render(self._tokenizer, question, another_day)
 
     def lengths(self, problems: Sequence[Problem]) -> list[int]:
         """Return the number of tokens of each problem's prompt."""
