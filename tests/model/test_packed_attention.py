@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from rolltune.batch import TrainGroup, TrainSequence, pack
+from rolltune.model.forward import packed_logprobs
 from rolltune.model.load import load_model
 from rolltune.model.packed_attention import packed_attention, packed_layout
-from rolltune.model.policy import packed_logprobs
 from rolltune.types import Prompt
 
 

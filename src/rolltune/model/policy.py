@@ -15,19 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from rolltune.config.schema import LoRAConfig, ModelConfig
-from rolltune.model.batch_invariant import is_batch_invariant, make_batch_invariant
+from rolltune.model.batch_invariant import make_batch_invariant
 from rolltune.model.checkpointing import recompute_activations
-from rolltune.model.fp32_head import FP32Head
+from rolltune.model.forward import packed_logprobs
 from rolltune.model.load import adapter_base, load_model, resolve_model, unwrapped
-from rolltune.model.logprobs import selected_logprobs
-from rolltune.model.packed_attention import packed_layout
 from rolltune.seeding import derive_seed
 from rolltune.types import Microbatch
 
 REFERENCE_ADAPTER = "reference"
-# transformers passes a four-dimensional mask on unchanged, and packed attention ignores it in favour of the layout.
-# Without one, transformers would build a [T, T] mask from the positions.
-_NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
 class Policy:
@@ -138,40 +133,6 @@ class Policy:
         else:
             self.model.save_pretrained(str(folder))
         tokenizer.save_pretrained(folder)
-
-
-def packed_logprobs(model: PreTrainedModel, microbatch: Microbatch, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Compute log-probs and entropy of a microbatch's trained tokens. The LM head runs on these tokens only.
-
-    Args:
-        model: a causal LM loaded by :func:`rolltune.model.load.load_model`, which gives it packed attention.
-        microbatch: T tokens, N of them trained.
-        temperature: the sampling temperature, by which logits are divided.
-
-    Returns:
-        (log-probs, entropy), both float32 [N], under the softmax over the microbatch's support if it has one.
-    """
-    decoder = getattr(model, model.base_model_prefix)
-    hidden = decoder(
-        input_ids=microbatch.input_ids[None],
-        position_ids=microbatch.position_ids[None],
-        attention_mask=_NO_MASK,
-        layout=packed_layout(microbatch),
-        use_cache=False,
-    ).last_hidden_state[0]  # [T, H]
-    head = model.get_output_embeddings()
-    assert isinstance(head, torch.nn.Linear)
-    hidden = hidden[microbatch.predictor_index]
-    if isinstance(head, FP32Head):
-        hidden = hidden.float()
-    return selected_logprobs(
-        hidden,
-        head.weight,
-        microbatch.target_ids,
-        temperature,
-        microbatch.support,
-        batch_invariant=is_batch_invariant(model),
-    )
 
 
 def build_policy(

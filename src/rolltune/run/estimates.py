@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
 from rolltune.config.schema import Component, GRPOConfig, LoRAConfig, ModelConfig, SFTConfig
 from rolltune.errors import ConfigError
-from rolltune.model.load import DTYPES, load_config
+from rolltune.model.load import DTYPES, empty_model, load_config
 from rolltune.model.logprobs import CHUNK_BYTES
 from rolltune.model.policy import lora_modules
 from rolltune.run.checkpoint import free_bytes
@@ -25,8 +24,7 @@ def count_parameters(config, target_modules: str = "all-linear") -> tuple[int, i
 
     Both come from the shapes; no weight is loaded.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = empty_model(config)
     adapted = [model.get_submodule(name) for name in lora_modules(model, target_modules)]
     # The weight is [out, in], or [in, out] in a Conv1D.
     features = sum(sum(module.weight.shape) for module in adapted)  # pyright: ignore[reportArgumentType]
@@ -58,10 +56,11 @@ def estimate_memory(
     parameters, linear_features = count_parameters(config, lora.target_modules if lora else "all-linear")
     trained = lora.rank * linear_features if lora else parameters
     trained_size = 4 if lora or model.master_weights else size
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv_width = head_dim * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    heads = _size(text, "num_attention_heads", default=1)
+    head_dim = _size(text, "head_dim", default=text.hidden_size // heads)
+    kv_width = head_dim * _size(text, "num_key_value_heads", default=heads)
     # Kept for the backward pass per layer: norms, q, k, v, attention output, residuals; gate, up, their product.
-    layer = 8 * text.hidden_size + 2 * kv_width + 4 * text.intermediate_size
+    layer = 8 * text.hidden_size + 2 * kv_width + 4 * _size(text, "intermediate_size", default=4 * text.hidden_size)
     layers = text.num_hidden_layers
     per_token = text.hidden_size * layers + layer if model.gradient_checkpointing else layer * layers
     parts = {
@@ -77,6 +76,12 @@ def estimate_memory(
         "rearranged weights while sampling": parameters * size if rearranged_copy else 0,
     }
     return {name: value / GIB for name, value in parts.items() if value}
+
+
+def _size(config, name: str, *, default: int) -> int:
+    """Return a size from a config; the default where the family has no such size, or one for each layer."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) and value > 0 else default
 
 
 def check_disk(cfg: GRPOConfig | SFTConfig) -> None:
