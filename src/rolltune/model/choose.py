@@ -3,8 +3,8 @@
 At load, a few made-up prompts with several completions are computed one by one by transformers' own eager attention,
 and as a microbatch in each way that there is. They are longer than any sliding window below 64 tokens, and lie on both
 sides of a RoPE limit below that length. Larger limits are not reached, so what depends on them is not decided by
-numbers: mask functions are evaluated at every length, and :func:`_rope_limit` and :func:`depends_on_row` read the
-config.
+numbers: mask functions are evaluated at every length, and :func:`rolltune.model.parts.rope_change` and
+:func:`depends_on_row` read the config.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rolltune.batch import TokenSequence, TrainGroup, pack_examples
 from rolltune.errors import ConfigError
 from rolltune.model.forward import Forward, packed_logprobs, set_forward
 from rolltune.model.head import is_plain_head
-from rolltune.model.parts import attention, set_attention
+from rolltune.model.parts import attention, rope_change, set_attention
 from rolltune.types import Microbatch, Prompt
 
 # Limits on |difference| of log-probs: (mean, max) over tokens. In fp32 only the order of summation differs. bf16 keeps
@@ -67,7 +67,12 @@ def _choose(model: PreTrainedModel, path: str, packed_attention: str) -> tuple[F
             microbatch, expected = _eager_logprobs(model, groups, microbatch)
         except CODE_ERRORS as error:
             raise ConfigError([f"model.path: {path}: {name} cannot compute log-probs: {one_line(error)}"]) from error
-    packed = Forward(plain_head=_try_plain_head(model), rope_limit=_rope_limit(model))
+    config = model.config.get_text_config()
+    packed = Forward(
+        plain_head=_try_plain_head(model),
+        rope_limit=rope_change(config, "longrope"),
+        max_length=rope_change(config, "dynamic"),
+    )
     unpacked = replace(packed, packed=False)
     ways = [(packed, packed_attention), (unpacked, packed_attention), (unpacked, "eager")]
     reason = ""
@@ -162,17 +167,6 @@ def _try_plain_head(model: PreTrainedModel) -> bool:
         return is_plain_head(model)
     except CODE_ERRORS:
         return True  # the comparison of log-probs decides
-
-
-def _rope_limit(model: PreTrainedModel) -> int | None:
-    """Return the length at which RoPE takes other factors for the whole batch."""
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]
-    for kind in kinds:
-        if kind.get("rope_type") == "longrope":
-            return kind.get("original_max_position_embeddings") or config.original_max_position_embeddings
-    return None
 
 
 def depends_on_row(model: PreTrainedModel) -> bool:

@@ -27,12 +27,14 @@ class Forward:
         plain_head: whether logits are ``hidden @ weight.T``.
         rope_limit: sequences on different sides of this length may not share a pass, because RoPE's frequencies follow
             from the longest; None: no such limit.
+        max_length: longest sequence, since RoPE's frequencies depend on it beyond; None: no such limit.
         note: one line for the user; empty if there is nothing unusual.
     """
 
     packed: bool = True
     plain_head: bool = True
     rope_limit: int | None = None
+    max_length: int | None = None
     note: str = ""
 
 
@@ -76,10 +78,19 @@ def packed_logprobs(model: PreTrainedModel, microbatch: Microbatch, *, temperatu
 
 def _hidden(model: PreTrainedModel, microbatch: Microbatch, forward: Forward) -> Tensor:
     """Return the hidden states [N, H] that predict the trained tokens."""
-    if forward.packed:
-        layout = packed_layout(microbatch)
-        if not _straddles(microbatch, layout, forward.rope_limit):
-            return packed_hidden(model, microbatch, layout)
+    layout = packed_layout(microbatch)
+    packed = forward.packed
+    limit = forward.max_length or forward.rope_limit
+    if limit is not None and layout.length > limit:
+        beyond = [len(tokens) > limit for tokens in sequence_tokens(microbatch)]
+        if any(beyond) and forward.max_length is not None:
+            raise ValueError(
+                f"model.path: RoPE of {type(model).__name__} changes with every length beyond {limit} tokens; shorten "
+                "prompts or responses"
+            )
+        packed = packed and all(beyond) == any(beyond)
+    if packed:
+        return packed_hidden(model, microbatch, layout)
     return unpacked_hidden(model, microbatch, rope_limit=forward.rope_limit)
 
 
@@ -95,11 +106,3 @@ def packed_hidden(model: PreTrainedModel, microbatch: Microbatch, layout: Packed
             use_cache=False,
         )
     return output[0][0, microbatch.predictor_index]
-
-
-def _straddles(microbatch: Microbatch, layout: PackedLayout, limit: int | None) -> bool:
-    """Whether sequences on both sides of a length are in one microbatch."""
-    if limit is None or layout.length <= limit:
-        return False
-    beyond = [len(tokens) > limit for tokens in sequence_tokens(microbatch)]
-    return any(beyond) and not all(beyond)

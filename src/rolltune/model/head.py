@@ -83,14 +83,15 @@ class _Output(BaseModelOutputWithPast):
 
 
 class _Hidden(nn.Module):
-    """Stands in for a decoder: returns given hidden states, and has the decoder's other attributes."""
+    """Stands in for a decoder and its parts: returns given hidden states, and has the decoder's other attributes."""
 
     def __init__(self, hidden: Tensor, original: nn.Module):
         super().__init__()
         self.__dict__.update(hidden=hidden, original=original)  # not as a submodule
 
     def __getattr__(self, name: str):
-        return getattr(self.__dict__["original"], name)
+        value = getattr(self.__dict__["original"], name)
+        return self if isinstance(value, nn.Module) else value  # OPT's forward pass calls its decoder's decoder
 
     def forward(self, *_args, **_kwargs) -> _Output:
         return _Output(last_hidden_state=self.__dict__["hidden"])

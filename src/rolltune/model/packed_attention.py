@@ -120,6 +120,10 @@ class PackedMask:
     prompts: Tensor | None
     completions: Tensor
 
+    @classmethod
+    def causal(cls, layout: PackedLayout) -> PackedMask:
+        return cls(layout=layout, prompts=None, completions=layout.visible)
+
     @property
     def is_causal(self) -> bool:
         return self.prompts is None
@@ -149,7 +153,7 @@ def packed_mask(*args, mask_function: Callable = causal_mask_function, **kwargs)
     layout = _layout.get()
     if layout is None:
         return sdpa_mask(*args, mask_function=mask_function, **kwargs)
-    causal = PackedMask(layout=layout, prompts=None, completions=layout.visible)
+    causal = PackedMask.causal(layout)
     if mask_function is causal_mask_function:
         return causal
     device, longest_prompt, longest_completion = (

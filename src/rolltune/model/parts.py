@@ -1,4 +1,4 @@
-"""The parts of a causal LM, found by structure: names and prefixes differ between families."""
+"""The parts of a causal LM, found by structure, and its context. Names and prefixes differ between families."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def decoder(model: PreTrainedModel) -> PreTrainedModel:
@@ -46,3 +46,19 @@ def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 def _configs(model: PreTrainedModel) -> list:
     return list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
+
+
+def rope_change(config: PreTrainedConfig, kind: str) -> int | None:
+    """Return the length beyond which RoPE's frequencies follow from the longest sequence of a batch.
+
+    Args:
+        config: of a text model.
+        kind: "longrope", which then has one other set of frequencies, or "dynamic", which has one for each length.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer = rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
+    if not any(parameters.get("rope_type") == kind for parameters in by_layer):
+        return None
+    lengths = [parameters.get("original_max_position_embeddings") for parameters in by_layer]
+    original = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    return min((length for length in lengths if length), default=original)

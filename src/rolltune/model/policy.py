@@ -19,10 +19,13 @@ from rolltune.model.batch_invariant import make_batch_invariant
 from rolltune.model.checkpointing import recompute_activations
 from rolltune.model.forward import packed_logprobs
 from rolltune.model.load import adapter_base, load_model, resolve_model, unwrapped
+from rolltune.model.parts import text_decoder
 from rolltune.seeding import derive_seed
 from rolltune.types import Microbatch
 
 REFERENCE_ADAPTER = "reference"
+# peft refuses adapters on out_proj of these: Mamba's kernels read its weight without calling the layer.
+MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 
 class Policy:
@@ -223,7 +226,7 @@ def _load_with_lora(
         _set_dropout(model, lora.dropout)
     else:
         torch.manual_seed(derive_seed(seed, "lora"))
-        model = get_peft_model(model, _lora_config(lora))
+        model = get_peft_model(model, _lora_config(lora, model, wanted))
     assert isinstance(model, PeftModel)
     if base is not None and with_reference:
         model.load_adapter(start, REFERENCE_ADAPTER)
@@ -239,14 +242,20 @@ def lora_modules(model: PreTrainedModel, target_modules: str) -> list[str]:
 
     Args:
         model: without adapters; may be on the meta device.
-        target_modules: "all-linear", for all linear layers but the LM head, or ends of module names, split by commas.
+        target_modules: "all-linear", for all linear layers of the text model but the LM head and routers, or ends of
+            module names, split by commas.
 
     Raises:
         ValueError: a name is the end of no module's name, or that of the LM head.
     """
     head = model.get_output_embeddings()
     if target_modules == "all-linear":
-        return [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+        text = {id(module) for module in text_decoder(model).modules()}
+        return [
+            name
+            for name in _linear_layers(model)
+            if id(m := model.get_submodule(name)) in text and _can_adapt(name, m, model)
+        ]
     found = []
     for target in (name.strip() for name in target_modules.split(",")):
         modules = {name: m for name, m in model.named_modules() if f".{name}".endswith(f".{target}")}
@@ -259,14 +268,32 @@ def lora_modules(model: PreTrainedModel, target_modules: str) -> list[str]:
     return found
 
 
-def _lora_config(lora: LoRAConfig) -> LoraConfig:
-    """Translate the config section ``lora`` into peft's class."""
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    """Return the names of the layers that peft calls all-linear."""
+    head = model.get_output_embeddings()
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+
+
+def _can_adapt(name: str, layer: nn.Module, model: PreTrainedModel) -> bool:
+    """Whether LoRA fits a linear layer: not a router, which returns more than a product, nor what peft refuses."""
+    if model.config.model_type in MAMBA_TYPES and name.endswith(".out_proj"):
+        return False
+    if type(layer) in (nn.Linear, Conv1D):
+        return True
+    with torch.no_grad():
+        return isinstance(layer(layer.weight.new_zeros(1, layer.weight.shape[1])), Tensor)  # pyright: ignore
+
+
+def _lora_config(lora: LoRAConfig, model: PreTrainedModel, wanted: Sequence[str]) -> LoraConfig:
+    """Translate the config section ``lora`` into peft's class; ``wanted`` are the names of the layers."""
     names = [name.strip() for name in lora.target_modules.split(",")]
+    if names == ["all-linear"]:
+        names = "all-linear" if list(wanted) == _linear_layers(model) else list(wanted)
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  peft divides it by the rank, so a float works
         lora_dropout=lora.dropout,
-        target_modules="all-linear" if names == ["all-linear"] else names,
+        target_modules=names,
         task_type="CAUSAL_LM",
     )
 

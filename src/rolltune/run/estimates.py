@@ -27,7 +27,7 @@ def count_parameters(config, target_modules: str = "all-linear") -> tuple[int, i
     model = empty_model(config)
     adapted = [model.get_submodule(name) for name in lora_modules(model, target_modules)]
     # The weight is [out, in], or [in, out] in a Conv1D.
-    features = sum(sum(module.weight.shape) for module in adapted)  # pyright: ignore[reportArgumentType]
+    features = sum(sum(module.weight.shape) for module in adapted)  # pyright: ignore[reportArgumentType, reportCallIssue]
     return sum(p.numel() for p in model.parameters()), features
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rolltune.model.choose import CODE_ERRORS, depends_on_row, one_line
 from rolltune.model.packed_attention import PACKED_ATTENTION
+from rolltune.model.parts import rope_change
 from rolltune.samplers.decoder import Decoder, OwnCache
 from rolltune.samplers.sequences import DecodeBatch, PromptState, SequenceState
 
@@ -171,8 +172,6 @@ def context_length(config) -> int | None:
     If RoPE's frequencies change with the longest sequence of a batch, only the lengths up to that change count: beyond
     it, a completion would depend on the others in the batch.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        original = rope.get("original_max_position_embeddings")
-        return original or getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
-    return getattr(config, "max_position_embeddings", None)
+    limits = [rope_change(config, kind) for kind in ("dynamic", "longrope")]
+    limits.append(getattr(config, "max_position_embeddings", None))
+    return min((limit for limit in limits if limit is not None), default=None)

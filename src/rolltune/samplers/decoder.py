@@ -117,8 +117,8 @@ class OwnCache:
 
     def __init__(self, model: PreTrainedModel):
         self._model = model
-        parameters = inspect.signature(model.forward).parameters
-        self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._parameters = inspect.signature(model.forward).parameters
+        self._length = 0
         self._cache: dict[str, Any] = {}
 
     def prefill(self, prompt: Sequence[int], count: int) -> Tensor:
@@ -131,7 +131,11 @@ class OwnCache:
 
     def _forward(self, token_ids: list[list[int]]) -> Tensor:
         ids = torch.tensor(token_ids, device=self._model.device)
-        output = self._model(input_ids=ids, use_cache=True, **self._options, **self._cache)
+        positions = torch.arange(self._length, self._length + ids.shape[1], device=ids.device).expand_as(ids)
+        options = {"position_ids": positions, "logits_to_keep": 1}  # old and recurrent models lack the one or the other
+        known = {name: value for name, value in options.items() if name in self._parameters}
+        output = self._model(input_ids=ids, use_cache=True, **known, **self._cache)
+        self._length += ids.shape[1]
         # Recurrent models have names of their own for it.
         names = ("past_key_values", "cache_params", "state")
         self._cache = {name: output[name] for name in names if output.get(name) is not None}
