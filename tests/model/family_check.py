@@ -113,7 +113,7 @@ def check_family(family: str, length: str, folder: Path) -> Result:
             _group(p, [_completion(c, _truth(plain, p, c)) for c in cs]) for p, cs in zip(prompts, drawn, strict=True)
         ]
     else:
-        result.sampled = "own cache" if sampler.note else "shared cache"
+        result.sampled = "own cache" if sampler.notes else "shared cache"
     with torch.no_grad():
         truth = [_truth(plain, g.prompt.token_ids, c.token_ids) for g in groups for c in g.completions]
     if result.sampled != "refused":

@@ -552,7 +552,7 @@ def test_other_kinds_of_layers_are_sampled_with_the_models_own_cache(build_model
     model = build_model(config)
     implementation = model.config._attn_implementation
     sampler = NativeSampler(model, letter_tokenizer, max_num_seqs=3)
-    assert type(model).__name__ in sampler.note and "its own cache" in sampler.note
+    assert [type(model).__name__ in note and "its own cache" in note for note in sampler.notes] == [True]
     made = requests(4, PROMPTS[:2])
     groups = sampler.generate(made, SamplingParams(max_new_tokens=12))
     check_own_logprobs(model, groups, PROMPTS[:2])
@@ -581,7 +581,7 @@ def test_a_model_whose_logits_come_out_different_is_refused(llama, letter_tokeni
 def test_sequences_longer_than_a_sliding_window_are_sampled_with_the_models_own_cache(build_model, letter_tokenizer):
     model = build_model(MistralConfig(**SIZES, sliding_window=80))
     sampler = NativeSampler(model, letter_tokenizer)
-    assert "beyond 80 tokens" in sampler.note
+    assert "beyond 80 tokens" in sampler.notes[0]
     prompt = PROMPTS[3] * 2
     for new_tokens in (80 - len(prompt), 60):
         groups = sampler.generate(requests(2, [prompt]), SamplingParams(max_new_tokens=new_tokens))

@@ -13,21 +13,24 @@ from rolltune.config.schema import Component, GRPOConfig, LoRAConfig, ModelConfi
 from rolltune.errors import ConfigError
 from rolltune.model.load import DTYPES, empty_model, load_config
 from rolltune.model.logprobs import CHUNK_BYTES
-from rolltune.model.policy import lora_modules
+from rolltune.model.lora import expert_parameters, lora_modules
 from rolltune.run.checkpoint import free_bytes
 
 GIB = 2**30
 
 
-def count_parameters(config, target_modules: str = "all-linear") -> tuple[int, int]:
-    """Return the number of parameters, and the summed features (in and out) of the layers that LoRA adapts.
+def count_parameters(config, lora: LoRAConfig | None = None) -> tuple[int, int]:
+    """Return the number of parameters, and the summed features (in and out) of the matrices that LoRA adapts.
 
     Both come from the shapes; no weight is loaded.
     """
     model = empty_model(config)
-    adapted = [model.get_submodule(name) for name in lora_modules(model, target_modules)]
-    # The weight is [out, in], or [in, out] in a Conv1D.
-    features = sum(sum(module.weight.shape) for module in adapted)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    features = 0
+    if lora is not None:
+        weights = [model.get_parameter(f"{name}.weight") for name in lora_modules(model, lora.target_modules)]
+        features = sum(sum(weight.shape) for weight in weights)  # [out, in], or [in, out] in a Conv1D
+        experts = [model.get_parameter(name) for name in expert_parameters(model)] if lora.experts else []
+        features += sum(len(weight) * sum(weight.shape[1:]) for weight in experts)
     return sum(p.numel() for p in model.parameters()), features
 
 
@@ -53,7 +56,7 @@ def estimate_memory(
     config = load_config(model.path)
     text = config.get_text_config()
     size = torch.finfo(DTYPES[model.dtype]).bits // 8
-    parameters, linear_features = count_parameters(config, lora.target_modules if lora else "all-linear")
+    parameters, linear_features = count_parameters(config, lora)
     trained = lora.rank * linear_features if lora else parameters
     trained_size = 4 if lora or model.master_weights else size
     heads = _size(text, "num_attention_heads", default=1)
@@ -89,9 +92,7 @@ def check_disk(cfg: GRPOConfig | SFTConfig) -> None:
 
     These are the last ones, the best, and one that is being written. The optimizer is taken for AdamW.
     """
-    parameters, linear_features = count_parameters(
-        load_config(cfg.model.path), cfg.lora.target_modules if cfg.lora else "all-linear"
-    )
+    parameters, linear_features = count_parameters(load_config(cfg.model.path), cfg.lora)
     trained = cfg.lora.rank * linear_features if cfg.lora else parameters
     weight_bytes = 4 if cfg.lora else torch.finfo(DTYPES[cfg.model.dtype]).bits // 8
     one = trained * (weight_bytes + 8 + (4 if cfg.model.master_weights else 0))

@@ -38,7 +38,7 @@ class NativeSampler:
 
     Attributes:
         policy_version: number of optimizer steps behind the model's weights, recorded in each completion.
-        note: one line for the user if the model cannot be sampled from the fast way; else empty.
+        notes: lines for the user about how the model is sampled from; empty if there is nothing unusual.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class NativeSampler:
         self._prefill_tokens = prefill_tokens
         self._eos = eos_token_ids(self._decoder.causal_lm, tokenizer)
         self._caches = choose_caches(self._decoder, tokenizer)
-        self.note = self._caches.note
+        self.notes = [self._caches.note] if self._caches.note else []
 
     def sync(self, version: int) -> None:
         """Record the policy's version. The weights are the policy's own."""
