@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import byte_tokenizer
 from model_families import LENGTHS, load_plain, save_model
 from peft import PeftModel
 from torch import Tensor
@@ -52,8 +53,10 @@ class Result:
     """What was found for one family at one length.
 
     Attributes:
+        model: name of the model's class.
         trained: "packed", "packed, own masks", "unpacked" or "refused".
         sampled: "shared cache", "own cache" or "refused".
+        head: "own" if logits are more than a product; else empty.
         errors: largest error by check; log-probs in nats, the gradient relative.
         refused: the message by check.
         wrong: what is wrong by check: a crash, an untrained adapter, a failed self-test.
@@ -61,6 +64,7 @@ class Result:
 
     family: str
     length: str
+    model: str
     trained: str = "refused"
     sampled: str = "refused"
     head: str = ""
@@ -95,9 +99,9 @@ class Result:
 
 def check_family(family: str, length: str, folder: Path) -> Result:
     """Load, sample, train, save and reload a tiny model of the family."""
-    result = Result(family=family, length=length)
     lengths = LENGTHS[length]
     plain = save_model(family, lengths, folder)
+    result = Result(family=family, length=length, model=type(plain).__name__)
     result.attempt("dry run", lambda: _estimate(folder))
     policy = result.attempt("load", lambda: _build(folder))
     if policy is None:
@@ -174,8 +178,6 @@ def _group(prompt: tuple[int, ...], completions: Sequence[Completion]) -> Group:
 
 
 def _completion(token_ids: tuple[int, ...], logprobs: Tensor) -> Completion:
-    from conftest import byte_tokenizer
-
     text = str(byte_tokenizer().decode(list(token_ids), skip_special_tokens=True))
     values = tuple(logprobs.tolist())
     return Completion(token_ids=token_ids, logprobs=values, finish_reason="length", policy_version=0, text=text)
