@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.filterwarnings("ignore")
 ROOT = Path(__file__).parents[1]
 DOCS, MARK = ROOT / "docs/model_families.md", "<!-- written by dev/model_families.py --docs -->"
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/model")]
+sys.path.insert(0, str(ROOT / "tests"))
 
 import torch
 import transformers

@@ -23,6 +23,7 @@ from rolltune.model.load import (
     load_tokenizer,
     resolve_model,
 )
+from rolltune.model.parts import in_float32
 
 SIZES = {
     "vocab_size": 260,
@@ -258,9 +259,31 @@ def test_loads_in_the_precision_that_is_asked_for(tiny_llama, dtype):
     assert model.config._attn_implementation == models.PACKED_ATTENTION
 
 
-def test_a_model_that_needs_nothing_special_is_packed_without_a_note(tiny_llama):
-    model = load_model(str(tiny_llama), dtype="float32", device="cpu")
-    assert forward_of(model) == Forward()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_model_that_needs_nothing_special_is_packed_without_a_note(tiny_llama, monkeypatch, dtype):
+    monkeypatch.setattr(choose, "_chosen", {})
+    assert forward_of(load_model(str(tiny_llama), dtype=dtype, device="cpu")) == Forward()
+
+
+def test_half_precision_is_computed_in_float32_for_the_check_only(tiny_llama):
+    model = load_model(str(tiny_llama), dtype="bfloat16", device="cpu")
+    exact = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in exact.parameters():
+            parameter.copy_(parameter.bfloat16())
+        before = {name: (tensor.dtype, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+        inverse_frequencies = model.model.rotary_emb.inv_freq.clone()
+        ids = torch.arange(5, 25)[None]
+        with in_float32(model):
+            logits = model(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(logits, exact(input_ids=ids, use_cache=False).logits, rtol=0, atol=1e-5)
+        with pytest.raises(IndexError), in_float32(model):
+            model(input_ids=ids + 10_000)
+    after = model.state_dict(keep_vars=True)
+    assert all(
+        after[name].dtype == dtype and torch.equal(after[name], tensor) for name, (dtype, tensor) in before.items()
+    )
+    assert torch.equal(model.model.rotary_emb.inv_freq, inverse_frequencies)
 
 
 @pytest.mark.parametrize("config", [

@@ -2,9 +2,9 @@
 
 At load, a few made-up prompts with several completions are computed one by one by transformers' own eager attention,
 and as a microbatch in each way that there is. They are longer than any sliding window below 64 tokens, and lie on both
-sides of a RoPE limit below that length. Larger limits are not reached, so what depends on them is not decided by
-numbers: mask functions are evaluated at every length, and :func:`rolltune.model.parts.rope_change` and
-:func:`depends_on_row` read the config.
+sides of a RoPE limit below that length. Everything is computed in float32, where wrong attention cannot be taken for
+rounding. Larger limits are not reached, so what depends on them is not decided by numbers: mask functions are evaluated
+at every length, and :func:`rolltune.model.parts.rope_change` and :func:`depends_on_row` read the config.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from rolltune.batch import TokenSequence, TrainGroup, pack_examples
 from rolltune.errors import ConfigError
 from rolltune.model.forward import Forward, packed_logprobs, set_forward
 from rolltune.model.head import is_plain_head
-from rolltune.model.parts import attention, rope_change, set_attention
+from rolltune.model.parts import attention, in_float32, rope_change, set_attention
 from rolltune.types import Microbatch, Prompt
 
-# Limits on |difference| of log-probs: (mean, max) over tokens. In fp32 only the order of summation differs. bf16 keeps
-# 8 bits of each logit, so single unlikely tokens may be far off while the mean stays small. fp16 keeps 11 bits; vLLM in
-# fp16 was seen 1.4e-2 off in the mean. Batch-invariant models must agree exactly with their sampler.
-TOLERANCE = {"exact": (0.0, 0.0), "float32": (1e-4, 1e-2), "float16": (0.02, 0.3), "bfloat16": (0.05, 1.0)}
+TOLERANCE = 2e-3  # largest difference of log-probs, in nats; rounding in float32 is 1e-6 to 1e-4
+# Two experts may be equally good to the last bits, and rounding then chooses between them; wrong attention reaches most
+# tokens of a prompt's second completion.
+RIGHT_IN_MIXTURES = 0.9  # share of tokens
 LENGTHS = ((7, (16, 9, 1)), (57, (12, 16)))  # tokens of each made-up prompt and of its completions
 
 # What modelling code raises when it meets an argument that it was not written for.
@@ -50,7 +50,8 @@ def choose_forward(model: PreTrainedModel, path: str, *, packed_attention: str) 
     config = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
     key = json.dumps([config, str(model.dtype), str(model.device), packed_attention], sort_keys=True, default=str)
     if key not in _chosen:
-        _chosen[key] = _choose(model, path, packed_attention)
+        with in_float32(model):
+            _chosen[key] = _choose(model, path, packed_attention)
     forward, implementation = _chosen[key]
     set_attention(model, implementation)
     set_forward(model, forward)
@@ -59,7 +60,7 @@ def choose_forward(model: PreTrainedModel, path: str, *, packed_attention: str) 
 @torch.no_grad()
 def _choose(model: PreTrainedModel, path: str, packed_attention: str) -> tuple[Forward, str]:
     """Return how log-probs are computed, and the attention implementation for it."""
-    name, tolerance = type(model).__name__, TOLERANCE[str(model.dtype).removeprefix("torch.")]
+    name = type(model).__name__
     groups = made_up_groups(model)
     (microbatch,) = pack_examples(groups, max_tokens=10**9, device=model.device)
     with attention(model, "eager"):
@@ -81,7 +82,7 @@ def _choose(model: PreTrainedModel, path: str, packed_attention: str) -> tuple[F
     for forward, implementation in ways:
         set_forward(model, forward)
         with attention(model, implementation):
-            problem = _difference(model, microbatch, expected, tolerance)
+            problem = _difference(model, microbatch, expected)
         if problem is None:
             return replace(forward, note=_note(name, forward, reason)), implementation
         reason = reason or problem
@@ -132,10 +133,7 @@ def made_up_groups(model: PreTrainedModel) -> list[TrainGroup[TokenSequence]]:
 def _eager_logprobs(
     model: PreTrainedModel, groups: Sequence[TrainGroup[TokenSequence]], microbatch: Microbatch
 ) -> tuple[Microbatch, Tensor]:
-    """Return the microbatch with the most likely tokens as targets, and their log-probs, from each sequence alone.
-
-    In half precision the log-probs of unlikely tokens are mostly rounding error.
-    """
+    """Return the microbatch with the most likely tokens as targets, and their log-probs, from each sequence alone."""
     rows = []
     for group in groups:
         for sequence in group.sequences:
@@ -146,9 +144,7 @@ def _eager_logprobs(
     return replace(microbatch, target_ids=targets), torch.cat([row.values for row in rows])
 
 
-def _difference(
-    model: PreTrainedModel, microbatch: Microbatch, expected: Tensor, tolerance: tuple[float, float]
-) -> str | None:
+def _difference(model: PreTrainedModel, microbatch: Microbatch, expected: Tensor) -> str | None:
     """Return what is wrong with the log-probs of the microbatch, if anything."""
     try:
         logprobs, _ = packed_logprobs(model, microbatch, temperature=1.0)
@@ -157,7 +153,8 @@ def _difference(
     except CODE_ERRORS as error:
         return one_line(error)
     gap = (logprobs - expected).abs()
-    if gap.mean().item() <= tolerance[0] and gap.max().item() <= tolerance[1]:
+    is_mixture = any(name.endswith("experts") for name, _ in model.named_modules())
+    if torch.quantile(gap, RIGHT_IN_MIXTURES if is_mixture else 1.0).item() <= TOLERANCE:
         return None
     return f"log-probs differ by up to {gap.max().item():.2g}"
 
@@ -176,5 +173,6 @@ def depends_on_row(model: PreTrainedModel) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """Return an error in one short line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+    """Return an error in one short line, with its type unless it was raised on purpose."""
+    text = " ".join(str(error).split())[:150]
+    return text if isinstance(error, ValueError) else f"its code fails with {type(error).__name__}: {text}"

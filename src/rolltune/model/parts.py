@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def decoder(model: PreTrainedModel) -> PreTrainedModel:
@@ -42,6 +45,42 @@ def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
     finally:
         for config, implementation in before:
             config._attn_implementation = implementation
+
+
+@contextmanager
+def in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Compute in float32 whatever the precision of the weights, until the context ends.
+
+    Values in half precision are float32 values, so nothing is lost. One layer is held in float32 at a time, besides the
+    embeddings and the head.
+    """
+    half = model.dtype
+    if half == torch.float32:
+        yield
+        return
+
+    def tensors(module: nn.Module) -> list[Tensor]:
+        return [tensor for tensor in chain(module.parameters(), module.buffers()) if tensor.dtype == half]
+
+    def cast(some: Iterable[Tensor], dtype: torch.dtype) -> None:
+        for tensor in some:
+            tensor.data = tensor.data.to(dtype)
+
+    everything = tensors(model)
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    by_layer = {layer: tensors(layer) for layer in layers}
+    in_layers = {id(tensor) for own in by_layer.values() for tensor in own}
+    hooks = []
+    for layer, own in by_layer.items():
+        hooks.append(layer.register_forward_pre_hook(lambda *_, own=own: cast(own, torch.float32)))
+        hooks.append(layer.register_forward_hook(lambda *_, own=own: cast(own, half)))
+    try:
+        cast([tensor for tensor in everything if id(tensor) not in in_layers], torch.float32)
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        cast(everything, half)
 
 
 def _configs(model: PreTrainedModel) -> list:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import byte_tokenizer
+from byte_tokenizer import byte_tokenizer
 from model_families import LENGTHS, load_plain, save_model
 from peft import PeftModel
 from torch import Tensor

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from conftest import byte_tokenizer
+from byte_tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 VOCAB = 264
