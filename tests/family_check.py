@@ -203,6 +203,7 @@ class _SpiedMasks:
 
     def __enter__(self) -> _SpiedMasks:
         self.own = False
+        self._registered = AttentionMaskInterface()[PACKED_ATTENTION]
 
         def spy(*args, mask_function=causal_mask_function, **kwargs):
             self.own |= mask_function is not causal_mask_function
@@ -212,7 +213,7 @@ class _SpiedMasks:
         return self
 
     def __exit__(self, *_) -> None:
-        AttentionMaskInterface.register(PACKED_ATTENTION, packed_mask)
+        AttentionMaskInterface.register(PACKED_ATTENTION, self._registered)
 
 
 def _check_gradient(
