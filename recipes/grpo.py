@@ -244,6 +244,7 @@ def set_up(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Component
         optimization = build.build_optimization(cfg, policy, num_updates=cfg.num_steps * updates_per_step)
         if resume_from:
             optimization.load_state_dict(load_optimization(resume_from, world.device))
+    notices.show(policy.notes, is_main=world.is_main)
     agree_on_weights("model.path", policy.model, world)
     return Components(
         world=world,

@@ -39,6 +39,8 @@ class ModelConfig:
     fp32_head: bool = False  # with bfloat16 or float16: float32 logits, in the trainer and in the sampler
     dropout: bool = False  # train with the dropout and router jitter of the model's own config (GPT-2, OPT)
     batch_invariant: bool = False  # grpo, float32 on a CPU: sampler and trainer agree bit for bit, but run slower
+    # weight of the load-balancing loss of a mixture-of-experts model's routers, 0.001 for example; 0: none
+    router_aux_loss: float = 0.0
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, about 1/3 more time
 
 
@@ -50,6 +52,7 @@ class LoRAConfig:
     alpha: float = 32.0  # scale of the adapters; they are multiplied by alpha / rank
     dropout: float = 0.0  # dropout probability on the adapters' inputs, in [0, 1)
     target_modules: str = "all-linear"  # or module names separated by commas: "q_proj,v_proj"
+    experts: bool = False  # also adapt the experts of a mixture-of-experts model, which are no linear layers; slower
 
 
 @dataclass(kw_only=True)

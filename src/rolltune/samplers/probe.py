@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rolltune.batch import TokenSequence, TrainGroup, pack_examples
+from rolltune.model.forward import packed_logprobs
 from rolltune.model.load import unwrapped
-from rolltune.model.policy import packed_logprobs
 from rolltune.types import Prompt
 
 PROMPT_TOKENS, NEW_TOKENS = 40, 4  # longer than a block of the prefix cache: 16 tokens on GPUs, 32 on CPUs
