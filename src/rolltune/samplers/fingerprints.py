@@ -9,9 +9,10 @@ changed value changes it, and so do swapped rows, columns and values; other diff
 of about 2^-32. Checksums of parts add up to that of the whole, so the workers of a tensor-parallel engine, who hold
 parts of fused weights, are compared with whole weights of the trainer.
 
-An engine may pack weights for its kernels so that they cannot be read back. But the product of a packed weight and a
-row that is 1 in place j and 0 elsewhere is column j of the weight, to the last bit. So some columns of a packed copy are
-compared in each sync, spread over the whole width. The version selects them, and the syncs of a run cover all.
+An engine may pack weights for its kernels so that they cannot be read back. Their checksums are taken before. And the
+product of a packed weight and a row that is 1 in place j and 0 elsewhere is column j of the weight, to the last bit. So
+some columns of a packed copy are compared in each sync, spread over its whole width. The version selects them, and the
+syncs of a run cover all.
 """
 
 from __future__ import annotations

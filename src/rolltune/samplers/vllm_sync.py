@@ -194,8 +194,8 @@ class WeightSync:
             )
         if output.cached_tokens is None:
             raise SyncError(
-                "the engine does not report how many of a prompt's tokens were cached, so old keys and values could not "
-                "be found; start the server by `tune run serve`, or with --enable-prompt-tokens-details"
+                "the engine does not report how many of a prompt's tokens were cached, so old keys and values would "
+                "not be seen; start the server by `tune run serve`, or with --enable-prompt-tokens-details"
             )
         if output.cached_tokens:
             raise SyncError(
