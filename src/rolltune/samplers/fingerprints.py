@@ -64,10 +64,11 @@ def row_sums(values: Tensor, columns: Tensor | int = 0) -> Tensor:
     """Return each row's part of the checksum: int64 [R], on the device of the values.
 
     Args:
-        values: [R], [R, C] or more dimensions, of which all but the first count as columns.
+        values: [R], [R, C] or more dimensions, of which all but the first count as columns; a scalar is one row.
         columns: the columns' indices in the whole weight, int64 [C]; or the index of the first.
     """
-    bits = values.detach().reshape(len(values), -1).view(_INTEGERS[values.dtype.itemsize])
+    values = values.detach().reshape(values.shape[0] if values.ndim else 1, -1)
+    bits = values.view(_INTEGERS[values.dtype.itemsize])
     if isinstance(columns, int):
         columns = torch.arange(columns, columns + bits.shape[1], device=bits.device)
     factors = _factors(columns, stream=1)

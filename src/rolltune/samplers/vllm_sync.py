@@ -186,7 +186,7 @@ class WeightSync:
         ]
 
     def _answer(self, probe: Probe, output: EngineOutput, version: int) -> Answer:
-        """Check version and cache of a probe's continuation."""
+        """Check version, cache and length of a probe's continuation."""
         if self.version_of(output) != version:
             raise SyncError(
                 f"the engine reports weights {', '.join(output.weight_versions) or '(none)'} instead of "
@@ -201,6 +201,11 @@ class WeightSync:
             raise SyncError(
                 f"the engine has keys and values of {output.cached_tokens} of a probe's tokens, computed by older "
                 "weights: its prefix cache was not reset"
+            )
+        if len(output.token_ids) != probe.params.max_new_tokens:  # each probe has its own, and no token ends it early
+            raise SyncError(
+                f"the engine answered a request for {probe.params.max_new_tokens} tokens with "
+                f"{len(output.token_ids)}: it mixes up the answers to its requests"
             )
         return Answer(
             token_ids=output.token_ids,
