@@ -162,7 +162,7 @@ def differences(expected: Mapping[str, Fingerprint], loaded: Mapping[str, Finger
             f"the engine's are {_listed(theirs)}, the policy's {_listed(ours)}; start the server with the policy's "
             "dtype, or set sampler.dtype to the server's"
         ]
-    names = {print: name for name, print in reversed(expected.items())}
+    names = {expected[name]: name for name in reversed([*expected])}  # of several that are equal, the first
     lines = []
     for key, wanted in expected.items():
         is_packed = key.endswith(PACKED)

@@ -10,7 +10,7 @@ temperature under top-k and top-p. In an engine that has the right weights but d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ _TEXTS = (
     (40, " ".join(f"{n} and {n + 1} make {2 * n + 1}." for n in range(1, 200))),
     (24, "Long ago a miller lived with three sons beside a river. When he grew old, he gave the eldest his mill. " * 9),
 )
-_PARAMS = ({"temperature": 1.0}, {"temperature": 0.6, "top_k": 20, "top_p": 0.95})
+_SAMPLING = (SamplingParams(temperature=1.0), SamplingParams(temperature=0.6, top_k=20, top_p=0.95))
 # Differences in fp32 come from the order of summation, so few tokens show a fault. In half precision all activations
 # are rounded, and a fault is a larger mean over many tokens.
 _NEW_TOKENS = {torch.float32: 8, torch.float16: 24, torch.bfloat16: 24}
@@ -75,11 +75,11 @@ def build_probes(
     """Return fixed probes, whose continuations have different lengths. ``dtype``: the lower of both precisions."""
     new = min(_NEW_TOKENS[dtype], max_model_len // 4)
     probes = []
-    for (length, text), params in zip(_TEXTS, _PARAMS, strict=True):
+    for (length, text), sampling in zip(_TEXTS, _SAMPLING, strict=True):
         ids = tokenizer.encode(text, add_special_tokens=False)
         new += 1
         prompt = tuple(ids[: min(length, max_model_len - new)])
-        probes.append(Probe(prompt=prompt, params=SamplingParams(max_new_tokens=new, **params)))
+        probes.append(Probe(prompt=prompt, params=replace(sampling, max_new_tokens=new)))
     return tuple(probes)
 
 

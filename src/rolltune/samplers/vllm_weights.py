@@ -166,7 +166,7 @@ def record_packing() -> None:
         setattr(layer, _RECORD, {name: held for name, held in before.items() if _is_packed(layer, name, held)})
 
     vllm_layers.dispatch_cpu_unquantized_gemm = recorded_dispatch
-    UnquantizedFusedMoEMethod._setup_kernel = recorded_set_up
+    UnquantizedFusedMoEMethod._setup_kernel = recorded_set_up  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _read(module: nn.Module, values: Tensor) -> _Held:
