@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from sync_faults import loads
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from vllm_helpers import OPTIONS, requests, shake, trainer_logprobs
 
 from rolltune.errors import SyncError
@@ -325,3 +327,23 @@ def test_an_fp32_head_is_the_engines_too(vllm_folder, tokenizer):
         ours = torch.cat([trainer_logprobs(model, request, c, 1.0) for c in group])
         gaps[fp32_head] = (ours - theirs).abs().mean()
     assert gaps[True] < 0.1 and gaps[False] < 0.1
+
+
+@pytest.mark.slow
+def test_a_model_that_vllm_runs_by_transformers_code_is_refused(tokenizer, tmp_path):
+    """In a process of its own: vLLM changes the model's class for good."""
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=512, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    code = (
+        "from rolltune.model.load import load_model, load_tokenizer\n"
+        "from rolltune.samplers.vllm import colocated\n"
+        f"model = load_model({str(tmp_path)!r}, dtype='float32', device='cpu')\n"
+        f"colocated(model, load_tokenizer({str(tmp_path)!r}), **{OPTIONS})"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ValueError: sampler: vLLM runs GPTNeoXModel by transformers' code" in run.stderr
+    assert "samplers.vllm.served" in run.stderr

@@ -56,7 +56,8 @@ def colocated(
         options: further arguments of vLLM's ``LLM``, such as ``{enforce_eager: true}``.
 
     Raises:
-        ValueError: vLLM is not installed or has an unsupported version, or an option is out of range.
+        ValueError: vLLM is not installed or has an unsupported version, an option is out of range, or vLLM has no
+            implementation of the model of its own.
     """
     from rolltune.samplers.vllm_local import LocalEngine
 
@@ -77,6 +78,13 @@ def colocated(
         sleeps=sleep and torch.cuda.is_available(),
         options=options or {},
     )
+    decoder = type(unwrapped(model).base_model)
+    if any(base.__module__.startswith("vllm.") for base in decoder.__mro__):
+        engine.close()
+        raise ValueError(
+            f"sampler: vLLM runs {decoder.__name__} by transformers' code and changes it for the whole process, so the "
+            "trainer could not run it; use rolltune.samplers.vllm.served"
+        )
     return VLLMSampler(model, tokenizer, engine, dtype=engine_dtype, max_model_len=length)
 
 
