@@ -73,14 +73,16 @@ class WeightReader:
 
     def pieces(self) -> dict[str, list[Piece]]:
         """Return the pieces of each weight that this worker holds; those of packed copies as "name (packed)"."""
+        parts = [
+            (name + held.label, held, rows, row)
+            for parameter, module, held in self._held()
+            for name, rows, row in self._split(parameter, module, held.sums)
+        ]
+        sums = torch.stack([checksum(rows, row) for _, _, rows, row in parts]).tolist()  # read all at once
         pieces: dict[str, list[Piece]] = defaultdict(list)
-        sums: list[Tensor] = []  # read from the device all at once
-        for name, module, held in self._held():
-            for part, rows, row in self._split(name, module, held.sums):
-                pieces[part + held.label].append(Piece(held.dtype, row, held.column, len(rows) * held.width, len(sums)))
-                sums.append(checksum(rows, row))
-        values = torch.stack(sums).tolist()
-        return {key: [piece._replace(checksum=values[piece.checksum]) for piece in p] for key, p in pieces.items()}
+        for (key, held, rows, row), value in zip(parts, sums, strict=True):
+            pieces[key].append(Piece(held.dtype, row, held.column, len(rows) * held.width, value))
+        return dict(pieces)
 
     def _held(self) -> Iterator[tuple[str, nn.Module, _Held]]:
         """Yield (vLLM's name, module, row sums) of each parameter, expert and packed copy."""
@@ -153,7 +155,7 @@ def record_packing() -> None:
     dispatch, set_up = vllm_layers.dispatch_cpu_unquantized_gemm, UnquantizedFusedMoEMethod._setup_kernel
 
     def recorded_dispatch(layer: nn.Module, remove_weight: bool) -> None:
-        if layer.weight.ndim == 2 and not layer.weight.is_meta:  # pyright: ignore
+        if remove_weight and layer.weight.ndim == 2 and not layer.weight.is_meta:  # pyright: ignore
             setattr(layer, _RECORD, {"weight": _read(layer, layer.weight)})  # pyright: ignore
         dispatch(layer, remove_weight)
 
