@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import http.server
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from sync_faults import half_is_zero, layers_swapped, one_bit_is_wrong
 from vllm_helpers import OPTIONS, requests, shake, trainer_logprobs
 
 from rolltune.endpoints.serving import serve
@@ -138,6 +140,47 @@ def test_minus_infinity_survives_json():
         weight_versions=(),
         cached_tokens=None,
     )
+
+
+def test_the_data_parallel_engines_of_a_server_are_compared_with_each_other():
+    """vLLM's RPC asks only the first of them."""
+    engine = vllm_server.ServerEngine.__new__(vllm_server.ServerEngine)
+    engine._urls, engine._replicas = ["http://a", "http://b"], [("http://a", 0), ("http://a", 1), ("http://b", 0)]
+    checksums = {"dp0:pp0:pcp0:tp0:norm.weight": "1", "dp1:pp0:pcp0:tp0:norm.weight": "1"}
+    asked = []
+
+    def answer(method, url, path, body=None):
+        asked.append((url, path))
+        return {"results": [{}]} if path == "collective_rpc" else {"checksums": checksums}
+
+    engine._request = answer
+    assert engine.num_replicas == 3
+    assert engine.fingerprints(0, {}) == [[{}], [{}]]
+    assert [url for url, path in asked if path == "weight_checker"] == ["http://a"]
+    checksums["dp1:pp0:pcp0:tp0:norm.weight"] = "2"
+    with pytest.raises(
+        EngineError, match=r"http://a: the data-parallel engines have different weights: .*norm\.weight"
+    ):
+        engine.fingerprints(0, {})
+
+
+@pytest.mark.slow
+def test_tensor_parallel_workers_are_compared_by_their_slices(vllm_folder, model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if os.cpu_count() != 1 else "0|0")
+    options = {"dtype": "float32", "max_model_len": OPTIONS["max_model_len"], "kv_cache_gib": OPTIONS["kv_cache_gib"]}
+    options["options"] = ["--tensor-parallel-size", "2"]
+    with serve(str(vllm_folder), log=tmp_path / "server.log", takes_weights="files", quiet=True, **options) as server:
+        sampler = served(model, tokenizer, base_urls=[server.base_url], **OPTIONS)
+        sampler.sync(next(versions))
+        assert sampler.last_sync.probe_gap < 1e-4
+        for fault in (half_is_zero, layers_swapped, one_bit_is_wrong):
+            with pytest.MonkeyPatch.context() as patch:
+                message = fault(sampler._engine, patch, model)
+                shake(model, 4)
+                with pytest.raises(SyncError, match=message):
+                    sampler.sync(next(versions))
+        sampler.sync(next(versions))
+        sampler.close()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from rolltune.errors import EngineError
 from rolltune.model.fp32_head import FP32Head
 from rolltune.model.load import DTYPES, unwrapped
 from rolltune.model.weights import check_mergeable, weight_shapes
-from rolltune.samplers import probe
+from rolltune.samplers.probe import MIN_MODEL_LEN
 from rolltune.samplers.ranks import broadcast, this_rank
 from rolltune.samplers.vllm_sampler import VLLMSampler
 
@@ -56,7 +56,8 @@ def colocated(
         options: further arguments of vLLM's ``LLM``, such as ``{enforce_eager: true}``.
 
     Raises:
-        ValueError: vLLM is not installed or has an unsupported version, or an option is out of range.
+        ValueError: vLLM is not installed or has an unsupported version, an option is out of range, or vLLM has no
+            implementation of the model of its own.
     """
     from rolltune.samplers.vllm_local import LocalEngine
 
@@ -77,6 +78,13 @@ def colocated(
         sleeps=sleep and torch.cuda.is_available(),
         options=options or {},
     )
+    decoder = type(unwrapped(model).base_model)
+    if any(base.__module__.startswith("vllm.") for base in decoder.__mro__):
+        engine.close()
+        raise ValueError(
+            f"sampler: vLLM runs {decoder.__name__} by transformers' code and changes it for the whole process, so the "
+            "trainer could not run it; use rolltune.samplers.vllm.served"
+        )
     return VLLMSampler(model, tokenizer, engine, dtype=engine_dtype, max_model_len=length)
 
 
@@ -111,8 +119,7 @@ def served(
         max_num_seqs: completions generated at the same time by each server.
         max_model_len: longest prompt with its completion, in tokens; None: the model's context.
         kv_cache_gib: memory for keys and values. Like ``options`` and ``log``, only for a server that is started here.
-        options: further options of vLLM's server, such as ``["--tensor-parallel-size", "2"]``. If several workers hold
-            parts of the weights, a sync checks only probe and version.
+        options: further options of vLLM's server, such as ``["--tensor-parallel-size", "2"]``.
         log: path of the server's log.
 
     Raises:
@@ -195,8 +202,8 @@ def _check_options(
     length = max_model_len or context
     if length is None:
         raise ValueError("sampler.max_model_len: null; the model's config has no context length, so give one")
-    if length <= 2 * probe.NEW_TOKENS or (context is not None and length > context):
-        raise ValueError(f"sampler.max_model_len: {length}; must be in {2 * probe.NEW_TOKENS + 1} .. {context}")
+    if length < MIN_MODEL_LEN or (context is not None and length > context):
+        raise ValueError(f"sampler.max_model_len: {length}; must be in {MIN_MODEL_LEN} .. {context}")
     return length
 
 

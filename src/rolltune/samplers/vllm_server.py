@@ -10,6 +10,7 @@ travel by one of vLLM's weight-transfer backends:
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
 import shutil
@@ -30,6 +31,7 @@ from rolltune.endpoints import serving
 from rolltune.errors import EngineError
 from rolltune.files import home_path
 from rolltune.samplers.engine import EngineOutput, EngineRequest, weight_buckets
+from rolltune.samplers.fingerprints import Piece, Shapes
 from rolltune.samplers.vllm_process import preserve_process_state
 
 _MINUS_INFINITY = -9999.0  # vLLM's value for it in JSON
@@ -56,7 +58,7 @@ class ServerEngine:
             base_urls: URLs of the servers, without a path.
             transfer: key of :data:`rolltune.endpoints.serving.TRANSFERS`, with which the servers were started.
             folder: for "files"; None: this machine's memory (/dev/shm), or its folder for temporary files.
-            max_num_seqs: requests in flight at each server.
+            max_num_seqs: requests in flight at each engine.
             shapes: returns names, dtypes and shapes of the weights, in sending order.
             is_sender: whether this rank calls :meth:`load_weights`.
             server: the server, if the run has started it.
@@ -74,9 +76,14 @@ class ServerEngine:
         self._client = self._exits.enter_context(
             httpx.Client(timeout=_TIMEOUT, trust_env=False, headers=_headers(), limits=limits)
         )
-        if not is_sender:
-            return
-        if transfer == "files":
+        if is_sender:
+            self._init_transfer(folder, shapes)
+        self._replicas = [(url, rank) for url in self._urls for rank in range(self._data_parallel_size(url))]
+
+    def _init_transfer(
+        self, folder: str | None, shapes: Callable[[], list[tuple[str, torch.dtype, torch.Size]]]
+    ) -> None:
+        if self._transfer == "files":
             parent = home_path(folder) if folder else ("/dev/shm" if Path("/dev/shm").is_dir() else None)
             self._folder = Path(tempfile.mkdtemp(prefix="rolltune-weights-", dir=parent))
             self._exits.callback(shutil.rmtree, self._folder, ignore_errors=True)
@@ -86,7 +93,15 @@ class ServerEngine:
 
     @property
     def num_replicas(self) -> int:
-        return len(self._urls)
+        return len(self._replicas)
+
+    def _data_parallel_size(self, url: str) -> int:
+        """Return the number of engines with all weights behind a URL."""
+        of_all, of_one = (
+            self._request("GET", url, f"get_world_size?include_dp={include}")["world_size"]
+            for include in ("true", "false")
+        )
+        return of_all // of_one
 
     def is_asleep(self) -> bool:
         return any(self._request("GET", url, "is_sleeping")["is_sleeping"] for url in self._urls)
@@ -149,15 +164,30 @@ class ServerEngine:
     def reset_cache(self) -> bool:
         return all(self._request("POST", url, "reset_prefix_cache")["success"] for url in self._urls)
 
-    def fingerprints(self, version: int) -> dict[str, str] | None:
-        """Return the fingerprints of the first server that differs from the others; of any server if none does."""
-        if any(self._request("GET", url, "get_world_size?include_dp=false")["world_size"] > 1 for url in self._urls):
-            return None
-        body = {"method": "weight_fingerprints", "args": [str(version)]}
-        found = [
-            prints for url in self._urls for prints in self._request("POST", url, "collective_rpc", body)["results"]
-        ]
-        return next((prints for prints in found if prints != found[0]), found[0])
+    def fingerprints(self, version: int, shapes: Shapes) -> list[list[dict[str, list[Piece]]]]:
+        """See :class:`rolltune.samplers.engine.Engine`.
+
+        Raises:
+            EngineError: the data-parallel engines of one server have different weights.
+        """
+        body = {"method": "weight_fingerprints", "args": [str(version), json.dumps(shapes)]}
+        answers = self._post_all("collective_rpc", body)
+        for url in self._urls:
+            self._compare_data_parallel(url)
+        return [answer["results"] for answer in answers]
+
+    def _compare_data_parallel(self, url: str) -> None:
+        """Compare the engines behind a URL with each other by vLLM's own checksums; its RPC asks only the first."""
+        if self._replicas.count((url, 1)) == 0:
+            return
+        checksums = self._request("POST", url, "weight_checker", {"action": "checksum"})["checksums"]
+        engines: dict[str, dict[str, str]] = {}
+        for key, value in checksums.items():  # "dp0:pp0:pcp0:tp0:name"
+            rank, _, name = key.partition(":")
+            engines.setdefault(rank, {})[name] = value
+        first, *others = engines.values()
+        if different := sorted({name for other in others for name in first if other.get(name) != first[name]}):
+            raise EngineError(f"{url}: the data-parallel engines have different weights: {', '.join(different[:10])}")
 
     def generate(self, requests: Sequence[EngineRequest], on_output: Callable[[int, EngineOutput], None]) -> None:
         asyncio.run(self._generate(requests, on_output))
@@ -165,11 +195,11 @@ class ServerEngine:
     async def _generate(
         self, requests: Sequence[EngineRequest], on_output: Callable[[int, EngineOutput], None]
     ) -> None:
-        in_flight = asyncio.Semaphore(self._max_num_seqs * len(self._urls))
+        in_flight = asyncio.Semaphore(self._max_num_seqs * len(self._replicas))
         limits = httpx.Limits(max_connections=None)
 
         async def send(number: int, request: EngineRequest) -> tuple[int, EngineOutput]:
-            url = self._urls[number % len(self._urls)]
+            url, rank = self._replicas[number % len(self._replicas)]
             body = {
                 "token_ids": list(request.token_ids),
                 "sampling_params": request.params,
@@ -177,7 +207,9 @@ class ServerEngine:
             }
             async with in_flight:
                 try:
-                    response = await client.post(f"{url}/inference/v1/generate", json=body)
+                    response = await client.post(
+                        f"{url}/inference/v1/generate", json=body, headers={"X-data-parallel-rank": str(rank)}
+                    )
                 except httpx.HTTPError as error:
                     raise self._unreachable(url, f"{type(error).__name__}: {error}") from error
             return number, _output(self._parse(url, response))
@@ -201,10 +233,10 @@ class ServerEngine:
     def close(self) -> None:
         self._exits.close()
 
-    def _post_all(self, path: str, body: dict | None = None) -> None:
-        """Send the same request to all servers at once."""
+    def _post_all(self, path: str, body: dict | None = None) -> list[Any]:
+        """Send the same request to all servers at once, and return their answers."""
         with ThreadPoolExecutor(len(self._urls)) as pool:
-            list(pool.map(lambda url: self._request("POST", url, path, body), self._urls))
+            return list(pool.map(lambda url: self._request("POST", url, path, body), self._urls))
 
     def _request(self, method: str, url: str, path: str, body: dict | None = None) -> Any:
         try:
