@@ -138,6 +138,11 @@ def check_sampling(*, temperature: float, max_tokens: int) -> None:
         raise ValueError(f"max_tokens: {max_tokens}; must be >= 1")
 
 
+def can_be_sent(key: str) -> bool:
+    """Whether a key can be sent in a header field: not empty, ASCII, without spaces and control characters."""
+    return bool(key) and key.isascii() and key.isprintable() and " " not in key
+
+
 def _check_url(base_url: str) -> None:
     try:
         url = urlsplit(base_url)
