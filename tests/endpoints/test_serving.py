@@ -373,7 +373,8 @@ def test_models_that_cannot_be_served(tiny_llama, tmp_path):
 
 def test_the_end_of_a_log_is_bounded_and_plain(tmp_path):
     log = tmp_path / "log"
-    log.write_bytes(b"\x1b[2Jfirst\n" * 1000 + b"x" * 3000 + b"\r\n\xff\x07 last \xe2\x9c\x93\n")
+    unseen = "\u202e\u200b\x9b".encode()
+    log.write_bytes(b"\x1b[2Jfirst\n" * 1000 + b"x" * 3000 + b"\r\n\xff\x07 last \xe2\x9c\x93" + unseen + b"\n")
     end = log_end(log)
     assert end.endswith("\n  | \ufffd last \u2713") and len(end) < 4500 and not re.search(r"[\x00-\x09\x0b-\x1f]", end)
     assert end.count("\n") <= 21

@@ -345,6 +345,7 @@ def log_end(log: Path) -> str:
     """Return the last lines of a log, without control characters, to end a message with."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _LOG_CHARS))
-        text = re.sub(r"\x1b\[[0-9;]*m|[^\n\t\x20-\x7e\xa0-\U0010ffff]", "", file.read().decode(errors="replace"))
+        text = re.sub(r"\x1b\[[0-9;]*m", "", file.read().decode(errors="replace"))
+    text = "".join(char for char in text if char.isprintable() or char in "\n\t")
     lines = [f"\n  | {line}" for line in text.splitlines()[-_LOG_LINES:]]
     return f"; the end of {log}:{''.join(lines)}" if lines else f"; {log} is empty"
