@@ -582,13 +582,16 @@ def test_no_calls_at_all_are_no_concurrency():
 @pytest.mark.parametrize(
     "url",
     ["http://localhost/v1", "http://127.0.0.1:80/v1", "http://[::1]:80/v1/", "HTTP://LOCALHOST//v1", "http://127.1/v1",
-     "http://localhost./v1", "http://[::ffff:127.0.0.1]/v1", "http://0.0.0.0/v1", "http://a.localhost/v1"],
+     "http://localhost./v1", "http://[::ffff:127.0.0.1]/v1", "http://0.0.0.0/v1", "http://a.localhost/v1",
+     "http://ip6-localhost/v1", "http://localhost.localdomain/v1"],
 )  # fmt: skip
 def test_one_account_for_each_server(url: str):
     assert EndpointSettings(base_url=url, model="m").account == "m localhost:80"
     others = ("http://localhost:81/v1", "https://localhost/v1", "http://h/v1", "http://10.0.0.1/v1")
     accounts = {EndpointSettings(base_url=other, model="m").account for other in others}
     assert len(accounts) == 4 and "m localhost:80" not in accounts
+    names = ("https://b\u00fccher.example/v1", "https://xn--bcher-kva.example:443/v1")
+    assert len({EndpointSettings(base_url=name, model="m").account for name in names}) == 1
 
 
 def test_hosts():

@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from rolltune.endpoints.budget import Budget, Usage
 from rolltune.endpoints.redaction import redacted
 from rolltune.endpoints.responses import ChatCompletion, TransientError, read_body, retry_seconds, server_error, text_of
-from rolltune.endpoints.settings import EndpointSettings
+from rolltune.endpoints.settings import EndpointSettings, can_be_sent
 from rolltune.endpoints.usage import Tokens, read_usage
 from rolltune.types import Message
 
@@ -246,7 +246,7 @@ class Endpoint:
             variables[name] = (f"headers_env.{name}", variable)
         for name, value in sent.items():
             # The HTTP library would refuse the header, and quote it.
-            if not (value.isascii() and value.isprintable() and " " not in value.removeprefix("Bearer ")):
+            if not can_be_sent(value.removeprefix("Bearer ")):
                 key, variable = variables.get(name, ("environment", name))
                 raise ValueError(
                     f"{key}: the value of {variable} cannot be sent: it contains spaces or special characters; set it "

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 MaxTokensKey = Literal["max_tokens", "max_completion_tokens"]
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_LOOPBACK = ("localhost.localdomain", "ip6-localhost", "ip6-loopback")  # names in usual /etc/hosts
 _OWN_HEADERS = ("authorization", "content-type", "accept-encoding", "content-length", "host")
 
 
@@ -138,6 +139,11 @@ def check_sampling(*, temperature: float, max_tokens: int) -> None:
         raise ValueError(f"max_tokens: {max_tokens}; must be >= 1")
 
 
+def can_be_sent(key: str) -> bool:
+    """Whether a key can be sent in a header field: not empty, ASCII, without spaces and control characters."""
+    return bool(key) and key.isascii() and key.isprintable() and " " not in key
+
+
 def _check_url(base_url: str) -> None:
     try:
         url = urlsplit(base_url)
@@ -155,6 +161,14 @@ def _check_url(base_url: str) -> None:
         raise ValueError(f"base_url: {base_url!r}; leave out /chat/completions, which is appended to it")
 
 
+def _ascii(host: str) -> str:
+    """An international name as it is looked up (xn--...)."""
+    try:
+        return host.encode("idna").decode()
+    except UnicodeError:
+        return host
+
+
 def _canonical_host(host: str) -> str:
     """One spelling for each host; "localhost" for all addresses of this machine's loopback."""
     host = host.casefold().rstrip(".")
@@ -164,6 +178,6 @@ def _canonical_host(host: str) -> str:
         try:
             address = ipaddress.ip_address(socket.inet_aton(host))  # 127.1
         except OSError:
-            return "localhost" if host.endswith(".localhost") else host
+            return "localhost" if host.endswith(".localhost") or host in _LOOPBACK else _ascii(host)
     address = getattr(address, "ipv4_mapped", None) or address
     return "localhost" if address.is_loopback or address.is_unspecified else str(address)

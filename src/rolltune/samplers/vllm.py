@@ -8,6 +8,7 @@ Both are a :class:`rolltune.samplers.vllm_sampler.VLLMSampler`; :mod:`rolltune.s
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from contextlib import ExitStack
@@ -19,7 +20,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rolltune.config.secrets import password_problems
-from rolltune.endpoints import serving
+from rolltune.endpoints import guard, serving
+from rolltune.endpoints.settings import can_be_sent
 from rolltune.errors import EngineError
 from rolltune.model.fp32_head import FP32Head
 from rolltune.model.load import DTYPES, unwrapped
@@ -93,6 +95,7 @@ def served(
     tokenizer: PreTrainedTokenizerBase,
     *,
     base_urls: list[str] | None = None,
+    api_key_env: str = guard.KEY_VARIABLE,
     transfer: Literal["files", "nccl"] = "files",
     folder: str | None = None,
     dtype: str | None = None,
@@ -111,8 +114,8 @@ def served(
         model: the policy.
         tokenizer: its tokenizer.
         base_urls: URLs of servers started by ``tune run serve ... takes_weights=files`` with the policy's model; None:
-            start a server on this machine that ends with the run. A server listens only on its own machine, unless
-            ``options=[--host, 0.0.0.0]`` lets others reach it; they could then change its weights.
+            start a server on this machine that ends with the run, and has a random key that only the run knows.
+        api_key_env: environment variable with the key of the servers in ``base_urls``; if it is not set, none is sent.
         transfer: how weights travel, see :mod:`rolltune.samplers.vllm_server`.
         folder: for "files", a folder that trainer and servers share; None: this machine's memory.
         dtype: dtype of the servers' weights; None: the policy's. Servers in ``base_urls`` must have it.
@@ -140,6 +143,9 @@ def served(
             f"sampler.base_urls: {len(base_urls)} servers; nccl supports only one: give one, or set sampler.transfer "
             "to files"
         )
+    key = os.environ.get(api_key_env, "").strip()
+    if key and not can_be_sent(key):
+        raise ValueError(f"sampler.api_key_env: the value of {api_key_env} contains spaces or special characters")
     engine_dtype = DTYPES[dtype] if dtype else unwrapped(model).dtype
     exits = ExitStack()
     is_main = this_rank() == 0
@@ -161,10 +167,11 @@ def served(
                     options=options or [],
                 )
             )
-            base_urls = [server.base_url.removesuffix("/v1")]
-        urls = broadcast([url.rstrip("/").removesuffix("/v1") for url in base_urls or []])
+            base_urls, key = [server.base_url], server.key
+        urls, key = broadcast(([url.rstrip("/").removesuffix("/v1") for url in base_urls or []], key))
         engine = ServerEngine(
             urls,
+            key=key,
             transfer=transfer,
             folder=folder,
             max_num_seqs=max_num_seqs,

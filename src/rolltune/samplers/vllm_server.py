@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import os
 import shutil
 import subprocess
 import tempfile
@@ -28,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rolltune.endpoints import serving
+from rolltune.endpoints.redaction import redacted
 from rolltune.errors import EngineError
 from rolltune.files import home_path
 from rolltune.samplers.engine import EngineOutput, EngineRequest, weight_buckets
@@ -45,6 +45,7 @@ class ServerEngine:
         self,
         base_urls: Sequence[str],
         *,
+        key: str,
         transfer: str,
         folder: str | None,
         max_num_seqs: int,
@@ -56,6 +57,7 @@ class ServerEngine:
         """
         Args:
             base_urls: URLs of the servers, without a path.
+            key: sent to each of them; empty for servers without a key.
             transfer: key of :data:`rolltune.endpoints.serving.TRANSFERS`, with which the servers were started.
             folder: for "files"; None: this machine's memory (/dev/shm), or its folder for temporary files.
             max_num_seqs: requests in flight at each engine.
@@ -65,6 +67,8 @@ class ServerEngine:
             exits: closed with the engine.
         """
         self._urls = list(base_urls)
+        self._key = key
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._transfer = transfer
         self._max_num_seqs = max_num_seqs
         self._server = server
@@ -74,7 +78,7 @@ class ServerEngine:
         # connections that are idle during a training step.
         limits = httpx.Limits(max_keepalive_connections=0)
         self._client = self._exits.enter_context(
-            httpx.Client(timeout=_TIMEOUT, trust_env=False, headers=_headers(), limits=limits)
+            httpx.Client(timeout=_TIMEOUT, trust_env=False, headers=self._headers, limits=limits)
         )
         if is_sender:
             self._init_transfer(folder, shapes)
@@ -146,6 +150,10 @@ class ServerEngine:
 
         engine = self
 
+        class Client(HTTPVLLMWeightSyncClient):  # vLLM's own sends no key
+            def _post(self, path: str, json: dict[str, Any] | None = None) -> None:
+                engine._request("POST", url, path, json)
+
         class Weights(WeightSource):
             def metadata(self) -> list[ParamMeta]:
                 return [ParamMeta(name, dtype, tuple(shape)) for name, dtype, shape in shapes()]
@@ -157,7 +165,7 @@ class ServerEngine:
         with preserve_process_state():
             return WeightTransferTrainerFactory.trainer_init(
                 NCCLTrainerInitInfo(get_ip(), get_open_port(), workers + 1, rank=0),
-                client=HTTPVLLMWeightSyncClient(url, timeout=_TIMEOUT),
+                client=Client(url),
                 source=Weights(),
             )
 
@@ -214,7 +222,7 @@ class ServerEngine:
                     raise self._unreachable(url, f"{type(error).__name__}: {error}") from error
             return number, _output(self._parse(url, response))
 
-        async with httpx.AsyncClient(timeout=_TIMEOUT, trust_env=False, headers=_headers(), limits=limits) as client:
+        async with httpx.AsyncClient(timeout=_TIMEOUT, trust_env=False, headers=self._headers, limits=limits) as client:
             tasks = [asyncio.create_task(send(number, request)) for number, request in enumerate(requests)]
             try:
                 for task in asyncio.as_completed(tasks):
@@ -251,15 +259,19 @@ class ServerEngine:
                 f"{url}: the server has no route {response.url.path}; start it with `tune run serve ... "
                 f"takes_weights={self._transfer}`"
             )
+        if response.status_code == 401:
+            said = "refuses the key" if self._key else "wants a key"
+            raise EngineError(f"{url}: {response.url.path}: 401: the server {said} in sampler.api_key_env")
         if response.is_error:
-            raise EngineError(f"{url}: {response.url.path}: {response.status_code}: {response.text[:500]}")
+            said = redacted(response.text, [self._key])[:500]
+            raise EngineError(f"{url}: {response.url.path}: {response.status_code}: {said}")
         return response.json() if response.content else None
 
     def _unreachable(self, url: str, problem: str) -> EngineError:
         with suppress(subprocess.TimeoutExpired):
             if self._server is not None:
                 self._server.process.wait(timeout=2)  # its supervisor ends shortly after it
-                problem = f"the server has ended{serving.log_end(self._server.log)}"
+                problem = f"the server has ended{self._server.log_end()}"
         return EngineError(f"{url}: {problem}")
 
 
@@ -277,8 +289,3 @@ def _output(answer: dict) -> EngineOutput:
         weight_versions=tuple(span["version"] for span in choice["weight_versions"] or ()),
         cached_tokens=details.get("cached_tokens"),
     )
-
-
-def _headers() -> dict[str, str]:
-    key = os.environ.get("VLLM_API_KEY")
-    return {"Authorization": f"Bearer {key}"} if key else {}
