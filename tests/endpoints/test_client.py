@@ -550,6 +550,7 @@ def test_event_loops_come_and_go(capfd):
         ({"base_url": "http:///v1"}, "base_url: 'http:///v1'; must be an address such as http"),
         ({"base_url": "http://[::1/v1"}, "such as http"),
         ({"base_url": "http://h:99999/v1"}, "such as http"),
+        ({"base_url": "http://h:99999/v1?key=pass-word"}, "base_url: contains a user name"),
         ({"base_url": "http://h/v1/chat/completions/"}, "leave out /chat/completions"),
         ({"base_url": "http://me:pass-word@h/v1"}, "base_url: contains a user name"),
         ({"base_url": "http://h/v1?key=pass-word"}, "base_url: contains a user name"),
