@@ -106,6 +106,11 @@ class EndpointSettings:
         return f"{self.model.strip()} {_canonical_host(url.hostname or '')}:{port}"
 
     @property
+    def is_local(self) -> bool:
+        """Whether the server is reached by this machine's loopback address."""
+        return _canonical_host(urlsplit(self.base_url).hostname or "") == "localhost"
+
+    @property
     def is_openai(self) -> bool:
         url = urlsplit(self.base_url)
         return url.scheme == "https" and url.hostname == "api.openai.com" and url.port in (None, 443)
