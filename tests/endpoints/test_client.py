@@ -406,6 +406,15 @@ def test_tokens_and_dollars(caps, key):
     assert len(server.calls) == 3
 
 
+def test_no_proxy_gets_requests_for_this_machine(monkeypatch):
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with FaultServer(in_turn(ok("4"))) as server, FaultServer(in_turn(error(502, "proxy"))) as proxy:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy.base_url.removesuffix("/v1"))
+        assert chat(connect(server)).text == "4" and not proxy.calls
+
+
 def test_the_default_key_goes_to_openai_only(monkeypatch):
     monkeypatch.setenv("OPENAI_ORG_ID", "org")
     for url in ("https://api.openai.com/v1", "https://API.openai.com:443/v1/"):
@@ -550,6 +559,7 @@ def test_event_loops_come_and_go(capfd):
         ({"base_url": "http:///v1"}, "base_url: 'http:///v1'; must be an address such as http"),
         ({"base_url": "http://[::1/v1"}, "such as http"),
         ({"base_url": "http://h:99999/v1"}, "such as http"),
+        ({"base_url": "http://h:99999/v1?key=pass-word"}, "base_url: contains a user name"),
         ({"base_url": "http://h/v1/chat/completions/"}, "leave out /chat/completions"),
         ({"base_url": "http://me:pass-word@h/v1"}, "base_url: contains a user name"),
         ({"base_url": "http://h/v1?key=pass-word"}, "base_url: contains a user name"),

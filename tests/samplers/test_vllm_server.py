@@ -265,10 +265,15 @@ def test_tensor_parallel_workers_are_compared_by_their_slices(vllm_folder, model
     ("options", "message"),
     [
         ({"base_urls": []}, r"sampler\.base_urls: \[\]"),
+        ({"base_urls": ["http://me:pass-word@h"]}, r"sampler\.base_urls\[0\]: contains a user name"),
+        ({"base_urls": ["http://a", "http://h/v1?key=pass-word"]}, r"sampler\.base_urls\[1\]: contains a .*query"),
+        ({"base_urls": ["me:pass-word@h:8000"]}, r"sampler\.base_urls\[0\]: contains a user name"),
+        ({"base_urls": ["127.0.0.1:8123"]}, r"sampler\.base_urls\[0\]: '127.0.0.1:8123'; must be an address"),
         ({"transfer": "pigeon", "base_urls": ["http://a"]}, r"sampler\.transfer: pigeon; .*files, nccl"),
         ({"transfer": "nccl", "base_urls": ["http://a", "http://b"]}, r"sampler\.base_urls: 2 servers"),
     ],
 )
 def test_servers_that_cannot_be_used_are_refused(model, tokenizer, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         served(model, tokenizer, **OPTIONS | options)
+    assert "pass-word" not in str(refused.value)

@@ -219,6 +219,7 @@ class Endpoint:
                 headers=self._headers(),
                 params=None if self.settings.api_version is None else {"api-version": self.settings.api_version},
                 timeout=self.settings.timeout_seconds,
+                trust_env=not self.settings.is_local,  # a proxy cannot reach this machine's servers, but reads the key
                 limits=httpx.Limits(max_connections=1000, max_keepalive_connections=100),
             )
             self._connections = {old: kept for old, kept in self._connections.items() if not old.is_closed()}

@@ -66,7 +66,7 @@ class EndpointSettings:
     dollars_per_million_output: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_url(self.base_url)
+        check_url(self.base_url)
         if not self.model.strip():
             raise ValueError("model: is empty; give the server's name of the model")
         # The values are not shown: they may be the keys themselves.
@@ -104,6 +104,11 @@ class EndpointSettings:
         url = urlsplit(self.base_url)
         port = url.port or (443 if url.scheme == "https" else 80)
         return f"{self.model.strip()} {_canonical_host(url.hostname or '')}:{port}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the server is reached by this machine's loopback address."""
+        return _canonical_host(urlsplit(self.base_url).hostname or "") == "localhost"
 
     @property
     def is_openai(self) -> bool:
@@ -144,21 +149,27 @@ def can_be_sent(key: str) -> bool:
     return bool(key) and key.isascii() and key.isprintable() and " " not in key
 
 
-def _check_url(base_url: str) -> None:
+def check_url(base_url: str, key: str = "base_url") -> None:
+    """Raise ValueError unless an address is one of http or https, without anything that may be secret.
+
+    Args:
+        base_url: the address.
+        key: its config key, for the message.
+    """
     try:
         url = urlsplit(base_url)
         _ = url.port  # raises for a port out of range
     except ValueError:
         url = urlsplit("")
-    if "@" in base_url or url.query or url.fragment:
+    if any(sign in base_url for sign in "@?#"):
         raise ValueError(  # the value is not shown: it may contain a password
-            "base_url: contains a user name, password, query or fragment; give only the address, the key in the "
+            f"{key}: contains a user name, password, query or fragment; give only the address, the key in the "
             "environment variable that api_key_env names, and Azure's version as api_version"
         )
     if url.scheme not in ("http", "https") or not url.hostname:
-        raise ValueError(f"base_url: {base_url!r}; must be an address such as http://localhost:8000/v1")
+        raise ValueError(f"{key}: {base_url!r}; must be an address such as http://localhost:8000/v1")
     if url.path.rstrip("/").endswith("/completions"):
-        raise ValueError(f"base_url: {base_url!r}; leave out /chat/completions, which is appended to it")
+        raise ValueError(f"{key}: {base_url!r}; leave out /chat/completions, which is appended to it")
 
 
 def _ascii(host: str) -> str:

@@ -19,9 +19,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rolltune.config.secrets import password_problems
 from rolltune.endpoints import guard, serving
-from rolltune.endpoints.settings import can_be_sent
+from rolltune.endpoints.settings import can_be_sent, check_url
 from rolltune.errors import EngineError
 from rolltune.model.fp32_head import FP32Head
 from rolltune.model.load import DTYPES, unwrapped
@@ -134,8 +133,8 @@ def served(
     length = _check_options(model, dtype, max_num_seqs, max_model_len, kv_cache_gib)
     if base_urls is not None and not base_urls:
         raise ValueError("sampler.base_urls: []; give at least one URL, or null to start a server for this run")
-    for _, problem in password_problems(base_urls, "sampler.base_urls"):  # errors name the URLs
-        raise ValueError(problem)
+    for i, url in enumerate(base_urls or []):
+        check_url(url, f"sampler.base_urls[{i}]")
     if transfer not in serving.TRANSFERS:
         raise ValueError(f"sampler.transfer: {transfer}; must be one of {', '.join(serving.TRANSFERS)}")
     if transfer == "nccl" and base_urls is not None and len(base_urls) > 1:
