@@ -33,6 +33,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from rolltune import config
+from rolltune.balance import balance, imbalance
 from rolltune.batch import count_totals, pack, train_group, without_zero_advantages
 from rolltune.config.components import component, component_or_object, instantiate
 from rolltune.config.schema import GRPOConfig
@@ -196,6 +197,7 @@ def dry_run(cfg: GRPOConfig) -> None:
         console.print(f"gold answers of {name}: {format_counts(kinds)}")
     render = build.prompt_renderer(cfg.prompt, tokenizer)
     check_texts(cfg, tokenizer)
+    notices.show(notices.about_prompts(render))
     train_set, heldout, longest = lengths.fitting_prompts(cfg, train_set, heldout, render)
     first = render(ProblemStream(train_set, seed=cfg.seed).take(0, 1)[0])
     console.print("first prompt:", Text(printable(str(tokenizer.decode(list(first.token_ids)))), style="dim"), sep="\n")
@@ -229,6 +231,7 @@ def set_up(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Component
         notices.show(about_data(cfg, train_set, heldout), is_main=world.is_main)
         render = build.prompt_renderer(cfg.prompt, tokenizer)
         check_texts(cfg, tokenizer)
+        notices.show(notices.about_prompts(render), is_main=world.is_main)
         train_set, heldout, _ = lengths.fitting_prompts(cfg, train_set, heldout, render, quiet=not world.is_main)
         loss = instantiate(cfg.loss)
         rewards = build.start_rewards(cfg, train_set, heldout, smoke_test=True)
@@ -248,6 +251,7 @@ def set_up(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Component
         optimization = build.build_optimization(cfg, policy, num_updates=cfg.num_steps * updates_per_step)
         if resume_from:
             optimization.load_state_dict(load_optimization(resume_from, world.device))
+    notices.show(policy.notes, is_main=world.is_main)
     agree_on_weights("model.path", policy.model, world)
     return Components(
         world=world,
@@ -369,17 +373,15 @@ def train(
                         on_microbatch=progress.phase("training"),
                     )
                 )
+    own_tokens = sum(len(m.microbatch.input_ids) for microbatches, _ in minibatches for m in microbatches)
     sampled_tokens, packed_tokens = world.sum(
-        [
-            sum(len(completion.token_ids) for group in rollout.sampled for completion in group.completions),
-            sum(len(m.microbatch.input_ids) for microbatches, _ in minibatches for m in microbatches),
-        ]
+        [sum(len(completion.token_ids) for group in rollout.sampled for completion in group.completions), own_tokens]
     )
     return (
         rollout_metrics(rollout, world)
         | update_metrics(updates)
         | phases.metrics(sample=sampled_tokens, train=packed_tokens * cfg.batch.num_iterations)
-        | {"memory/peak_gib": peak_memory_gib()}
+        | {"memory/peak_gib": peak_memory_gib(), "imbalance/train": imbalance(own_tokens, world)}
     )
 
 
@@ -398,7 +400,7 @@ def prepare(
         groups = without_zero_advantages(groups)
     microbatches = prepare_microbatches(
         components.policy,
-        pack(groups, max_tokens=cfg.batch.microbatch_tokens, device=world.device),
+        pack(balance(groups, world), max_tokens=cfg.batch.microbatch_tokens, device=world.device),
         temperature=cfg.sampling.temperature,
         old_policy=components.old_policy,
         with_reference=with_reference,
