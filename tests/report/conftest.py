@@ -90,7 +90,7 @@ def evaluation_folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # Playwright runs an event loop in this thread until it ends
 def browser() -> Iterator[Any]:
     """A headless Chromium."""
     if CHROMIUM is None:
