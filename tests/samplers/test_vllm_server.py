@@ -248,6 +248,7 @@ def test_tensor_parallel_workers_are_compared_by_their_slices(vllm_folder, model
     options = {"dtype": "float32", "max_model_len": OPTIONS["max_model_len"], "kv_cache_gib": OPTIONS["kv_cache_gib"]}
     options["options"] = ["--tensor-parallel-size", "2"]
     with serve(str(vllm_folder), log=tmp_path / "server.log", takes_weights="files", quiet=True, **options) as server:
+        monkeypatch.setenv("VLLM_API_KEY", server.key)
         sampler = served(model, tokenizer, base_urls=[server.base_url], **OPTIONS)
         sampler.sync(next(versions))
         assert sampler.last_sync.probe_gap < 1e-4

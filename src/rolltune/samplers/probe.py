@@ -96,6 +96,8 @@ class ProbeCheck:
         self._model = model
         self._probes = probes
         self._dtypes = {dtype, unwrapped(model).dtype}
+        # bfloat16 rounds 8 times as coarsely as float16. What is measured is the trainer's rounding.
+        self._coarser = max(1.0, torch.finfo(dtype).eps / torch.finfo(unwrapped(model).dtype).eps)
         self._rounding = MOE_ROUNDING if _has_experts(unwrapped(model)) else ROUNDING
         self._measured_rounding = 0.0  # smallest mean |dlogp| of the trainer from fp32 so far
         self._last: dict[int, _Scored] = {}  # by replica: the last sync
@@ -137,13 +139,13 @@ class ProbeCheck:
         gap = error = _distance(theirs, ours)
         limit, judged = MIXED_TOLERANCE if len(self._dtypes) > 1 else TOLERANCE, "the trainer"
         if torch.float32 not in self._dtypes:
-            if gap <= _USUAL_GAP * self._measured_rounding:
+            if gap <= _USUAL_GAP * self._coarser * self._measured_rounding:
                 return gap
             with _InFloat32():
                 exact = torch.cat([self._score(*pair) for pair in zip(self._probes, answers, strict=True)])
             error, rounding = _distance(theirs, exact), _distance(ours, exact)
             self._measured_rounding = min(rounding, self._measured_rounding or rounding)
-            limit = self._rounding * rounding + TOLERANCE
+            limit = self._rounding * self._coarser * rounding + TOLERANCE
             judged = f"the trainer in fp32, from which its own precision is {rounding:.3g} away"
         if not error <= limit:
             raise SyncError(
