@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import math
 import re
@@ -183,6 +184,8 @@ def _ascii(host: str) -> str:
 def _canonical_host(host: str) -> str:
     """One spelling for each host; "localhost" for all addresses of this machine's loopback."""
     host = host.casefold().rstrip(".")
+    with contextlib.suppress(UnicodeError):  # a name that is none fails when it is called
+        host = host.encode("idna").decode()
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
