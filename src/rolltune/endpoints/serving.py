@@ -198,11 +198,12 @@ def command_line(
         *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
         # A model's own generation config would add a top_p or a penalty to the clients' settings.
         *("--generation-config", "vllm", "--disable-uvicorn-access-log"),
-        *("--middleware", f"{guard.__name__}.{guard.RequireKey.__name__}"),
         *(["--enforce-eager"] if version.endswith("+cpu") else []),
         *(_taking_weights(takes_weights) if takes_weights else []),
         *(_writing_on_cpus(max_model_len) if takes_weights and version.endswith("+cpu") else []),
         *options,
+        # Behind the user's own: the last middleware is the outermost.
+        *("--middleware", f"{guard.__name__}.{guard.RequireKey.__name__}"),
     ]
 
 
