@@ -74,9 +74,9 @@ def terminated(number: int, frame: object) -> NoReturn:
 def key_file(server: Server, path: Path) -> Iterator[None]:
     """Keep the server's key in a file that only this user can read, until the end of the block."""
     path.unlink(missing_ok=True)  # of a start that was killed
-    with open(path, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        file.write(server.key)
     try:
+        with open(path, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(server.key)
         print(f'requests need its key: export {KEY_VARIABLE}="$(cat {shlex.quote(str(path))})"', flush=True)
         yield
     finally:

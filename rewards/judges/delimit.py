@@ -32,7 +32,8 @@ _TAGS = (
     r"function_calls?|function_results?|system|user|assistant|human|model|developer|(?:start|end)_of_\w{1,20}|"
     r"(?:im|turn|start|end)_?(?:start|end|turn)?|unused\d{1,4}|image\w{0,20}|video|audio|"
     r"filename|reponame|bot|ipython|toolcalls?|tooloutputs?|eoh|eoa|boh|boa|eoc|0x[0-9a-f]{2}|role|usr|inst|ai|"
-    r"(?:start|end|begin)of\w{4,10}|boi|eoi|img|ref|box|quad|(?:ctrl|dummy|madeupword)\d{1,4}"
+    r"(?:start|end|begin)of\w{4,10}|boi|eoi|img|ref|box|quad|(?:ctrl|dummy|madeupword)\d{1,4}|"
+    r"gmask|smask|ep|nl|stop"
 )
 _BRACKETS = (
     r"inst|sys|system|user|assistant|human|system_prompt|available_tools|tool_calls|tool_results|tool_content|args|"
@@ -49,6 +50,8 @@ _SPECIAL = (
     re.compile(rf"({_LT}|\[)(?={_BAR})"),  # <|im_start|>, <|eot_id|>, [|system|], and with full-width bars
     # <file_sep>, <turn|>, <CLS|LM>, <extra_id_0>: no tag of HTML contains an underscore or a bar
     re.compile(rf"({_LT})(?=/?[^\s<>\\]{{0,40}}(?:[_\u2581]|{_BAR})[^\s<>]{{0,60}}{_GT})"),
+    # <ctrl99>, <reserved102>, <PRE>: tags of HTML have one digit at most, and <pre> is one
+    re.compile(rf"({_LT})(?=/?(?:[A-Za-z]{{2,20}}-?\d{{2,6}}|PRE|SUF|MID){_GT})"),
     re.compile(rf"({_LT})(?=/?(?:function|parameter|tool|invoke)=[^<>\n]{{0,80}}{_GT})", re.IGNORECASE),
     re.compile(r"(\[)(?=/?[A-Z]{1,20}(?:_[A-Z0-9]{1,20}){1,4}\])"),  # [TOOL_CALLS], [UNUSED_TOKEN_145]
     re.compile(r"(>)(?=>[A-Z]{2,20}<<)"),  # >>QUESTION<<

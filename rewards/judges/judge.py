@@ -276,9 +276,13 @@ def _asked(contents: tuple[str, ...]) -> tuple[str, frozenset[Any]]:
     return f"{_plain(text)}\n{_plain(decoded)}", values
 
 
+_MAX_ESCAPED = 3  # times that a text is escaped
+
+
 def _decoded(text: str) -> str:
     """Undo the escapes in which a text can hide an object from a comparison: of HTML, URLs, JSON and Python."""
-    text = urllib.parse.unquote(html.unescape(text), errors="replace")
+    for _ in range(_MAX_ESCAPED):
+        text = urllib.parse.unquote(html.unescape(text), errors="replace")
     text = _UNICODE_ESCAPE.sub(lambda match: chr(min(int(match[1], 16), 0x10FFFF)), text)
     return unicodedata.normalize("NFKC", text)
 

@@ -597,6 +597,8 @@ def test_no_calls_at_all_are_no_concurrency():
 )  # fmt: skip
 def test_one_account_for_each_server(url: str):
     assert EndpointSettings(base_url=url, model="m").account == "m localhost:80"
+    umlaut = EndpointSettings(base_url="http://b\u00fccher.example/v1", model="m").account
+    assert umlaut == EndpointSettings(base_url="http://XN--bcher-kva.example/v1", model="m").account
     others = ("http://localhost:81/v1", "https://localhost/v1", "http://h/v1", "http://10.0.0.1/v1")
     accounts = {EndpointSettings(base_url=other, model="m").account for other in others}
     assert len(accounts) == 4 and "m localhost:80" not in accounts
@@ -660,6 +662,15 @@ ESCAPES = {
     "a URL": urllib.parse.quote(KEY, safe=""),
     "a URL, all of it": "".join(f"%{ord(char):02X}" for char in KEY),
     "HTML": html.escape(KEY).replace("/", "&#x2F;").replace("s", "&#115;"),
+    "HTML, by name": KEY.replace("/", "&sol;"),
+    "octal": "".join(f"\\{ord(char):03o}" for char in KEY),
+    "Python, long": "".join(f"\\U{ord(char):08x}" for char in KEY),
+    "CSS": "".join(f"\\{ord(char):x} " for char in KEY),
+    "quoted-printable": "".join(f"={ord(char):02X}" for char in KEY),
+    "hex": KEY.encode().hex(":"),
+    "capitals": KEY.upper(),
+    "wrapped": f"{KEY[:7]}\n  {KEY[7:]}",
+    "zero width": "\u200b".join(KEY),
     "base64": base64.b64encode(KEY.encode()).decode(),
     "base64 with more": base64.b64encode(f"Bearer {KEY}".encode()).decode(),
 }

@@ -325,7 +325,7 @@ def test_vllm_is_missing_or_another_version(tiny_llama, tmp_path, monkeypatch):
         monkeypatch.setattr(importlib.metadata, "version", versions(found))
         command = serving.command_line(str(tiny_llama), options=["--seed", "3"], **settings)
         assert ("--enforce-eager" in command) == eager
-        assert command[-2:] == ["--seed", "3"] and str(2**29) in command
+        assert command[-4:] == ["--seed", "3", "--middleware", serving.GUARD] and str(2**29) in command
 
 
 def test_keys_that_others_could_read_or_that_cannot_be_sent(tiny_llama, tmp_path):
@@ -348,8 +348,11 @@ def test_keys_that_others_could_read_or_that_cannot_be_sent(tiny_llama, tmp_path
 def test_a_server_that_takes_weights_loads_none_and_opens_its_routes(tiny_llama):
     settings = {"name": "j", "port": 1, "dtype": "float32", "max_model_len": 8, "max_num_seqs": 1, "kv_cache_gib": 0.5}
     plain = serving.command_line(str(tiny_llama), **settings)
+    at_the_end = ["--middleware", serving.GUARD]  # the guard comes last, so that it is asked first
     for transfer, backend in serving.TRANSFERS.items():
-        extra = serving.command_line(str(tiny_llama), takes_weights=transfer, **settings)[len(plain) :]
+        command = serving.command_line(str(tiny_llama), takes_weights=transfer, **settings)
+        extra = command[len(plain) - len(at_the_end) :]
+        assert command[-2:] == at_the_end == plain[-2:]
         assert extra[:4] == ["--load-format", "dummy", "--weight-transfer-config", f'{{"backend": "{backend}"}}']
         assert "processed_logprobs" in extra and "--no-enable-chunked-prefill" in extra
 

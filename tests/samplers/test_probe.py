@@ -134,3 +134,11 @@ def test_the_second_of_two_replicas_is_checked(model, probes):
 def test_a_temperature_that_is_not_applied_is_found(model, probes):
     with pytest.raises(SyncError, match="log-probs of the probes"):
         ProbeCheck(model, probes, model.dtype).check([Engine(model, probes).answers(temperature=1.0)], has_changed=True)
+
+
+def test_an_engine_in_bfloat16_may_round_more_than_a_trainer_in_float16(tiny_llama):
+    trainer, other = (load_model(str(tiny_llama), dtype=dtype, device="cpu") for dtype in ("float16", "bfloat16"))
+    probes = build_probes(load_tokenizer(str(tiny_llama)), 512, torch.bfloat16)
+    ProbeCheck(trainer, probes, torch.bfloat16).check([Engine(other, probes).answers()], has_changed=True)
+    with pytest.raises(SyncError, match="log-probs of the probes"):
+        ProbeCheck(trainer, probes, torch.float16).check([Engine(other, probes).answers()], has_changed=True)

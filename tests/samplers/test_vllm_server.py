@@ -69,9 +69,12 @@ def test_every_route_but_health_needs_the_key(url, monkeypatch):
 
 def test_a_sampler_without_the_key_is_refused(model, tokenizer, url, monkeypatch):
     monkeypatch.setenv("OTHER_KEY", "sk-0123456789")
-    for variable, said in (("NO_KEY", "wants a key"), ("OTHER_KEY", "refuses the key")):
+    # A key that is in the environment goes nowhere unless the config names it.
+    for variable, said in ((None, "wants a key"), ("OTHER_KEY", "refuses the key")):
         with pytest.raises(EngineError, match=rf"/init_weight_transfer_engine: 401: .*{said} in sampler\.api_key_env"):
             served(model, tokenizer, base_urls=[url], api_key_env=variable, **OPTIONS)
+    with pytest.raises(ValueError, match=r"sampler\.api_key_env: NO_KEY is not set"):
+        served(model, tokenizer, base_urls=[url], api_key_env="NO_KEY", **OPTIONS)
     monkeypatch.setenv("OTHER_KEY", "sk-\u00fc")
     with pytest.raises(ValueError, match=r"sampler\.api_key_env: the value of OTHER_KEY contains"):
         served(model, tokenizer, base_urls=[url], api_key_env="OTHER_KEY", **OPTIONS)
@@ -104,7 +107,7 @@ def test_weights_by_nccl_are_announced_with_the_key(model, tokenizer, monkeypatc
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        sampler = served(model, tokenizer, base_urls=[url], transfer="nccl", **OPTIONS)
+        sampler = served(model, tokenizer, base_urls=[url], api_key_env="VLLM_API_KEY", transfer="nccl", **OPTIONS)
         sampler._engine.load_weights(iter(()), "1")
         sampler.close()
         server.shutdown()
@@ -114,7 +117,7 @@ def test_weights_by_nccl_are_announced_with_the_key(model, tokenizer, monkeypatc
 
 @pytest.fixture
 def sampler(model, tokenizer, url) -> Iterator[VLLMSampler]:
-    sampler = served(model, tokenizer, base_urls=[url], **OPTIONS)
+    sampler = served(model, tokenizer, base_urls=[url], api_key_env="VLLM_API_KEY", **OPTIONS)
     yield sampler
     sampler.close()
 
@@ -176,7 +179,7 @@ def test_an_update_that_a_killed_run_left_open_is_closed(sampler, model, url):
 
 def test_an_update_by_another_run_shows_in_the_completions(sampler, model, tokenizer, url):
     sampler.sync(version := next(versions))
-    other_run = served(model, tokenizer, base_urls=[url], **OPTIONS)
+    other_run = served(model, tokenizer, base_urls=[url], api_key_env="VLLM_API_KEY", **OPTIONS)
     other_run.sync(version)
     (group,) = sampler.generate(requests(tokenizer, "one"), SamplingParams(max_new_tokens=4))
     assert {completion.policy_version for completion in group} == {-1}
@@ -202,10 +205,10 @@ def test_a_server_that_accepts_no_weights_is_refused(model, tokenizer):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         with pytest.raises(EngineError, match=r"/init_weight_transfer_engine.*takes_weights"):
-            served(model, tokenizer, base_urls=[url], **OPTIONS)
+            served(model, tokenizer, base_urls=[url], api_key_env="VLLM_API_KEY", **OPTIONS)
         server.shutdown()
     with pytest.raises(EngineError, match=rf"{url}: .*ConnectError"):
-        served(model, tokenizer, base_urls=[url], **OPTIONS)
+        served(model, tokenizer, base_urls=[url], api_key_env="VLLM_API_KEY", **OPTIONS)
 
 
 def test_minus_infinity_survives_json():
@@ -248,7 +251,8 @@ def test_tensor_parallel_workers_are_compared_by_their_slices(vllm_folder, model
     options = {"dtype": "float32", "max_model_len": OPTIONS["max_model_len"], "kv_cache_gib": OPTIONS["kv_cache_gib"]}
     options["options"] = ["--tensor-parallel-size", "2"]
     with serve(str(vllm_folder), log=tmp_path / "server.log", takes_weights="files", quiet=True, **options) as server:
-        sampler = served(model, tokenizer, base_urls=[server.base_url], **OPTIONS)
+        monkeypatch.setenv("VLLM_API_KEY", server.key)
+        sampler = served(model, tokenizer, base_urls=[server.base_url], api_key_env="VLLM_API_KEY", **OPTIONS)
         sampler.sync(next(versions))
         assert sampler.last_sync.probe_gap < 1e-4
         for fault in (half_is_zero, layers_swapped, one_bit_is_wrong):

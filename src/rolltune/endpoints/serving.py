@@ -38,6 +38,7 @@ SUPPORTED = "0.32"  # vLLM's minor version, as in pyproject.toml; options change
 # A waiting thread that spins takes the core from the front end. Compiling takes a minute at each start and gains 10 %.
 # By default vLLM reserves a core for the front end, which halves the speed on two cores.
 _CPU_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+GUARD = f"{guard.__name__}.{guard.RequireKey.__name__}"
 TRANSFERS = {"files": "rolltune_buckets", "nccl": "nccl"}  # ways to transfer weights, and vLLM's names for them
 CPU_BLOCK = 32  # prompt tokens per shared block of keys and values; many prompts have fewer than vLLM's default of 128
 _LOG_LINES, _LOG_CHARS = 20, 4000  # of the log, quoted in an error
@@ -198,11 +199,12 @@ def command_line(
         *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
         # A model's own generation config would add a top_p or a penalty to the clients' settings.
         *("--generation-config", "vllm", "--disable-uvicorn-access-log"),
-        *("--middleware", f"{guard.__name__}.{guard.RequireKey.__name__}"),
         *(["--enforce-eager"] if version.endswith("+cpu") else []),
         *(_taking_weights(takes_weights) if takes_weights else []),
         *(_writing_on_cpus(max_model_len) if takes_weights and version.endswith("+cpu") else []),
         *options,
+        # Behind the user's own: the last middleware is the outermost.
+        *("--middleware", GUARD),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import math
 import re
@@ -172,23 +173,17 @@ def check_url(base_url: str, key: str = "base_url") -> None:
         raise ValueError(f"{key}: {base_url!r}; leave out /chat/completions, which is appended to it")
 
 
-def _ascii(host: str) -> str:
-    """An international name as it is looked up (xn--...)."""
-    try:
-        return host.encode("idna").decode()
-    except UnicodeError:
-        return host
-
-
 def _canonical_host(host: str) -> str:
     """One spelling for each host; "localhost" for all addresses of this machine's loopback."""
     host = host.casefold().rstrip(".")
+    with contextlib.suppress(UnicodeError):  # a name that is none fails when it is called
+        host = host.encode("idna").decode()
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         try:
             address = ipaddress.ip_address(socket.inet_aton(host))  # 127.1
         except OSError:
-            return "localhost" if host.endswith(".localhost") or host in _LOOPBACK else _ascii(host)
+            return "localhost" if host.endswith(".localhost") or host in _LOOPBACK else host
     address = getattr(address, "ipv4_mapped", None) or address
     return "localhost" if address.is_loopback or address.is_unspecified else str(address)

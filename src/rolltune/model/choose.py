@@ -22,7 +22,7 @@ from rolltune.batch import TokenSequence, TrainGroup, pack_examples
 from rolltune.errors import ConfigError
 from rolltune.model.forward import Forward, packed_logprobs, set_forward
 from rolltune.model.head import is_plain_head
-from rolltune.model.parts import attention, in_float32, rope_change, set_attention
+from rolltune.model.parts import attention, in_float32, is_mixture, rope_change, set_attention
 from rolltune.types import Microbatch, Prompt
 
 TOLERANCE = 2e-3  # largest difference of log-probs, in nats; rounding in float32 is 1e-6 to 1e-4
@@ -170,11 +170,6 @@ def depends_on_row(model: PreTrainedModel) -> bool:
     """Whether queries are scaled by their place in the row, from ``floor_scale`` tokens on (Llama 4)."""
     config = model.config.get_text_config()
     return bool(getattr(config, "attn_temperature_tuning", False)) and hasattr(config, "floor_scale")
-
-
-def is_mixture(model: PreTrainedModel) -> bool:
-    """Whether the model has experts, of which a router chooses."""
-    return any(name.endswith("experts") for name, _ in model.named_modules())
 
 
 @contextmanager

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rolltune.model.choose import depends_on_row, is_mixture, readable_errors
+from rolltune.model.choose import depends_on_row, readable_errors
 from rolltune.model.packed_attention import PACKED_ATTENTION
-from rolltune.model.parts import rope_change
+from rolltune.model.parts import is_mixture, rope_change
 from rolltune.samplers.decoder import Decoder, OwnCache
 from rolltune.samplers.sequences import DecodeBatch, PromptState, SequenceState
 

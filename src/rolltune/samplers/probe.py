@@ -24,6 +24,7 @@ from rolltune.batch import TrainGroup, TrainSequence, pack
 from rolltune.errors import SyncError
 from rolltune.model.forward import packed_logprobs
 from rolltune.model.load import unwrapped
+from rolltune.model.parts import is_mixture
 from rolltune.types import Prompt, SamplingParams
 
 MIN_MODEL_LEN = 16  # tokens
@@ -96,7 +97,9 @@ class ProbeCheck:
         self._model = model
         self._probes = probes
         self._dtypes = {dtype, unwrapped(model).dtype}
-        self._rounding = MOE_ROUNDING if _has_experts(unwrapped(model)) else ROUNDING
+        # bfloat16 rounds 8 times as coarsely as float16. What is measured is the trainer's rounding.
+        self._coarser = max(1.0, torch.finfo(dtype).eps / torch.finfo(unwrapped(model).dtype).eps)
+        self._rounding = MOE_ROUNDING if is_mixture(unwrapped(model)) else ROUNDING
         self._measured_rounding = 0.0  # smallest mean |dlogp| of the trainer from fp32 so far
         self._last: dict[int, _Scored] = {}  # by replica: the last sync
         self._anchors: dict[int, _Scored] = {}  # by replica: the sync before the last visible change
@@ -137,13 +140,13 @@ class ProbeCheck:
         gap = error = _distance(theirs, ours)
         limit, judged = MIXED_TOLERANCE if len(self._dtypes) > 1 else TOLERANCE, "the trainer"
         if torch.float32 not in self._dtypes:
-            if gap <= _USUAL_GAP * self._measured_rounding:
+            if gap <= _USUAL_GAP * self._coarser * self._measured_rounding:
                 return gap
             with _InFloat32():
                 exact = torch.cat([self._score(*pair) for pair in zip(self._probes, answers, strict=True)])
             error, rounding = _distance(theirs, exact), _distance(ours, exact)
             self._measured_rounding = min(rounding, self._measured_rounding or rounding)
-            limit = self._rounding * rounding + TOLERANCE
+            limit = self._rounding * self._coarser * rounding + TOLERANCE
             judged = f"the trainer in fp32, from which its own precision is {rounding:.3g} away"
         if not error <= limit:
             raise SyncError(
@@ -198,11 +201,6 @@ class _Scored:
             theirs.append(now.logprobs[:common] - then.logprobs[:common])
             ours.append(score[:common] - score_then[:common])
         return torch.cat(theirs), torch.cat(ours)
-
-
-def _has_experts(model: PreTrainedModel) -> bool:
-    config = model.config.get_text_config()
-    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rolltune.endpoints import guard, serving
+from rolltune.endpoints import serving
 from rolltune.endpoints.settings import can_be_sent, check_url
 from rolltune.errors import EngineError
 from rolltune.model.fp32_head import FP32Head
@@ -94,7 +94,7 @@ def served(
     tokenizer: PreTrainedTokenizerBase,
     *,
     base_urls: list[str] | None = None,
-    api_key_env: str = guard.KEY_VARIABLE,
+    api_key_env: str | None = None,
     transfer: Literal["files", "nccl"] = "files",
     folder: str | None = None,
     dtype: str | None = None,
@@ -114,7 +114,8 @@ def served(
         tokenizer: its tokenizer.
         base_urls: URLs of servers started by ``tune run serve ... takes_weights=files`` with the policy's model; None:
             start a server on this machine that ends with the run, and has a random key that only the run knows.
-        api_key_env: environment variable with the key of the servers in ``base_urls``; if it is not set, none is sent.
+        api_key_env: environment variable with the key of the servers in ``base_urls``, such as VLLM_API_KEY; None: no
+            key is sent.
         transfer: how weights travel, see :mod:`rolltune.samplers.vllm_server`.
         folder: for "files", a folder that trainer and servers share; None: this machine's memory.
         dtype: dtype of the servers' weights; None: the policy's. Servers in ``base_urls`` must have it.
@@ -142,9 +143,7 @@ def served(
             f"sampler.base_urls: {len(base_urls)} servers; nccl supports only one: give one, or set sampler.transfer "
             "to files"
         )
-    key = os.environ.get(api_key_env, "").strip()
-    if key and not can_be_sent(key):
-        raise ValueError(f"sampler.api_key_env: the value of {api_key_env} contains spaces or special characters")
+    key = _key(api_key_env) if base_urls else ""
     engine_dtype = DTYPES[dtype] if dtype else unwrapped(model).dtype
     exits = ExitStack()
     is_main = this_rank() == 0
@@ -185,6 +184,18 @@ def served(
             raise EngineError(str(error)) from error
         raise
     return VLLMSampler(model, tokenizer, engine, dtype=engine_dtype, max_model_len=length, is_sender=is_main)
+
+
+def _key(variable: str | None) -> str:
+    """Return the key in an environment variable; empty if none is named."""
+    if variable is None:
+        return ""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ValueError(f"sampler.api_key_env: {variable} is not set; export it, or give null to send no key")
+    if not can_be_sent(key):
+        raise ValueError(f"sampler.api_key_env: the value of {variable} contains spaces or special characters")
+    return key
 
 
 def _check_options(
