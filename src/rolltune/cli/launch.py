@@ -8,7 +8,11 @@ import re
 import runpy
 import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from rolltune.cli.catalog import (
     Recipe,
@@ -23,6 +27,7 @@ from rolltune.cli.catalog import (
 )
 
 USER_MISTAKE = 2
+STUCK_SECONDS = 45  # torchrun gives its processes 30 seconds to end
 HELP = """\
 usage: tune run [TORCHRUN OPTIONS] <recipe> --config <config> [--dry-run] [key=value ...]
 
@@ -82,14 +87,16 @@ def is_valid(schema: type, arguments: Sequence[str], *, title: str, world_size: 
         schema: the config's dataclass.
         arguments: as a recipe gets them: ``--config``, a path, overrides.
         title: what the printed mistakes are of.
-        world_size: number of processes; None: as torchrun's environment says.
+        world_size: number of processes that are about to start; None: nothing is started.
     """
     from rolltune import config
-    from rolltune.run import checks
+    from rolltune.run import checks, lifecycle
 
     try:
         parsed = config.parse_args(arguments)
-        checks.validate(schema, parsed.config or "", parsed.overrides, world_size=world_size)
+        checked = checks.validate(schema, parsed.config or "", parsed.overrides, world_size=world_size)
+        if world_size is not None and isinstance(checked, lifecycle.Resumable) and not checked.dry_run:
+            lifecycle.check_is_new(checked)
     except config.ConfigError as error:
         print(config.format_mistakes(error, title), file=sys.stderr)
         return False
@@ -186,11 +193,39 @@ def _describe_exit(code: int) -> str:
     return f"was killed by signal {-code} ({signal.Signals(-code).name}){hint}"
 
 
+def _end_if_stuck(meeting_point: str) -> None:
+    """End this process if torchrun does not take notice of a process of its own that has ended (Linux only).
+
+    It asks the machine that the rendezvous is on without a time limit. If that machine or the link to it is gone,
+    torchrun hears neither its own processes nor signals.
+    """
+    looks = 0
+    while looks < STUCK_SECONDS:
+        time.sleep(1.0)
+        looks = looks + 1 if _has_ended_child() else 0
+    print(f"tune run: torchrun is stuck, as {meeting_point} does not answer; ended", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _has_ended_child() -> bool:
+    """Whether a child of this process has ended without being waited for."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        for pid in children.read_text().split():
+            with suppress(OSError):
+                if Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z"):
+                    return True
+    return False
+
+
 def _run_torchrun(launch: argparse.Namespace, recipe: Recipe, arguments: Sequence[str]) -> int:
+    from torch.distributed import DistError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
+    meeting_point = launch.rdzv_endpoint or launch.master_addr
+    threading.Thread(target=_end_if_stuck, args=(meeting_point,), daemon=True).start()
     launch.training_script = str(recipe.path)
     launch.training_script_args = list(arguments)
     try:
@@ -201,4 +236,8 @@ def _run_torchrun(launch: argparse.Namespace, recipe: Recipe, arguments: Sequenc
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
         return 128 + error.sigval
+    except (DistError, RendezvousError) as error:
+        reason = f"{type(error).__name__} {error}".strip().splitlines()[0]
+        print(f"tune run: the machines did not meet at {meeting_point}: {reason}", file=sys.stderr)
+        return 1
     return 0
