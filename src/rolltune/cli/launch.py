@@ -73,6 +73,7 @@ def run(argv: Sequence[str]) -> int:
     if launch is None:
         return _run_here(recipe, arguments)
     local, world_size = _count_processes(launch)
+    _prepare_restarts(launch)
     # Without this torchrun would set 1 and print a banner.
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // local, 1)))
     if schema is not None and not is_valid(schema, arguments, title=recipe.name, world_size=world_size):
@@ -183,6 +184,26 @@ def _count_processes(launch: argparse.Namespace) -> tuple[int, int]:
         return local, local * parse_min_max_nnodes(launch.nnodes)[1]
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
+
+
+def _prepare_restarts(launch: argparse.Namespace) -> None:
+    """Give each start of the processes a store of its own, if torchrun may start them again.
+
+    By default all starts share one, where processes find the addresses of those that have ended, and torchrun does not
+    tell a machine that joins later where the store is.
+    """
+    from torch.distributed.run import parse_min_max_nnodes
+
+    fewest, most = parse_min_max_nnodes(launch.nnodes)
+    if not launch.max_restarts and fewest == most:
+        return
+    if launch.rdzv_backend == "static" and most > 1:
+        raise UsageError(
+            f"--max_restarts {launch.max_restarts}, --nnodes {launch.nnodes}: restarts on several machines need "
+            "--rdzv-backend c10d --rdzv-endpoint HOST:PORT"
+        )
+    launch.standalone = launch.standalone or launch.rdzv_backend == "static"
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
 
 def _describe_exit(code: int) -> str:
