@@ -9,6 +9,7 @@
 # make test           all tests; installs vLLM first
 # make test-fast      the tests without vLLM and without the slow ones: about 4 minutes on 2 cores
 # make test-avx2      the fast tests with the kernels of a CPU that has AVX2 and no AVX-512
+# make families       a check of every model family on tiny models: about 6 minutes
 # make gpu            the tests that need a CUDA device
 # make docs           the documentation, into build/docs
 
@@ -22,7 +23,7 @@ SEED ?= 0
 STEPS ?= 20
 PIPELINE ?= outputs/pipeline/seed$(SEED)
 
-.PHONY: install install-vllm quickstart rubric pipeline warmup priming incorrect check docs test test-fast test-avx2 gpu
+.PHONY: install install-vllm quickstart rubric pipeline warmup priming incorrect check docs test test-fast test-avx2 families gpu
 
 install: .venv/installed
 
@@ -100,6 +101,9 @@ test-fast: install
 # Rounding differs between instruction sets, and a test may hold on one only by luck.
 test-avx2: install
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python -m pytest -m "$(FAST)"
+
+families: install
+	$(BIN)/python dev/model_families.py
 
 gpu: install
 	$(BIN)/python -m pytest -m gpu

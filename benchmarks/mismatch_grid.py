@@ -30,8 +30,8 @@ from rolltune.batch import TrainGroup, TrainSequence, pack
 from rolltune.data.sums import sums
 from rolltune.distributed import World, init_world
 from rolltune.mismatch import Mismatch, MismatchMeter
+from rolltune.model.forward import packed_logprobs
 from rolltune.model.load import DTYPES, load_model, load_tokenizer
-from rolltune.model.policy import packed_logprobs
 from rolltune.prompts import PromptRenderer
 from rolltune.samplers import Sampler
 from rolltune.samplers.native import NativeSampler

@@ -210,6 +210,8 @@ def sample(
         model = load_for_sampling(candidate.path, dtype=cfg.dtype, device=world.device)
     agree_on_weights(candidate.path, model, world)
     with closing(instantiate(cfg.sampler, model, candidate.tokenizer)) as sampler:
+        for note in getattr(sampler, "notes", ()):
+            progress.say(number, candidate.name, note)
         sampler.sync(0)
         sample_missing(
             problems,

@@ -190,6 +190,7 @@ def dry_run(cfg: GRPOConfig) -> None:
         console.print(f"gold answers of {name}: {format_counts(kinds)}")
     render = build.prompt_renderer(cfg.prompt, tokenizer)
     check_texts(cfg, tokenizer)
+    notices.show(notices.about_prompts(render))
     train_set, heldout, longest = lengths.fitting_prompts(cfg, train_set, heldout, render)
     first = render(ProblemStream(train_set, seed=cfg.seed).take(0, 1)[0])
     console.print("first prompt:", Text(printable(str(tokenizer.decode(list(first.token_ids)))), style="dim"), sep="\n")
@@ -223,6 +224,7 @@ def set_up(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Component
         notices.show(about_data(cfg, train_set, heldout), is_main=world.is_main)
         render = build.prompt_renderer(cfg.prompt, tokenizer)
         check_texts(cfg, tokenizer)
+        notices.show(notices.about_prompts(render), is_main=world.is_main)
         train_set, heldout, _ = lengths.fitting_prompts(cfg, train_set, heldout, render, quiet=not world.is_main)
         loss = instantiate(cfg.loss)
         rewards = build.start_rewards(cfg, train_set, heldout, smoke_test=True)
@@ -242,6 +244,7 @@ def set_up(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Component
         optimization = build.build_optimization(cfg, policy, num_updates=cfg.num_steps * updates_per_step)
         if resume_from:
             optimization.load_state_dict(load_optimization(resume_from, world.device))
+    notices.show(policy.notes, is_main=world.is_main)
     agree_on_weights("model.path", policy.model, world)
     return Components(
         world=world,
@@ -371,7 +374,7 @@ def train(
         rollout_metrics(rollout, world)
         | update_metrics(updates)
         | phases.metrics(sample=sampled_tokens, train=packed_tokens * cfg.batch.num_iterations)
-        | {"memory/peak_gib": peak_memory_gib(), "imbalance/train": imbalance(own_tokens, world)}
+        | {"memory/peak_gib": peak_memory_gib(), "imbalance/train": imbalance(own_tokens, packed_tokens, world)}
     )
 
 

@@ -139,6 +139,7 @@ def dry_run(cfg: SFTConfig) -> None:
     train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
     notices.show(about_data(cfg, train_set, heldout))
     render = build.prompt_renderer(cfg.prompt, tokenizer)
+    notices.show(notices.about_prompts(render))
     train_set, heldout = fitting_examples(cfg, train_set, heldout, render, tokenizer)
     examples = [
         example(cfg, problem, render, tokenizer)
@@ -174,6 +175,7 @@ def set_up(cfg: SFTConfig, world: World, resume_from: Path | None) -> Components
         notices.show(about_data(cfg, train_set, heldout), is_main=world.is_main)
         render = build.prompt_renderer(cfg.prompt, tokenizer)
         quiet = not world.is_main
+        notices.show(notices.about_prompts(render), is_main=world.is_main)
         train_set, heldout = fitting_examples(cfg, train_set, heldout, render, tokenizer, quiet=quiet)
         estimates.check_disk(cfg)
     agree_on_data({"data.train": train_set, "data.heldout": heldout}, world)
@@ -189,6 +191,7 @@ def set_up(cfg: SFTConfig, world: World, resume_from: Path | None) -> Components
         optimization = build.build_optimization(cfg, policy, num_updates=cfg.num_steps)
         if resume_from:
             optimization.load_state_dict(load_optimization(resume_from, world.device))
+    notices.show(policy.notes, is_main=world.is_main)
     agree_on_weights("model.path", policy.model, world)
     return Components(
         world=world,
@@ -264,26 +267,33 @@ def train(
     counted = count_totals(examples)
     tokens, sequences = world.sum([counted.tokens, counted.sequences])
     totals = LossTotals(tokens=int(tokens), sequences=int(sequences))
-    loss_sum, entropy_sum, packed_tokens = 0.0, 0.0, 0
+    loss_sum, entropy_sum, router_sum, packed_tokens = 0.0, 0.0, 0.0, 0
     with phases("train"), policy.with_dropout():
         microbatches = pack_examples(
             balance(examples, world), max_tokens=cfg.batch.microbatch_tokens, device=world.device
         )
         on_progress = progress.phase("training")
         for done, microbatch in enumerate(microbatches, start=1):
-            logprobs, entropy = policy.logprobs(microbatch, temperature=1.0)
+            logprobs, entropy, router_loss = policy.trained_logprobs(microbatch, temperature=1.0)
             loss = nll_loss(logprobs, totals)
-            components.optimization.backward(loss)
+            if router_loss is None:
+                components.optimization.backward(loss)
+            else:
+                share = len(logprobs) / totals.tokens
+                components.optimization.backward(loss + policy.router_aux_loss * router_loss * share)
+                router_sum += router_loss.item() * share
             loss_sum += loss.item()
             entropy_sum += entropy.sum().item()
             packed_tokens += len(microbatch.input_ids)
             on_progress(done, len(microbatches))
         metrics = components.optimization.step(world)
     policy.version += not metrics["skipped_step"]
-    metrics["imbalance/train"] = imbalance(packed_tokens, world)
-    loss_sum, entropy_sum, packed_tokens = world.sum([loss_sum, entropy_sum, packed_tokens])
+    loss_sum, entropy_sum, router_sum, all_tokens = world.sum([loss_sum, entropy_sum, router_sum, packed_tokens])
+    metrics["imbalance/train"] = imbalance(packed_tokens, all_tokens, world)
     metrics |= {"loss": loss_sum, "entropy": entropy_sum / totals.tokens, "memory/peak_gib": peak_memory_gib()}
-    return metrics | phases.metrics(train=packed_tokens)
+    if policy.router_aux_loss:
+        metrics["router/aux_loss"] = router_sum
+    return metrics | phases.metrics(train=all_tokens)
 
 
 @torch.no_grad()

@@ -6,9 +6,9 @@ import torch
 
 from rolltune.batch import TrainGroup, TrainSequence, count_totals, pack, train_group, without_zero_advantages
 from rolltune.model.checkpointing import recompute_activations
+from rolltune.model.forward import packed_logprobs
 from rolltune.model.load import load_model
 from rolltune.model.packed_attention import packed_layout
-from rolltune.model.policy import packed_logprobs
 from rolltune.types import Completion, Group, LossTotals, Problem, Prompt, Score
 
 

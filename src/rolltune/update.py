@@ -233,7 +233,7 @@ def update_policy(
         Metrics averaged over the tokens of all ranks' microbatches (the loss is already normalised); identical on every
         rank. Only "lr" and "skipped_step" if no rank has a microbatch. "mismatch/..." are those of
         :mod:`rolltune.mismatch`. With a correction, "correction/weight" is the mean weight and "correction/zeroed" the
-        share of tokens with weight 0.
+        share of tokens with weight 0. "router/aux_loss" is the routers' load-balancing loss, where it is trained with.
 
     Raises:
         MismatchError: the mismatch exceeds ``limit``; the weights were left as they were.
@@ -241,12 +241,17 @@ def update_policy(
     meter, mismatch_meter = _Meter(), MismatchMeter()
     with policy.with_dropout():
         for done, prepared in enumerate(microbatches, start=1):
-            logprobs, entropy = policy.logprobs(prepared.microbatch, temperature=temperature)
+            logprobs, entropy, router_loss = policy.trained_logprobs(prepared.microbatch, temperature=temperature)
             trainer = logprobs.detach() if prepared.trainer_logprobs is None else prepared.trainer_logprobs
             mismatch_meter.add(trainer, prepared.microbatch)
             inputs = loss_inputs(logprobs, trainer, prepared, correction)
             loss, loss_metrics = loss_fn(inputs, totals)
-            optimization.backward(loss)
+            if router_loss is None:
+                optimization.backward(loss)
+            else:
+                tokens = len(logprobs)
+                optimization.backward(loss + policy.router_aux_loss * router_loss * (tokens / totals.tokens))
+                loss_metrics = loss_metrics | {"router/aux_loss": router_loss.detach() * tokens}
             meter.add(loss, entropy, inputs, loss_metrics)
             if on_microbatch:
                 on_microbatch(done, len(microbatches))

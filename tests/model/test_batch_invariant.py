@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.activations import ACT2FN
+from transformers.masking_utils import sliding_window_causal_mask_function
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rolltune.batch import TrainGroup, TrainSequence, pack
@@ -27,7 +28,7 @@ from rolltune.model.batch_invariant import (
 from rolltune.model.batch_invariant_attention import BATCH_INVARIANT_PACKED_ATTENTION, batch_invariant_packed_attention
 from rolltune.model.load import load_model
 from rolltune.model.logprobs import selected_logprobs
-from rolltune.model.packed_attention import packed_attention, packed_layout
+from rolltune.model.packed_attention import PackedMask, packed_attention, packed_layout, packed_mask, packed_rows
 from rolltune.model.policy import Policy, build_policy
 from rolltune.samplers.native import NativeSampler
 from rolltune.types import Completion, Prompt, SampleRequest, SamplingParams
@@ -168,7 +169,7 @@ def test_packed_attention_and_gradients_equal_the_usual_ones(kv_heads):
     upstream = normal(1, count, 4, 8)
     results = []
     for attention in (packed_attention, batch_invariant_packed_attention):
-        out, _ = attention(nn.Module(), q, k, v, None, scaling=0.3, layout=layout)
+        out, _ = attention(nn.Module(), q, k, v, PackedMask.causal(layout), scaling=0.3)
         results.append((out, *torch.autograd.grad(out, (q, k, v), upstream)))
     for usual, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, usual, atol=1e-5, rtol=1e-4)
@@ -179,13 +180,13 @@ def test_attention_of_a_group_does_not_depend_on_the_others(count):
     torch.set_num_threads(count)
     (microbatch,) = pack(GROUPS, max_tokens=10**6)
     q, k, v = (normal(1, heads, len(microbatch.input_ids), 8, seed=i) for i, heads in enumerate((4, 2, 2)))
-    whole, _ = batch_invariant_packed_attention(nn.Module(), q, k, v, None, layout=packed_layout(microbatch))
+    whole, _ = batch_invariant_packed_attention(nn.Module(), q, k, v, PackedMask.causal(packed_layout(microbatch)))
     start = 0
     for group in GROUPS:
         (alone,) = pack([group], max_tokens=10**6)
         part = slice(start, start + len(alone.input_ids))
         out, _ = batch_invariant_packed_attention(
-            nn.Module(), q[:, :, part], k[:, :, part], v[:, :, part], None, layout=packed_layout(alone)
+            nn.Module(), q[:, :, part], k[:, :, part], v[:, :, part], PackedMask.causal(packed_layout(alone))
         )
         assert torch.equal(out, whole[:, part])
         start = part.stop
@@ -196,7 +197,22 @@ def test_dropout_in_attention_is_refused():
     (microbatch,) = pack(GROUPS, max_tokens=10**6)
     x = normal(1, 2, len(microbatch.input_ids), 8)
     with pytest.raises(ValueError, match="dropout of 0.1"):
-        batch_invariant_packed_attention(nn.Module(), x, x, x, None, dropout=0.1, layout=packed_layout(microbatch))
+        batch_invariant_packed_attention(
+            nn.Module(), x, x, x, PackedMask.causal(packed_layout(microbatch)), dropout=0.1
+        )
+
+
+def test_a_window_shorter_than_a_sequence_and_a_softcap_are_refused():
+    (microbatch,) = pack(GROUPS, max_tokens=10**6)
+    x = normal(1, 2, len(microbatch.input_ids), 8)
+    with packed_rows(packed_layout(microbatch)):
+        windowed = packed_mask(mask_function=sliding_window_causal_mask_function(9))
+    with pytest.raises(ValueError, match=r"model\.batch_invariant: true; .*sliding window"):
+        batch_invariant_packed_attention(nn.Module(), x, x, x, windowed)
+    with pytest.raises(ValueError, match=r"model\.batch_invariant: true; .*softcap"):
+        batch_invariant_packed_attention(
+            nn.Module(), x, x, x, PackedMask.causal(packed_layout(microbatch)), softcap=9.0
+        )
 
 
 # --- sampler and trainer ----------------------------------------------------------------------------------------------

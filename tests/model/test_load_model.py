@@ -10,17 +10,20 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, PhiConfig
 
+from rolltune.errors import ConfigError
+from rolltune.model import choose
 from rolltune.model import load as models
+from rolltune.model.forward import Forward, forward_of
 from rolltune.model.load import (
     PACKAGED,
     adapter_base,
     cache_dir,
-    check_head,
     load_config,
     load_model,
     load_tokenizer,
     resolve_model,
 )
+from rolltune.model.parts import in_float32
 
 SIZES = {
     "vocab_size": 260,
@@ -256,34 +259,66 @@ def test_loads_in_the_precision_that_is_asked_for(tiny_llama, dtype):
     assert model.config._attn_implementation == models.PACKED_ATTENTION
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    (Gemma2Config(**SIZES, head_dim=8), r"final_logit_softcapping = 30\.0 is not supported"),
-    (GraniteConfig(**SIZES, logits_scaling=8.0), r"logits_scaling = 8\.0 is not supported"),
-    (PhiConfig(**SIZES), "the model needs an LM head without bias"),
-], ids=["gemma2", "granite", "phi"])  # fmt: skip
-def test_refuses_heads_other_than_a_plain_product(tmp_path, config, message):
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"model\.path: {tmp_path}: {message}"):
-        load_model(str(tmp_path), dtype="float32", device="cpu")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_model_that_needs_nothing_special_is_packed_without_a_note(tiny_llama, monkeypatch, dtype):
+    monkeypatch.setattr(choose, "_chosen", {})
+    assert forward_of(load_model(str(tiny_llama), dtype=dtype, device="cpu")) == Forward()
+
+
+def test_half_precision_is_computed_in_float32_for_the_check_only(tiny_llama):
+    model = load_model(str(tiny_llama), dtype="bfloat16", device="cpu")
+    exact = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in exact.parameters():
+            parameter.copy_(parameter.bfloat16())
+        before = {name: (tensor.dtype, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+        inverse_frequencies = model.model.rotary_emb.inv_freq.clone()
+        ids = torch.arange(5, 25)[None]
+        with in_float32(model):
+            logits = model(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(logits, exact(input_ids=ids, use_cache=False).logits, rtol=0, atol=1e-5)
+        with pytest.raises(IndexError), in_float32(model):
+            model(input_ids=ids + 10_000)
+    after = model.state_dict(keep_vars=True)
+    assert all(
+        after[name].dtype == dtype and torch.equal(after[name], tensor) for name, (dtype, tensor) in before.items()
+    )
+    assert torch.equal(model.model.rotary_emb.inv_freq, inverse_frequencies)
+
+
+@pytest.mark.parametrize("config", [
+    Gemma2Config(**SIZES, head_dim=8), GraniteConfig(**SIZES, logits_scaling=8.0), PhiConfig(**SIZES),
+], ids=["softcap", "scale", "bias"])  # fmt: skip
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_head_that_is_more_than_a_product_is_the_models_own(tmp_path, config, dtype):
+    made = AutoModelForCausalLM.from_config(config)
+    if made.lm_head.bias is not None:
+        torch.nn.init.normal_(made.lm_head.bias)
+    made.save_pretrained(tmp_path)
+    forward = forward_of(load_model(str(tmp_path), dtype=dtype, device="cpu"))
+    assert forward.packed and not forward.plain_head and "own LM head" in forward.note
 
 
 def test_a_scale_of_one_is_none(tmp_path):
     AutoModelForCausalLM.from_config(GraniteConfig(**SIZES, logits_scaling=1.0)).save_pretrained(tmp_path)
-    load_model(str(tmp_path), dtype="float32", device="cpu")
+    assert forward_of(load_model(str(tmp_path), dtype="float32", device="cpu")).plain_head
 
 
-@pytest.mark.parametrize("head", [None, torch.nn.Linear(32, 260, bias=True)])
-def test_refuses_a_missing_head_and_a_head_with_a_bias(tiny_llama, monkeypatch, head):
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    check_head(model, "p")
-    monkeypatch.setattr(model, "get_output_embeddings", lambda: head)
-    with pytest.raises(ValueError, match=r"model\.path: p: .*LM head without bias"):
-        check_head(model, "p")
+def test_options_that_need_the_fast_way_are_refused_without_it(tmp_path):
+    AutoModelForCausalLM.from_config(PhiConfig(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.fp32_head: true; .*without a bias"):
+        load_model(str(tmp_path), dtype="bfloat16", device="cpu", fp32_head=True)
+    with pytest.raises(ValueError, match=r"model\.batch_invariant: true; .*own LM head"):
+        load_model(str(tmp_path), dtype="float32", device="cpu", batch_invariant=True)
 
 
-def test_refuses_models_whose_attention_cannot_be_replaced(tiny_llama, monkeypatch):
-    from transformers import LlamaForCausalLM
+def test_a_model_that_no_way_reproduces_is_refused_in_one_line(tiny_llama, monkeypatch):
+    """Here because a layer remembers earlier passes and adds something of them."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
 
-    monkeypatch.setattr(LlamaForCausalLM, "_supports_attention_backend", False)
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM does not support packed attention"):
+    passes = []
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: passes.append(x) or forward(self, x) + len(passes))
+    monkeypatch.setattr(choose, "_chosen", {})
+    with pytest.raises(ConfigError, match=r"^model\.path: .*LlamaForCausalLM is not supported: [^\n]*$"):
         load_model(str(tiny_llama), dtype="float32", device="cpu")

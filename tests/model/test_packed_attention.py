@@ -1,13 +1,18 @@
-"""Packed attention: the layout by hand, the result against a dense mask, and unsupported kinds of attention."""
+"""Packed attention: the layout and masks by hand, and the result against a dense mask and explicit softmaxes."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from rolltune.batch import TrainGroup, TrainSequence, pack
-from rolltune.model.load import load_model
-from rolltune.model.packed_attention import packed_attention, packed_layout
-from rolltune.model.policy import packed_logprobs
+from rolltune.model.packed_attention import (
+    PackedMask,
+    packed_attention,
+    packed_layout,
+    packed_mask,
+    packed_rows,
+)
 from rolltune.types import Prompt
 
 
@@ -70,7 +75,7 @@ def test_result_and_gradients_equal_a_dense_mask(microbatch, heads):
     k, v = (
         torch.randn(1, heads, len(microbatch.input_ids), 8, generator=generator, requires_grad=True) for _ in range(2)
     )
-    packed, _ = packed_attention(torch.nn.Module(), q, k, v, None, scaling=0.3, layout=packed_layout(microbatch))
+    packed, _ = packed_attention(torch.nn.Module(), q, k, v, PackedMask.causal(packed_layout(microbatch)), scaling=0.3)
     dense = F.scaled_dot_product_attention(
         q, k, v, attn_mask=allowed(microbatch), scale=0.3, enable_gqa=True
     ).transpose(1, 2)
@@ -82,53 +87,68 @@ def test_result_and_gradients_equal_a_dense_mask(microbatch, heads):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [5, 1])
-def test_refuses_a_window_shorter_than_a_sequence(window):
+def mask_of(microbatch, mask_function=causal_mask_function) -> PackedMask:
+    with packed_rows(packed_layout(microbatch)):
+        mask = packed_mask(mask_function=mask_function)
+    assert isinstance(mask, PackedMask)
+    return mask
+
+
+def test_a_window_hides_tokens_by_their_positions_in_the_sequence():
+    mask = mask_of(MICROBATCH, sliding_window_causal_mask_function(2))
+    assert mask.prompts is not None
+    assert mask.prompts[0, 0].int().tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    assert mask.completions[:, 0].int().tolist() == [
+        [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1]],
+        [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1]],
+        [[1, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1]],
+    ]
+
+
+@pytest.mark.parametrize("window", [6, 4096])
+def test_a_window_that_no_sequence_exceeds_is_the_fast_causal_mask(window):
+    mask = mask_of(MICROBATCH, sliding_window_causal_mask_function(window))
+    assert mask.is_causal and mask.completions is mask.layout.visible
+
+
+def explicit_attention(q, k, v, visible, *, softcap=None, sinks=None):
+    """Softmax by its definition: q [H, T, D], visible [T, T]."""
+    scores = (q @ k.mT) * 0.3
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = torch.where(visible, scores.exp(), 0.0)
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + sinks[:, None, None].exp()
+    return (weights / total) @ v
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("options", [{"softcap": 1.5}, {"sinks": torch.tensor([0.5, -1.0])}], ids=["softcap", "sinks"])
+def test_softcap_and_sinks(window, options):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, len(MICROBATCH.input_ids), 8, generator=generator) for _ in range(3))
+    mask = mask_of(MICROBATCH) if window is None else mask_of(MICROBATCH, sliding_window_causal_mask_function(window))
+    names = {"softcap": "softcap", "sinks": "s_aux"}
+    passed = {names[name]: value for name, value in options.items()}
+    packed, _ = packed_attention(torch.nn.Module(), q, k, v, mask, scaling=0.3, **passed)
+    visible = allowed(MICROBATCH)
+    if window is not None:
+        positions = MICROBATCH.position_ids
+        visible &= positions[:, None] - positions[None] < window
+    expected = explicit_attention(q[0], k[0], v[0], visible, **options)
+    torch.testing.assert_close(packed[0].transpose(0, 1), expected, rtol=0, atol=1e-6)
+
+
+def test_a_layer_that_drops_the_mask_is_an_error():
     q = torch.zeros(1, 2, len(MICROBATCH.input_ids), 4)
-    layout = packed_layout(MICROBATCH)
-    with pytest.raises(ValueError, match=f"window of {window} tokens.*sequence of 6"):
-        packed_attention(torch.nn.Module(), q, q, q, None, layout=layout, sliding_window=window)
-    for wide in (6, 4096, None):
-        packed_attention(torch.nn.Module(), q, q, q, None, layout=layout, sliding_window=wide)
+    with packed_rows(packed_layout(MICROBATCH)), pytest.raises(ValueError, match="does not hand the attention mask on"):
+        packed_attention(torch.nn.Module(), q, q, q, None)
+    packed_attention(torch.nn.Module(), q, q, q, None)  # a plain forward pass
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux"])
-def test_refuses_a_softcap_and_sinks(name):
-    q = torch.zeros(1, 2, len(MICROBATCH.input_ids), 4)
-    with pytest.raises(ValueError, match=f"model.path: .*{name}"):
-        packed_attention(
-            torch.nn.Module(), q, q, q, None, layout=packed_layout(MICROBATCH), **{name: torch.tensor(1.0)}
-        )
-    packed_attention(torch.nn.Module(), q, q, q, None, layout=packed_layout(MICROBATCH), **{name: None})
-
-
-@pytest.fixture(scope="module")
-def windowed(tmp_path_factory, tiny_llama):
-    """A whole model with a sliding window of 8: Mistral's layers pass it to attention on their own."""
-    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
-
-    folder = tmp_path_factory.mktemp("mistral")
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=260,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=8,
-    )
-    MistralForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
-    return load_model(str(folder), dtype="float32", device="cpu")
-
-
-def test_a_model_with_a_window_accepts_short_sequences_and_refuses_long_ones(windowed):
-    microbatch = make_microbatch((4, (4, 3)))  # 4 + 3 tokens: within the window
-    logprobs, _ = packed_logprobs(windowed, microbatch, temperature=1.0)
-    ids = torch.tensor([[*range(10, 14), *range(50, 54)]])
-    with torch.no_grad():
-        plain = torch.log_softmax(windowed(ids).logits[0, 3:-1], -1).gather(-1, ids[0, 4:, None]).squeeze(-1)
-    torch.testing.assert_close(logprobs[:4], plain, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match=r"window of 8 tokens.*sequence of 9"):
-        packed_logprobs(windowed, make_microbatch((4, (6, 3))), temperature=1.0)
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
+def test_a_plain_call_refuses_what_sdpa_would_ignore(name):
+    q = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(ValueError, match=f"{name}.*eager"):
+        packed_attention(torch.nn.Module(), q, q, q, None, **{name: torch.tensor(1.0)})

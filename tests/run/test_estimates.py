@@ -56,13 +56,13 @@ def memory(tiny_llama, monkeypatch):
 
 def test_parameters_by_hand_and_by_the_model(config):
     assert PARAMETERS == 26912 and LINEAR_FEATURES == 1024
-    assert count_parameters(config) == (PARAMETERS, LINEAR_FEATURES)
+    assert count_parameters(config, LoRAConfig()) == (PARAMETERS, LINEAR_FEATURES)
     assert PARAMETERS == sum(p.numel() for p in LlamaForCausalLM(config).parameters())
 
 
 def test_a_head_of_its_own_counts_but_is_not_adapted(config):
     untied = AutoConfig.for_model(**config.to_dict() | {"tie_word_embeddings": False})
-    assert count_parameters(untied) == (PARAMETERS + 260 * 32, LINEAR_FEATURES)
+    assert count_parameters(untied, LoRAConfig()) == (PARAMETERS + 260 * 32, LINEAR_FEATURES)
 
 
 @pytest.mark.parametrize(
@@ -75,14 +75,14 @@ def test_a_head_of_its_own_counts_but_is_not_adapted(config):
     ],
 )
 def test_target_modules_by_name(config, modules, features):
-    assert count_parameters(config, modules) == (PARAMETERS, features)
+    assert count_parameters(config, LoRAConfig(target_modules=modules)) == (PARAMETERS, features)
 
 
 def test_target_modules_that_are_not_there_or_not_supported(config):
     with pytest.raises(ValueError, match=r"lora.target_modules: proj; the model has .*down_proj, .*q_proj"):
-        count_parameters(config, "q_proj,proj")
+        count_parameters(config, LoRAConfig(target_modules="q_proj,proj"))
     with pytest.raises(ValueError, match="lora.target_modules: lm_head; an adapter on the LM head is not supported"):
-        count_parameters(config, "q_proj,lm_head")
+        count_parameters(config, LoRAConfig(target_modules="q_proj,lm_head"))
 
 
 @pytest.mark.parametrize("modules", ["all-linear", "q_proj,v_proj", "down_proj"])
@@ -92,7 +92,7 @@ def test_is_what_peft_trains(tiny_llama, config, modules):
         ModelConfig(path=str(tiny_llama)), lora, device=torch.device("cpu"), seed=0, with_reference=False
     )
     trained = sum(p.numel() for p in policy.trainable_parameters)
-    assert trained == 3 * count_parameters(config, modules)[1] > 0
+    assert trained == 3 * count_parameters(config, LoRAConfig(target_modules=modules))[1] > 0
 
 
 def test_full_training_in_float32(memory):

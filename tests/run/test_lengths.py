@@ -8,7 +8,7 @@ from rolltune.data.dataset import Dataset
 from rolltune.errors import ConfigError
 from rolltune.prompts import BATCH, PromptRenderer
 from rolltune.run.lengths import Limit, fitting, sequence_limit
-from rolltune.samplers.decoder import longest_sequence
+from rolltune.samplers.caches import shared_cache_limit
 from rolltune.types import Problem
 
 NATIVE = {"_component_": "rolltune.samplers.native.NativeSampler"}
@@ -81,4 +81,4 @@ def test_the_limit_is_the_smaller_one_of_context_and_sampler(tiny_llama, sampler
     ],
 )
 def test_the_native_sampler_ends_at_a_sliding_window(config, limit):
-    assert longest_sequence(config) == limit
+    assert shared_cache_limit(config) == limit

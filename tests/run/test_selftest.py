@@ -102,7 +102,7 @@ def test_all_is_well(policy, group, tokenizer):
 
 def test_a_trainer_that_forgets_the_temperature(policy, group, tokenizer, monkeypatch):
     monkeypatch.setattr(
-        "rolltune.model.policy.selected_logprobs",
+        "rolltune.model.forward.selected_logprobs",
         lambda h, w, t, temperature, *_, **__: selected_logprobs(h, w, t, 1.0),
     )
     assert failed(run(policy, group, tokenizer=tokenizer)) == {RATIO, PACKED}
@@ -114,7 +114,7 @@ def test_a_trainer_that_forgets_what_top_p_left_out(policy, group, tokenizer, mo
     (written,) = NativeSampler(policy.model, tokenizer).generate([request], params)
     truncated = dataclasses.replace(group, completions=written)
     assert failed(run(policy, truncated, tokenizer=tokenizer)) == set()
-    monkeypatch.setattr("rolltune.model.policy.selected_logprobs", lambda *inputs, **_: selected_logprobs(*inputs[:4]))
+    monkeypatch.setattr("rolltune.model.forward.selected_logprobs", lambda *inputs, **_: selected_logprobs(*inputs[:4]))
     assert failed(run(policy, truncated, tokenizer=tokenizer)) == {RATIO, PACKED}
 
 
@@ -180,7 +180,7 @@ def test_the_packed_rows_of_a_coarsely_sampled_policy_are_held_to_its_own(policy
         logprobs, entropy = selected_logprobs(*inputs, **options)
         return logprobs + 0.01, entropy
 
-    monkeypatch.setattr("rolltune.model.policy.selected_logprobs", blurred)
+    monkeypatch.setattr("rolltune.model.forward.selected_logprobs", blurred)
     assert failed(run(policy, group, tokenizer=tokenizer, sampler_dtype="bfloat16")) == {PACKED}
 
 

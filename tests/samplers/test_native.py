@@ -21,6 +21,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from rolltune.model.parts import attention
 from rolltune.samplers.native import NativeSampler
 from rolltune.types import Completion, Prompt, SampleRequest, SamplingParams
 
@@ -351,12 +352,17 @@ def test_requests_may_be_empty(llama, letter_tokenizer):
 def scripted(model: PreTrainedModel, script: Sequence[int], start: int) -> None:
     """From now on a sequence at position ``start + i`` generates ``script[i]``."""
     positions: list[torch.Tensor] = []
-    model.register_forward_pre_hook(lambda _m, _a, kwargs: positions.append(kwargs["position_ids"]), with_kwargs=True)
+
+    def note_positions(_module, _args, kwargs: dict) -> None:
+        plain = torch.arange(kwargs["input_ids"].shape[1])[None]
+        positions.append(kwargs.get("position_ids", plain))
+
+    model.register_forward_pre_hook(note_positions, with_kwargs=True)
 
     def replace(_module, _args, logits: torch.Tensor) -> torch.Tensor:
-        steps = (positions[-1][:, -1] - start).clamp(0, len(script) - 1)
+        steps = (positions[-1][:, -logits.shape[1] :] - start).clamp(0, len(script) - 1)
         wanted = torch.tensor(script)[steps]
-        return 1000 * nn.functional.one_hot(wanted, logits.shape[-1]).float()[:, None]
+        return 1000 * nn.functional.one_hot(wanted, logits.shape[-1]).float()
 
     head = model.get_output_embeddings()
     assert head is not None
@@ -524,26 +530,36 @@ SIZES = {
 }
 
 
+def check_own_logprobs(model, groups: Sequence[Sequence[Completion]], prompts: Sequence[tuple[int, ...]]) -> None:
+    """Compare the log-probs of completions with those of a plain eager forward pass."""
+    for prompt, group in zip(prompts, groups, strict=True):
+        for completion in group:
+            with attention(model, "eager"):
+                expected = reference_logprobs(model, prompt, completion, SamplingParams())
+            assert completion.logprobs == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize(
-    ("config", "reason"),
+    "config",
     [
-        (Gemma2Config(**SIZES), "Gemma2ForCausalLM.*softcap"),
-        (GptOssConfig(**SIZES, num_local_experts=2), "GptOssForCausalLM.*sinks"),
+        Gemma2Config(**SIZES, attn_logit_softcapping=2.0, query_pre_attn_scalar=1),
+        GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+        Lfm2Config(**{**SIZES, "layer_types": ["conv", "full_attention"]}),
     ],
+    ids=["softcap", "sinks", "convolution"],
 )
-def test_attention_of_another_kind_is_refused(build_model, letter_tokenizer, config, reason: str):
+def test_other_kinds_of_layers_are_sampled_with_the_models_own_cache(build_model, letter_tokenizer, config):
     model = build_model(config)
     implementation = model.config._attn_implementation
-    with pytest.raises(ValueError, match=reason):
-        NativeSampler(model, letter_tokenizer)
+    sampler = NativeSampler(model, letter_tokenizer, max_num_seqs=3)
+    assert [type(model).__name__ in note and "its own cache" in note for note in sampler.notes] == [True]
+    made = requests(4, PROMPTS[:2])
+    groups = sampler.generate(made, SamplingParams(max_new_tokens=12))
+    check_own_logprobs(model, groups, PROMPTS[:2])
     assert model.config._attn_implementation == implementation
-    assert torch.is_grad_enabled()
-
-
-def test_recurrent_layers_are_refused(build_model, letter_tokenizer):
-    config = Lfm2Config(**{**SIZES, "layer_types": ["conv", "full_attention"]})
-    with pytest.raises(ValueError, match="Lfm2ForCausalLM"):
-        NativeSampler(build_model(config), letter_tokenizer)
+    # A completion depends on its seed alone.
+    again = NativeSampler(model, letter_tokenizer).generate(made[1:], SamplingParams(max_new_tokens=12))
+    assert [c.token_ids for c in again[0]] == [c.token_ids for c in groups[1]]
 
 
 def test_encoder_decoders_are_refused(letter_tokenizer):
@@ -562,13 +578,14 @@ def test_a_model_whose_logits_come_out_different_is_refused(llama, letter_tokeni
         NativeSampler(llama, letter_tokenizer)
 
 
-def test_a_sliding_window_is_a_limit_on_the_length(build_model, letter_tokenizer):
-    model = build_model(MistralConfig(**SIZES, sliding_window=40))
+def test_sequences_longer_than_a_sliding_window_are_sampled_with_the_models_own_cache(build_model, letter_tokenizer):
+    model = build_model(MistralConfig(**SIZES, sliding_window=80))
     sampler = NativeSampler(model, letter_tokenizer)
-    longest = len(PROMPTS[3])
-    sampler.generate(requests(1), SamplingParams(max_new_tokens=40 - longest))
-    with pytest.raises(ValueError, match=f"max_new_tokens: {41 - longest}.*40 tokens"):
-        sampler.generate(requests(1), SamplingParams(max_new_tokens=41 - longest))
+    assert "beyond 80 tokens" in sampler.notes[0]
+    prompt = PROMPTS[3] * 2
+    for new_tokens in (80 - len(prompt), 60):
+        groups = sampler.generate(requests(2, [prompt]), SamplingParams(max_new_tokens=new_tokens))
+        check_own_logprobs(model, groups, [prompt])
 
 
 def test_the_context_is_a_limit_on_the_length(make_llama, letter_tokenizer):

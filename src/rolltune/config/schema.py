@@ -39,6 +39,8 @@ class ModelConfig:
     fp32_head: bool = False  # with bfloat16 or float16: float32 logits, in the trainer and in the sampler
     dropout: bool = False  # train with the dropout and router jitter of the model's own config (GPT-2, OPT)
     batch_invariant: bool = False  # grpo, float32 on a CPU: sampler and trainer agree bit for bit, but run slower
+    # weight of the load-balancing loss of a mixture-of-experts model's routers, 0.001 for example; 0: none
+    router_aux_loss: float = 0.0
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, about 1/3 more time
 
 
@@ -50,6 +52,7 @@ class LoRAConfig:
     alpha: float = 32.0  # scale of the adapters; they are multiplied by alpha / rank
     dropout: float = 0.0  # dropout probability on the adapters' inputs, in [0, 1)
     target_modules: str = "all-linear"  # or module names separated by commas: "q_proj,v_proj"
+    experts: bool = False  # also adapt the experts of a mixture-of-experts model, which are no linear layers; slower
 
 
 @dataclass(kw_only=True)
@@ -78,6 +81,7 @@ class PromptConfig:
     few_shot: list[FewShotExample] = field(default_factory=list)  # [{user: ..., assistant: ...}] before each problem
     prefill: str = ""  # start of the response ("<think>"); rewards see it as if the model had written it
     chat_template: FilePath | None = None  # Jinja file, for base models without a template; null: the model's own
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # the template's own: {enable_thinking: false}
 
 
 @dataclass(kw_only=True)
@@ -248,7 +252,7 @@ class AuditRewardsConfig:
     output_dir: FilePath = MISSING  # folder for the report
     seed: int = 0  # of the generated wrong answers
     dry_run: bool = False  # check everything, score nothing
-    data: Component = MISSING  # problems with gold answers
+    data: Component = MISSING  # problems with gold answers, or labelled answers (rolltune.data.answers_labelled)
     rewards: dict[str, Component] = field(default_factory=dict)  # name: component, as in grpo
     answer_format: str = _ANSWER_FORMAT  # layout of a right response
     max_problems: int | None = None  # most problems to use; null: all
@@ -327,7 +331,8 @@ class ServeConfig:
     takes_weights: Literal["files", "nccl"] | None = None
     options: list[str] = field(default_factory=list)  # more options of vLLM's server: ["--tensor-parallel-size", "4"]
     start_seconds: float = 900.0  # longest time that loading may take
-    command: list[str] = field(default_factory=list)  # program to serve for, until it ends; empty: until Ctrl-C
+    # program to serve for, until it ends, with the server's key in its VLLM_API_KEY; empty: until Ctrl-C
+    command: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)

@@ -20,10 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from rolltune.model.kv_cache import MASKED, CacheUpdate, DecodePlan, PrefillPlan, resolve_scaling
-from rolltune.model.packed_attention import PackedLayout, check_supported, packed_attention, take_tokens
+from rolltune.model.packed_attention import (
+    CHANGES_SCORES,
+    PackedLayout,
+    PackedMask,
+    packed_attention,
+    packed_mask,
+    take_tokens,
+)
 
 BATCH_INVARIANT_PACKED_ATTENTION = "rolltune_batch_invariant_packed"
 BATCH_INVARIANT_SHARED_PROMPT_ATTENTION = "rolltune_batch_invariant_shared_prompt"
@@ -108,40 +114,46 @@ def batch_invariant_packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: PackedMask | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    layout: PackedLayout | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Attend within a microbatch; arguments and result as in :func:`rolltune.model.packed_attention.packed_attention`.
 
     Raises:
-        ValueError: also where the model has dropout in its attention.
+        ValueError: also where attention is not plain: a window shorter than a sequence, a softcap, sinks, dropout.
     """
-    if layout is None:
+    if not isinstance(attention_mask, PackedMask):
         return packed_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
-    check_supported(layout, kwargs)
+    if not attention_mask.is_causal:
+        raise ValueError(
+            "model.batch_invariant: true; the model has a sliding window shorter than a sequence of "
+            f"{attention_mask.layout.length} tokens; shorten prompts or sampling.max_new_tokens"
+        )
+    for name in CHANGES_SCORES:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"model.batch_invariant: true; the model's attention uses {name}, which is not supported")
     if dropout:
         raise ValueError(f"model.batch_invariant: true; the model has a dropout of {dropout} in its attention")
     scaling = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return _PackedAttention.apply(query, key, value, layout, scaling), None  # pyright: ignore[reportReturnType]
+    return _PackedAttention.apply(query, key, value, attention_mask, scaling), None  # pyright: ignore[reportReturnType]
 
 
 class _PackedAttention(torch.autograd.Function):
     """Forward in tiles; backward recomputes :func:`packed_attention` and goes through its usual kernels."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float):
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scaling: float):
         ctx.save_for_backward(query, key, value)
-        ctx.layout, ctx.scaling = layout, scaling
-        return _packed(query, key, value, layout, scaling)
+        ctx.mask, ctx.scaling = mask, scaling
+        return _packed(query, key, value, mask.layout, scaling)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         q, k, v = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
         with torch.enable_grad():
-            out, _ = packed_attention(nn.Module(), q, k, v, None, scaling=ctx.scaling, layout=ctx.layout)
+            out, _ = packed_attention(nn.Module(), q, k, v, ctx.mask, scaling=ctx.scaling)
         return *torch.autograd.grad(out, (q, k, v), grads), None, None
 
 
@@ -275,5 +287,5 @@ def _decode(query: Tensor, update: CacheUpdate, plan: DecodePlan, scaling: float
 
 
 AttentionInterface.register(BATCH_INVARIANT_PACKED_ATTENTION, batch_invariant_packed_attention)
-AttentionMaskInterface.register(BATCH_INVARIANT_PACKED_ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(BATCH_INVARIANT_PACKED_ATTENTION, packed_mask)
 AttentionInterface.register(BATCH_INVARIANT_SHARED_PROMPT_ATTENTION, batch_invariant_shared_prompt_attention)

@@ -23,8 +23,15 @@ class FP32Head(nn.Linear):
         return F.linear(input.float(), self.weight.float())
 
 
-def use_fp32_head(model: PreTrainedModel) -> None:
-    """Replace the model's LM head by an :class:`FP32Head`, so that all logits of the model are fp32."""
+def use_fp32_head(model: PreTrainedModel, path: str) -> None:
+    """Replace the model's LM head by an :class:`FP32Head`, so that all logits of the model are fp32.
+
+    Raises:
+        ValueError: the head is not a linear layer without a bias; the message names ``path``.
+    """
     head = model.get_output_embeddings()
-    assert isinstance(head, nn.Linear)
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ValueError(
+            f"model.fp32_head: true; the LM head of {path} is not a linear layer without a bias; leave it out"
+        )
     model.set_output_embeddings(FP32Head(head.weight))

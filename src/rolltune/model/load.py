@@ -16,13 +16,23 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar
 
+from rolltune.errors import ConfigError
 from rolltune.files import home_path
 from rolltune.model.batch_invariant import check_usable, make_batch_invariant
 from rolltune.model.batch_invariant_attention import BATCH_INVARIANT_PACKED_ATTENTION
+from rolltune.model.choose import choose_forward
 from rolltune.model.cpu.onednn import use_onednn
+from rolltune.model.forward import forward_of
 from rolltune.model.fp32_head import use_fp32_head
 from rolltune.model.packed_attention import PACKED_ATTENTION
 
@@ -127,6 +137,18 @@ def load_config(path: str):
     return _from_hub(AutoConfig.from_pretrained, adapter_base(source) or source)
 
 
+def auto_class(config) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """Return the class that loads a config's model: a causal LM, or a multimodal model around one."""
+    is_causal_lm = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if is_causal_lm else AutoModelForImageTextToText
+
+
+def empty_model(config) -> PreTrainedModel:
+    """Build a config's model on the meta device, for its shapes."""
+    with torch.device("meta"):
+        return auto_class(config).from_config(config)
+
+
 def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer and check that it has a chat template and an EOS token.
 
@@ -161,7 +183,7 @@ def load_model(
     fp32_head: bool = False,
     batch_invariant: bool = False,
 ) -> PreTrainedModel:
-    """Load a causal LM with packed attention.
+    """Load a causal LM, and choose how its log-probs are computed (:mod:`rolltune.model.choose`).
 
     Args:
         path: ``model.path``, not an adapter.
@@ -172,26 +194,27 @@ def load_model(
             (:mod:`rolltune.model.batch_invariant`); float32 on a CPU only.
 
     Raises:
-        ValueError: the model cannot be loaded, or its head or attention is not supported.
+        ValueError: the model cannot be loaded, or an option does not fit it.
+        ConfigError: its log-probs cannot be computed rightly (:mod:`rolltune.model.choose`).
     """
     if batch_invariant:
         check_usable(dtype, device)
-    model = _from_hub(
-        AutoModelForCausalLM.from_pretrained,
-        resolve_model(path),
-        dtype=DTYPES[dtype],
-        attn_implementation=BATCH_INVARIANT_PACKED_ATTENTION if batch_invariant else PACKED_ATTENTION,
-    )
-    check_head(model, path)
-    if not model._supports_attention_backend:
-        raise ValueError(f"model.path: {path}: {type(model).__name__} does not support packed attention")
+    source = resolve_model(path)
+    model = _from_hub(auto_class(load_config(source)).from_pretrained, source, dtype=DTYPES[dtype])
     if fp32_head:
-        use_fp32_head(model)
+        use_fp32_head(model, path)
     if batch_invariant:
         make_batch_invariant(model)
     else:
         use_onednn(model)
-    return model.to(device)  # pyright: ignore[reportArgumentType]  transformers wraps it in a type of its own
+    model.to(device)  # pyright: ignore[reportArgumentType]  transformers wraps it in a type of its own
+    packed_attention = BATCH_INVARIANT_PACKED_ATTENTION if batch_invariant else PACKED_ATTENTION
+    choose_forward(model.eval(), path, packed_attention=packed_attention)
+    if batch_invariant and not (forward_of(model).packed and forward_of(model).plain_head):
+        raise ConfigError(
+            [f"model.batch_invariant: true; {forward_of(model).note}, where bits depend on the batch; set it to false"]
+        )
+    return model
 
 
 def load_for_sampling(
@@ -211,17 +234,6 @@ def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(causal_lm, PreTrainedModel)
     return causal_lm
-
-
-def check_head(model: PreTrainedModel, path: str) -> None:
-    """Raise ValueError unless logits are ``hidden @ weight.T``, which :mod:`rolltune.model.logprobs` computes."""
-    config = model.config.get_text_config()
-    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, key, None) not in (None, 1, 1.0):
-            raise ValueError(f"model.path: {path}: {key} = {getattr(config, key)} is not supported")
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
-        raise ValueError(f"model.path: {path}: the model needs an LM head without bias")
 
 
 def _from_hub(load, source: str, **kwargs):

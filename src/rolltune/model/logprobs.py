@@ -46,7 +46,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             z = multiply(hidden[part], head).float().div_(temperature)  # [chunk, V]
-            _restrict(z, support, start)
+            restrict(z, support, start)
             exact = invariant.chosen_logprobs(z, targets[part]) if batch_invariant else None
             top = z.amax(-1, keepdim=True)
             z.sub_(top)  # in place from here on: a chunk is the largest tensor here
@@ -75,7 +75,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             z = product(hidden[part], head).float().div_(ctx.temperature)
-            _restrict(z, ctx.support, start)
+            restrict(z, ctx.support, start)
             # d logp[y] / dz = (onehot(y) - softmax(z)) / T
             scale = upstream[part, None] / ctx.temperature
             dz = torch.exp_(z.sub_(logsumexp[part, None])).mul_(-scale)
@@ -87,7 +87,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
 
 
-def _restrict(z: Tensor, support: Support | None, start: int) -> None:
+def restrict(z: Tensor, support: Support | None, start: int) -> None:
     """Set logits [chunk, V] outside of each token's support to -inf, in place. ``start``: number of the first token."""
     if support is None:
         return
@@ -98,6 +98,16 @@ def _restrict(z: Tensor, support: Support | None, start: int) -> None:
     kept = z[tokens, ids]
     z.masked_fill_(sizes[:, None] > 0, -torch.inf)  # a token without ids has the full vocabulary
     z[tokens, ids] = kept
+
+
+def check_support(logprobs: Tensor, targets: Tensor, support: Support | None) -> None:
+    """Raise ValueError if a target is not in its own support."""
+    missing = logprobs.isneginf().nonzero().flatten().tolist() if support is not None else []
+    if missing:
+        raise ValueError(
+            f"support: token {targets[missing[0]].item()}, number {missing[0]} of {len(targets)}, is not in the set of "
+            "tokens that it was drawn from"
+        )
 
 
 def selected_logprobs(
@@ -127,10 +137,5 @@ def selected_logprobs(
         ValueError: a target is not in its own support.
     """
     logprobs, entropy = _SelectedLogprobs.apply(hidden, weight, targets, temperature, support, batch_invariant)
-    missing = logprobs.isneginf().nonzero().flatten().tolist() if support is not None else []
-    if missing:
-        raise ValueError(
-            f"support: token {targets[missing[0]].item()}, number {missing[0]} of {len(targets)}, is not in the set of "
-            "tokens that it was drawn from"
-        )
+    check_support(logprobs, targets, support)
     return logprobs, entropy

@@ -8,26 +8,21 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from rolltune.config.schema import LoRAConfig, ModelConfig
-from rolltune.model.batch_invariant import is_batch_invariant, make_batch_invariant
+from rolltune.model.batch_invariant import make_batch_invariant
 from rolltune.model.checkpointing import recompute_activations
-from rolltune.model.fp32_head import FP32Head
+from rolltune.model.forward import forward_of, packed_logprobs
 from rolltune.model.load import adapter_base, load_model, resolve_model, unwrapped
-from rolltune.model.logprobs import selected_logprobs
-from rolltune.model.packed_attention import packed_layout
+from rolltune.model.lora import check_adapter, is_adapted, lora_config, lora_modules, set_dropout, without_adapter
+from rolltune.model.router import load_balancing_loss, recorded_router_logits, routers
 from rolltune.seeding import derive_seed
 from rolltune.types import Microbatch
 
 REFERENCE_ADAPTER = "reference"
-# transformers passes a four-dimensional mask on unchanged, and packed attention ignores it in favour of the layout.
-# Without one, transformers would build a [T, T] mask from the positions.
-_NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
 class Policy:
@@ -45,6 +40,8 @@ class Policy:
     Attributes:
         model: the causal LM that is trained and sampled from, wrapped by peft if LoRA is used.
         version: optimizer steps taken.
+        router_aux_loss: weight of the load-balancing loss of :meth:`trained_logprobs`; 0: there is none.
+        notes: lines for the user about how the model is trained; empty if there is nothing unusual.
     """
 
     def __init__(
@@ -53,16 +50,22 @@ class Policy:
         reference: PreTrainedModel | None,
         *,
         dropout_modules: Sequence[nn.Module] = (),
+        router_aux_loss: float = 0.0,
+        notes: Sequence[str] = (),
     ):
         """
         Args:
             model: the model to train.
             reference: the frozen copy of full training.
             dropout_modules: the modules that are in training mode within :meth:`with_dropout`.
+            router_aux_loss: weight of the routers' load-balancing loss.
+            notes: see the attribute.
         """
         self.model = model.eval()
         self.version = 0
         self._reference = reference
+        self.router_aux_loss = router_aux_loss
+        self.notes = notes
         self._dropout_modules = dropout_modules
 
     @property
@@ -99,6 +102,18 @@ class Policy:
         If top-k or top-p truncated the sampler's distribution, the softmax runs over the tokens that they kept.
         """
         return packed_logprobs(self.causal_lm, microbatch, temperature=temperature)
+
+    def trained_logprobs(self, microbatch: Microbatch, *, temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return (log-probs, entropy) as :meth:`logprobs` does, and the load-balancing loss of the microbatch's tokens.
+
+        The loss is a scalar that carries a gradient, not yet weighted; None if ``router_aux_loss`` is 0.
+        """
+        if not self.router_aux_loss:
+            return *self.logprobs(microbatch, temperature=temperature), None
+        with recorded_router_logits(self.causal_lm) as logits:
+            logprobs, entropy = self.logprobs(microbatch, temperature=temperature)
+        top_k = self.causal_lm.config.get_text_config().num_experts_per_tok
+        return logprobs, entropy, load_balancing_loss(logits, top_k)
 
     @torch.no_grad()
     def reference_logprobs(self, microbatch: Microbatch, *, temperature: float) -> Tensor:
@@ -138,40 +153,6 @@ class Policy:
         else:
             self.model.save_pretrained(str(folder))
         tokenizer.save_pretrained(folder)
-
-
-def packed_logprobs(model: PreTrainedModel, microbatch: Microbatch, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Compute log-probs and entropy of a microbatch's trained tokens. The LM head runs on these tokens only.
-
-    Args:
-        model: a causal LM loaded by :func:`rolltune.model.load.load_model`, which gives it packed attention.
-        microbatch: T tokens, N of them trained.
-        temperature: the sampling temperature, by which logits are divided.
-
-    Returns:
-        (log-probs, entropy), both float32 [N], under the softmax over the microbatch's support if it has one.
-    """
-    decoder = getattr(model, model.base_model_prefix)
-    hidden = decoder(
-        input_ids=microbatch.input_ids[None],
-        position_ids=microbatch.position_ids[None],
-        attention_mask=_NO_MASK,
-        layout=packed_layout(microbatch),
-        use_cache=False,
-    ).last_hidden_state[0]  # [T, H]
-    head = model.get_output_embeddings()
-    assert isinstance(head, torch.nn.Linear)
-    hidden = hidden[microbatch.predictor_index]
-    if isinstance(head, FP32Head):
-        hidden = hidden.float()
-    return selected_logprobs(
-        hidden,
-        head.weight,
-        microbatch.target_ids,
-        temperature,
-        microbatch.support,
-        batch_invariant=is_batch_invariant(model),
-    )
 
 
 def build_policy(
@@ -218,7 +199,31 @@ def build_policy(
             reference = load(start).requires_grad_(False).eval()
     if config.gradient_checkpointing:
         recompute_activations(unwrapped(model))
-    return Policy(model, reference, dropout_modules=_dropout_modules(model, config, lora))
+    check_router_loss(unwrapped(model), config)
+    notes = [forward_of(unwrapped(model)).note, "" if lora is None else without_adapter(model, lora)]
+    return Policy(
+        model,
+        reference,
+        dropout_modules=_dropout_modules(model, config, lora),
+        router_aux_loss=config.router_aux_loss,
+        notes=[note for note in notes if note],
+    )
+
+
+def check_router_loss(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Raise ValueError if ``model.router_aux_loss`` does not fit the model."""
+    if config.router_aux_loss < 0:
+        raise ValueError(f"model.router_aux_loss: {config.router_aux_loss}; must be >= 0")
+    if not config.router_aux_loss:
+        return
+    if not routers(model) or getattr(model.config.get_text_config(), "num_experts_per_tok", None) is None:
+        problem = "has no routers to balance"
+    elif not forward_of(model).packed:  # padding would count, and a prompt once for each of its completions
+        problem = "is trained unpacked, where it is not supported"
+    else:
+        return
+    value = config.router_aux_loss
+    raise ValueError(f"model.router_aux_loss: {value}; {type(model).__name__} {problem}; leave it out")
 
 
 def _dropout_modules(
@@ -230,7 +235,7 @@ def _dropout_modules(
             raise ValueError(f"model.dropout: true; the config of {config.path} has no dropout; leave it out")
         return [model]  # the adapters' dropout is 0 unless lora.dropout says otherwise
     if lora is not None and lora.dropout > 0:
-        return [m.lora_dropout["default"] for m in model.modules() if _is_adapted(m)]  # pyright: ignore
+        return [m.lora_dropout["default"] for m in model.modules() if is_adapted(m)]  # pyright: ignore
     return []
 
 
@@ -258,11 +263,11 @@ def _load_with_lora(
     wanted = lora_modules(model, lora.target_modules)
     if base is not None or resume_from is not None:
         model = PeftModel.from_pretrained(model, str(resume_from) if resume_from else start, is_trainable=True)
-        _check_adapter(model, lora, wanted, config.path)
-        _set_dropout(model, lora.dropout)
+        check_adapter(model, lora, wanted, config.path)
+        set_dropout(model, lora.dropout)
     else:
         torch.manual_seed(derive_seed(seed, "lora"))
-        model = get_peft_model(model, _lora_config(lora))
+        model = get_peft_model(model, lora_config(lora, model, wanted))
     assert isinstance(model, PeftModel)
     if base is not None and with_reference:
         model.load_adapter(start, REFERENCE_ADAPTER)
@@ -271,72 +276,6 @@ def _load_with_lora(
     if config.batch_invariant:
         make_batch_invariant(model)  # again, for the adapters' layers
     return model
-
-
-def lora_modules(model: PreTrainedModel, target_modules: str) -> list[str]:
-    """Return the names of the modules that ``lora.target_modules`` stands for.
-
-    Args:
-        model: without adapters; may be on the meta device.
-        target_modules: "all-linear", for all linear layers but the LM head, or ends of module names, split by commas.
-
-    Raises:
-        ValueError: a name is the end of no module's name, or that of the LM head.
-    """
-    head = model.get_output_embeddings()
-    if target_modules == "all-linear":
-        return [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
-    found = []
-    for target in (name.strip() for name in target_modules.split(",")):
-        modules = {name: m for name, m in model.named_modules() if f".{name}".endswith(f".{target}")}
-        if not modules:
-            leaves = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-            raise ValueError(f"lora.target_modules: {target}; the model has {', '.join(sorted(leaves))}")
-        if any(m is head for m in modules.values()):
-            raise ValueError(f"lora.target_modules: {target}; an adapter on the LM head is not supported; leave it out")
-        found += modules
-    return found
-
-
-def _lora_config(lora: LoRAConfig) -> LoraConfig:
-    """Translate the config section ``lora`` into peft's class."""
-    names = [name.strip() for name in lora.target_modules.split(",")]
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  peft divides it by the rank, so a float works
-        lora_dropout=lora.dropout,
-        target_modules="all-linear" if names == ["all-linear"] else names,
-        task_type="CAUSAL_LM",
-    )
-
-
-def _check_adapter(model: PeftModel, lora: LoRAConfig, wanted: Sequence[str], path: str) -> None:
-    """Raise ValueError unless a loaded adapter has the rank, alpha and layers that the config gives."""
-    loaded = model.peft_config["default"]
-    if (loaded.r, float(loaded.lora_alpha)) != (lora.rank, float(lora.alpha)):  # pyright: ignore[reportAttributeAccessIssue]
-        raise ValueError(
-            f"lora: rank {lora.rank}, alpha {lora.alpha}; the adapter at {path} has rank {loaded.r}, "  # pyright: ignore[reportAttributeAccessIssue]
-            f"alpha {loaded.lora_alpha}; give the same values"  # pyright: ignore[reportAttributeAccessIssue]
-        )
-    adapted = {name for name, module in unwrapped(model).named_modules() if _is_adapted(module)}
-    if adapted != set(wanted):
-        names = ", ".join(sorted({name.rpartition(".")[2] for name in adapted}))
-        raise ValueError(
-            f"lora.target_modules: {lora.target_modules}; stands for {len(wanted)} layers of the model, but the "
-            f"adapter at {path} is on {len(adapted)} ({names}); name the same layers"
-        )
-
-
-def _is_adapted(module: nn.Module) -> bool:
-    return isinstance(module, LoraLayer) and "default" in module.lora_dropout
-
-
-def _set_dropout(model: PeftModel, probability: float) -> None:
-    """Give a loaded adapter the config's dropout: how it was trained before says nothing about this run."""
-    model.peft_config["default"].lora_dropout = probability  # pyright: ignore[reportAttributeAccessIssue]
-    for module in model.modules():
-        if _is_adapted(module):
-            module.lora_dropout["default"] = nn.Dropout(probability) if probability > 0 else nn.Identity()  # pyright: ignore
 
 
 def _freeze_reference_adapter(model: PeftModel) -> None:

@@ -28,6 +28,7 @@ from rolltune.prompts import PromptRenderer
 from rolltune.rewards.checks.overoptimization import OveroptimizationMonitor
 from rolltune.rewards.combine import WeightedReward
 from rolltune.rewards.judges.pool import JudgePool
+from rolltune.run import notices
 from rolltune.samplers import Sampler
 from rolltune.samplers.native import NativeSampler
 from rolltune.types import Problem
@@ -123,6 +124,7 @@ def start_sampler(
 ) -> Sampler:
     """Build the policy's sampler, and give it to the judges that are the policy."""
     sampler = instantiate(cfg.sampler, policy.model, tokenizer)
+    notices.show(getattr(sampler, "notes", ()), is_main=world.is_main)  # a sampler need not have any
     try:
         rewards.pool.bind(sampler, tokenizer, lambda: starting_sampler(cfg, tokenizer, world))
     except BaseException:
@@ -186,4 +188,10 @@ def parameter_groups(parameters: Sequence[Parameter]) -> list[dict[str, Any]]:
 
 
 def prompt_renderer(prompt: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
-    return PromptRenderer(tokenizer, system=prompt.system, few_shot=prompt.few_shot, prefill=prompt.prefill)
+    return PromptRenderer(
+        tokenizer,
+        system=prompt.system,
+        few_shot=prompt.few_shot,
+        prefill=prompt.prefill,
+        chat_template_kwargs=prompt.chat_template_kwargs,
+    )

@@ -8,28 +8,29 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
 from rolltune.config.schema import Component, GRPOConfig, LoRAConfig, ModelConfig, SFTConfig
 from rolltune.errors import ConfigError
-from rolltune.model.load import DTYPES, load_config
+from rolltune.model.load import DTYPES, empty_model, load_config
 from rolltune.model.logprobs import CHUNK_BYTES
-from rolltune.model.policy import lora_modules
+from rolltune.model.lora import expert_parameters, lora_modules
 from rolltune.run.checkpoint import free_bytes
 
 GIB = 2**30
 
 
-def count_parameters(config, target_modules: str = "all-linear") -> tuple[int, int]:
-    """Return the number of parameters, and the summed features (in and out) of the layers that LoRA adapts.
+def count_parameters(config, lora: LoRAConfig | None = None) -> tuple[int, int]:
+    """Return the number of parameters, and the summed features (in and out) of the matrices that LoRA adapts.
 
     Both come from the shapes; no weight is loaded.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    adapted = [model.get_submodule(name) for name in lora_modules(model, target_modules)]
-    # The weight is [out, in], or [in, out] in a Conv1D.
-    features = sum(sum(module.weight.shape) for module in adapted)  # pyright: ignore[reportArgumentType]
+    model = empty_model(config)
+    features = 0
+    if lora is not None:
+        weights = [model.get_parameter(f"{name}.weight") for name in lora_modules(model, lora.target_modules)]
+        features = sum(sum(weight.shape) for weight in weights)  # [out, in], or [in, out] in a Conv1D
+        experts = [model.get_parameter(name) for name in expert_parameters(model)] if lora.experts else []
+        features += sum(len(weight) * sum(weight.shape[1:]) for weight in experts)
     return sum(p.numel() for p in model.parameters()), features
 
 
@@ -55,13 +56,14 @@ def estimate_memory(
     config = load_config(model.path)
     text = config.get_text_config()
     size = torch.finfo(DTYPES[model.dtype]).bits // 8
-    parameters, linear_features = count_parameters(config, lora.target_modules if lora else "all-linear")
+    parameters, linear_features = count_parameters(config, lora)
     trained = lora.rank * linear_features if lora else parameters
     trained_size = 4 if lora or model.master_weights else size
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv_width = head_dim * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    heads = _size(text, "num_attention_heads", default=1)
+    head_dim = _size(text, "head_dim", default=text.hidden_size // heads)
+    kv_width = head_dim * _size(text, "num_key_value_heads", default=heads)
     # Kept for the backward pass per layer: norms, q, k, v, attention output, residuals; gate, up, their product.
-    layer = 8 * text.hidden_size + 2 * kv_width + 4 * text.intermediate_size
+    layer = 8 * text.hidden_size + 2 * kv_width + 4 * _size(text, "intermediate_size", default=4 * text.hidden_size)
     layers = text.num_hidden_layers
     per_token = text.hidden_size * layers + layer if model.gradient_checkpointing else layer * layers
     parts = {
@@ -79,14 +81,18 @@ def estimate_memory(
     return {name: value / GIB for name, value in parts.items() if value}
 
 
+def _size(config, name: str, *, default: int) -> int:
+    """Return a size from a config; the default where the family has no such size, or one for each layer."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) and value > 0 else default
+
+
 def check_disk(cfg: GRPOConfig | SFTConfig) -> None:
     """Raise ConfigError if the disk of ``output_dir`` has no room for the checkpoints that a run keeps.
 
     These are the last ones, the best, and one that is being written. The optimizer is taken for AdamW.
     """
-    parameters, linear_features = count_parameters(
-        load_config(cfg.model.path), cfg.lora.target_modules if cfg.lora else "all-linear"
-    )
+    parameters, linear_features = count_parameters(load_config(cfg.model.path), cfg.lora)
     trained = cfg.lora.rank * linear_features if cfg.lora else parameters
     weight_bytes = 4 if cfg.lora else torch.finfo(DTYPES[cfg.model.dtype]).bits // 8
     one = trained * (weight_bytes + 8 + (4 if cfg.model.master_weights else 0))
@@ -132,9 +138,11 @@ def print_memory(parts: dict[str, float], console: Console) -> None:
     table = Table("memory of one process", "GiB", show_edge=False, pad_edge=False)
     for name, gib in parts.items():
         table.add_row(name, f"{gib:.2f}")
-    # Sampling and training alternate, so the memory of one does not add to the memory of the other.
-    sampling = sum(gib for name, gib in parts.items() if name.endswith("while sampling"))
-    table.add_row(
-        "peak (approximate)", f"{sum(parts.values()) - min(parts['activations of a microbatch'], sampling):.2f}"
-    )
+    table.add_row("peak (approximate)", f"{peak(parts):.2f}")
     console.print(table)
+
+
+def peak(parts: dict[str, float]) -> float:
+    """Return the most memory that is held at a time. Sampling and training alternate, so only the larger one counts."""
+    sampling = sum(gib for name, gib in parts.items() if name.endswith("while sampling"))
+    return sum(parts.values()) - min(parts["activations of a microbatch"], sampling)

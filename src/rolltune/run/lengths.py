@@ -13,8 +13,10 @@ from rolltune.config.schema import Component, GRPOConfig, ModelConfig, SFTConfig
 from rolltune.data.dataset import Dataset
 from rolltune.errors import ConfigError
 from rolltune.model.load import load_config
+from rolltune.model.parts import rope_change
 from rolltune.prompts import PromptRenderer
-from rolltune.samplers.decoder import longest_sequence
+from rolltune.samplers.caches import context_length
+from rolltune.terminal import printable
 from rolltune.types import Problem
 
 LISTED = 3  # ids in a message
@@ -31,11 +33,15 @@ class Limit:
 def sequence_limit(model: ModelConfig, sampler: Component | None = None) -> Limit | None:
     """Return the smaller one of the model's context and ``sampler.max_model_len``; None if there is no limit.
 
-    The native sampler's context ends with the shortest sliding window, and where dynamic RoPE starts to change.
+    The native sampler's context ends where RoPE starts to change with the longest sequence, the trainer's where it does
+    with every length (dynamic RoPE).
     """
     config = load_config(model.path).get_text_config()
     is_native = sampler is not None and sampler["_component_"].startswith("rolltune.samplers.native.")
-    context = longest_sequence(config) if is_native else getattr(config, "max_position_embeddings", None)
+    if is_native or rope_change(config, "dynamic") is not None:
+        context = context_length(config)
+    else:
+        context = getattr(config, "max_position_embeddings", None)
     limits = [] if context is None else [Limit(tokens=context, source=f"the context of {model.path}")]
     if sampler is not None and sampler.get("max_model_len") is not None:
         limits.append(Limit(tokens=sampler["max_model_len"], source="sampler.max_model_len"))
@@ -83,7 +89,7 @@ def fitting(
             ]
         )
     if not quiet:
-        print(f"{found}; they are left out (data.too_long: drop)", flush=True)
+        print(printable(f"{found}; they are left out (data.too_long: drop)"), flush=True)
     left_out = set(too_long)
     return Dataset(problem for i, problem in enumerate(problems) if i not in left_out)
 

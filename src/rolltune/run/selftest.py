@@ -19,14 +19,15 @@ from transformers import PreTrainedTokenizerBase
 
 from rolltune.batch import TokenSequence, TrainGroup, pack, pack_examples, train_group
 from rolltune.model.batch_invariant import is_batch_invariant
+from rolltune.model.parts import attention
 from rolltune.model.policy import Policy
 from rolltune.prompts import without_prefill, worked_response
 from rolltune.terminal import printable
 from rolltune.types import Completion, Group, Microbatch, Prompt, Reward, RolloutMicrobatch
 
-# Limits on |trainer - sampler| log-prob: (mean, max) over tokens. In fp32 only the order of summation differs. bf16
-# keeps 8 bits of each logit, so single unlikely tokens may be far off while the mean stays small. fp16 keeps 11 bits;
-# vLLM in fp16 was seen 1.4e-2 off in the mean. Batch-invariant models must agree exactly.
+# Limits on |difference| of log-probs: (mean, max) over tokens. In fp32 only the order of summation differs. bf16 keeps
+# 8 bits of each logit, so single unlikely tokens may be far off while the mean stays small. fp16 keeps 11 bits; vLLM in
+# fp16 was seen 1.4e-2 off in the mean. Batch-invariant models must agree exactly with their sampler.
 TOLERANCE = {"exact": (0.0, 0.0), "float32": (1e-4, 1e-2), "float16": (0.02, 0.3), "bfloat16": (0.05, 1.0)}
 KL_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-3 / 8}
 
@@ -227,7 +228,8 @@ def _check_plain_forward(
 
 def _plain_logprobs(policy: Policy, prompt: Prompt, sequence: TokenSequence, temperature: float) -> Tensor:
     ids = torch.tensor([prompt.token_ids + sequence.token_ids], device=policy.causal_lm.device)
-    logits = policy.causal_lm(ids, use_cache=False).logits[0, len(prompt.token_ids) - 1 : -1].float()
+    with attention(policy.causal_lm, "eager"):
+        logits = policy.causal_lm(input_ids=ids, use_cache=False).logits[0, len(prompt.token_ids) - 1 : -1].float()
     for t, kept in enumerate(getattr(sequence, "support", None) or ()):
         outside = torch.ones_like(logits[t], dtype=torch.bool)
         outside[list(kept)] = False

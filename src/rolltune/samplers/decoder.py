@@ -1,25 +1,24 @@
-"""Forward passes of the policy while it samples: prefill and decoding steps with the shared prompt cache."""
+"""Forward passes of the policy while it samples: with the shared prompt cache, or with the model's own cache."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from rolltune.model import batch_invariant
 from rolltune.model.batch_invariant_attention import BATCH_INVARIANT_SHARED_PROMPT_ATTENTION
 from rolltune.model.cpu import onednn
 from rolltune.model.kv_cache import SHARED_PROMPT_ATTENTION
 from rolltune.model.load import unwrapped
-from rolltune.samplers.sequences import DecodeBatch, PromptState, SequenceState
-
-# Relative error of a few logits against the model's own: far above rounding, far below the error of wrong attention.
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1 / 8, torch.bfloat16: 0.1}
+from rolltune.model.parts import attention as use_attention
+from rolltune.samplers.sequences import DecodeBatch, PromptState
 
 
 class Decoder:
@@ -55,20 +54,14 @@ class Decoder:
             attention = BATCH_INVARIANT_SHARED_PROMPT_ATTENTION if self.batch_invariant else SHARED_PROMPT_ATTENTION
         linear = batch_invariant.sampling_linear if self.batch_invariant else onednn.sampling_linear
         training = [module for module in self._model.modules() if module.training]
-        # Parts of a composite model have their own configs; setting the attention of the whole would set it in all.
-        configs = {id(m.config): m.config for m in self.causal_lm.modules() if isinstance(m, PreTrainedModel)}.values()
-        implementations = [config._attn_implementation for config in configs]
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
+            stack.enter_context(use_attention(self.causal_lm, attention))
             try:
                 self._model.eval()
-                for config in configs:
-                    config._attn_implementation = attention
                 stack.enter_context(onednn.sampling_linears(self._model, pack=self._pack_weights, forward=linear))
                 yield
             finally:
-                for config, implementation in zip(configs, implementations, strict=True):
-                    config._attn_implementation = implementation
                 for module in training:
                     module.training = True
 
@@ -119,62 +112,33 @@ def _prefill_chunks(prompts: Sequence[PromptState], max_tokens: int) -> Iterator
         yield chunk
 
 
-def check_decoder(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Compare the logits of a few tokens with those of the model's own eager attention.
+class OwnCache:
+    """The completions of one prompt on the model's own cache, all equally long, so that there is no padding."""
 
-    Returns:
-        The longest sequence that can be sampled, in tokens; None if there is no limit.
+    def __init__(self, model: PreTrainedModel):
+        self._model = model
+        self._parameters = inspect.signature(model.forward).parameters
+        self._length = 0
+        self._cache: dict[str, Any] = {}
 
-    Raises:
-        ValueError: the model cannot run on the shared prompt cache, or its logits differ.
-    """
-    model = decoder.causal_lm
-    name, config = type(model).__name__, model.config.get_text_config()
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"sampler: {name} is an encoder-decoder; only causal LMs can be sampled from")
-    # Common words: in bf16 the logits of rare tokens can be mostly rounding error.
-    ids = tokenizer.encode("one and one is two, two and two is four", add_special_tokens=False)[:12]
-    sequence = SequenceState(PromptState(0, tuple(ids[:-2]), 1), sample=0, uniforms=np.empty(0))
-    batch = DecodeBatch(model.device)
-    try:
-        with decoder.sampling_mode():
-            decoder.prefill(batch.admit([sequence]), batch, max_tokens=len(ids))
-            for token in ids[-2:]:
-                decoder.decode(batch)
-                sequence.token_ids.append(token)
-            logits = decoder.decode(batch).float()
-        if len(batch.cache.layers) != config.num_hidden_layers:
-            raise ValueError("it has layers without attention, or layers that share keys and values")
-        with decoder.sampling_mode("eager"):
-            expected = decoder.forward([ids], [list(range(len(ids)))], use_cache=False).float()
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"sampler: {name} cannot be sampled from with a shared prompt cache: {error}") from error
-    error = ((logits - expected).norm() / expected.norm()).item()
-    if not error <= TOLERANCE[model.dtype]:
-        raise ValueError(
-            f"sampler: {name} cannot be sampled from with a shared prompt cache: its logits differ from those of its "
-            f"own attention (relative error {error:.2g}), so it has an unusual kind of attention or layer"
-        )
-    limits = (batch.cache.window, longest_sequence(config))
-    return min((limit for limit in limits if limit is not None), default=None)
+    def prefill(self, prompt: Sequence[int], count: int) -> Tensor:
+        """Return the logits [count, V] behind the prompt, the same for each of ``count`` completions."""
+        return self._forward([list(prompt)] * count)
 
+    def decode(self, tokens: Sequence[int]) -> Tensor:
+        """Append one token to each completion; return the logits [count, V] of the next."""
+        return self._forward([[token] for token in tokens])
 
-def longest_sequence(config) -> int | None:
-    """Return the longest sequence that can be sampled by a text model's config, in tokens; None: no limit."""
-    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    window = getattr(config, "sliding_window", None) if slides and getattr(config, "use_sliding_window", True) else None
-    limits = (window, getattr(config, "attention_chunk_size", None), _context_length(config))
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _context_length(config) -> int | None:
-    """Return the number of positions of the model.
-
-    If RoPE's frequencies change with the longest sequence of a batch, only the lengths up to that change count: beyond
-    it, a completion would depend on the others in the batch.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        original = rope.get("original_max_position_embeddings")
-        return original or getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
-    return getattr(config, "max_position_embeddings", None)
+    def _forward(self, token_ids: list[list[int]]) -> Tensor:
+        ids = torch.tensor(token_ids, device=self._model.device)
+        positions = torch.arange(self._length, self._length + ids.shape[1], device=ids.device).expand_as(ids)
+        options = {"position_ids": positions, "logits_to_keep": 1}  # old and recurrent models lack the one or the other
+        known = {name: value for name, value in options.items() if name in self._parameters}
+        output = self._model(input_ids=ids, use_cache=True, **known, **self._cache)
+        self._length += ids.shape[1]
+        # Recurrent models have names of their own for it.
+        names = ("past_key_values", "cache_params", "state")
+        self._cache = {name: output[name] for name in names if output.get(name) is not None}
+        if not self._cache:
+            raise ValueError("it returns no cache")
+        return output.logits[:, -1]

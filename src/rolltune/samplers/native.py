@@ -7,6 +7,9 @@ and a waiting one takes its place (continuous batching).
 All randomness of a completion comes from its seed. With the same weights a completion is the same whatever else is in
 the batch, up to the rounding of matrix products of different sizes, and to the last bit if the model is batch-invariant
 (:mod:`rolltune.model.batch_invariant`).
+
+Models that the shared prompt cache does not reproduce are sampled with their own cache, one prompt at a time
+(:mod:`rolltune.samplers.caches`).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby, islice
 
 import numpy as np
 import torch
@@ -21,7 +25,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rolltune.samplers.decoder import Decoder, check_decoder
+from rolltune.samplers.caches import choose_caches
+from rolltune.samplers.decoder import Decoder, OwnCache
 from rolltune.samplers.distribution import sample
 from rolltune.samplers.generation import Results, check_lengths, eos_token_ids, split_stop
 from rolltune.samplers.sequences import DecodeBatch, PromptState, SequenceState, StopCondition
@@ -33,6 +38,7 @@ class NativeSampler:
 
     Attributes:
         policy_version: number of optimizer steps behind the model's weights, recorded in each completion.
+        notes: lines for the user about how the model is sampled from; empty if there is nothing unusual.
     """
 
     def __init__(
@@ -65,7 +71,8 @@ class NativeSampler:
         self._max_num_seqs = max_num_seqs
         self._prefill_tokens = prefill_tokens
         self._eos = eos_token_ids(self._decoder.causal_lm, tokenizer)
-        self._max_length = check_decoder(self._decoder, tokenizer)
+        self._caches = choose_caches(self._decoder, tokenizer)
+        self.notes = [self._caches.note] if self._caches.note else []
 
     def sync(self, version: int) -> None:
         """Record the policy's version. The weights are the policy's own."""
@@ -88,7 +95,7 @@ class NativeSampler:
             ValueError: a prompt is empty, or too long for the model, or a stop string is not supported.
             FloatingPointError: the model's logits are NaN or +inf.
         """
-        check_lengths(requests, params.max_new_tokens, self._max_length, type(self._decoder.causal_lm).__name__)
+        check_lengths(requests, params.max_new_tokens, self._caches.limit, type(self._decoder.causal_lm).__name__)
         results = Results(requests, on_progress, on_completion)
         waiting: deque[SequenceState] = deque()
         # The longest prompts first, so that neighbours have similar lengths and later ones fit into their slots.
@@ -104,16 +111,19 @@ class NativeSampler:
             i = sequence.prompt.request
             results.add(i, sequence.sample, self._completion(sequence, requests[i].prompt.prefill))
 
-        self._decode_all(waiting, params, on_finished)
+        longest = len(waiting[0].prompt.token_ids) if waiting else 0
+        if self._caches.fits_shared(longest + params.max_new_tokens):
+            self._decode_together(waiting, params, on_finished)
+        else:
+            self._decode_by_prompt(waiting, params, on_finished)
         return results.by_request()
 
-    def _decode_all(
+    def _decode_together(
         self, waiting: deque[SequenceState], params: SamplingParams, on_finished: Callable[[SequenceState], None]
     ) -> None:
         """Decode all sequences to their ends, and pass on each one as soon as it is finished."""
         batch = DecodeBatch(self._decoder.causal_lm.device)
-        strings, ids = split_stop(params.stop, self._tokenizer)
-        stop = StopCondition(self._tokenizer, self._eos | ids, strings, params.max_new_tokens)
+        stop = self._stop_condition(params)
         with self._decoder.sampling_mode():
             while waiting or batch.sequences:
                 free = self._max_num_seqs - len(batch.sequences)
@@ -121,17 +131,42 @@ class NativeSampler:
                 if waiting and 8 * free >= self._max_num_seqs:
                     new = batch.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
                     self._decoder.prefill(new, batch, max_tokens=self._prefill_tokens)
-                self._step(batch, params, stop)
+                self._append_tokens(self._decoder.decode(batch), batch.sequences, params, stop)
                 for sequence in batch.remove_finished():
                     on_finished(sequence)
 
-    def _step(self, batch: DecodeBatch, params: SamplingParams, stop: StopCondition) -> None:
-        """Sample one more token of each sequence."""
-        logits = self._decoder.decode(batch)
-        uniforms = np.array([sequence.uniforms[len(sequence.token_ids)] for sequence in batch.sequences])
+    def _decode_by_prompt(
+        self, waiting: deque[SequenceState], params: SamplingParams, on_finished: Callable[[SequenceState], None]
+    ) -> None:
+        """Decode the completions of one prompt after another, on the model's own cache."""
+        stop = self._stop_condition(params)
+        with self._decoder.sampling_mode(self._caches.own_attention):
+            for prompt, sequences in groupby(waiting, key=lambda sequence: sequence.prompt):
+                for group in _chunks(sequences, self._max_num_seqs):
+                    cache = OwnCache(self._decoder.causal_lm)
+                    logits = cache.prefill(prompt.token_ids, len(group))
+                    while True:
+                        unfinished = [i for i, sequence in enumerate(group) if sequence.finish_reason is None]
+                        self._append_tokens(logits[unfinished], [group[i] for i in unfinished], params, stop)
+                        if all(sequence.finish_reason for sequence in group):
+                            break
+                        # Finished ones stay in the batch, with any token, until all are.
+                        logits = cache.decode([sequence.token_ids[-1] for sequence in group])
+                    for sequence in group:
+                        on_finished(sequence)
+
+    def _stop_condition(self, params: SamplingParams) -> StopCondition:
+        strings, ids = split_stop(params.stop, self._tokenizer)
+        return StopCondition(self._tokenizer, self._eos | ids, strings, params.max_new_tokens)
+
+    def _append_tokens(
+        self, logits: Tensor, sequences: Sequence[SequenceState], params: SamplingParams, stop: StopCondition
+    ) -> None:
+        """Sample one more token of each sequence from its logits [B, V]."""
+        uniforms = np.array([sequence.uniforms[len(sequence.token_ids)] for sequence in sequences])
         uniforms = torch.from_numpy(uniforms).to(logits.device)
         sampled = _to_host(*sample(logits, uniforms, params, batch_invariant=self._decoder.batch_invariant))
-        for sequence, (token, logprob, support) in zip(batch.sequences, sampled, strict=True):
+        for sequence, (token, logprob, support) in zip(sequences, sampled, strict=True):
             if math.isnan(logprob):
                 raise FloatingPointError("the model's logits are not finite: its weights have diverged")
             sequence.token_ids.append(token)
@@ -150,6 +185,11 @@ class NativeSampler:
             text=f"{prefill}{self._tokenizer.decode(sequence.token_ids, skip_special_tokens=True)}",
             support=tuple(sequence.support) or None,
         )
+
+
+def _chunks(sequences: Iterator[SequenceState], size: int) -> Iterator[list[SequenceState]]:
+    while chunk := list(islice(sequences, size)):
+        yield chunk
 
 
 def _to_host(
