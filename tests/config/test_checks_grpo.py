@@ -85,6 +85,7 @@ MISTAKES = [
         "model={path: smollm2-135m-instruct, batch_invariant: true, dtype: bfloat16, master_weights: true}",
         "model.batch_invariant: true; needs model.dtype float32",
     ),
+    ("model.quantization=nf4", "model.quantization: nf4; weights in 4 bits cannot be trained; add a lora section"),
     ("model.path=gpt2", "model.path: gpt2: no such folder"),
     ("model.path=./nowhere/model", "model.path: ./nowhere/model: no such folder"),
     ("lora.rank=0", "lora.rank: 0; must be >= 1"),
@@ -220,6 +221,12 @@ def test_float16_needs_master_weights_or_adapters(grpo):
     half = ("model.dtype=float16", "model.master_weights=true", "model.fp32_head=true")
     assert grpo(*half) == grpo(*half, f"loss_scale={LOSS_SCALE}") == []
     assert grpo("model.dtype=float16", "lora.rank=4", f"loss_scale={LOSS_SCALE}") == []
+
+
+def test_four_bits_need_adapters_and_have_no_batch_invariant_products(grpo):
+    assert grpo("model.quantization=nf4", "lora.rank=4") == []
+    (found,) = grpo("model.quantization=nf4", "lora.rank=4", "model.batch_invariant=true")
+    assert found.startswith("model.batch_invariant: true; needs model.quantization null")
 
 
 def test_number_of_processes(grpo, monkeypatch: pytest.MonkeyPatch):

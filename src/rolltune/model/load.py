@@ -35,6 +35,7 @@ from rolltune.model.cpu.onednn import use_onednn
 from rolltune.model.forward import forward_of
 from rolltune.model.fp32_head import use_fp32_head
 from rolltune.model.packed_attention import PACKED_ATTENTION
+from rolltune.model.quantized import keep_layout, nf4_config
 
 PACKAGED = "smollm2-135m-instruct"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -180,6 +181,7 @@ def load_model(
     *,
     dtype: str,
     device: torch.device | str,
+    quantization: str | None = None,
     fp32_head: bool = False,
     batch_invariant: bool = False,
 ) -> PreTrainedModel:
@@ -189,6 +191,7 @@ def load_model(
         path: ``model.path``, not an adapter.
         dtype: key of ``DTYPES``.
         device: device of the weights.
+        quantization: "nf4": linear layers in 4 bits (:mod:`rolltune.model.quantized`), which cannot be trained.
         fp32_head: whether to compute logits in fp32 (:mod:`rolltune.model.fp32_head`).
         batch_invariant: whether a token's log-prob must not depend on the batch
             (:mod:`rolltune.model.batch_invariant`); float32 on a CPU only.
@@ -200,7 +203,13 @@ def load_model(
     if batch_invariant:
         check_usable(dtype, device)
     source = resolve_model(path)
-    model = _from_hub(auto_class(load_config(source)).from_pretrained, source, dtype=DTYPES[dtype])
+    load = auto_class(load_config(source)).from_pretrained
+    if quantization is None:
+        model = _from_hub(load, source, dtype=DTYPES[dtype])
+    else:
+        settings = nf4_config(DTYPES[dtype])
+        model = _from_hub(load, source, dtype=DTYPES[dtype], quantization_config=settings, device_map={"": device})
+        keep_layout(model)
     if fp32_head:
         use_fp32_head(model, path)
     if batch_invariant:
@@ -218,12 +227,12 @@ def load_model(
 
 
 def load_for_sampling(
-    path: str, *, dtype: str, device: torch.device, fp32_head: bool = False
+    path: str, *, dtype: str, device: torch.device, quantization: str | None = None, fp32_head: bool = False
 ) -> PreTrainedModel | PeftModel:
     """Load a full model, or an adapter on its base, in eval mode and without gradients."""
     source = resolve_model(path)
     base = adapter_base(source)
-    model = load_model(base or source, dtype=dtype, device=device, fp32_head=fp32_head)
+    model = load_model(base or source, dtype=dtype, device=device, quantization=quantization, fp32_head=fp32_head)
     if base is not None:
         model = PeftModel.from_pretrained(model, source)
     return model.requires_grad_(False).eval()

@@ -67,6 +67,8 @@ def _check_weights(model: ModelConfig, lora: LoRAConfig | None) -> Iterator[str]
     if model.fp32_head and model.dtype == "float32":
         yield "model.fp32_head: true; has no effect with model.dtype float32, whose logits are float32 already"
     if lora is None:
+        if model.quantization is not None:
+            yield f"model.quantization: {model.quantization}; weights in 4 bits cannot be trained; add a lora section"
         if model.dtype in SMALLEST_UPDATE and not model.master_weights:
             yield (
                 f"model.master_weights: false; must be true with model.dtype {model.dtype}, which would round away an "
