@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rolltune.model.quantized import is_quantized
+
 
 def decoder(model: PreTrainedModel) -> PreTrainedModel:
     """Return the part of a causal LM that turns tokens into hidden states: the child with the input embeddings."""
@@ -66,6 +68,10 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
         for tensor in some:
             tensor.data = tensor.data.to(dtype)
 
+    def set_products(dtype: torch.dtype) -> None:
+        for module in filter(is_quantized, model.modules()):
+            module.compute_dtype = dtype  # pyright: ignore[reportArgumentType]
+
     everything = tensors(model)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     by_layer = {layer: tensors(layer) for layer in layers}
@@ -76,11 +82,13 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
         hooks.append(layer.register_forward_hook(lambda *_, own=own: cast(own, half)))
     try:
         cast([tensor for tensor in everything if id(tensor) not in in_layers], torch.float32)
+        set_products(torch.float32)
         yield
     finally:
         for hook in hooks:
             hook.remove()
         cast(everything, half)
+        set_products(half)
 
 
 def is_mixture(model: PreTrainedModel) -> bool:
