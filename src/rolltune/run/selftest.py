@@ -26,7 +26,7 @@ from rolltune.terminal import printable
 from rolltune.types import Completion, Group, Microbatch, Prompt, Reward, RolloutMicrobatch
 
 # Limits on |difference| of log-probs: (mean, max) over tokens. In fp32 only the order of summation differs. bf16 keeps
-# 8 bits of each logit, so single unlikely tokens may be far off while the mean stays small; fp16 keeps 11. vLLM has been
+# 8 bits of each logit, so single unlikely tokens may be far off while the mean stays small; fp16 keeps 11. vLLM was
 # 4.3e-2 off in the mean in bf16, and 1.4e-2 in fp16. Batch-invariant models must agree exactly with their sampler.
 TOLERANCE = {"exact": (0.0, 0.0), "float32": (1e-4, 1e-2), "float16": (0.02, 0.3), "bfloat16": (0.08, 1.0)}
 KL_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-3 / 8}
