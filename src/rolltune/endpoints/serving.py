@@ -305,6 +305,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def adapter_room(model: str, rank: int) -> AdapterRoom:
+    """Return room for adapters on all linear layers of a model but its head."""
+    from rolltune.model.load import empty_model, load_config  # here: transformers takes seconds to import
+    from rolltune.model.lora import lora_modules
+
+    layers = lora_modules(empty_model(load_config(_resolve(model))), "all-linear")
+    return AdapterRoom(rank=rank, targets=tuple(sorted({name.rpartition(".")[2] for name in layers})))
+
+
 def _check_port(port: int) -> None:
     """Raise ValueError if another program listens on the port."""
     with socket.socket() as probe:

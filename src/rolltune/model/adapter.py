@@ -58,5 +58,6 @@ def adapter_weights(layers: Mapping[str, LoraLinear], dtype: torch.dtype) -> Ite
     """
     for name, layer in layers.items():
         (adapter,) = layer.active_adapters
-        yield name + A, layer.lora_A[adapter].weight.detach().to(dtype)
-        yield name + B, (layer.lora_B[adapter].weight.detach().float() * layer.scaling[adapter]).to(dtype)
+        yield name + A, layer.lora_A[adapter].weight.detach().to(dtype)  # pyright: ignore[reportCallIssue]
+        b = layer.lora_B[adapter].weight.detach().float()  # pyright: ignore[reportCallIssue]
+        yield name + B, (b * layer.scaling[adapter]).to(dtype)

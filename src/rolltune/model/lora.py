@@ -122,6 +122,8 @@ def lora_config(lora: LoRAConfig, model: PreTrainedModel, wanted: Sequence[str])
         lora_dropout=lora.dropout,
         target_modules=targets,
         target_parameters=experts if lora.experts else None,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
         task_type="CAUSAL_LM",
     )
 
@@ -171,6 +173,12 @@ def check_adapter(model: PeftModel, lora: LoRAConfig, wanted: Sequence[str], pat
             f"lora: rank {lora.rank}, alpha {lora.alpha}; the adapter at {path} has rank {loaded.r}, "  # pyright: ignore[reportAttributeAccessIssue]
             f"alpha {loaded.lora_alpha}; give the same values"  # pyright: ignore[reportAttributeAccessIssue]
         )
+    for key, is_loaded in (("rslora", loaded.use_rslora), ("dora", loaded.use_dora)):  # pyright: ignore
+        if is_loaded != getattr(lora, key):
+            raise ValueError(
+                f"lora.{key}: {str(not is_loaded).lower()}; the adapter at {path} was trained with "
+                f"{str(is_loaded).lower()}; give the same value"
+            )
     has_experts = bool(loaded.target_parameters)  # pyright: ignore[reportAttributeAccessIssue]
     if has_experts != lora.experts:
         raise ValueError(

@@ -41,7 +41,7 @@ def policy_weights(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> It
     yield from _exported(model, dtype, lambda tensor: tensor)
 
 
-def base_weights(model: PeftModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def base_weights(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Yield what :func:`policy_weights` does for the base model, without its adapters."""
     yield from _exported(model, dtype, lambda tensor: tensor, merge=False)
 
@@ -143,7 +143,7 @@ def _dora_factors(layer: LoraLinear, adapter: str, merged: Tensor) -> Tensor:
     """Return what each output's weights are multiplied by, to have the adapter's norm: [out, 1], or [1, out]."""
     inputs = 0 if layer.fan_in_fan_out else 1  # dimension
     magnitude = layer.lora_magnitude_vector[adapter].weight.float()
-    return magnitude.unsqueeze(inputs) / torch.linalg.norm(merged, dim=inputs, keepdim=True)
+    return magnitude.unsqueeze(inputs) / torch.linalg.norm(merged, dim=inputs, keepdim=True)  # pyright: ignore
 
 
 def tied_names(model: PreTrainedModel | PeftModel) -> dict[str, str]:

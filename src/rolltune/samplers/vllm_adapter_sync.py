@@ -16,10 +16,12 @@ several runs with one base model can share a server.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from rolltune.errors import SyncError
 from rolltune.model.adapter import adapted_layers, adapter_weights
@@ -32,13 +34,16 @@ from rolltune.samplers.vllm_sync import SyncReport, WeightSync, checked_answer
 class AdapterSync(WeightSync):
     """Loads the policy's adapter into an engine with the base model's weights, and checks it."""
 
-    _model: PeftModel
+    def __init__(self, model: PreTrainedModel | PeftModel, *args: Any, **kwargs: Any):
+        """See :class:`~rolltune.samplers.vllm_sync.WeightSync`.
 
-    def __init__(self, model: PeftModel, *args: Any, **kwargs: Any):
-        """See :class:`~rolltune.samplers.vllm_sync.WeightSync`."""
+        Raises:
+            ValueError: there is no adapter, or one that vLLM does not serve.
+        """
         super().__init__(model, *args, **kwargs)
         self._layers = adapted_layers(model)
         self._base = ""  # name of the base model's weights in the engine, once they are checked
+        self._attempts = itertools.count()  # to load it
 
     def adapter(self, version: int) -> str | None:
         return self.name(version)
@@ -66,7 +71,10 @@ class AdapterSync(WeightSync):
         return sent
 
     def _fingerprints(self, version: int, sent: Recorder) -> list[list[dict[str, list[Piece]]]]:
-        return self._engine.adapter_fingerprints(self.name(version), sent.shapes)
+        found = self._engine.adapter_fingerprints(self.name(version), sent.shapes)
+        if not all(all(workers) for workers in found):
+            raise SyncError(f"the engine has no adapter {self.name(version)}")
+        return found
 
     def _load_base(self) -> Recorder:
         """Send the base model's weights unless the engine has them, and ask it for the probes without an adapter.
@@ -80,12 +88,13 @@ class AdapterSync(WeightSync):
         expected = recorder.fingerprints()
         name, sent = _base_name(expected), Recorder(0)
         if self._is_sender:
-            outputs = self._ask_probes(None)
+            salt = f"base{next(self._attempts)}:"
+            outputs = self._ask_probes(None, salt)
             if not self._has_base(name, outputs, expected, recorder):
                 self._load_weights(sent.recorded(base_weights(self._model, self._dtype)), name)
                 for workers in self._engine.fingerprints(0, recorder.shapes):
                     self._check_weights(expected, assemble(workers))
-                outputs = self._ask_probes(None)
+                outputs = self._ask_probes(None, salt)
             for output in (output for replica in outputs for output in replica):
                 if output.adapter is not None or set(output.weight_versions) != {name}:
                     self._refuse(output, name)

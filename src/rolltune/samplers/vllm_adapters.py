@@ -73,7 +73,7 @@ def _load(manager: WorkerLoRAManager, request: Any) -> Any:
         dtype=manager.lora_config.lora_dtype,  # pyright: ignore[reportArgumentType]
         weights_mapper=_mapper(manager),
     )
-    lora.name = request.lora_name
+    lora.name = request.lora_name  # pyright: ignore[reportAttributeAccessIssue]
     return lora
 
 

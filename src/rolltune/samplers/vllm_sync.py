@@ -187,7 +187,7 @@ class WeightSync:
                     expected = expected | {head + label: expected[name + label]}
         return differences(expected, found)
 
-    def _ask_probes(self, adapter: str | None) -> list[list[EngineOutput]]:
+    def _ask_probes(self, adapter: str | None, salt: str = "probe") -> list[list[EngineOutput]]:
         """Return each replica's continuations of the probes."""
         replicas = self._engine.num_replicas
         vocab_size = self._causal_lm.config.get_text_config().vocab_size
@@ -196,7 +196,7 @@ class WeightSync:
                 token_ids=probe.prompt,
                 # The same seed and salt at every sync: the same tokens again, and keys and values left from the last.
                 params=engine_params(probe.params, seed=number, eos=(), vocab_size=vocab_size),
-                cache_salt=f"{self._run}:probe{number}",
+                cache_salt=f"{self._run}:{salt}{number}",
                 adapter=adapter,
             )
             for number, probe in enumerate(self._probes)
