@@ -21,10 +21,9 @@ from rolltune.types import SamplingParams
 pytestmark = pytest.mark.vllm
 
 versions = itertools.count(1)
-KINDS = {
-    "lora": LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.5),
-    "rslora": LoraConfig(r=9, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], use_rslora=True),
-}
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.5)
+# A rank that vLLM has no size for, on parts of its fused layers.
+RSLORA = LoraConfig(r=9, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], use_rslora=True)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def make_policy(vllm_folder: Path) -> Callable:
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def sampler(request, make_policy, tokenizer) -> Iterator[VLLMSampler]:
-    policy = make_policy(KINDS["lora"], request.param)
+    policy = make_policy(LORA, request.param)
     sampler = colocated(policy, tokenizer, **OPTIONS, lora="adapter")
     sampler.policy = policy
     yield sampler
@@ -78,17 +77,15 @@ def test_only_the_first_sync_sends_the_base_model(sampler):
     assert len(list(sampler._engine._folder.glob("adapter_*"))) == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_completions_are_those_of_merged_weights(make_policy, tokenizer, kind):
+def test_completions_are_those_of_merged_weights(make_policy, tokenizer):
     """For the same seeds; and both are the trainer's, whose adapter peft scales."""
-    policy, written = make_policy(KINDS[kind]), {}
+    policy, written = make_policy(RSLORA), {}
     wanted = requests(tokenizer, "one", "two and two make " * 12)
     for lora in ("merged", "adapter"):
         sampler = colocated(policy, tokenizer, **OPTIONS, lora=lora)
         try:
-            sampler.sync(0)
-            shake(policy, 3, scale=0.0)
-            sampler.sync(version := 1)
+            assert lora == "adapter" or sampler._engine.adapter_problems(4, []) == ["takes no adapters"]
+            sampler.sync(version := 3)
             written[lora] = sampler.generate(wanted, SamplingParams(temperature=0.8, max_new_tokens=30))
         finally:
             sampler.close()

@@ -307,8 +307,8 @@ class ServerEngine:
         if response.is_error:
             said = redacted(response.text, [self._key])[:500]
             raise EngineError(f"{url}: {response.url.path}: {response.status_code}: {said}")
-        is_json = response.headers.get("content-type", "").startswith("application/json")
-        return response.json() if is_json and response.content else None
+        is_text = response.url.path.endswith("_lora_adapter")
+        return response.json() if response.content and not is_text else None
 
     def _unreachable(self, url: str, problem: str) -> EngineError:
         with suppress(subprocess.TimeoutExpired):
