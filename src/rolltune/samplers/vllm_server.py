@@ -296,7 +296,7 @@ class ServerEngine:
         return self._parse(url, response)
 
     def _parse(self, url: str, response: httpx.Response) -> Any:
-        if response.status_code == 404:
+        if response.status_code == 404 and "does not exist" not in response.text:  # which it says of adapters
             raise EngineError(
                 f"{url}: the server has no route {response.url.path}; start it with `tune run serve ... "
                 f"takes_weights={self._transfer}`"
