@@ -76,9 +76,10 @@ def check_mismatch(output_dir: Path, steps: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8.0}], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8.0}], ids=["full", "adapter"])
 def test_a_run_goes_on_to_the_numbers_of_an_unbroken_one(run_grpo, model, lora):
-    options = {"model": model, "sampler": COLOCATED, "lora": lora, "checkpoint": {"every_n_steps": 1, "keep_last": 9}}
+    sampler = COLOCATED | {"lora": "adapter" if lora else "merged"}
+    options = {"model": model, "sampler": sampler, "lora": lora, "checkpoint": {"every_n_steps": 1, "keep_last": 9}}
     whole = run_grpo("whole", **options)
     check_mismatch(whole, 4)
     rewards = [row["reward/mean"] for row in read_rows(whole) if "reward/mean" in row]

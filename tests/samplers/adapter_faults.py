@@ -212,6 +212,18 @@ def asleep(engine, monkeypatch, model):
     return "the engine is asleep"
 
 
+def lost(engine, monkeypatch, model):
+    """As when the engine's memory was freed after the load: the slots are empty."""
+    load = engine.load_adapter
+
+    def faulty(tensors, name):
+        load(tensors, name)
+        worker(engine).model_runner.lora_manager.remove_all_adapters()
+
+    monkeypatch.setattr(engine, "load_adapter", faulty)
+    return r"the engine has no adapter \w+:\d+"
+
+
 def worker(engine):
     return engine._llm.llm_engine.model_executor.driver_worker.worker
 
@@ -219,5 +231,5 @@ def worker(engine):
 FAULTS = [
     *(stale, half_loaded, half_is_zero, one_bit_is_wrong, swapped, wrong_scale, wrong_scale_on_both_sides),
     *(leftover_of_a_larger_adapter, skipped, ignored, tiny_and_ignored, stale_kernels, cache_of_the_last_adapter),
-    *(reported_as_ignored, of_another_run, wrong_base, base_changed_in_place, asleep),
+    *(reported_as_ignored, of_another_run, wrong_base, base_changed_in_place, asleep, lost),
 ]

@@ -124,6 +124,10 @@ def test_what_the_engine_refuses_is_refused_before_the_first_sync(sampler, make_
         colocated(dora, tokenizer, **OPTIONS, lora="adapter")
     with pytest.raises(ValueError, match=r"^sampler\.lora: adapter; the model has no adapter"):
         colocated(dora.unload(), tokenizer, **OPTIONS, lora="adapter")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm.v1.worker.lora_model_runner_mixin.supports_lora", lambda model: False)
+        with pytest.raises(ValueError, match=r"^sampler\.lora: adapter; .*LlamaForCausalLM does not support LoRA"):
+            colocated(sampler.policy, tokenizer, **OPTIONS, lora="adapter")
     large = make_policy(LoraConfig(r=600, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"^lora\.rank: 600; must be <= 512"):
         colocated(large, tokenizer, **OPTIONS, lora="adapter")

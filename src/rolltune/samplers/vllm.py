@@ -76,16 +76,21 @@ def colocated(
             f"sampler.options.tensor_parallel_size: {parts}; must be 1, because each rank has its own engine; use "
             "rolltune.samplers.vllm.served"
         )
-    engine = LocalEngine(
-        _model_folder(model, tokenizer),
-        dtype=str(engine_dtype).removeprefix("torch."),
-        max_model_len=length,
-        max_num_seqs=max_num_seqs,
-        kv_cache_gib=kv_cache_gib,
-        sleeps=sleep and torch.cuda.is_available(),
-        adapter=room,
-        options=options or {},
-    )
+    try:
+        engine = LocalEngine(
+            _model_folder(model, tokenizer),
+            dtype=str(engine_dtype).removeprefix("torch."),
+            max_model_len=length,
+            max_num_seqs=max_num_seqs,
+            kv_cache_gib=kv_cache_gib,
+            sleeps=sleep and torch.cuda.is_available(),
+            adapter=room,
+            options=options or {},
+        )
+    except ValueError as error:
+        if room is None or "LoRA" not in str(error):
+            raise
+        raise ValueError(f"sampler.lora: adapter; vLLM: {error}; set it to merged") from error
     decoder = type(unwrapped(model).base_model)
     if any(base.__module__.startswith("vllm.") for base in decoder.__mro__):
         engine.close()
@@ -196,13 +201,12 @@ def served(
             exits=exits,
             is_sender=is_main,
         )
-        exits = ExitStack()  # the engine's
-        _check_room(model, engine, room)
     except BaseException as error:
         exits.close()
         if isinstance(error, serving.ServerFailed):
             raise EngineError(str(error)) from error
         raise
+    _check_room(model, engine, room)
     return VLLMSampler(
         model,
         tokenizer,
