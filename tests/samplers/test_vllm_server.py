@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import adapter_faults
 import httpx
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from sync_faults import half_is_zero, layers_swapped, one_bit_is_wrong
 from vllm_helpers import OPTIONS, requests, shake, trainer_logprobs
 
@@ -119,6 +120,17 @@ def test_weights_by_nccl_are_announced_with_the_key(model, tokenizer, monkeypatc
     assert {key for _, key in seen} == {"Bearer sk-0123456789"}
 
 
+def make_policy(folder: Path, seed: int) -> PeftModel:
+    """A policy with an adapter that has been trained a little."""
+    torch.manual_seed(seed)
+    policy = load_model(str(folder), dtype="float32", device="cpu")
+    policy = get_peft_model(policy, LoraConfig(r=4, target_modules=list(ROOM.targets))).eval()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter) if parameter.requires_grad else 0)
+    return policy
+
+
 @pytest.fixture
 def sampler(model, tokenizer, url) -> Iterator[VLLMSampler]:
     sampler = served(model, tokenizer, base_urls=[url], api_key_env="VLLM_API_KEY", **OPTIONS)
@@ -192,18 +204,12 @@ def test_an_update_by_another_run_shows_in_the_completions(sampler, model, token
 
 def test_runs_with_one_base_model_share_a_server(vllm_folder, tokenizer, url):
     """Each with its own adapter; the second finds the base model there, and closing one leaves the other's."""
-    runs = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        policy = load_model(str(vllm_folder), dtype="float32", device="cpu")
-        policy = get_peft_model(policy, LoraConfig(r=4, target_modules=list(ROOM.targets))).eval()
-        options = OPTIONS | {"base_urls": [url], "api_key_env": "VLLM_API_KEY", "lora": "adapter"}
-        runs.append((policy, served(policy, tokenizer, **options)))
+    at = {"base_urls": [url], "api_key_env": "VLLM_API_KEY", "lora": "adapter"}
+    policies = [make_policy(vllm_folder, seed) for seed in range(2)]
+    runs = [(policy, served(policy, tokenizer, **OPTIONS | at)) for policy in policies]
     for version in range(2):
         for policy, sampler in runs:
-            with torch.no_grad():
-                for parameter in policy.parameters():
-                    parameter.add_(0.01 * torch.randn_like(parameter) if parameter.requires_grad else 0)
+            shake(policy, version)
             sampler.sync(version)
             adapter = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
             assert (sampler.last_sync.num_bytes == adapter) == (version > 0 or sampler is runs[1][1])
@@ -304,7 +310,8 @@ def test_tensor_parallel_workers_are_compared_by_their_slices(vllm_folder, model
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if os.cpu_count() != 1 else "0|0")
     options = {"dtype": "float32", "max_model_len": OPTIONS["max_model_len"], "kv_cache_gib": OPTIONS["kv_cache_gib"]}
     options["options"] = ["--tensor-parallel-size", "2"]
-    with serve(str(vllm_folder), log=tmp_path / "server.log", takes_weights="files", quiet=True, **options) as server:
+    options |= {"takes_weights": "files", "adapters": ROOM, "quiet": True}
+    with serve(str(vllm_folder), log=tmp_path / "server.log", **options) as server:
         monkeypatch.setenv("VLLM_API_KEY", server.key)
         sampler = served(model, tokenizer, base_urls=[server.base_url], api_key_env="VLLM_API_KEY", **OPTIONS)
         sampler.sync(next(versions))
@@ -317,6 +324,19 @@ def test_tensor_parallel_workers_are_compared_by_their_slices(vllm_folder, model
                     sampler.sync(next(versions))
         sampler.sync(next(versions))
         sampler.close()
+        policy = make_policy(vllm_folder, seed=0)
+        at = {"base_urls": [server.base_url], "api_key_env": "VLLM_API_KEY", "lora": "adapter"}
+        apart = served(policy, tokenizer, **OPTIONS | at)
+        for fault in (adapter_faults.half_is_zero, adapter_faults.half_loaded, None):
+            with pytest.MonkeyPatch.context() as patch:
+                if fault is None:
+                    apart.sync(next(versions))
+                    assert apart.last_sync.probe_gap < 1e-4
+                    break
+                message = fault(apart._engine, patch, policy)
+                with pytest.raises(SyncError, match=message):
+                    apart.sync(next(versions))
+        apart.close()
 
 
 @pytest.mark.parametrize(
