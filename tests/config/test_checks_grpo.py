@@ -163,6 +163,32 @@ def test_batch_invariance_is_for_the_native_sampler_on_a_cpu(grpo):
     assert found.startswith("model.batch_invariant: true; needs the sampler rolltune.samplers.native.NativeSampler")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "sampler.lora: adapter; the run has no lora section"),
+        (["lora.dora=true"], "lora.dora: true; must be false with sampler.lora: adapter, as vLLM does not serve DoRA"),
+        (["lora.experts=true"], "lora.experts: true; must be false with sampler.lora: adapter"),
+        (["lora.rank=600"], "lora.rank: 600; must be <= 512 with sampler.lora: adapter"),
+        (["lora.rank=4", "sampler.transfer=nccl"], "sampler.transfer: nccl; must be files with sampler.lora: adapter"),
+        (["lora.rank=4", "sampler.lora=both"], "sampler.lora: 'both'"),
+    ],
+)
+def test_adapters_that_vllm_does_not_serve_are_refused(grpo, monkeypatch, overrides, message):
+    monkeypatch.setattr("rolltune.endpoints.serving.installed_version", lambda: "0.32.0")
+    sampler = "sampler={_component_: rolltune.samplers.vllm.served, lora: adapter}"
+    (found,) = grpo(sampler, *overrides)
+    assert found.startswith(message), found
+    assert grpo(sampler, "lora.rank=512") == []
+
+
+def test_kinds_of_adapters_that_contradict(grpo):
+    (found,) = grpo("lora.dora=true", "lora.experts=true")
+    assert found.startswith("lora.dora: true; must be false with lora.experts")
+    (found,) = grpo("lora.dora=true", "model.batch_invariant=true")
+    assert found.startswith("lora.dora: true; must be false with model.batch_invariant")
+
+
 def test_an_overoptimization_check(grpo):
     assert grpo(overoptimization(f"reward: format, gold: {ANSWER}")) == []
 

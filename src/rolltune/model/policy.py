@@ -17,7 +17,7 @@ from rolltune.model.batch_invariant import make_batch_invariant
 from rolltune.model.checkpointing import recompute_activations
 from rolltune.model.forward import forward_of, packed_logprobs
 from rolltune.model.load import adapter_base, load_model, resolve_model, unwrapped
-from rolltune.model.lora import check_adapter, is_adapted, lora_config, lora_modules, set_dropout, without_adapter
+from rolltune.model.lora import about_adapters, check_adapter, is_adapted, lora_config, lora_modules, set_dropout
 from rolltune.model.router import load_balancing_loss, recorded_router_logits, routers
 from rolltune.seeding import derive_seed
 from rolltune.types import Microbatch
@@ -201,7 +201,7 @@ def build_policy(
     if config.gradient_checkpointing:
         recompute_activations(unwrapped(model))
     check_router_loss(unwrapped(model), config)
-    notes = [forward_of(unwrapped(model)).note, "" if lora is None else without_adapter(model, lora)]
+    notes = [forward_of(unwrapped(model)).note, "" if lora is None else about_adapters(model, lora)]
     return Policy(
         model,
         reference,

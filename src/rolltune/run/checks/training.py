@@ -81,6 +81,10 @@ def _check_weights(model: ModelConfig, lora: LoRAConfig | None) -> Iterator[str]
     yield from above("lora.alpha", lora.alpha, 0)
     if not 0 <= lora.dropout < 1:
         yield f"lora.dropout: {lora.dropout}; must be in [0, 1)"
+    if lora.dora and lora.experts:
+        yield "lora.dora: true; must be false with lora.experts: true, whose adapters have no norms"
+    if lora.dora and model.batch_invariant:
+        yield "lora.dora: true; must be false with model.batch_invariant: true"
     if not all(name.strip() for name in lora.target_modules.split(",")):
         yield f"lora.target_modules: {lora.target_modules!r}; must be all-linear, or module names separated by commas"
 
