@@ -570,6 +570,7 @@ def test_event_loops_come_and_go(capfd):
     ("options", "says"),
     [
         ({"base_url": "localhost:8000/v1"}, "base_url: 'localhost:8000/v1'; must be an address such as http"),
+        ({"base_url": "http://h /v1"}, "base_url: 'http://h /v1'; must be an address such as http"),
         ({"base_url": "http:///v1"}, "base_url: 'http:///v1'; must be an address such as http"),
         ({"base_url": "http://[::1/v1"}, "such as http"),
         ({"base_url": "http://h:99999/v1"}, "such as http"),

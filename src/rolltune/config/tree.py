@@ -61,6 +61,8 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         return _unshared(yaml.load(text, _Loader))
+    except RecursionError:
+        raise yaml.YAMLError("brackets are nested too deeply") from None
     except ValueError as error:  # Python converts no integer of more than 4300 digits
         raise yaml.YAMLError(str(error)) from None
 
