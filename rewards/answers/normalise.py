@@ -185,6 +185,8 @@ _LEAD_IN = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _BOILERPLATE = re.compile(r"\.? I hope (?:it|this) is correct\.?$", re.IGNORECASE)
+# Symbols that are more than decoration, by their names: a unit, a denial, a doubt.
+_MEANS_MORE = re.compile("DEGREE SIGN|CROSS MARK|BALLOT X|NO ENTRY|PROHIBITED|NO GOOD|THUMBS DOWN|QUESTION|THINKING")
 _PAIRS = {"*": "*", "_": "_", '"': '"', "\u00ab": "\u00bb"}
 
 
@@ -192,8 +194,10 @@ def _surroundings(text: str) -> str:
     """Strip lead-ins, pairs of marks, outer braces and one full stop, until none is left."""
     while True:
         stripped = text.strip()
-        while stripped and unicodedata.category(stripped[0]) == "So" and stripped[0] != "\u00b0":
+        while stripped and _is_decoration(stripped[0]):
             stripped = stripped[1:].lstrip()
+        while stripped and _is_decoration(stripped[-1]):
+            stripped = stripped[:-1].rstrip()
         stripped = stripped[_LEAD_IN.match(stripped).end() :]  # type: ignore[union-attr]  # it matches the empty text
         if len(stripped) > 2 and _PAIRS.get(stripped[0]) == stripped[-1] and stripped[0] not in stripped[1:-1]:
             stripped = stripped[1:-1]
@@ -202,6 +206,11 @@ def _surroundings(text: str) -> str:
         if stripped == text:
             return text
         text = stripped
+
+
+def _is_decoration(character: str) -> bool:
+    is_symbol = unicodedata.category(character) == "So"
+    return is_symbol and not _MEANS_MORE.search(unicodedata.name(character, ""))
 
 
 def _closing(text: str) -> int:

@@ -82,6 +82,8 @@ _UNITS = {
         "l liter liters litre litres", "s sec second seconds", "min minute minutes", "h hr hour hours hrs",
         "\u00b0 degree degrees deg", "day days",
         "week weeks", "month months", "year years yr yrs", "cent cents", "dollar dollars",
+        "n newton newtons", "j joule joules", "w watt watts", "v volt volts", "a ampere amperes amp amps",
+        "\u03c9 ohm ohms",
     )
     for name in names.split()
 }  # fmt: skip

@@ -15,7 +15,7 @@ SPELLINGS = {
     "the total is 73|#### 73|Therefore, the answer is $73$.|The final answer is \\boxed{73}.|So it's 73|<code>73</code>|"
     "```73```|\\textbf{73}|\\mathrm{73}|Hence 73|**The answer is: 73**|\\left(\\frac{146}{2}\\right) = 73|073|73.|73。|７３|73\u200b|"
     "\ufeff73|7\u200d3|\\text{73}|73\\!|Answer = 73|\\underline{73}|{\\bf 73}|\\textcolor{blue}{73}|\\Large 73|\\begin{aligned}73\\end{aligned}|"
-    "```text\n73\n```|\\therefore 73|⇒ 73|=> 73|Ans: 73|Consequently, 73|The answer to this question is 73.|The answer's 73|equals 73",
+    "```text\n73\n```|\\therefore 73|⇒ 73|=> 73|Ans: 73|Consequently, 73|The answer to this question is 73.|The answer's 73|equals 73|73 ✅",
     "29": "US$29|USD29|USD 29|Rs. 29|₩29|29¢|CHF 29|R$ 29|29 Kč|29.-|29,-|$29|29$|29 USD|€29|29€|₹29|$29 per month|\\$29|29 Fr.|"
     "THB 29|Rp. 29|R29|TL 29|US $29|USD $29|Rs. 29/-|SFr. 29",
     "18": "18 red balls|18 pairs of shoes|18 quarters|18 mm|18 losses|18℃|18 m²|18 m^2|18'|18th|18 °F|18^\\circ|18^{\\circ}|18\\degree|18 degrees|18\\text{ cm}^2|18~\\text{cm}|**18** dollars|18ᵗʰ|18^{\\text{th}}|18 V|18 Ω|18 \u2126|18 N·m|18 µm|18 sq. ft|18^{o}|18 per cent|"
@@ -44,7 +44,7 @@ def test_people_write_numbers_in_many_ways(gold: str, answer: str) -> None:
 @pytest.mark.parametrize(
     "answer",
     "18 million|18 dozen|half of 18|0x12|0b10010|18k|18 K|18 quintillion|18 Milliarden|18 gross|18 score|18 lakh|18 below zero|"
-    "18 in debt|18 in the hole|18 dollars in the red|18 down|18 doz.|18 Mrd.|18 万元|18 тысяч|18 basis points|18 degrees below|18 BC|18 am|18 overdrawn|18 trn|18 mln|18 Mill.|18 billones|18 miljoen|18 milyon|18 grands|18 tau|18 overdraft|3 or 18|17 & 18|17→18|17 to 18|between 17 and 19|18 ± 1|18 (or 19)|"
+    "18 in debt|18 in the hole|18 dollars in the red|18 down|18 doz.|18 Mrd.|18 万元|18 тысяч|18 basis points|18 degrees below|18 BC|18 am|18 overdrawn|18 trn|18 mln|18 Mill.|18 billones|18 miljoen|18 milyon|18 grands|18 tau|18 overdraft|❌ 18|18 ❌|✗ 18|🚫 18|❓ 18|3 or 18|17 & 18|17→18|17 to 18|between 17 and 19|18 ± 1|18 (or 19)|"
     "(18)|18!|18²|18 squared|18_{16}|18₁₆|18 base 16|18 hex|18x|18i|18\\pi|18\\sqrt{2}|\\boxed{17}\\boxed{18}|17<br>18|17\n18|"
     "maybe 18|so maybe 18|the answer could be 18|The answer isn't 18|not 17 but 18|36/2|12 + 6|12 + 6 = 18|17 = 18|1 8|"
     "18/0|18 0/0|17 7/7".split("|"),
@@ -59,6 +59,7 @@ def test_what_does_not_state_18(answer: str) -> None:
         ("5 inches", "5|5 inches|5 in|5\\text{ inches}", "6|5 feet|5 inches^2|5 cm"),
         ("5 \\text{ m}^2", "5|5 m^2|5 m²|5 square meters", "5 m|5 m^3"),
         ("60 miles per hour", "60|60 miles/hour|60 miles per hour", "60 km per hour|60 miles"),
+        ("27 N", "27|27 newtons|27 N", "27 J|27 joules|27 m"),
         ("28\\%", "28|28%|28 percent|$28$ %|\\boxed{28}\\%", "0.28|28 cm|7/25"),
         ("0.28", "7/25|.28", "28%"),
         ("40/9", "4 4/9", "4 4/9 %|4 4/9 percent"),
