@@ -371,8 +371,11 @@ class Endpoint:
         limit = request[self.settings.max_tokens_key]
         # An unreadable body shows nothing of the reply's length.
         tokens = read_usage(parsed, len(content), limit if parsed is None else min(limit, len(body)))
-        has_reply = not isinstance(parsed, dict) or parsed.get("choices")
-        is_error = not has_reply and (parsed.get("error") or server_error(text).code)
+        is_error = (
+            isinstance(parsed, dict)
+            and not parsed.get("choices")
+            and bool(parsed.get("error") or server_error(text).code)
+        )
         if not (is_error and tokens.is_estimate):  # an error with status 200 is no reply that was written
             tokens = self._count_tokens(tokens)
         if is_error:
