@@ -294,6 +294,7 @@ def test_output_dir_is_a_file(grpo, grpo_yaml: Path):
         ("file/below", ""),
         ("file", "is a file"),
         ("dangling", "dangling leads nowhere, to nowhere"),
+        ("caf\udcc3\udca9", "cannot read it in this locale: export PYTHONUTF8=1"),
         ("dangling/below", "dangling leads nowhere, to nowhere"),
         ("x" * 300, "File name too long"),
     ],
