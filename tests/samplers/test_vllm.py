@@ -206,6 +206,7 @@ def test_lora_and_other_precisions(vllm_folder, tokenizer, dtype):
     base = load_model(str(vllm_folder), dtype=dtype, device="cpu")
     torch.manual_seed(0)
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules="all-linear", init_lora_weights=False)
+    lora.use_dora = dtype == "bfloat16"
     model = get_peft_model(base, lora).train()
     sampler = colocated(model, tokenizer, **OPTIONS, dtype="bfloat16" if dtype == "float32" else None)
     try:
