@@ -37,7 +37,7 @@ from rolltune import config
 from rolltune.behaviours.classifier import Classifier
 from rolltune.config.components import component, instantiate
 from rolltune.config.schema import EvaluateConfig, EvaluatedModel, ModelConfig
-from rolltune.distributed import World, close_world, init_world
+from rolltune.distributed import World, joined_world
 from rolltune.errors import ConfigError
 from rolltune.eval.behaviour_rates import classify
 from rolltune.eval.comparison import compare, notes
@@ -89,7 +89,12 @@ def run(cfg: EvaluateConfig) -> None:
     if cfg.dry_run:
         dry_run(cfg)
         return
-    world = init_world(cfg.device)
+    with joined_world(cfg.device) as world:
+        run_models(cfg, world)
+
+
+def run_models(cfg: EvaluateConfig, world: World) -> None:
+    """Sample from every model, and let rank 0 report."""
     lifecycle.warn_of_slow_dtype(cfg.dtype, world)
     agree_on_run(cfg, world)
     with together(world):
@@ -106,7 +111,6 @@ def run(cfg: EvaluateConfig) -> None:
         sample_all(cfg, problems, candidates, world)
         if world.is_main:
             report(cfg, problems, candidates, classifier)
-    close_world()
 
 
 def load_problems(cfg: EvaluateConfig) -> Sequence[Problem]:

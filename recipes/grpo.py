@@ -33,12 +33,13 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from rolltune import config
+from rolltune.balance import balance, imbalance
 from rolltune.batch import count_totals, pack, train_group, without_zero_advantages
 from rolltune.config.components import component, component_or_object, instantiate
 from rolltune.config.schema import GRPOConfig
 from rolltune.corrections import Correction
 from rolltune.data.dataset import ProblemStream
-from rolltune.distributed import World, close_world, init_world
+from rolltune.distributed import World, joined_world
 from rolltune.errors import EngineError, StopRequested, SyncError
 from rolltune.eval.heldout import sample_greedy, score_heldout
 from rolltune.metrics.curves import plot_curves
@@ -93,13 +94,12 @@ def run(cfg: GRPOConfig) -> None:
     if cfg.dry_run:
         dry_run(cfg)
         return
-    world = init_world(cfg.device, stall_seconds=cfg.stall_seconds)
     with (
+        joined_world(cfg.device, stall_seconds=cfg.stall_seconds) as world,
         watch(world, stall_seconds=cfg.stall_seconds, grace_seconds=cfg.grace_seconds) as watching,
         lifecycle.exclusive(cfg.output_dir, world),
     ):
         run_steps(cfg, world, watching)
-    close_world()
 
 
 def run_steps(cfg: GRPOConfig, world: World, watching: Watch) -> None:
@@ -154,7 +154,11 @@ def run_steps(cfg: GRPOConfig, world: World, watching: Watch) -> None:
                     seconds=state.seconds + time.perf_counter() - started,
                 )
                 if step % cfg.eval.every_n_steps == 0 or is_last:
-                    metrics |= evaluate(cfg, components, progress)
+                    try:
+                        metrics |= evaluate(cfg, components, progress)
+                    except LEAVES_THE_WEIGHTS:
+                        log.log(step, metrics)  # the step is taken, and saved below
+                        raise
             except LEAVES_THE_WEIGHTS as error:
                 saver.stop(state, str(error))
             except FloatingPointError as error:  # earlier updates of the step may have been taken
@@ -186,6 +190,7 @@ def dry_run(cfg: GRPOConfig) -> None:
         console.print(f"gold answers of {name}: {format_counts(kinds)}")
     render = build.prompt_renderer(cfg.prompt, tokenizer)
     check_texts(cfg, tokenizer)
+    notices.show(notices.about_prompts(render))
     train_set, heldout, longest = lengths.fitting_prompts(cfg, train_set, heldout, render)
     first = render(ProblemStream(train_set, seed=cfg.seed).take(0, 1)[0])
     console.print("first prompt:", Text(printable(str(tokenizer.decode(list(first.token_ids)))), style="dim"), sep="\n")
@@ -219,6 +224,7 @@ def set_up(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Component
         notices.show(about_data(cfg, train_set, heldout), is_main=world.is_main)
         render = build.prompt_renderer(cfg.prompt, tokenizer)
         check_texts(cfg, tokenizer)
+        notices.show(notices.about_prompts(render), is_main=world.is_main)
         train_set, heldout, _ = lengths.fitting_prompts(cfg, train_set, heldout, render, quiet=not world.is_main)
         loss = instantiate(cfg.loss)
         rewards = build.start_rewards(cfg, train_set, heldout, smoke_test=True)
@@ -360,17 +366,15 @@ def train(
                         on_microbatch=progress.phase("training"),
                     )
                 )
+    own_tokens = sum(len(m.microbatch.input_ids) for microbatches, _ in minibatches for m in microbatches)
     sampled_tokens, packed_tokens = world.sum(
-        [
-            sum(len(completion.token_ids) for group in rollout.sampled for completion in group.completions),
-            sum(len(m.microbatch.input_ids) for microbatches, _ in minibatches for m in microbatches),
-        ]
+        [sum(len(completion.token_ids) for group in rollout.sampled for completion in group.completions), own_tokens]
     )
     return (
         rollout_metrics(rollout, world)
         | update_metrics(updates)
         | phases.metrics(sample=sampled_tokens, train=packed_tokens * cfg.batch.num_iterations)
-        | {"memory/peak_gib": peak_memory_gib()}
+        | {"memory/peak_gib": peak_memory_gib(), "imbalance/train": imbalance(own_tokens, world)}
     )
 
 
@@ -389,7 +393,7 @@ def prepare(
         groups = without_zero_advantages(groups)
     microbatches = prepare_microbatches(
         components.policy,
-        pack(groups, max_tokens=cfg.batch.microbatch_tokens, device=world.device),
+        pack(balance(groups, world), max_tokens=cfg.batch.microbatch_tokens, device=world.device),
         temperature=cfg.sampling.temperature,
         old_policy=components.old_policy,
         with_reference=with_reference,

@@ -26,10 +26,11 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from rolltune import config
+from rolltune.balance import balance, imbalance
 from rolltune.batch import TokenSequence, TrainGroup, count_totals, pack_examples
 from rolltune.config.schema import SFTConfig
 from rolltune.data.dataset import ProblemStream
-from rolltune.distributed import World, close_world, init_world
+from rolltune.distributed import World, joined_world
 from rolltune.losses.nll import nll_loss
 from rolltune.metrics.progress import Progress
 from rolltune.metrics.timing import Phases, peak_memory_gib
@@ -67,13 +68,12 @@ def run(cfg: SFTConfig) -> None:
     if cfg.dry_run:
         dry_run(cfg)
         return
-    world = init_world(cfg.device, stall_seconds=cfg.stall_seconds)
     with (
+        joined_world(cfg.device, stall_seconds=cfg.stall_seconds) as world,
         watch(world, stall_seconds=cfg.stall_seconds, grace_seconds=cfg.grace_seconds) as watching,
         lifecycle.exclusive(cfg.output_dir, world),
     ):
         run_steps(cfg, world, watching)
-    close_world()
 
 
 def run_steps(cfg: SFTConfig, world: World, watching: Watch) -> None:
@@ -139,6 +139,7 @@ def dry_run(cfg: SFTConfig) -> None:
     train_set, heldout = build.load_data(cfg.data, max_heldout=cfg.eval.max_problems)
     notices.show(about_data(cfg, train_set, heldout))
     render = build.prompt_renderer(cfg.prompt, tokenizer)
+    notices.show(notices.about_prompts(render))
     train_set, heldout = fitting_examples(cfg, train_set, heldout, render, tokenizer)
     examples = [
         example(cfg, problem, render, tokenizer)
@@ -174,6 +175,7 @@ def set_up(cfg: SFTConfig, world: World, resume_from: Path | None) -> Components
         notices.show(about_data(cfg, train_set, heldout), is_main=world.is_main)
         render = build.prompt_renderer(cfg.prompt, tokenizer)
         quiet = not world.is_main
+        notices.show(notices.about_prompts(render), is_main=world.is_main)
         train_set, heldout = fitting_examples(cfg, train_set, heldout, render, tokenizer, quiet=quiet)
         estimates.check_disk(cfg)
     agree_on_data({"data.train": train_set, "data.heldout": heldout}, world)
@@ -267,7 +269,9 @@ def train(
     totals = LossTotals(tokens=int(tokens), sequences=int(sequences))
     loss_sum, entropy_sum, balance_sum, packed_tokens = 0.0, 0.0, 0.0, 0
     with phases("train"), policy.with_dropout():
-        microbatches = pack_examples(examples, max_tokens=cfg.batch.microbatch_tokens, device=world.device)
+        microbatches = pack_examples(
+            balance(examples, world), max_tokens=cfg.batch.microbatch_tokens, device=world.device
+        )
         on_progress = progress.phase("training")
         for done, microbatch in enumerate(microbatches, start=1):
             logprobs, entropy, balance = policy.trained_logprobs(microbatch, temperature=1.0)
@@ -284,7 +288,12 @@ def train(
             on_progress(done, len(microbatches))
         metrics = components.optimization.step(world)
     policy.version += not metrics["skipped_step"]
+<<<<<<< HEAD
     loss_sum, entropy_sum, balance_sum, packed_tokens = world.sum([loss_sum, entropy_sum, balance_sum, packed_tokens])
+=======
+    metrics["imbalance/train"] = imbalance(packed_tokens, world)
+    loss_sum, entropy_sum, packed_tokens = world.sum([loss_sum, entropy_sum, packed_tokens])
+>>>>>>> main
     metrics |= {"loss": loss_sum, "entropy": entropy_sum / totals.tokens, "memory/peak_gib": peak_memory_gib()}
     if policy.router_aux_loss:
         metrics["router/aux_loss"] = balance_sum

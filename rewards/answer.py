@@ -13,8 +13,10 @@ Markup, a lead-in ("The answer is ...") and a final full stop do not count, and 
 
 These state a number:
 
-- ``18``, ``-3``, ``18.00``, ``.5``, ``1,800``, ``1'800``, ``1{,}800``, ``18,5`` (a decimal comma), ``1.8e3``,
-  ``1.8 \\times 10^3``, ``3/4``, ``\\frac{3}{4}``, ``1 1/2``, ``x = 18``;
+- ``18``, ``-3``, ``18.00``, ``.5``, ``1,800``, ``1 800``, ``1'800``, ``1{,}800``, ``18,5`` (a decimal comma),
+  ``1.8e3``, ``1.8 \\times 10^3``, ``3/4``, ``\\frac{3}{4}``, ``1 1/2``, ``x = 18``, ``m + n = 18``,
+  ``The remainder is 18``;
+- an exact value with its rounding: ``\\frac{7}{12} \\approx 0.58`` states 7/12;
 - with a currency or a unit of up to four words: ``$18``, ``CHF 18``, ``18%``, ``18 m^2``, ``18th``, ``60 miles per
   hour``. Any words are accepted except those that hedge, deny or join (``maybe``, ``not``, ``or``) and those that
   change the number (``thousand``, ``half``, ``below``). A word missing from these lists can never introduce a second
@@ -31,6 +33,7 @@ The percent sign is a unit: ``18%`` states 18, never 0.18, because accepting bot
 Everything is compared exactly, without any tolerance. An expression may be written in any way that has the same value,
 but a decimal never earns a surd or a fraction that it only approximates: not ``1.414214`` for ``\\sqrt{2}``, and not
 ``0.333`` for ``1/3``. Lists, tuples and intervals are compared part by part (:mod:`rolltune.rewards.answers.compare`).
+A letter may come with the text of its choice: ``(B) 12 m/s``.
 Text is compared without case, leading article, and spaces around punctuation.
 """
 
@@ -44,15 +47,17 @@ from functools import lru_cache
 
 from rolltune.rewards.answers.compare import same
 from rolltune.rewards.answers.evaluate import NoValue, OutOfTime, evaluate
-from rolltune.rewards.answers.expression import SEPARATED, UNORDERED
+from rolltune.rewards.answers.expression import BRACKET, SEPARATED, UNORDERED
 from rolltune.rewards.answers.kind import (
     MAX_ANSWER_CHARS,
     Gold,
     Kind,
+    read_answer_number,
     read_choice,
     read_expression,
     read_gold,
-    read_stated_number,
+    read_stated_choice,
+    read_statement,
     split_unit,
     unread,
 )
@@ -140,13 +145,16 @@ def grade(gold: str, text: str, *, kind: Kind = "auto", timeout: float = TIMEOUT
         return Grade(correct=False, failure="too_long")
     stated = normalise(block)
     if target.number is not None:
-        return _grade_number(target, target.number, stated)
+        return _grade_number(target, target.number, read_statement(stated))
     if target.kind == "choice":
-        letter = read_choice(stated)
+        letter = read_stated_choice(stated)
         return _failed(stated) if letter is None else Grade(correct=letter == read_choice(target.text))
     if target.node is None:
         return Grade(correct=fold(stated) == fold(target.text))
-    return _grade_expression(target, stated, timeout)
+    return _grade_expression(target, read_statement(stated), timeout)
+
+
+_DECIMAL_COMMA = re.compile(r"[0-9]+,[0-9]{1,2}")
 
 
 def _failed(stated: str) -> Grade:
@@ -156,7 +164,7 @@ def _failed(stated: str) -> Grade:
 def _grade_number(gold: Gold, wanted: Number, stated: str) -> Grade:
     if stated == gold.text:
         return Grade(correct=True)
-    number = read_stated_number(stated)
+    number = read_answer_number(stated)
     if number is None or number.is_undone:
         return _failed(stated)
     # 4 4/9 % could be read as 40/9 or as 40/900.
@@ -170,10 +178,15 @@ def _grade_expression(gold: Gold, stated: str, timeout: float) -> Grade:
     assert gold.node is not None
     if _without_spaces(stated) == _without_spaces(gold.text):
         return Grade(correct=True)
+    if _DECIMAL_COMMA.fullmatch(gold.text) and gold.kind == "list":  # can be read in two ways, and either earns it
+        number, wanted = read_number(stated), read_number(gold.text)
+        if number is not None and wanted is not None and number.value == wanted.value:
+            return Grade(correct=True)
     body, unit = split_unit(stated)
     readings = [(read_expression(stated), ""), (read_expression(body) if unit else None, unit)]
     nodes = [node for node, unit in readings if node is not None and unit in ("", gold.unit or unit)]
-    is_list = any(node.op in (SEPARATED, UNORDERED) for node in nodes) and gold.kind == "expression"
+    has_parts = gold.kind != "expression" or any(arg.op == BRACKET for arg in gold.node.args)
+    is_list = any(node.op in (SEPARATED, UNORDERED) for node in nodes) and not has_parts
     if not nodes or is_list:
         return Grade(correct=False, failure="ambiguous" if is_list else unread(stated))
     try:
@@ -265,7 +278,10 @@ def voted_answer(problem: Problem, text: str) -> str | None:
     if not block or len(block) > MAX_ANSWER_CHARS:
         return None
     stated = normalise(block)
-    if len(gold) <= MAX_ANSWER_CHARS and read_gold(gold).number is not None:
-        number = read_stated_number(stated)
+    target = read_gold(gold) if len(gold) <= MAX_ANSWER_CHARS else None
+    if target is not None and target.number is not None:
+        number = read_answer_number(read_statement(stated))
         return None if number is None or number.is_undone else str(number.value)
+    if target is not None and target.kind == "choice":
+        return read_stated_choice(stated)
     return fold(stated) or None

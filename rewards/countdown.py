@@ -1,11 +1,12 @@
 """Countdown: check whether the answer reaches the target with the given numbers.
 
 A problem's gold answer is an expression, ``(3 + 5) * 2``: its numbers are the given numbers, and its value is the
-target. Any other expression over the same numbers with the same value is right too.
+target. Any other expression over the same numbers with the same value is right too. It may be an equation with the
+target on the right, ``(3 + 5) * 2 = 16``, because that is what the question asks for.
 
-The grammar has digits, ``+ - * /`` (also as typographic signs), round brackets and spaces, but no unary minus, power,
-decimal point or equals sign. A stack machine parses it in one pass. Values are exact fractions; nothing is passed to
-``eval``.
+Markup and signs are those of :mod:`rolltune.rewards.answer`: ``\\boxed{}``, ``$...$``, ``\\times``, ``\\frac{3}{4}``,
+``\u00d7``, ``\u00f7``. The grammar has whole numbers, ``+ - * /`` (also ``x`` between numbers), brackets and signs, but
+no power, decimal point or function. Values are exact fractions; nothing is passed to ``eval``.
 """
 
 from __future__ import annotations
@@ -16,15 +17,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
+from rolltune.rewards.answers.expression import BRACKET, Node, ParseError, parse
+from rolltune.rewards.answers.kind import MAX_ANSWER_CHARS
+from rolltune.rewards.answers.normalise import normalise, spell
+from rolltune.rewards.answers.numbers import read_number
 from rolltune.rewards.tags import parse_tags
 from rolltune.types import Problem, Score
 
-# Above any honest answer; bounds the time and the size of the numbers.
-MAX_CHARS = 128
-
-_SPELLINGS = str.maketrans({"\N{MULTIPLICATION SIGN}": "*", "\N{DIVISION SIGN}": "/", "\N{MINUS SIGN}": "-"})
-_TOKEN = re.compile(r"\s*([0-9]+|[-+*/()])")
-_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
+_TIMES = re.compile(r"(?<=[0-9)\]])\s*[xX]\s*(?=[0-9(\[])")  # no symbol can stand between two numbers
 _LENIENT = re.compile(r"[-0-9+*/() ]{3,256}")  # an expression and characters that may surround it
 
 
@@ -55,73 +55,43 @@ def parse_expression(text: str) -> Expression:
     Raises:
         NotAnExpression: the text is not in the grammar, or divides by zero.
     """
-    values: list[Fraction] = []
-    operators: list[str] = []
-    numbers: list[int] = []
-    wants_operand = True
-    for token in _tokens(text):
-        if token.isdigit() and wants_operand:
-            numbers.append(int(token))
-            values.append(Fraction(int(token)))
-            wants_operand = False
-        elif token == "(" and wants_operand:
-            operators.append(token)
-        elif token == ")" and not wants_operand:
-            while operators and operators[-1] != "(":
-                _apply(operators.pop(), values)
-            if not operators:
-                raise NotAnExpression("a bracket closes that was not opened")
-            operators.pop()
-        elif token in _PRECEDENCE and not wants_operand:
-            while operators and operators[-1] != "(" and _PRECEDENCE[operators[-1]] >= _PRECEDENCE[token]:
-                _apply(operators.pop(), values)
-            operators.append(token)
-            wants_operand = True
-        else:
-            raise NotAnExpression(f"{token!r} is misplaced")
-    if wants_operand:
-        raise NotAnExpression("ends early")
-    while operators:
-        if operators[-1] == "(":
-            raise NotAnExpression("a bracket is not closed")
-        _apply(operators.pop(), values)
-    (value,) = values
-    return Expression(value=value, numbers=tuple(sorted(numbers)))
+    if len(text) > MAX_ANSWER_CHARS:
+        raise NotAnExpression(f"longer than {MAX_ANSWER_CHARS} characters")
+    try:
+        node = parse(_TIMES.sub("*", normalise(text)))
+        value = _value(node)
+    except (ParseError, ZeroDivisionError) as error:
+        raise NotAnExpression(str(error)) from None
+    numbers = sorted(int(part.value) for part in node.walk() if part.op == "number")
+    return Expression(value=value, numbers=tuple(numbers))
 
 
-def _tokens(text: str) -> list[str]:
-    text = text.translate(_SPELLINGS).strip()
-    if len(text) > MAX_CHARS:
-        raise NotAnExpression(f"longer than {MAX_CHARS} characters")
-    tokens, position = [], 0
-    while position < len(text):
-        match = _TOKEN.match(text, position)
-        if match is None:
-            raise NotAnExpression(f"{text[position]!r} is not in the grammar")
-        token = match.group(1)
-        if len(token) > 1 and token.startswith("0"):
-            raise NotAnExpression(f"{token!r} has a leading zero")
-        tokens.append(token)
-        position = match.end()
-    return tokens
-
-
-def _apply(operator: str, values: list[Fraction]) -> None:
-    right, left = values.pop(), values.pop()
-    if operator == "+":
-        values.append(left + right)
-    elif operator == "-":
-        values.append(left - right)
-    elif operator == "*":
-        values.append(left * right)
-    elif right == 0:
-        raise NotAnExpression("divides by zero")
-    else:
-        values.append(left / right)
+def _value(node: Node) -> Fraction:
+    if node.op == "number":
+        if node.value.denominator != 1:
+            raise NotAnExpression("a number is not whole")
+        return node.value
+    values = [_value(arg) for arg in node.args]
+    match node.op, values:
+        case "+", [left, right]:
+            return left + right
+        case "-", [left, right]:
+            return left - right
+        case "*" | "juxtaposed", [left, right]:
+            return left * right
+        case "/" | "frac", [left, right]:
+            return left / right
+        case "neg", [value]:
+            return -value
+        case op, [value] if op == BRACKET and node.name == "[]":
+            return value
+    raise NotAnExpression(f"{node.name or node.op} is not in the grammar")
 
 
 def countdown_reward(problem: Problem, text: str, *, use_all: bool = True) -> Score:
     """Return 1 if the last ``<answer>`` block is an expression that reaches the target with the given numbers, else 0.
+
+    An equation must have the target, and nothing else, on the right.
 
     Example:
         >>> problem = Problem(id="c/0", messages=({"role": "user", "content": "Reach 13."},), answer="2 * 5 + 3")
@@ -143,12 +113,16 @@ def countdown_reward(problem: Problem, text: str, *, use_all: bool = True) -> Sc
 def lenient_countdown_reward(problem: Problem, text: str, *, use_all: bool = True) -> Score:
     """Return 1 if the last expression anywhere in the response reaches the target, with or without tags or ``= 24``.
 
-    For evaluation beside the strict reward. Never train on it, because it pays for answers that were not given.
+    What the strict reward pays for is right here too. For evaluation beside it. Never train on this, because it pays
+    for answers that were not given.
     """
-    for candidate in reversed(_LENIENT.findall(text.translate(_SPELLINGS))):
+    strict = countdown_reward(problem, text, use_all=use_all)
+    if strict.total == 1.0:
+        return strict
+    for candidate in reversed(_LENIENT.findall(spell(text))):
         candidate = _without_loose_brackets(candidate)
         # Without an operator it is the right-hand side of an equation.
-        if any(operator in candidate for operator in _PRECEDENCE):
+        if any(operator in candidate for operator in "+-*/"):
             return _check(problem, candidate, use_all=use_all)
     return Score(total=0.0, failure="no_answer")
 
@@ -173,8 +147,17 @@ def _check(problem: Problem, answer: str, *, use_all: bool) -> Score:
     given = _gold(problem.id, problem.answer)
     if not answer.strip():
         return Score(total=0.0, failure="empty")
+    if len(answer) > MAX_ANSWER_CHARS:
+        return Score(total=0.0, failure="too_long")
+    left, equals, right = normalise(answer).rpartition("=")
+    if equals:
+        stated = read_number(right.strip())
+        if stated is None or stated.unit:
+            return Score(total=0.0, failure="unparseable")
+        if stated.value != given.value:
+            return Score(total=0.0)
     try:
-        found = parse_expression(answer)
+        found = parse_expression(left if equals else answer)
     except NotAnExpression:
         return Score(total=0.0, failure="unparseable")
     used, available = Counter(found.numbers), Counter(given.numbers)

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from rolltune.config.schema import FewShotExample
 from rolltune.errors import ConfigError
 from rolltune.prompts import PromptRenderer, check_visible, completion_ids, turn_end, worked_response
+from rolltune.run.notices import about_prompts
 from rolltune.types import Problem, Prompt
 
 END, SYSTEM, USER, ASSISTANT = range(4)  # the special tokens of the byte tokenizer
@@ -220,6 +221,30 @@ def test_an_opened_response_is_trained_on_without_a_second_tag(tokenizer, templa
     )
 
 
+@pytest.mark.parametrize(("thinking", "opened"), [({}, ""), ({"enable_thinking": False}, "<think>\n\n</think>\n\n")])
+def test_variables_of_the_template_decide_what_it_opens(tokenizer, thinking, opened):
+    """As in Qwen3, whose generation prompt has an empty block of thoughts only where thinking is off."""
+    block = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    template = QWEN3.replace("%}<|assistant|>{% endif", f"%}}<|assistant|>{block}{{% endif")
+    render = PromptRenderer(templated(tokenizer, template), chat_template_kwargs=thinking)
+    assert render.prefill == render(PROBLEM).prefill == opened
+    assert tokenizer.decode(render(PROBLEM).token_ids).endswith(f"<|assistant|>{opened}")
+    with pytest.raises(ConfigError, match=r"prompt.chat_template_kwargs: thinking: .* no such variable"):
+        PromptRenderer(templated(tokenizer, template), chat_template_kwargs={"thinking": False})
+    with pytest.raises(ConfigError, match=r"prompt.chat_template: cannot be rendered: .*'messages'"):
+        PromptRenderer(templated(tokenizer, template), chat_template_kwargs={"messages": []})
+
+
+def test_a_template_that_writes_the_date_is_noticed(tokenizer):
+    """As in Llama 3.2, whose date a variable can set."""
+    date = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    dated = templated(tokenizer, f"{date}<|system|>Today: {{{{ date_string }}}}<|end|>{CHAT}")
+    (note,) = about_prompts(PromptRenderer(dated))
+    assert "today's date" in note
+    assert list(about_prompts(PromptRenderer(dated, chat_template_kwargs={"date_string": "26 Jul 2024"}))) == []
+    assert list(about_prompts(PromptRenderer(tokenizer))) == []
+
+
 def test_a_prefill_goes_on_behind_the_templates_own(tokenizer):
     render = PromptRenderer(templated(tokenizer, R1), prefill="<think>Let me")
     assert render(PROBLEM).prefill == "<think>\nLet me"
@@ -245,8 +270,6 @@ def test_an_empty_block_of_thoughts_need_not_be_repeated(tokenizer):
         (GEMMA, {"system": "Think."}, "prompt.system: .*System role not supported"),
         (CHAT.replace("messages %}", "messages if m.role != 'system' %}"), {"system": "Zzz"}, "prompt.system: 'Zzz'"),
         (MISTRAL.replace("[INST] ", ""), {"system": "Zzz"}, "prompt.system: .*roles must alternate"),
-        (CHAT.replace("add_generation_prompt", "false"), {}, r"prompt.chat_template: .*'<\|assistant\|>'"),
-        (GPT_OSS, {}, r"prompt.chat_template: .*'\[final\]'"),
         (CHAT.replace("m['content']", "m['content'] | upper"), {}, None),
         ("{% for m in messages %}", {}, "prompt.chat_template: cannot be rendered: .*endfor"),
         ("{{ messages[0].content + nothing }}", {}, "prompt.chat_template: cannot be rendered: .*undefined"),
@@ -264,9 +287,15 @@ def test_a_template_that_changes_what_it_is_given_is_refused(tokenizer, template
     assert "\n" not in str(error.value)
 
 
-def test_a_prompt_may_supply_the_header_that_a_template_lacks(tokenizer):
-    prompt = PromptRenderer(templated(tokenizer, GPT_OSS), prefill="[final]")(PROBLEM)
-    assert tokenizer.decode(prompt.token_ids).endswith("<|assistant|>[final]")
+@pytest.mark.parametrize(("template", "header"), [
+    (GPT_OSS, "<|assistant|>[final]"), (CHAT.replace("add_generation_prompt", "false"), "<|assistant|>")
+])  # fmt: skip
+@pytest.mark.parametrize("prefill", ["", "<think>"])
+def test_the_header_that_a_generation_prompt_lacks_is_appended(tokenizer, template, header, prefill):
+    """Rewards do not see it, so it may hold special tokens."""
+    prompt = PromptRenderer(templated(tokenizer, template), prefill=prefill)(PROBLEM)
+    assert tokenizer.decode(prompt.token_ids) == f"<|user|>What is 2 + 2?<|end|>{header}{prefill}"
+    assert prompt.prefill == prefill
 
 
 def test_a_response_ends_with_the_token_that_ends_a_turn(tokenizer):

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rolltune import distributed
-from rolltune.distributed import World, init_world
+from rolltune.distributed import World, init_world, joined_world
+from rolltune.errors import ConfigError, RankFailed, RunStopped
 
 CPU = torch.device("cpu")
 
@@ -103,26 +105,46 @@ def test_each_rank_has_its_own_gpu(monkeypatch):
     assert init_world("cpu").device == CPU and chosen[-1] == "gloo"
 
 
+def test_the_group_is_left_when_all_ranks_end_together(monkeypatch):
+    left = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(True))
+    for error, times in ((None, 1), (ConfigError([""]), 1), (RunStopped(""), 1), (RankFailed(""), 0), (KeyError(), 0)):
+        left.clear()
+        with suppress(Exception), joined_world("cpu"):
+            if error:
+                raise error
+        assert len(left) == times, error
+
+
 RANK_PROGRAM = """
 import torch
-from rolltune.distributed import close_world, init_world
+from rolltune.distributed import joined_world
+from rolltune.errors import ConfigError
 
-world = init_world("cpu")
-assert (world.size, world.is_main) == (2, world.rank == 0)
-third = 1 / 3
-assert world.sum([world.rank + 1, third * 2**-30, 1e15 + world.rank]) == [3.0, third * 2**-29, 2e15 + 1]
-assert world.max([-world.rank, world.rank]) == [0.0, 1.0]
-assert world.gather(["a", "b"][: world.rank + 1]) == ["a", "a", "b"]
-assert world.gather([]) == []
-seen, unseen = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(()))
-seen.grad = torch.tensor([1.0, 10.0]) * (world.rank + 1)
-if world.rank == 1:
-    unseen.grad = torch.tensor(5.0)
-world.sum_gradients([seen, unseen])
-assert seen.grad.tolist() == [3.0, 30.0] and unseen.grad.item() == 5.0
-world.barrier()
-close_world()
-close_world()
+
+def check(world):
+    assert (world.size, world.is_main) == (2, world.rank == 0)
+    third = 1 / 3
+    assert world.sum([world.rank + 1, third * 2**-30, 1e15 + world.rank]) == [3.0, third * 2**-29, 2e15 + 1]
+    assert world.max([-world.rank, world.rank]) == [0.0, 1.0]
+    assert world.gather(["a", "b"][: world.rank + 1]) == ["a", "a", "b"]
+    assert world.gather([]) == []
+    seen, unseen = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(()))
+    seen.grad = torch.tensor([1.0, 10.0]) * (world.rank + 1)
+    if world.rank == 1:
+        unseen.grad = torch.tensor(5.0)
+    world.sum_gradients([seen, unseen])
+    assert seen.grad.tolist() == [3.0, 30.0] and unseen.grad.item() == 5.0
+    world.barrier()
+
+
+try:
+    with joined_world("cpu") as world:
+        check(world)
+        raise ConfigError(["of all ranks"])
+except ConfigError:
+    assert not torch.distributed.is_initialized()  # it might abort the process at exit
 print("done")
 """
 

@@ -53,7 +53,13 @@ class _Comparison:
     def same(self, gold: Node, answer: Node) -> bool:
         if gold == answer:
             return True
-        gold, answer = _unnamed(gold, answer)
+        if {gold.op, answer.op} & {SEPARATED, UNORDERED}:
+            gold, answer = _as_equations(gold), _as_equations(answer)
+        if answer.op == RELATION and gold.op != RELATION and set(answer.name.split()) == {"="}:
+            # A name and its value, or a chain of equal ones: V = 6^2\\pi = 36\\pi.
+            return all(self.same(gold, side) for side in answer.args[is_name(answer.args[0]) :])
+        if gold.op == RELATION and answer.op != RELATION:
+            gold = _named_value(gold)
         if RELATION in (gold.op, answer.op):
             if gold.op == answer.op:
                 return self.same_relation(gold, answer)
@@ -99,6 +105,9 @@ class _Comparison:
         return (self.same_in_order if has_order else self.same_in_any_order)(gold.args, answer.args)
 
     def same_matrix(self, gold: Node, answer: Node) -> bool:
+        gold, answer = _as_vector(gold), _as_vector(answer)
+        if gold.op == answer.op == BRACKET and gold.name == answer.name:
+            return self.same_in_order(gold.args, answer.args)
         if gold.op != answer.op or gold.name != answer.name or len(gold.args) != len(answer.args):
             return False
         return all(map(self.same_in_order, (row.args for row in gold.args), (row.args for row in answer.args)))
@@ -168,7 +177,14 @@ def _is_listed_by(bracket: Node, other: Node) -> bool:
 
 
 def _rewrite(node: Node) -> Node:
-    return _plus_minus(_multiply(node))
+    return _plus_minus(_unite(_multiply(node)))
+
+
+def _unite(node: Node) -> Node:
+    """Write a union of sets as one set."""
+    if node.op != UNION or any(arg.op != SET for arg in node.args):
+        return node
+    return Node(SET, tuple(item for arg in node.args for item in arg.args))
 
 
 def _multiply(node: Node) -> Node:
@@ -211,16 +227,8 @@ def _choose_sign(node: Node, *, plus: bool) -> Node:
     return Node(node.op, args, name=node.name, value=node.value)
 
 
-def _unnamed(gold: Node, answer: Node) -> tuple[Node, Node]:
-    """Drop the name of a value, ``f(x) = 1`` or ``(p, q) = (3, 2)``, if the other side has none."""
-    if gold.op == RELATION and answer.op != RELATION:
-        return _named_value(gold), answer
-    if answer.op == RELATION and gold.op != RELATION:
-        return gold, _named_value(answer)
-    return gold, answer
-
-
 def _named_value(node: Node) -> Node:
+    """Drop the name of a value: ``f(x) = 1``, ``(p, q) = (3, 2)``."""
     is_value = node.name == "=" and is_name(node.args[0])
     return node.args[1] if is_value else node
 
@@ -231,9 +239,13 @@ def is_name(node: Node) -> bool:
         return node.name not in ("sqrt", "sin", "cos", "tan", "log", "ln", "exp")
     if node.op in ("juxtaposed", "frac", "/", "ratio", BRACKET):
         return all(map(is_name, node.args))
+    if node.op == "^":  # A^{-1}, f^{-1}
+        base, exponent = node.args
+        return exponent == _INVERSE and base.op == "symbol" and (base.name.isupper() or base.name in ("f", "g", "h"))
     return node.op == "symbol" and node.name not in ("%", "e", "i", r"\pi", r"\infty")
 
 
+_INVERSE = Node("neg", (Node("number", value=Fraction(1)),))
 _INFINITY = Node("symbol", name=r"\infty")
 
 
@@ -255,6 +267,25 @@ def _as_interval(node: Node) -> Node:
     if len(sides) == 2 and sides[1].op == "symbol":
         return Node(BRACKET, (sides[0], _INFINITY), name=("(" if signs[0] == "<" else "[") + ")")
     return node
+
+
+def _as_equations(node: Node) -> Node:
+    """Write ``(x, y) = (2, 3)`` as ``x = 2, y = 3``."""
+    if node.op != RELATION or node.name != "=" or {side.op for side in node.args} != {BRACKET}:
+        return node
+    names, values = (side.args for side in node.args)
+    if len(names) != len(values) or not all(map(is_name, names)):
+        return node
+    return Node(UNORDERED, tuple(Node(RELATION, pair, name="=") for pair in zip(names, values, strict=True)))
+
+
+def _as_vector(node: Node) -> Node:
+    """Write a matrix of one column, or of one row, as a tuple."""
+    if node.op != MATRIX or node.name:
+        return node
+    columns = tuple(entry for row in node.args for entry in row.args)
+    is_column = all(len(row.args) == 1 for row in node.args)
+    return Node(BRACKET, columns, name="()") if is_column or len(node.args) == 1 else node
 
 
 def _as_union(node: Node) -> Node:

@@ -69,8 +69,10 @@ _GREEK = frozenset(
 _CALLED = frozenset("fghFGHP") | {r"\phi", r"\varphi", r"\sigma", r"\tau"}
 _RELATIONS = frozenset(r"= < > \le \ge \ne \in".split())
 # Commands that start no factor.
-_SEPARATING = _RELATIONS | frozenset(r"\cup \pm \mp \} \\ \end \| \rfloor \rceil \rvert".split())
+_SEPARATING = _RELATIONS | frozenset(r"\cup \pm \mp \} \\ \end \| \rfloor \rceil \rvert \rangle".split())
 _SPLIT = {",": SEPARATED, ";": SEPARATED, "and": UNORDERED, "or": UNORDERED}
+_ENVIRONMENTS = ("pmatrix", "bmatrix", "vmatrix", "matrix", "array")
+_SUCH_THAT = ([("sign", "|")], [("sign", ":")], [("command", r"\mid")])  # {x | x > 2}
 _CLOSING = {"(": ")]", "[": ")]"}
 
 
@@ -260,7 +262,9 @@ class _Parser:
     def symbol(self, name: str) -> Node:
         if self.peek() == "_":
             name = f"{name}_{self.subscript()}"
-        if name.partition("_")[0] in _CALLED and self.peek() == "(":
+        while self.accept("'"):
+            name += "'"
+        if name.partition("_")[0].rstrip("'") in _CALLED and self.peek() == "(":
             self.take()
             arguments = self.items()
             self.expect(")")
@@ -303,7 +307,7 @@ class _Parser:
             raise ParseError(f"{opening!r} is not closed")
         if inside.op in (SEPARATED, UNORDERED):
             return Node(BRACKET, inside.args, name=opening + closing)
-        if opening + closing == "()":
+        if opening + closing == "()" or (opening + closing == "[]" and inside.op == MATRIX):
             return inside
         return Node(BRACKET, (inside,), name=opening + closing)
 
@@ -311,9 +315,20 @@ class _Parser:
         if name == r"\{":
             if self.accept(r"\}"):
                 return Node(SET)
+            if self.kind() == "symbol" and self.tokens[self.at + 1 : self.at + 2] in _SUCH_THAT:
+                self.at += 2
+                condition = self.relation()
+                self.expect(r"\}")
+                if condition.op != RELATION:
+                    raise ParseError("a set needs a condition after the bar")
+                return condition
             inside = self.items()
             self.expect(r"\}")
             return Node(SET, inside.args if inside.op in (SEPARATED, UNORDERED) else (inside,))
+        if name == r"\langle":
+            inside = self.items()
+            self.expect(r"\rangle")
+            return Node(BRACKET, inside.args if inside.op == SEPARATED else (inside,), name="()")
         if name == r"\emptyset":
             return Node(SET)
         if name == r"\frac":
@@ -362,8 +377,10 @@ class _Parser:
 
     def matrix(self) -> Node:
         name = self.environment()
-        if name not in ("pmatrix", "bmatrix", "matrix", "vmatrix"):
+        if name not in _ENVIRONMENTS:
             raise ParseError(f"unknown environment {name}")
+        if name == "array":
+            self.environment()  # the alignment of its columns
         rows = [[self.sum()]]
         while separator := self.accept("&", r"\\"):
             if separator == "&":
@@ -399,7 +416,7 @@ def _words(word: str) -> list[tuple[str, str]]:
         return [("command", r"\infty")]
     if word in _FUNCTIONS:
         return [("function", word)]
-    if word in ("pmatrix", "bmatrix", "vmatrix", "matrix"):
+    if word in _ENVIRONMENTS:
         return [("word", word)]
     if len(word) > 4:
         raise ParseError(f"{word!r} is a word")

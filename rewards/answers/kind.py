@@ -149,6 +149,35 @@ def read_choice(text: str) -> str | None:
     return match[1] if match and match[1].isupper() else None
 
 
+_STATED_CHOICE = re.compile(
+    r"""(?:(?i:option|choice)\ )?(?:[(\[]\ ?(?P<bracketed>[A-Z])\ ?[)\]]
+      |(?P<letter>[A-Z])(?:[).:,]|\ -(?=\ )|(?=\ \()|(?=\ is\ (?:the\ )?(?:correct|right|best)\b)))
+    [.:,]?\ ?(?P<text>.*)""",
+    re.VERBOSE,
+)
+_OTHER_CHOICE = re.compile(r"(?<![^\W_])(?<![0-9\u00b0] )[A-Z](?![^\W_])")  # but "60 J" is a quantity
+_DOUBTED = re.compile(
+    r"[?]|n't\b|\b(?:or|either|neither|maybe|perhaps|probably|possibly|guess|wait|wrong|incorrect|false|unsure)\b"
+    r"|\bnot (?:correct|right|true|the|it|my|sure)\b",
+    re.IGNORECASE,
+)
+
+
+def read_stated_choice(text: str) -> str | None:
+    """Return the letter that a normalised answer chooses, with or without the text of the choice.
+
+    Example:
+        >>> read_stated_choice("(B) 12 m/s")
+        'B'
+    """
+    if letter := read_choice(text):
+        return letter
+    match = _STATED_CHOICE.fullmatch(text)
+    if match is None or _OTHER_CHOICE.search(match["text"]) or _DOUBTED.search(match["text"]):
+        return None
+    return match["bracketed"] or match["letter"]
+
+
 def read_stated_number(text: str) -> Number | None:
     """Read a normalised text that states a number, with or without a name: ``18 cm``, ``x = 18``, ``total = $18``."""
     number = read_number(text)
@@ -163,6 +192,61 @@ def read_stated_number(text: str) -> Number | None:
         if node is None or not is_name(node):
             return None
     return read_number(value)
+
+
+_SENTENCE = re.compile(
+    r"(?:there (?:is|are)|(?:the|its|his|her|their|our) (?P<what>(?:[^\W\d_]+[ -]){1,8}?)(?:is|are|equals)) "
+    r"(?P<value>.*)",
+    re.IGNORECASE,
+)
+_APPROXIMATELY = re.compile(r"\\approx|\\simeq|\u2248")
+
+
+def read_statement(text: str) -> str:
+    """Return the value that a normalised answer states, without the sentence and the rounding around it.
+
+    Example:
+        >>> read_statement(r"The longest side is 2\\sqrt{3} \\approx 3.46")
+        '2\\\\sqrt{3}'
+    """
+    sentence = _SENTENCE.fullmatch(text)
+    if sentence and is_unit(re.findall(r"[^\W\d_]+", (sentence["what"] or "").lower())):
+        text = sentence["value"]
+    exact, *roundings = _APPROXIMATELY.split(text)
+    if len(roundings) == 1 and _is_rounded(exact.rpartition("=")[2].strip(), roundings[0].strip()):
+        return exact.strip()
+    return text
+
+
+def _is_rounded(exact: str, rounded: str) -> bool:
+    """Return whether a number is the other one, without symbols, rounded or cut off: ``2\\sqrt{3}`` and ``3.46``."""
+    node, number = read_expression(exact), read_number(rounded)
+    if node is None or number is None or any(part.op == "symbol" and not _is_constant(part) for part in node.walk()):
+        return False
+    try:
+        value = float(evaluate(node, timeout=GOLD_SECONDS))
+    except (NoValue, TypeError, OverflowError):  # none, a complex number, a large one
+        return False
+    decimals = re.search(r"(?<=\.)[0-9]+", rounded)
+    return abs(value - number.value) < 10.0 ** -len(decimals[0] if decimals else "")
+
+
+def _is_constant(node: Node) -> bool:
+    return node.name in ("e", r"\pi")
+
+
+def read_answer_number(text: str) -> Number | None:
+    """Read a normalised answer that states a number; unlike a gold answer it may also be ``m + n = 22``."""
+    number = read_stated_number(text)
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if number is not None or not equals:
+        return number
+    node = read_expression(name) if is_unit(re.findall(r"[^\W\d_]+", name.lower())) else None
+    return read_number(value) if node is not None and _is_sum_of_names(node) else None
+
+
+def _is_sum_of_names(node: Node) -> bool:
+    return all(map(_is_sum_of_names, node.args)) if node.op in ("+", "-") else is_name(node)
 
 
 _UNIT = re.compile(r"(.*?\S) ((?:[^\W\d_]{2,}\.?[ /]?){1,4}(?: ?\^ ?\{?[23]\}?)?)", re.DOTALL)

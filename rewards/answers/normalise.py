@@ -26,7 +26,8 @@ def has_content(text: str) -> bool:
 # --- characters -------------------------------------------------------------------------------------------------------
 
 _SIGNS = {
-    "\u2212": "-", "\u00d7": "*", "\u00b7": "*", "\u22c5": "*", "\u2217": "*", "\u2219": "*", "\u00f7": "/",
+    "\u2212": "-", "\u00d7": "*", "\u00b7": "*", "\u22c5": "*", "\u2217": "*", "\u2219": "*",
+    "\u2715": "*", "\u2716": "*", "\u2a2f": "*", "\u00f7": "/",
     "\u2044": "/", "\u2215": "/", "\u2236": ":", "\u221a": r"\sqrt ", "\u221b": r"\sqrt[3] ",
     "\u221e": r"\infty ", "\u2264": r"\le ",
     "\u2265": r"\ge ", "\u2a7d": r"\le ", "\u2a7e": r"\ge ", "\u2260": r"\ne ", "\u222a": r"\cup ", "\u2208": r"\in ",
@@ -123,7 +124,7 @@ _COMMANDS = [
         (r"\\(?:left|right|[bB]ig+[lr]?|displaystyle|limits|mathopen|mathclose)(?![A-Za-z])\.?", " "),
         (r"\\!", ""),
         (r"(?<!\\)\\(?:[,;: ]|q?quad(?![A-Za-z]))|~(?=\s*\\|\s*[A-Za-z])|(?<=[0-9}])~", " "),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\[dtc](frac|binom)(?![A-Za-z])", r"\\\1"),
         (r"\s*\^\s*(?:\{\s*(?:\\circ|\\degree|\u00b0)\s*\}|\\circ|\\degree|\u00b0)|\\degree(?![A-Za-z])", "\u00b0"),
         (r"\\(?:cdot|times|ast)(?![A-Za-z])", "*"),
         (r"\\div(?![A-Za-z])", "/"),
@@ -146,15 +147,21 @@ def _commands(text: str) -> str:
     return text
 
 
+def spell(text: str) -> str:
+    """Write a text's characters and commands in ASCII and plain LaTeX as far as possible; markup and words stay."""
+    return _commands(_characters(text))
+
+
 # --- what surrounds an answer -----------------------------------------------------------------------------------------
 
-_NOUN = r"(?:answer|result|total|sum|value|solution|number|amount|count|output)"
+_NOUN = r"(?:answer|result|total|sum|value|solution|number|amount|count|output|equation|expression)"
 _LEAD_IN = re.compile(
     rf"""(?:(?:so|thus|hence|therefore|then|finally|in\ conclusion|overall)\b[\s,:]*)?
     (?:(?:(?:the|my|our|your)\s+)?(?:(?:final|correct|exact|required)\s+)?{_NOUN}\s*(?:is|equals|:|=)\s*:?\s*
       |(?:it|this|that)(?:\s+is|'s|\s+equals)\s+|(?:we|i)\s+(?:get|have|find|obtain)\s+|=\s*|:\s*)?""",
     re.IGNORECASE | re.VERBOSE,
 )
+_BOILERPLATE = re.compile(r"\.? I hope (?:it|this) is correct\.?$", re.IGNORECASE)
 _PAIRS = {"*": "*", "_": "_", '"': '"', "\u00ab": "\u00bb"}
 
 
@@ -192,7 +199,7 @@ def normalise(text: str) -> str:
         >>> normalise("The answer is **$1\\\\,800$ dollars**.")
         '1,800 dollars'
     """
-    plain = _surroundings(_commands(_characters(_markup(text))))
+    plain = _surroundings(_BOILERPLATE.sub("", spell(_markup(text)).rstrip()))
     if plain.endswith(".") and not plain.endswith(".."):
         plain = _surroundings(plain[:-1])
     return " ".join((plain or text).split())  # what is nothing but markup stands for itself
@@ -204,4 +211,5 @@ _ARTICLE = re.compile(r"(?:an?|the) +(?=[^\W\d_]{2})", re.IGNORECASE)
 def fold(text: str) -> str:
     """Return a normalised text as it is compared with a text: no case, no leading article, no spaces around signs."""
     text = _ARTICLE.sub("", text.casefold(), count=1) if _ARTICLE.match(text) else text.casefold()
-    return re.sub(r" *([^\w ]) *", r"\1", re.sub(r"[{}]", "", text)).strip()
+    text = re.sub(r"(\\[a-z]+) *", r"\1 ", re.sub(r"[{}]", "", text))
+    return re.sub(r" *([^\w ]) *", r"\1", text).strip()

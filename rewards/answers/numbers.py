@@ -97,17 +97,18 @@ _WORD = r"(?:[^\W\d_]{2,}+|[ghlmsL])(?:\ ?\^\ ?(?:\{\ ?-?[1-4]\ ?\}|-?[1-4])|[23
 _FRACTION = r"\\frac\ ?(?:\{\ ?(?P<%s>-?[0-9]+)\ ?\}|(?P<%s>[0-9]))\ ?(?:\{\ ?(?P<%s>[0-9]+)\ ?\}|(?P<%s>[0-9]))"
 _POWER = r"(?:\{\ ?[-+]?[0-9]{1,3}\ ?\}|\([-+]?[0-9]{1,3}\)|[-+]?[0-9]{1,3}(?![0-9]))"
 _CODES = "USD EUR GBP CHF CAD AUD NZD JPY CNY RMB INR KRW BRL MXN SEK NOK DKK PLN CZK HUF RUB TRY ZAR SGD HKD"
+_CODES += r" Rs\.? Fr\.? [kK]r\.? Rp\.? RM Ksh Kč zł Ft"
 # Possessive quantifiers where a run could be split in many ways, to prevent backtracking.
 _NUMBER = re.compile(
     rf"""(?P<sign>[-+]\ ?|minus\ |negative\ )?
-    (?:(?:[A-Z]{{0,3}}[$\u00a4]|(?:{_CODES.replace(" ", "|")})(?=[\ 0-9.-])|Rs\.?|Fr\.)\ ?(?P<inner>[-+])?\ ?)?
+    (?:(?:[A-Z]{{0,3}}[$\u00a4]|(?:{_CODES.replace(" ", "|")})(?=[\ 0-9.-]))\ ?(?P<inner>[-+])?\ ?)?
     (?:10\ ?\^\ ?(?P<ten>{_POWER})
       |{_FRACTION % ("top", "top1", "bottom", "bottom1")}
       |(?P<mixed>[0-9]{{1,9}})
        (?:\ ?{_FRACTION % ("mtop", "mtop1", "mbottom", "mbottom1")}|\ (?P<mn>[0-9]++)/(?P<md>[0-9]++))
       |(?P<numerator>[0-9]++)\ ?/\ ?(?P<denominator>[0-9]++)
       |(?P<comma>[0-9]++,[0-9]{{1,2}}|[1-9][0-9]{{0,2}}(?:\.[0-9]{{3}})++,[0-9]{{1,2}})(?![0-9,])
-      |(?P<whole>[1-9][0-9]{{0,2}}(?:,[0-9]{{3}})++|[0-9]++)?(?P<decimals>\.[0-9]++)?
+      |(?P<whole>[1-9][0-9]{{0,2}}(?:(?:,[0-9]{{3}})++|(?:\ [0-9]{{3}})++(?![0-9]))|[0-9]++)?(?P<decimals>\.[0-9]++)?
        (?P<exponent>[eE][-+]?[0-9]{{1,3}}(?![0-9])
         |\ ?[*xX]\ ?10\ ?\^\ ?{_POWER})?
     )
@@ -166,7 +167,7 @@ def _magnitude(match: re.Match[str]) -> Fraction:
         return Fraction(integer("top", "top1", "numerator"), integer("bottom", "bottom1", "denominator"))
     if match["comma"]:
         return Fraction(match["comma"].replace(".", "").replace(",", "."))
-    digits = "1" if match["ten"] else (match["whole"] or "").replace(",", "") + (match["decimals"] or "")
+    digits = "1" if match["ten"] else re.sub("[, ]", "", match["whole"] or "") + (match["decimals"] or "")
     exponent = re.search(r"[-+]?[0-9]+(?=[^0-9]*$)", match["ten"] or match["exponent"] or "")
     return Fraction(digits) * Fraction(10) ** (int(exponent[0]) if exponent else 0)
 

@@ -2,7 +2,7 @@
 
 For every problem of a data set the audit builds responses with a known verdict: the gold answer in its usual spellings,
 which must all score 1, and answers that are wrong in the ways of models and reward hackers, which must all score 0. A
-reward that fails here teaches the failure.
+reward that fails here teaches the failure. :func:`audit_labelled` does the same with answers that somebody labelled.
 """
 
 from __future__ import annotations
@@ -17,10 +17,35 @@ from typing import Literal
 from rolltune.rewards.answer import gold_answer
 from rolltune.types import Problem, Reward
 
-MAX_EXAMPLES = 3
+MAX_EXAMPLES = 3  # of a kind, where the responses are generated
 
 Labelled = tuple[str, str]  # (kind, text)
 Verdict = Literal["right", "wrong"]
+_Response = tuple[Problem, Verdict, str, str]  # problem, verdict, kind, text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledAnswer:
+    """An answer with a known verdict.
+
+    Attributes:
+        problem: its ``solution`` is the working before this answer.
+        answer: final answer as a model writes it; None for a response that ends in the working.
+        right: whether it is right.
+        kind: what it is an example of, e.g. "rounded".
+    """
+
+    problem: Problem
+    answer: str | None
+    right: bool
+    kind: str
+
+    def response(self, answer_format: str) -> str:
+        """Return the whole response, in the layout of :func:`audit`."""
+        solution = self.problem.solution or ""
+        if self.answer is None:
+            return render_response(answer_format.partition("{solution}")[0], solution="", answer="") + solution
+        return render_response(answer_format, solution=solution, answer=self.answer)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +67,7 @@ class Tally:
         verdict: "right" responses must score 1, "wrong" ones 0.
         checked: number of responses.
         missed: number of those with any other score, unscored ones included.
-        examples: the first few missed ones.
+        examples: missed ones; of generated responses the first few.
     """
 
     kind: str
@@ -87,29 +112,59 @@ def audit(
     Raises:
         ValueError: a problem without a gold answer, or a format without ``{answer}``.
     """
+    _check_format(answer_format)
+
+    def responses() -> Iterator[_Response]:
+        for problem in problems:
+            rng = random.Random(f"{seed}/{problem.id}")
+            for kind, text in right_responses(problem, answer_format):
+                yield problem, "right", kind, text
+            for kind, text in _wrong_responses(problem, answer_format, rng) if wrong_responses else ():
+                yield problem, "wrong", kind, text
+
+    return _tally(responses(), reward, max_examples=MAX_EXAMPLES)
+
+
+def audit_labelled(
+    answers: Iterable[LabelledAnswer], reward: Reward, answer_format: str, *, wrong_responses: bool = True
+) -> AuditReport:
+    """Score labelled answers, and keep every missed one as an example.
+
+    Args:
+        answers: from :func:`rolltune.data.answers_labelled.answers_labelled`.
+        reward: as in :func:`audit`.
+        answer_format: as in :func:`audit`.
+        wrong_responses: as in :func:`audit`.
+
+    Raises:
+        ValueError: a format without ``{answer}``.
+    """
+    _check_format(answer_format)
+    responses: Iterator[_Response] = (
+        (answer.problem, "right" if answer.right else "wrong", answer.kind, answer.response(answer_format))
+        for answer in answers
+        if answer.right or wrong_responses
+    )
+    return _tally(responses, reward, max_examples=None)
+
+
+def _check_format(answer_format: str) -> None:
     if "{answer}" not in answer_format:
         raise ValueError(f"answer_format is {answer_format!r}; it must contain {{answer}}")
+
+
+def _tally(responses: Iterable[_Response], reward: Reward, *, max_examples: int | None) -> AuditReport:
     tallies: dict[tuple[Verdict, str], Tally] = {}
-    for problem in problems:
-        rng = random.Random(f"{seed}/{problem.id}")
-        for kind, text in right_responses(problem, answer_format):
-            _count(tallies, "right", kind, problem, text, reward)
-        for kind, text in _wrong_responses(problem, answer_format, rng) if wrong_responses else ():
-            _count(tallies, "wrong", kind, problem, text, reward)
+    for problem, verdict, kind, text in responses:
+        tally = tallies.setdefault((verdict, kind), Tally(kind=kind, verdict=verdict))
+        score = reward(problem, text)
+        tally.checked += 1
+        if score.total == (1.0 if verdict == "right" else 0.0):
+            continue
+        tally.missed += 1
+        if max_examples is None or len(tally.examples) < max_examples:
+            tally.examples.append(Example(problem_id=problem.id, text=text, total=score.total, failure=score.failure))
     return AuditReport(tallies=tuple(sorted(tallies.values(), key=lambda tally: tally.verdict)))
-
-
-def _count(
-    tallies: dict[tuple[Verdict, str], Tally], verdict: Verdict, kind: str, problem: Problem, text: str, reward: Reward
-) -> None:
-    tally = tallies.setdefault((verdict, kind), Tally(kind=kind, verdict=verdict))
-    score = reward(problem, text)
-    tally.checked += 1
-    if score.total == (1.0 if verdict == "right" else 0.0):
-        return
-    tally.missed += 1
-    if len(tally.examples) < MAX_EXAMPLES:
-        tally.examples.append(Example(problem_id=problem.id, text=text, total=score.total, failure=score.failure))
 
 
 # --- responses --------------------------------------------------------------------------------------------------------
@@ -151,6 +206,7 @@ def _working(problem: Problem) -> str:
 
 # --- answers ----------------------------------------------------------------------------------------------------------
 
+_GROUPED = re.compile(r"[1-9][0-9]{0,2} [0-9]{3}(\.[0-9]+)?")  # 1 800 is 1,800
 _PLAIN_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
 
@@ -203,9 +259,10 @@ def _wrong_numbers(answer: str, rng: random.Random) -> list[Labelled]:
     shorter = [sign + d for d in shorter if _PLAIN_NUMBER.fullmatch(d) and Decimal(sign + d) != value]
     if shorter:
         wrong.append(("digit_dropped", rng.choice(shorter)))
-    if len(digits) > 1:
-        cut = rng.randrange(1, len(digits))
-        wrong.append(("split", f"{sign}{digits[:cut]} {digits[cut:]}"))
+    split = [f"{digits[:cut]} {digits[cut:]}" for cut in range(1, len(digits))]
+    split = [text for text in split if not _GROUPED.fullmatch(text)]
+    if split:
+        wrong.append(("split", sign + rng.choice(split)))
     return wrong
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rolltune.errors import RunStopped
+from rolltune.errors import STOPS, ConfigError, RankFailed, RunStopped
 from rolltune.model.cpu.allocator import keep_freed_memory
 from rolltune.torchrun import end_with_torchrun, process_place
 
@@ -149,6 +150,25 @@ def _join(backend: str, size: int, *, stall_seconds: float) -> None:
             timer.cancel()
 
 
+@contextmanager
+def joined_world(device: str = "auto", *, stall_seconds: float = 0.0) -> Iterator[World]:
+    """Join the process group as :func:`init_world` does, and leave it at the end.
+
+    A process that exits without leaving it may be aborted by the group's own threads. After an error of one rank alone
+    the group is not left, as that waits for the other ranks.
+    """
+    world = init_world(device, stall_seconds=stall_seconds)
+    try:
+        yield world
+    except RankFailed:
+        raise
+    except (ConfigError, *STOPS):
+        close_world()
+        raise
+    close_world()
+
+
 def close_world() -> None:
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -7,7 +7,8 @@ response themselves (``<think>``). :class:`PromptRenderer` compares what a templ
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +27,8 @@ class PromptRenderer:
 
     The template is rendered to text and the prefill appended before anything is tokenized, so a token may span both, as
     it would at inference. What the template itself writes behind the header of the response is part of the prefill.
+    What of the header it lacks is appended, such as gpt-oss's ``<|channel|>final<|message|>``: responses start there in
+    a conversation.
 
     Example:
         >>> render = PromptRenderer(tokenizer, system="Think first.")  # doctest: +SKIP
@@ -40,10 +43,11 @@ class PromptRenderer:
         system: system message; None or "" for none.
         few_shot: examples before the problem, each a user message and an assistant message.
         prefill: start of the response.
+        chat_template_kwargs: variables of the template, such as ``enable_thinking``.
 
     Raises:
-        ConfigError: the template cannot be rendered, has no header for the response, or opens the response in another
-            way than ``prefill``.
+        ConfigError: the template cannot be rendered, opens the response in another way than ``prefill``, or does not
+            know one of its variables.
     """
 
     def __init__(
@@ -53,8 +57,11 @@ class PromptRenderer:
         system: str | None = None,
         few_shot: Sequence[FewShotExample] = (),
         prefill: str = "",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._variables = dict(chat_template_kwargs or {})
+        _check_variables(tokenizer, self._variables)
         self._system: list[tuple[str, Message]] = []
         if system:
             self._system = [("prompt.system", {"role": "system", "content": system})]
@@ -63,17 +70,10 @@ class PromptRenderer:
             self._few_shot.append((f"prompt.few_shot[{i}].user", {"role": "user", "content": example.user}))
             key = f"prompt.few_shot[{i}].assistant"
             self._few_shot.append((key, {"role": "assistant", "content": example.assistant}))
-        opened, missing = _response_start(tokenizer)
-        if missing and not prefill.startswith(missing):
-            raise ConfigError(
-                [
-                    f"prompt.chat_template: with add_generation_prompt the template does not write {missing!r}, which "
-                    "it writes before a response of the assistant; add it to the template, or start prompt.prefill "
-                    "with it"
-                ]
-            )
-        self._added = _added_prefill(opened, prefill)
-        self.prefill = f"{opened}{self._added}"
+        opened, missing = _response_start(tokenizer, self._variables)
+        added = _added_prefill(opened, prefill.removeprefix(missing))
+        self.prefill = f"{opened}{added}"
+        self._added = f"{missing}{added}"
 
     def __call__(self, problem: Problem) -> Prompt:
         """Render one problem.
@@ -90,6 +90,12 @@ class PromptRenderer:
         token_ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         return [Prompt(token_ids=tuple(ids), prefill=self.prefill) for ids in token_ids]  # pyright: ignore
 
+    def writes_date(self) -> bool:
+        """Return whether the template writes today's date, so that prompts differ from day to day."""
+        question = _conversation(1)[:1]
+        another_day = self._variables | {"strftime_now": lambda _format: "another day"}
+        return _render(self._tokenizer, question, self._variables) != _render(self._tokenizer, question, another_day)
+
     def lengths(self, problems: Sequence[Problem]) -> list[int]:
         """Return the number of tokens of each problem's prompt."""
         batches = (problems[start : start + BATCH] for start in range(0, len(problems), BATCH))
@@ -101,7 +107,7 @@ class PromptRenderer:
         ]
         parts = [*self._system, *self._few_shot, *own]
         try:
-            text = _render(self._tokenizer, [message for _, message in parts])
+            text = _render(self._tokenizer, [message for _, message in parts], self._variables)
         except TemplateError as error:
             raise ConfigError([f"{self._blame(own)}: the chat template refuses it: {_one_line(error)}"]) from error
         _check_parts(text, parts)
@@ -115,7 +121,7 @@ class PromptRenderer:
             ("prompt.system, prompt.few_shot", own),
         ):
             try:
-                _render(self._tokenizer, [message for _, message in parts])
+                _render(self._tokenizer, [message for _, message in parts], self._variables)
             except TemplateError:
                 continue
             return key
@@ -187,7 +193,11 @@ def check_visible(text: str, tokenizer: PreTrainedTokenizerBase, key: str) -> No
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    variables: Mapping[str, Any] | None = None,
+    *,
+    add_generation_prompt: bool = True,
 ) -> str:
     """Render messages to text.
 
@@ -196,7 +206,11 @@ def _render(
     """
     plain = [{"role": str(m["role"]), "content": m["content"]} for m in messages]
     try:
-        return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt))
+        return str(
+            tokenizer.apply_chat_template(
+                plain, tokenize=False, add_generation_prompt=add_generation_prompt, **(variables or {})
+            )
+        )
     except TemplateError:
         raise
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # in an expression of the template
@@ -209,7 +223,19 @@ def _conversation(turns: int) -> list[Message]:
     return messages if turns == 1 else [*messages, {"role": "user", "content": "go on"}]
 
 
-def _response_start(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def _check_variables(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a variable that the template does not read, which would change nothing."""
+    template = tokenizer.get_chat_template() if variables else ""
+    if problems := [
+        f"prompt.chat_template_kwargs: {name}: the chat template has no such variable; look at the template for the "
+        "names of its variables"
+        for name in variables
+        if not re.search(rf"\b{re.escape(name)}\b", template)
+    ]:
+        raise ConfigError(problems)
+
+
+def _response_start(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> tuple[str, str]:
     """Compare the generation prompt with the header of an earlier response.
 
     Templates may write an empty block of thoughts before a response, or only before the last one. It is no header.
@@ -221,11 +247,11 @@ def _response_start(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
         ConfigError: the template cannot be rendered, or the two have nothing to do with each other.
     """
     try:
-        generation = _render(tokenizer, _conversation(1)[:1]).rpartition(_USER)[2]
+        generation = _render(tokenizer, _conversation(1)[:1], variables).rpartition(_USER)[2]
     except TemplateError as error:
         raise ConfigError([f"prompt.chat_template: cannot be rendered: {_one_line(error)}"]) from error
     try:
-        whole = _render(tokenizer, _conversation(2))
+        whole = _render(tokenizer, _conversation(2), variables)
     except TemplateError:
         whole = ""
     if _USER not in whole or _ASSISTANT not in whole:

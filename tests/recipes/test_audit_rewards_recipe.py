@@ -141,6 +141,30 @@ def test_the_first_problems_and_the_seed(audit, capsys):
     assert audit(planted("contains"), seed=1) == first
 
 
+def test_labelled_answers(audit, tmp_path, capsys):
+    """All misses are shown; a reward of something other than correctness sees right answers only."""
+    answers = [{"answer": str(n), "right": n == 2, "kind": "off by some"} for n in range(9)]
+    answers.append({"answer": "**2**", "right": True, "kind": "bold"})
+    records = [
+        {"id": f"sum/{i}", "question": "1 + 1?", "gold": "2", "working": "So it is 2.", "answers": answers}
+        for i in range(3)
+    ]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, records)))
+    data = {"_component_": "rolltune.data.answers_labelled.answers_labelled", "path": str(tmp_path / "own.jsonl")}
+    status, found = audit(DEFAULT | planted("anywhere") | planted("too_strict"), data=data, max_problems=2)
+    assert status == 1 and found == {
+        "answer": {"false_negatives": 0, "false_positives": 0},
+        "format": {"false_negatives": 0, "false_positives": 0},
+        "anywhere": {"false_negatives": 0, "false_positives": 16},
+        "too_strict": {"false_negatives": 2, "false_positives": 0},
+    }
+    shown = capsys.readouterr().out
+    assert "2 problems, 20 labelled answers, rewards: " in shown
+    assert shown.count("wrong off by some, sum/1: scored 1: ") == 8
+    assert audit(DEFAULT, data=data, dry_run=True) == (0, found)  # of the run before
+    assert "gold answers of answer: 3 number" in capsys.readouterr().out
+
+
 def test_dry_run_writes_nothing(audit, capsys):
     assert audit(planted("anywhere"), dry_run=True) == (0, None)
     assert "nothing was audited" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -350,7 +351,7 @@ def test_several_processes_write_the_same(evaluate, make_config, tmp_path: Path,
         return call
 
     recipe.prepare, recipe.load_for_sampling = one_by_one(prepare), one_by_one(load)
-    recipe.init_world, cfg = lambda device: local.world, make_config("three")
+    recipe.joined_world, cfg = lambda device: nullcontext(local.world), make_config("three")
     generate, happened = NativeSampler.generate, []
 
     def generate_slowly(self, *args, **options):

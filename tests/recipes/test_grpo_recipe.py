@@ -7,7 +7,7 @@ import torch
 from tiny_run import read_rows
 from transformers import AutoModelForCausalLM
 
-from rolltune.errors import SyncError
+from rolltune.errors import EngineError, RunStopped, SyncError
 
 ALGORITHMS = {
     "grpo": ("rolltune.advantages.group_zscore", "rolltune.losses.grpo.GRPOLoss", {"kl_coef": 0.04}),
@@ -128,6 +128,29 @@ def test_held_out_turns_of_other_weights_stop_a_run(run_grpo, tmp_path, monkeypa
     with pytest.raises(SyncError, match="4 completions were not written by the policy's weights.*: 4 by version -1"):
         run_grpo()
     assert not (tmp_path / "run/metrics.jsonl").read_text()
+
+
+def test_a_step_after_which_the_evaluation_fails_is_saved_and_logged(run_grpo, tmp_path, monkeypatch):
+    """An engine that ends while the policy of a finished step is evaluated costs the evaluation and nothing else."""
+    from rolltune.samplers.native import NativeSampler
+
+    right, syncs = NativeSampler.sync, []
+
+    def sync(self, version):
+        syncs.append(version)
+        if syncs == [0, 0, 1]:  # evaluation before the first step, the first step, the evaluation after it
+            raise EngineError("the server has ended")
+        right(self, version)
+
+    settings = {"num_steps": 2, "eval": {"every_n_steps": 1, "max_problems": 2}}
+    with monkeypatch.context() as patch, pytest.raises(RunStopped, match="a checkpoint of step 1 is in"):
+        patch.setattr(NativeSampler, "sync", sync)
+        run_grpo(**settings)
+    assert [row["step"] for row in read_rows(tmp_path / "run")] == [0, 1]
+    again = read_rows(run_grpo(**settings, overrides=("resume=true",)))
+    whole = read_rows(run_grpo("whole", **settings))
+    assert again[1] == {key: value for key, value in whole[1].items() if not key.startswith("heldout/")}
+    assert again[2] == whole[2]
 
 
 def test_lora_run_writes_an_adapter(run_grpo, tiny_llama):

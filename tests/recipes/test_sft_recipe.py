@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from rolltune.batch import pack_examples
 from rolltune.config.schema import SFTConfig
 from rolltune.data.dataset import ProblemStream
 from rolltune.data.sums import sums
+from rolltune.distributed import init_world
 from rolltune.run import checks
 
 TRAIN = {"count": 20, "low": 1, "high": 9}
@@ -168,7 +170,7 @@ def test_how_it_is_computed_changes_nothing(run_sft, changes, tiny_llama):
 def test_packed_examples_never_see_each_other(make_config):
     """What the first example's tokens are predicted as does not depend on the second, wherever it stands."""
     recipe, cfg = load_recipe("sft"), make_config()
-    components = recipe.set_up(cfg, recipe.init_world("cpu"), None)
+    components = recipe.set_up(cfg, init_world("cpu"), None)
     a, b, c = (recipe.example(cfg, p, components.render, components.tokenizer) for p in components.stream.take(0, 3))
 
     def logprobs(*examples):
@@ -196,7 +198,7 @@ def test_several_processes_give_the_same_losses(make_config, tmp_path):
         with lock:  # transformers loads a model under switches that hold for the whole process
             return build_policy(*args, **options)
 
-    recipe.init_world, recipe.build_policy = lambda device, **options: local.world, build_one_by_one
+    recipe.joined_world, recipe.build_policy = lambda device, **options: nullcontext(local.world), build_one_by_one
 
     def run(world):
         local.world = world

@@ -22,7 +22,7 @@ def low_bytes(problem, text):
 low_bytes.full_marks = None
 '''
 
-TIMES = ("time", "seconds/", "tokens_per_second/", "memory/")
+TIMES = ("time", "seconds/", "tokens_per_second/", "memory/", "imbalance/")
 
 
 def tiny_grpo(model: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
@@ -61,6 +61,6 @@ def load_recipe(name: str) -> ModuleType:
 
 
 def read_rows(output_dir: Path, *, timeless: bool = True) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without what a clock or the machine decides."""
+    """The lines of metrics.jsonl, without what a clock, the machine or the number of ranks decides."""
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not (timeless and k.startswith(TIMES))} for row in rows]

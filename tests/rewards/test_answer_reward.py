@@ -60,6 +60,14 @@ RIGHT = [
     ("0.75", r"\frac{3}{4}"), ("0.75", r"$\frac{3}{4}$"), ("0.75", r"\dfrac{3}{4}"), ("0.75", r"\frac34"),
     ("-0.75", r"-\frac{3}{4}"), ("-0.75", r"\frac{-3}{4}"), (r"\frac{3}{4}", "3/4"), ("0.75", "3/4 cup"),
     ("12345678901234567890", "12,345,678,901,234,567,890"),
+    ("18", "kr 18"), ("18", "Rp18"), ("18", "Rs. 18"),
+    ("1800", "1 800"), ("1234567", "1 234 567 people"), ("-1800.5", "-1 800.5"),
+    ("18", "m + n = 18"), ("18", "$a+b-c=18$"), ("18", r"$m+n=\boxed{18}$"),
+    ("18", "The total cost is $18."), ("60", "Her average speed is 60 miles per hour."),
+    ("18", "There are 18 such pairs."),
+    ("18", "Hence the sum of the squares of the roots is 18."),
+    ("7/12", r"$\frac{7}{12} \approx 0.583$"), ("7/12", "7/12 \u2248 0.58"), ("7/12", r"P = 7/12 \approx 0.6"),
+    ("999", r"Final Answer: The final answer is $\boxed{999}$. I hope it is correct."),
 ]  # fmt: skip
 
 
@@ -111,6 +119,14 @@ WRONG = [
     (r"\boxed{" * 30, "unparseable"),
     ("Natalia sold 18 clips", "unparseable"), ("18 <answer", "unparseable"), (".", "unparseable"), ("-", "unparseable"),
     ("", "empty"), (" \n\t", "empty"),
+    ("18 = 18", "unparseable"), ("x + 2 = 18", "unparseable"), 
+    ("The wrong answer is 18", "ambiguous"), ("The answer is maybe 18", "ambiguous"),
+    ("There are 18 or 19", "ambiguous"), ("There are not 18", "ambiguous"), ("Half the total is 18", "ambiguous"),
+    ("The half is 18", "ambiguous"), ("The total is 17 and the rest is 18", "ambiguous"),
+    (r"x \approx 18", "ambiguous"), (r"18 \approx 19", "ambiguous"), (r"18 \approx 18.2", "ambiguous"),
+    (r"17.9 \approx 18", None), (r"\sqrt{324} \approx 18.0", "unparseable"),
+    (r"18 \approx 18.0 \approx 18", "ambiguous"),
+    (r"18 \approx x", "ambiguous"), ("1 8 000", "ambiguous"), ("0 018", "ambiguous"), ("18 0000", "ambiguous"),
     ("18" * 200, "too_long"), ("18" + " " * 300 + "dollars", "too_long"),
 ]  # fmt: skip
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rolltune.rewards.answers.kind import MAX_ANSWER_CHARS
 from rolltune.rewards.countdown import (
-    MAX_CHARS,
     NotAnExpression,
     countdown_reward,
     lenient_countdown_reward,
@@ -42,6 +42,17 @@ def response(answer: str) -> str:
         ("6 \N{MULTIPLICATION SIGN} 4 \N{DIVISION SIGN} 3 \N{MINUS SIGN} 2", 6),
         ("0", 0),
         ("2*(3+(4-1))", 12),
+        ("-1", -1),
+        ("(-19 + 95) / 4", 19),
+        ("3 * -2", -6),
+        ("03 + 5", 8),
+        ("3(5 + 2)", 21),
+        ("(3)(5)", 15),
+        ("3 x 5 X 2", 30),
+        ("[(95 - 19)] / 4", 19),
+        (r"\left(3 + 5\right) \times 2 \cdot 1", 16),
+        (r"\frac{95 - 19}{4} \div 1", 19),
+        (r"2 \cdot \dfrac34", Fraction(3, 2)),
     ],
 )
 def test_values(text, value):
@@ -62,8 +73,6 @@ def test_values(text, value):
         ")1(",
         "()",
         "1 ++ 2",
-        "-1",
-        "+1",
         "2 - -1",
         "1.5",
         "1e3",
@@ -71,15 +80,20 @@ def test_values(text, value):
         "2^3",
         "1 = 1",
         "a",
-        "3x5",
-        "03 + 5",
         "1 / 0",
         "1 / (2 - 2)",
         "\u0663 + 1",
         "\u00b2",
         "1,000",
-        "3(5)",
-        "(3)(5)",
+        "3x",
+        "x3",
+        "3 + 5, 2",
+        "3 + 5 and 2",
+        "3!",
+        "3%",
+        "\\sqrt{4}",
+        "3 1/2",
+        "2\n3",
         "1 // 2",
     ],
 )
@@ -89,9 +103,12 @@ def test_what_is_no_expression(text):
 
 
 def test_length_is_bounded():
-    assert parse_expression("(" * 60 + "1" + ")" * 60).value == 1
+    assert parse_expression("(" * 20 + "1" + ")" * 20).value == 1
+    assert parse_expression("1" + "+1" * (MAX_ANSWER_CHARS // 2 - 1)).value == MAX_ANSWER_CHARS // 2
     with pytest.raises(NotAnExpression, match="longer"):
-        parse_expression("1" + "+1" * MAX_CHARS)
+        parse_expression("1" + "+1" * MAX_ANSWER_CHARS)
+    with pytest.raises(NotAnExpression, match="nested"):
+        parse_expression("(" * 100 + "1" + ")" * 100)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +121,24 @@ def test_length_is_bounded():
         ("(3 + 5) + (5 + 3)", 0.0, "wrong_numbers"),
         ("8 * 2", 0.0, "wrong_numbers"),
         ("(3 + 5) * 2 * 1", 0.0, "wrong_numbers"),
-        ("(3 + 5) * 2 = 16", 0.0, "unparseable"),
+        ("(3 + 5) * 2 = 16", 1.0, None),
+        ("(3 + 5) * 2 = 16.0", 1.0, None),
+        (r"\((3 + 5) \times 2 = \boxed{16}\)", 1.0, None),
+        (r"$$\boxed{(3+5) \cdot 2 = 16}$$", 1.0, None),
+        ("**(3 + 5) \N{MULTIPLICATION SIGN} 2** = **16**.", 1.0, None),
+        ("```\n(3 + 5) * 2\n```", 1.0, None),
+        ("The equation is: (3 + 5) * 2 = 16.", 1.0, None),
+        ("2 \N{MIDDLE DOT} 5 + 2 \N{MIDDLE DOT} 3", 0.0, "wrong_numbers"),
+        ("(3 + 5) * 2 = 17", 0.0, None),
+        ("3 * 5 + 2 = 16", 0.0, None),
+        ("16 = 16", 0.0, "wrong_numbers"),
+        ("(3 + 5) * 2 = 8 * 2", 0.0, "unparseable"),
+        ("3 + 5 = 8 * 2 = 16", 0.0, "unparseable"),
+        ("3 + 5 = 8\n8 * 2 = 16", 0.0, "unparseable"),
+        ("(3 + 5) * 2 =", 0.0, "unparseable"),
+        ("(3 + 5) * 2 = 16 or 17", 0.0, "unparseable"),
+        ("(3 + 5) * 2 = 16 dollars", 0.0, "unparseable"),
+        ("3" + " " * 300 + "5", 0.0, "too_long"),
         ("(3 + 5) * 2 or 16", 0.0, "unparseable"),
         ("__import__('os').getcwd()", 0.0, "unparseable"),
         ("3 + 5 / 0", 0.0, "unparseable"),
@@ -137,6 +171,8 @@ def test_fewer_numbers_count_only_where_that_is_allowed():
         ("(3 + 5) * 2 = 16, or 3 * 5 + 2 = 17", 0.0),  # the last one counts
         ("The answer is 5 * 2 + 3 + 3 (no: (3 + 5) * 2 (uses all)).", 1.0),
         ("(I get (3 + 5) * 2)", 1.0),
+        ("<answer>(3 + 5) * 2</answer> and not 3 * 5 + 2", 1.0),  # the strict reward pays for it too
+        (r"So \((3 + 5) \times 2 = 16\).", 1.0),
         ("It is 16.", 0.0),
         ("", 0.0),
     ],
@@ -154,7 +190,7 @@ def test_a_gold_answer_that_is_no_expression_is_the_data_sets_mistake():
 
 
 def by_python(text: str) -> tuple[Fraction, Counter[int]] | None:
-    """Python's own parser, with a walk over its tree that allows only the four operations and plain integers."""
+    """Python's own parser, with a walk over its tree that allows only the four operations, signs and integers."""
 
     def value(node: ast.expr) -> Fraction:
         if isinstance(node, ast.BinOp):
@@ -168,6 +204,8 @@ def by_python(text: str) -> tuple[Fraction, Counter[int]] | None:
                     return left * right
                 case ast.Div():
                     return left / right
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+            return value(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
         if isinstance(node, ast.Constant) and type(node.value) is int:
             numbers[node.value] += 1
             return Fraction(node.value)
@@ -199,25 +237,28 @@ def random_strings(count: int, seed: int) -> list[str]:
     return strings
 
 
+# Where the two grammars differ: Python reads line breaks, 3_5, _3, 5. and two signs in a row, but no leading zeros, and
+# no product or equation without a sign. Stars around a text are emphasis.
+DIFFERENT = re.compile(r"[\n_.x=]|(?<![0-9])0[0-9]|[-+]\s*[-+]|[*/]\s*\+|(?<=[0-9)])\s*\(|\)\s*[0-9]|\*\*|//|^\*.*\*$")
+
+
 def test_ten_thousand_random_strings_crash_nothing_and_earn_nothing_falsely():
-    right = parsed = 0
+    right = parsed = refused = 0
     for text in random_strings(10_000, seed=0):
-        # Python reads four things that the grammar does not have: line breaks, 3_5, 0x2 and 00 for 0.
-        expected = None if re.search(r"\n|_|x|(?<![0-9])00", text) else by_python(text)
         try:
             found = parse_expression(text)
         except NotAnExpression:
-            assert expected is None, text
             found = None
-        if found is not None and "\n" not in text:
-            assert expected is not None, text
-            assert (found.value, Counter(found.numbers)) == expected, text
-            parsed += 1
-        credit = countdown_reward(PROBLEM, response(text)).total == 1.0
-        deserved = expected is not None and expected == (Fraction(16), Counter([2, 3, 5]))
-        assert credit == deserved or "\n" in text, text
-        right += credit
-    assert parsed > 3000 and right > 20  # enough of the strings are expressions and right answers
+        score = countdown_reward(PROBLEM, response(text))
+        if DIFFERENT.search(text):
+            continue
+        expected = by_python(text)
+        assert (found and (found.value, Counter(found.numbers))) == expected, text
+        assert score.total == (expected == (Fraction(16), Counter([2, 3, 5]))), text
+        parsed += expected is not None
+        refused += expected is None
+        right += score.total == 1.0
+    assert parsed > 3000 and refused > 1000 and right > 20  # enough of the strings are of each sort
 
 
 @settings(max_examples=300, deadline=None)

@@ -81,6 +81,7 @@ class PromptConfig:
     few_shot: list[FewShotExample] = field(default_factory=list)  # [{user: ..., assistant: ...}] before each problem
     prefill: str = ""  # start of the response ("<think>"); rewards see it as if the model had written it
     chat_template: FilePath | None = None  # Jinja file, for base models without a template; null: the model's own
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # the template's own: {enable_thinking: false}
 
 
 @dataclass(kw_only=True)
@@ -251,7 +252,7 @@ class AuditRewardsConfig:
     output_dir: FilePath = MISSING  # folder for the report
     seed: int = 0  # of the generated wrong answers
     dry_run: bool = False  # check everything, score nothing
-    data: Component = MISSING  # problems with gold answers
+    data: Component = MISSING  # problems with gold answers, or labelled answers (rolltune.data.answers_labelled)
     rewards: dict[str, Component] = field(default_factory=dict)  # name: component, as in grpo
     answer_format: str = _ANSWER_FORMAT  # layout of a right response
     max_problems: int | None = None  # most problems to use; null: all

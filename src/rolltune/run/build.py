@@ -189,4 +189,10 @@ def parameter_groups(parameters: Sequence[Parameter]) -> list[dict[str, Any]]:
 
 
 def prompt_renderer(prompt: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
-    return PromptRenderer(tokenizer, system=prompt.system, few_shot=prompt.few_shot, prefill=prompt.prefill)
+    return PromptRenderer(
+        tokenizer,
+        system=prompt.system,
+        few_shot=prompt.few_shot,
+        prefill=prompt.prefill,
+        chat_template_kwargs=prompt.chat_template_kwargs,
+    )

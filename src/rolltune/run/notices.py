@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rolltune.metrics.summary import has_signal
+from rolltune.prompts import PromptRenderer
 from rolltune.types import Problem
 
 MANY_EPOCHS = 4  # of supervised training on the same examples
@@ -40,6 +41,15 @@ def about_data(
             )
     if len(heldout) < max_heldout:
         yield f"data.heldout: {len(heldout)} problems; fewer than eval.max_problems, {max_heldout}"
+
+
+def about_prompts(render: PromptRenderer) -> Iterator[str]:
+    """Yield a line if prompts depend on the day."""
+    if render.writes_date():
+        yield (
+            "the chat template writes today's date, so a run that is resumed on another day sees other prompts; if the "
+            "template has a variable for it, set it: prompt.chat_template_kwargs={date_string: ...}"
+        )
 
 
 def about_epochs(num_examples: int, trained: int) -> Iterator[str]:

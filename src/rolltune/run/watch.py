@@ -116,7 +116,7 @@ class Watch:
         interval = min(max(stall_seconds / _LOOKS, 0.1), 30.0)
         signs: dict[int, _Sign] = {}
         exchange = threading.Thread(target=self._exchange, args=(signs, interval), daemon=True)
-        if self.world.size > 1:
+        if dist.is_initialized():
             exchange.start()
         before: list[int] = []
         last_look: dict[int, tuple[int, int]] = {}  # rank: its looks, and ours when they last changed

@@ -194,6 +194,8 @@ def _worked_step(line: str) -> WorkedStep | None:
     words = _NOT_ARITHMETIC.sub(" ", _PER.sub(" ", left)).split()
     value = int(result.group(1))
     for start in range(len(words)):
+        if words[start] in ("+", "-"):
+            continue  # an operation on what stands before it, not a sign
         expression = " ".join(words[start:])
         try:
             parsed = parse_expression(expression)

@@ -19,7 +19,7 @@ SAME = [
     # values
     ("(x+1)^2", "x^2+2x+1|(x+1)(x+1)|(1+x)^{2}"),
     (r"\sin^2 x + \cos^2 x", "1"),
-    (r"\binom{5}{2}", r"10|\frac{5!}{2!3!}"),
+    (r"\dbinom{5}{2}", r"10|\tbinom{5}{2}|\frac{5!}{2!3!}"),
     (r"\binom{n}{2}", r"\frac{n(n-1)}{2}"),
     (r"10\sin 30^\circ", r"5|10\cos(60°)|10\sin\frac{\pi}{6}"),
     (r"\tan^{-1} x", r"\arctan x"),
@@ -42,7 +42,16 @@ SAME = [
     ("|AB|=1", "1"),
     ("y=2x+1", "2x+1|y = 1+2x|y-2x-1=0"),
     ("S_{MBCN}:S=7:32", "7:32|7 : 32"),
+    ("36\\pi", r"A = \pi \cdot 6^2 = 36\pi|36\pi \approx 113.1|The area is 36\pi \approx 113 cm^2."),
+    ("2x+1", "f'(x) = 2x + 1|y' = 1 + 2x|f^{-1}(x) = 2x+1"),
     # lists, tuples, sets, intervals
+    ("1,22", "1.22|1, 22|1,22"),
+    ("x=2,y=3", r"(x, y) = (2, 3)|\boxed{(y,x)=(3,2)}|y = 3 and x = 2"),
+    ("(x,y)=(2,3)", "x=2, y=3|y = 3, x = 2|(2,3)"),
+    (r"\{1,2\}\cup\{3\}", r"\{1,2,3\}|\{3\} \cup \{2, 1\}"),
+    (r"\{x \mid -1<x<2\}", r"(-1,2)|-1 < x < 2|\{x : -1 < x < 2\}"),
+    (r"x\equiv 3\pmod 5", r"x \equiv 3 \pmod{5}"),
+    ("(2,-1)", r"\langle 2, -1 \rangle|\begin{pmatrix} 2 \\ -1 \end{pmatrix}|\begin{pmatrix} 2 & -1 \end{pmatrix}"),
     ("(1,\\frac{9}{2})", r"(1, \frac{9}{2})|(1,4.5)|\left(1, 9/2\right)|(x,y) = (1, 4.5)"),
     ("0,1", "(0,1)|0, 1"),
     ("3,11,33", "3, 11, 33|3;11;33|3, 11 and 33"),
@@ -62,7 +71,8 @@ SAME = [
     ("34x+45y-20z+100=0", "-34x-45y+20z-100=0"),
     ("x < 3", r"x \lt 3|3 > x|2x < 6|-x > -3"),
     (r"x \neq 5", r"x != 5|x ≠ 5"),
-    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3 & \frac{8}{2} \end{bmatrix}"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3 & \frac{8}{2} \end{bmatrix}"
+        r"|\left[\begin{array}{cc} 1 & 2 \\ 3 & 4 \end{array}\right]|A^{-1} = \begin{pmatrix}1&2\\3&4\end{pmatrix}"),
 ]  # fmt: skip
 
 DIFFERENT = [
@@ -81,6 +91,9 @@ DIFFERENT = [
     # no decimal for a surd or a fraction
     (r"\sqrt{2}", "1.414214|1.41421356237309504880"),
     (r"\pi", "3.14|3.141593"),
+    (r"36\pi", r"113.1|A \approx 36\pi|36\pi \approx 112.1|12\pi = 36\pi|36\pi = 12\pi|36\pi = 113.1|36\pi + x \approx 113"),
+    ("x+1", "x^2 = x+1|x^{-1} = x+1"),
+    ("1,22", "1.23|1.2|2.2"),
     (r"\begin{pmatrix}1/3\\1/5\end{pmatrix}", r"\begin{pmatrix}0.33\\0.2\end{pmatrix}"),
     # identities that hold for some values only
     (r"\lfloor x \rfloor", "0|1|2|x"),
@@ -90,9 +103,15 @@ DIFFERENT = [
     ("(1,2)", "(2,1)|[1,2]|(1,2]|1|(1,2,3)|x=1, y=2"),
     ("[0,1)", "(0,1)|[0,1]|0,1"),
     ("10, 4, -2", "4, 10, -2|10, 4|10, 4, -2, 1"),
-    (r"\{1,2\}", r"\{1\}|\{1,2,3\}|(1,2)"),
+    (r"\{1,2\}", r"\{1\}|\{x \mid 1, 2\}|\{1,2,3\}|(1,2)"),
     ("(37,3,3),(17,3,3,7)", "(37,3,3,13),(17,3,3,7)"),
     (r"\pm 2021", "2021"),
+    ("(2,-1)", r"\langle -1, 2 \rangle|\begin{pmatrix} 2 & 0 \\ -1 & 0 \end{pmatrix}|\begin{pmatrix} -1 \\ 2 \end{pmatrix}"),
+    ("x=2,y=3", "(x,y)=(3,2)|(y,x)=(2,3)|(x,y,z)=(2,3,4)|(x,z)=(2,3)"),
+    (r"\{1,2\}\cup\{3\}", r"\{1,2\}|\{1,2,3,4\}|(1,2,3)"),
+    (r"\{x \mid -1<x<2\}", r"(-1,2]|\{-1, 2\}|\{x \mid -1<x<3\}"),
+    (r"x\equiv 3\pmod 5", r"x \equiv 3 \pmod{15}|x \equiv 35 \pmod{}"),
+    ("[2,-1]", r"\begin{pmatrix} 2 \\ -1 \end{pmatrix}"),
     (r"[-3,2]", r"(-\infty, -3] \cup [2, \infty)"),
     ("x < 1", "x > -1|x > 1|x \\le 1|x < 2|y < 1"),
     ("7 = 11a+c", "11a+c|7"),
@@ -124,7 +143,7 @@ def test_different(gold: str, answer: str) -> None:
     assert not grade(gold, f"<answer>{answer}</answer>").correct
 
 
-AGREED = ["(x+1)^2", r"\sin^2 x + \cos^2 x", r"\binom{5}{2}", r"\frac{x+2}{7}", "2^{10}"]
+AGREED = ["(x+1)^2", r"\sin^2 x + \cos^2 x", r"\dbinom{5}{2}", r"\frac{x+2}{7}", "2^{10}"]
 
 
 @pytest.mark.parametrize(("gold", "answer"), pairs([row for row in SAME if row[0] in AGREED]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 
 from rolltune.rewards.answer import gold_kind, grade
-from rolltune.rewards.answers.kind import Kind, read_choice, read_gold
+from rolltune.rewards.answers.kind import Kind, read_choice, read_gold, read_stated_choice
 from rolltune.types import Problem
 
 KINDS = {
@@ -76,3 +76,21 @@ def test_a_letter_is_stated_with_or_without_brackets(text: str) -> None:
 @pytest.mark.parametrize("text", ["b", "(b)", "A or B", "AB", "A, B", "not B", "B?", "B C", "B) 42"])
 def test_no_letter_is_stated(text: str) -> None:
     assert read_choice(text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["B", "(B) 42", "B) 42", "B. abundant", "B: 60 J", "B - Goethe", "B (no)", "B, carbon dioxide", "(B)", "Option B is correct",
+     "(B), because it does not change", "B. 2x + 1"],
+)  # fmt: skip
+def test_an_answer_may_add_the_text_of_the_choice(text: str) -> None:
+    assert read_stated_choice(text) == "B"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["b", "A or B", "B) or C)", "(A) yes (B) no", "B. No wait, A.", "B, D", "B 42", "Both", "A function of x", "B is wrong", "B. maybe",
+     "(B) is not correct", "B, I think", "B isn't it", "B is not correct", "not (B) 42"],
+)  # fmt: skip
+def test_but_not_another_letter_or_a_doubt(text: str) -> None:
+    assert read_stated_choice(text) is None
