@@ -267,36 +267,32 @@ def train(
     counted = count_totals(examples)
     tokens, sequences = world.sum([counted.tokens, counted.sequences])
     totals = LossTotals(tokens=int(tokens), sequences=int(sequences))
-    loss_sum, entropy_sum, balance_sum, packed_tokens = 0.0, 0.0, 0.0, 0
+    loss_sum, entropy_sum, router_sum, packed_tokens = 0.0, 0.0, 0.0, 0
     with phases("train"), policy.with_dropout():
         microbatches = pack_examples(
             balance(examples, world), max_tokens=cfg.batch.microbatch_tokens, device=world.device
         )
         on_progress = progress.phase("training")
         for done, microbatch in enumerate(microbatches, start=1):
-            logprobs, entropy, balance = policy.trained_logprobs(microbatch, temperature=1.0)
+            logprobs, entropy, router_loss = policy.trained_logprobs(microbatch, temperature=1.0)
             loss = nll_loss(logprobs, totals)
-            if balance is None:
+            if router_loss is None:
                 components.optimization.backward(loss)
             else:
                 share = len(logprobs) / totals.tokens
-                components.optimization.backward(loss + policy.router_aux_loss * balance * share)
-                balance_sum += balance.item() * share
+                components.optimization.backward(loss + policy.router_aux_loss * router_loss * share)
+                router_sum += router_loss.item() * share
             loss_sum += loss.item()
             entropy_sum += entropy.sum().item()
             packed_tokens += len(microbatch.input_ids)
             on_progress(done, len(microbatches))
         metrics = components.optimization.step(world)
     policy.version += not metrics["skipped_step"]
-<<<<<<< HEAD
-    loss_sum, entropy_sum, balance_sum, packed_tokens = world.sum([loss_sum, entropy_sum, balance_sum, packed_tokens])
-=======
     metrics["imbalance/train"] = imbalance(packed_tokens, world)
-    loss_sum, entropy_sum, packed_tokens = world.sum([loss_sum, entropy_sum, packed_tokens])
->>>>>>> main
+    loss_sum, entropy_sum, router_sum, packed_tokens = world.sum([loss_sum, entropy_sum, router_sum, packed_tokens])
     metrics |= {"loss": loss_sum, "entropy": entropy_sum / totals.tokens, "memory/peak_gib": peak_memory_gib()}
     if policy.router_aux_loss:
-        metrics["router/aux_loss"] = balance_sum
+        metrics["router/aux_loss"] = router_sum
     return metrics | phases.metrics(train=packed_tokens)
 
 
