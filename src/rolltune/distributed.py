@@ -1,4 +1,4 @@
-"""Data parallelism with replicated weights. The same code runs with one process or with many.
+"""Data parallelism over processes. The same code runs with one process or with many.
 
 Each rank works on whole groups of a step. Losses are already divided by totals over all ranks, so gradients and losses
 only have to be summed over ranks.
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rolltune.errors import STOPS, ConfigError, RankFailed, RunStopped
 from rolltune.model.cpu.allocator import keep_freed_memory
@@ -74,12 +75,17 @@ class World:
         return [item for part in parts for item in part]
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Sum ``.grad`` over ranks, in place and in flat buckets. A parameter without a gradient counts as zero."""
+        """Sum ``.grad`` over ranks, in place and in flat buckets. A parameter without a gradient counts as zero.
+
+        FSDP has summed the gradients of sharded parameters already.
+        """
         if self.size == 1:
             return
         bucket: list[Tensor] = []
         size = 0
         for parameter in parameters:
+            if isinstance(parameter, DTensor):
+                continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             if bucket and (size > BUCKET_BYTES or bucket[0].dtype != parameter.grad.dtype):
@@ -102,13 +108,14 @@ def _reduce_bucket(gradients: list[Tensor]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def init_world(device: str = "auto", *, stall_seconds: float = 0.0) -> World:
+def init_world(device: str = "auto", *, stall_seconds: float = 0.0, cpu_offload: bool = False) -> World:
     """Join the process group that torchrun has set up; without torchrun, return a world of one.
 
     Args:
         device: "auto" (CUDA if available), "cpu" or "cuda".
         stall_seconds: time after which the run's own watch gives up on ranks that do not move. A collective waits
             longer, because its error would blame the rank that waits.
+        cpu_offload: with CUDA, let tensors in host memory communicate as well.
     """
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     rank, size, local_rank = process_place()
@@ -119,7 +126,8 @@ def init_world(device: str = "auto", *, stall_seconds: float = 0.0) -> World:
         keep_freed_memory()
     if size > 1 and not dist.is_initialized():
         end_with_torchrun()
-        _join("nccl" if use_cuda else "gloo", size, stall_seconds=stall_seconds)
+        backend = "gloo" if not use_cuda else "cpu:gloo,cuda:nccl" if cpu_offload else "nccl"
+        _join(backend, size, stall_seconds=stall_seconds)
     return World(rank=rank, size=size, device=local)
 
 
@@ -151,13 +159,13 @@ def _join(backend: str, size: int, *, stall_seconds: float) -> None:
 
 
 @contextmanager
-def joined_world(device: str = "auto", *, stall_seconds: float = 0.0) -> Iterator[World]:
+def joined_world(device: str = "auto", *, stall_seconds: float = 0.0, cpu_offload: bool = False) -> Iterator[World]:
     """Join the process group as :func:`init_world` does, and leave it at the end.
 
     A process that exits without leaving it may be aborted by the group's own threads. After an error of one rank alone
     the group is not left, as that waits for the other ranks.
     """
-    world = init_world(device, stall_seconds=stall_seconds)
+    world = init_world(device, stall_seconds=stall_seconds, cpu_offload=cpu_offload)
     try:
         yield world
     except RankFailed:
