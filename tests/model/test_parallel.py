@@ -46,12 +46,12 @@ MICROBATCHES = pack_examples([example(seed) for seed in range(3)], max_tokens=20
 class Trained:
     """A policy with its optimizer, sharded if there is a mesh."""
 
-    def __init__(self, path, mesh=None, lora=None, **options):
+    def __init__(self, path, mesh=None, lora=None, *, cpu_offload=False, **options):
         config = ModelConfig(path=str(path), **options)
         self.policy = build_policy(config, lora, device=CPU, seed=0, with_reference=True)
         if mesh is not None:
             dtype = torch.bfloat16 if config.master_weights else None
-            self.policy.shard(mesh, compute_dtype=dtype, cpu_offload=False)
+            self.policy.shard(mesh, compute_dtype=dtype, cpu_offload=cpu_offload)
         weights = MasterWeights(self.policy.trainable_parameters, enabled=config.master_weights)
         self.optimization = Optimization(
             weights=weights, optimizer=torch.optim.AdamW(weights.masters, lr=1e-2), scheduler=None, max_grad_norm=1.0
@@ -79,8 +79,14 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize(
     ("lora", "options"),
-    [(None, {"gradient_checkpointing": True}), (None, BF16), (LORA, {}), (LORA, {"dtype": "bfloat16"})],
-    ids=["full, checkpointed", "bf16", "lora", "lora bf16"],
+    [
+        (None, {"gradient_checkpointing": True}),
+        (None, BF16),
+        (None, BF16 | {"cpu_offload": True}),
+        (LORA, {}),
+        (LORA, {"dtype": "bfloat16"}),
+    ],
+    ids=["full, checkpointed", "bf16", "offloaded", "lora", "lora bf16"],
 )
 def test_one_process_gives_the_bits_of_replicated_weights(tiny_llama, mesh, lora, options):
     replicated, sharded = Trained(tiny_llama, None, lora, **options), Trained(tiny_llama, mesh, lora, **options)

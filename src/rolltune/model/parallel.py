@@ -51,7 +51,8 @@ def make_mesh(device: torch.device, shard: int | None) -> DeviceMesh:
         shard: processes that share one copy, a divisor of their number; None: all.
     """
     if not dist.is_initialized():  # one process that torchrun has not started
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=HashStore(), rank=0, world_size=1)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     size = dist.get_world_size()
     shard = shard or size
     return init_device_mesh(device.type, (size // shard, shard), mesh_dim_names=(REPLICATE, SHARD))
