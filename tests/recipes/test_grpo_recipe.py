@@ -215,10 +215,10 @@ def test_every_gold_answer_is_read_before_anything_is_loaded(run_grpo, tmp_path,
 
 
 def test_a_trainer_that_forgets_the_temperature_is_caught(run_grpo, monkeypatch):
-    from rolltune.model import policy
+    from rolltune.model import forward
 
-    right = policy.selected_logprobs
-    monkeypatch.setattr(policy, "selected_logprobs", lambda h, w, t, temperature, *_, **__: right(h, w, t, 1.0))
+    right = forward.selected_logprobs
+    monkeypatch.setattr(forward, "selected_logprobs", lambda h, w, t, temperature, *_, **__: right(h, w, t, 1.0))
     with pytest.raises(ValueError, match="sampler and trainer give the same log-probs"):
         run_grpo(sampling={"group_size": 4, "max_new_tokens": 12, "temperature": 0.6})
 
