@@ -38,7 +38,7 @@ LAYOUTS = {
     "box": r"{solution}" + "\n\n" + r"\boxed{{answer}}",
     "sentence": "{solution}\n\nThe final answer is {answer}",
     "####": "{solution}\n#### {answer}",
-    "alone": "{answer}",
+    "answer only": "{answer}",
 }
 LM_EVAL = """
 import json, sys, yaml

@@ -7,7 +7,7 @@ which grades it on three criteria that it does not meet. The plain wrong answer 
     tune run serve --config smollm2_135m_judge.yaml \\
         command="[python, benchmarks/judge_attacks.py, --base-url, 'http://127.0.0.1:8123/v1', --model, judge]"
 
-If the endpoint needs a key, set OPENAI_API_KEY. The last line of the output is a JSON object with every number.
+The key is read from VLLM_API_KEY. The last line of the output is a JSON object with every number.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ async def grade(judge: EndpointJudge, text: str) -> tuple[float | None, str]:
 
 async def run(args: argparse.Namespace) -> None:
     judge = EndpointJudge(
-        endpoint=EndpointSettings(base_url=args.base_url, model=args.model, timeout_seconds=600),
+        endpoint=EndpointSettings(
+            base_url=args.base_url, model=args.model, api_key_env="VLLM_API_KEY", timeout_seconds=600
+        ),
         max_tokens=args.max_tokens,
         max_concurrency=16,
     )

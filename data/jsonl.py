@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ def jsonl(
     Args:
         path: the file.
         question_key: key of the question, which becomes one user message.
-        answer_key: key of the gold answer, a string or a number. Strings are kept except for surrounding space.
-            None for data without answers.
+        answer_key: key of the gold answer, a string or a number. Strings are kept except for surrounding space, and
+            numbers with all of their digits, without an exponent. None for data without answers.
         id_key: key of the id, a string or an integer. By default ids are "<file name>/<line number>".
         solution_key: key of a worked solution.
         messages_key: key of a whole conversation, ``[{"role": ..., "content": ...}, ...]``, that ends with a user
@@ -79,7 +80,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the records of a JSONL file with their line numbers, from 1.
 
     Raises:
-        ValueError: a line is not UTF-8, not JSON, or not an object.
+        ValueError: a line is not UTF-8, not JSON, or not an object, or repeats a key.
     """
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
@@ -94,7 +95,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _parse(raw: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(raw.decode("utf-8-sig"))
+        record = json.loads(raw.decode("utf-8-sig"), parse_float=_Float, object_pairs_hook=_unique)
         if b"\\ud" in raw.lower():  # half of a surrogate pair, which no tokenizer can encode
             json.dumps(record, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
@@ -108,11 +109,37 @@ def _parse(raw: bytes) -> dict[str, Any]:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
     except RecursionError:
         raise ValueError("brackets are nested too deeply") from None
+    except _RepeatedKey as error:
+        raise ValueError(f"the key {error.args[0]!r:.60} is repeated") from None
     except ValueError as error:  # Python converts no integer of more than 4300 digits
         raise ValueError(f"a number is too long ({error})") from None
     if not isinstance(record, dict):
         raise ValueError(f"a record must be a JSON object, not {type(record).__name__}")
     return record
+
+
+class _Float(float):
+    """A number with a decimal point or an exponent, and its text: 1e23 as a float is 99999999999999991611392."""
+
+    def __new__(cls, text: str) -> _Float:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
+
+
+class _RepeatedKey(Exception):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, none of whose keys is repeated: Python would silently keep the last value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _RepeatedKey(next(key for key in keys if keys.count(key) > 1))
+    return found
 
 
 def find_key(record: dict[str, Any], key: str) -> Any:
@@ -137,14 +164,21 @@ def _text(record: dict[str, Any], key: str, where: str, *, number: type[int] | t
         value = find_key(record, key)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str) and any(char.isprintable() and not char.isspace() for char in value):
         return value
     if number is not None and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if number is float and isinstance(value, float) and math.isfinite(value):
-        return str(int(value)) if value.is_integer() else repr(value)
+        return _plain(Decimal(value.text if isinstance(value, _Float) else repr(value)))
     wanted = {None: "", int: " or an integer", float: " or a number"}[number]
     raise ValueError(f"{where}: {key!r} must be a non-empty string{wanted}, not {value!r:.60}")
+
+
+def _plain(number: Decimal) -> str:
+    """A number without an exponent and needless zeros, and with all of its digits."""
+    text = f"{number:f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text
 
 
 def _messages(record: dict[str, Any], key: str, where: str) -> tuple[Message, ...]:

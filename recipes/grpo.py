@@ -378,7 +378,7 @@ def train(
         rollout_metrics(rollout, world)
         | update_metrics(updates)
         | phases.metrics(sample=sampled_tokens, train=packed_tokens * cfg.batch.num_iterations)
-        | {"memory/peak_gib": peak_memory_gib(), "imbalance/train": imbalance(own_tokens, world)}
+        | {"memory/peak_gib": peak_memory_gib(), "imbalance/train": imbalance(own_tokens, packed_tokens, world)}
     )
 
 

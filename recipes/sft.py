@@ -292,12 +292,12 @@ def train(
         policy.idle_backward(idle)
         metrics = components.optimization.step(world)
     policy.version += not metrics["skipped_step"]
-    metrics["imbalance/train"] = imbalance(packed_tokens, world)
-    loss_sum, entropy_sum, router_sum, packed_tokens = world.sum([loss_sum, entropy_sum, router_sum, packed_tokens])
+    loss_sum, entropy_sum, router_sum, all_tokens = world.sum([loss_sum, entropy_sum, router_sum, packed_tokens])
+    metrics["imbalance/train"] = imbalance(packed_tokens, all_tokens, world)
     metrics |= {"loss": loss_sum, "entropy": entropy_sum / totals.tokens, "memory/peak_gib": peak_memory_gib()}
     if policy.router_aux_loss:
         metrics["router/aux_loss"] = router_sum
-    return metrics | phases.metrics(train=packed_tokens)
+    return metrics | phases.metrics(train=all_tokens)
 
 
 @torch.no_grad()

@@ -17,10 +17,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rolltune.batch import pack, train_group
 from rolltune.config.schema import LoRAConfig, ModelConfig
 from rolltune.errors import ConfigError
+from rolltune.model.checkpointing import recompute_activations
 from rolltune.model.forward import forward_of
 from rolltune.model.load import load_tokenizer
 from rolltune.model.packed_attention import PACKED_ATTENTION, packed_mask
@@ -89,7 +91,7 @@ class Result:
         return [
             f"{check} off by {error:.2g}"
             for check, error in self.errors.items()
-            if not error <= (GRADIENT_TOLERANCE if check == "gradient" else TOLERANCE)
+            if not error <= (GRADIENT_TOLERANCE if "gradient" in check else TOLERANCE)
         ]
 
     @property
@@ -137,7 +139,7 @@ def check_family(family: str, length: str, folder: Path) -> Result:
     result.head = "" if forward.plain_head else "own"
     result.errors["log-probs"] = _gap(_split(ours, microbatch), truth)
     result.errors["log-probs of examples"] = _gap(_split(ours_sft, examples), [truth[0], truth[4]])
-    result.attempt("gradient", lambda: _check_gradient(result, policy, plain, microbatch, groups))
+    result.attempt("gradient", lambda: _check_gradients(result, policy, plain, microbatch, groups))
     result.attempt("self-test", lambda: _check_selftest(result, policy, groups, tokenizer))
     result.attempt("save", lambda: _check_save(result, policy, microbatch, groups, folder / "saved", tokenizer))
     result.attempt("lora", lambda: _check_lora(result, folder, microbatch, groups, tokenizer))
@@ -216,19 +218,31 @@ class _SpiedMasks:
         AttentionMaskInterface.register(PACKED_ATTENTION, self._registered)
 
 
-def _check_gradient(
+def _check_gradients(
     result: Result, policy: Policy, plain: PreTrainedModel, microbatch: RolloutMicrobatch, groups: Sequence[Group]
 ) -> None:
-    (policy.logprobs(microbatch, temperature=1.0)[0] * microbatch.advantages).sum().backward()
+    """Compare all gradients, also with the activations of each layer computed again in the backward pass."""
     for group, advantages in zip(groups, ADVANTAGES, strict=True):
         for completion, advantage in zip(group.completions, advantages, strict=True):
             (_truth(plain, group.prompt.token_ids, completion.token_ids).sum() * advantage).backward()
-    ours = {name: p.grad for name, p in policy.causal_lm.named_parameters() if p.grad is not None}
     theirs = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
-    zero = torch.zeros(())
-    gaps = [(ours.get(n, zero) - theirs.get(n, zero)).norm() for n in ours.keys() | theirs.keys()]
     norm = torch.stack([gradient.norm() for gradient in theirs.values()]).norm()
-    result.errors["gradient"] = (torch.stack(gaps).norm() / norm).item()
+    zero = torch.zeros(())
+
+    def error() -> float:
+        policy.model.zero_grad()
+        (policy.logprobs(microbatch, temperature=1.0)[0] * microbatch.advantages).sum().backward()
+        ours = {name: p.grad for name, p in policy.causal_lm.named_parameters() if p.grad is not None}
+        gaps = [(ours.get(n, zero) - theirs.get(n, zero)).norm() for n in ours.keys() | theirs.keys()]
+        return (torch.stack(gaps).norm() / norm).item()
+
+    result.errors["gradient"] = error()
+    layers = [module for module in policy.causal_lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if layers:
+        recompute_activations(policy.causal_lm)
+        result.attempt("checkpointing", lambda: result.errors.update({"checkpointed gradient": error()}))
+        for layer in layers:
+            del layer.forward
 
 
 def _check_selftest(result: Result, policy: Policy, groups: Sequence[Group], tokenizer: Any) -> None:

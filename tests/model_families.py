@@ -9,7 +9,9 @@ from typing import Any
 import torch
 import transformers
 from byte_tokenizer import byte_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
+
+from rolltune.model.load import auto_class
 
 VOCAB = 264
 BASE = dict(
@@ -354,11 +356,6 @@ def load_plain(folder: Path) -> PreTrainedModel:
     """Load a model as plain transformers does, with eager attention, in float32."""
     config = transformers.AutoConfig.from_pretrained(folder)
     return auto_class(config).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
-def auto_class(config: Any) -> Any:
-    is_causal_lm = type(config) in AutoModelForCausalLM._model_mapping
-    return AutoModelForCausalLM if is_causal_lm else AutoModelForImageTextToText
 
 
 @torch.no_grad()

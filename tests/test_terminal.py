@@ -14,7 +14,11 @@ from rich.console import Console
 from rich.text import Text
 
 from rolltune.config import format_mistakes
+from rolltune.data.dataset import Dataset
+from rolltune.run import notices
+from rolltune.run.lengths import Limit, fitting
 from rolltune.terminal import printable
+from rolltune.types import Problem
 from rolltune.writers.writing import show_dry_run
 
 
@@ -51,6 +55,15 @@ def test_texts_of_a_dry_run_of_the_writers(capsys):
 def test_mistakes_that_quote_data():
     shown = format_mistakes(ValueError(f"data: {ESCAPE} has no rubric"), "grpo")
     assert shown == "grpo: 1 mistake\n  data: \\x1b[2J\\x1b]0;owned\\x07 has no rubric"
+
+
+def test_ids_of_problems_that_are_left_out_or_repeated(capsys):
+    problems = [
+        Problem(id=f"{i}{ESCAPE}", messages=({"role": "user", "content": "2 + 2?"},), answer="4") for i in range(2)
+    ]
+    fitting(Dataset(problems), [1, 99], Limit(tokens=9, source="the context"), key="data.train", parts="p", drop=True)
+    notices.show(notices.about_data(problems, [], max_heldout=1, per_step=1, key="k"))
+    assert "\x1b" not in (shown := capsys.readouterr().out) and shown.count("\\x1b[2J") == 3, shown
 
 
 def test_notes_below_tables():

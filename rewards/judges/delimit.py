@@ -31,23 +31,27 @@ _TAGS = (
     r"s|bos|eos|pad|unk|mask|sep|cls|sop|eop|eod|eot|eom|think|thinking|thought|tool_calls?|tool_responses?|tools?|"
     r"function_calls?|function_results?|system|user|assistant|human|model|developer|(?:start|end)_of_\w{1,20}|"
     r"(?:im|turn|start|end)_?(?:start|end|turn)?|unused\d{1,4}|image\w{0,20}|video|audio|"
-    r"filename|reponame|human|bot|ipython|toolcalls?|tooloutputs?|eoh|eoa|boh|boa|eoc|0x[0-9a-f]{2}"
+    r"filename|reponame|bot|ipython|toolcalls?|tooloutputs?|eoh|eoa|boh|boa|eoc|0x[0-9a-f]{2}|role|usr|inst|ai|"
+    r"(?:start|end|begin)of\w{4,10}|boi|eoi|img|ref|box|quad|(?:ctrl|dummy|madeupword)\d{1,4}|"
+    r"gmask|smask|ep|nl|stop"
 )
 _BRACKETS = (
     r"inst|sys|system|user|assistant|human|system_prompt|available_tools|tool_calls|tool_results|tool_content|args|"
     r"call_id|think|model_settings|prefix|suffix|middle|img|img_break|img_end|audio|begin_audio|gmask|smask|mask|cls|"
-    r"sep|pad|unk|bos|eos|(?:control|unused)_?\d{1,4}"
+    r"sep|pad|unk|bos|eos|(?:control|unused|extra_id)_?\d{1,4}|round \d{1,4}"
 )
 _ROLES = (
     r"(?:gpt-?4?\s{1,3}correct\s{1,3})?(?:user|assistant)|"
     r"system(?:\s{1,3}(?:prompt|message|instructions?))?|user|assistant|human|developer|ai|instructions?|input|response|"
-    r"\u7cfb\u7edf|\u7528\u6237|\u52a9\u624b"  # system, user, assistant in Chinese
+    r"\u7cfb\u7edf|\u7528\u6237|\u52a9\u624b|\u95ee|\u7b54"  # system, user, assistant, question, answer in Chinese
 )
 # Each match gets a backslash after its first group.
 _SPECIAL = (
     re.compile(rf"({_LT}|\[)(?={_BAR})"),  # <|im_start|>, <|eot_id|>, [|system|], and with full-width bars
     # <file_sep>, <turn|>, <CLS|LM>, <extra_id_0>: no tag of HTML contains an underscore or a bar
     re.compile(rf"({_LT})(?=/?[^\s<>\\]{{0,40}}(?:[_\u2581]|{_BAR})[^\s<>]{{0,60}}{_GT})"),
+    # <ctrl99>, <reserved102>, <PRE>: tags of HTML have one digit at most, and <pre> is one
+    re.compile(rf"({_LT})(?=/?(?:[A-Za-z]{{2,20}}-?\d{{2,6}}|PRE|SUF|MID){_GT})"),
     re.compile(rf"({_LT})(?=/?(?:function|parameter|tool|invoke)=[^<>\n]{{0,80}}{_GT})", re.IGNORECASE),
     re.compile(r"(\[)(?=/?[A-Z]{1,20}(?:_[A-Z0-9]{1,20}){1,4}\])"),  # [TOOL_CALLS], [UNUSED_TOKEN_145]
     re.compile(r"(>)(?=>[A-Z]{2,20}<<)"),  # >>QUESTION<<
@@ -63,6 +67,7 @@ _SPECIAL = (
         rf"^([ \t]{{0,8}})(?=(?:#{{1,6}}[ \t]{{0,3}})?[*_]{{0,3}}(?:{_ROLES})[*_]{{0,3}}[ \t]{{0,3}}[:\uff1a])",
         re.IGNORECASE | re.MULTILINE,
     ),
+    re.compile(r"(\s)(?=(?:USER|ASSISTANT|SYSTEM|HUMAN|BOT)\s{0,3}:)"),  # Vicuna's turns may stand within a line
     re.compile(rf"^([ \t]{{0,8}})(?=#{{1,6}}[ \t]{{0,3}}(?:{_ROLES})[ \t]{{0,3}}$)", re.IGNORECASE | re.MULTILINE),
     # "grade": 1 as a judge writes it; quoted unescaped it would end the judge's reason and be taken for its grade
     re.compile(r"""(["'])(?=(?:grade|rating|verdicts|better)["']\s*:)""", re.IGNORECASE),

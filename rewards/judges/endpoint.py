@@ -27,6 +27,7 @@ from rolltune.rewards.judges.judge import (
     response_format,
     without_tokens,
 )
+from rolltune.terminal import printable
 from rolltune.types import Message
 
 # Status codes that may concern only a question's text: too long, or blocked by a filter.
@@ -280,7 +281,7 @@ class EndpointJudge:
     def _none(self, failure: Failure, why: str, text: str = "") -> Answer:
         if failure not in self._logged:  # only the first is logged; all are counted
             self._logged.add(failure)
-            _log.warning("%s: a question is unscored (%s): %s", self.name, failure, why)
+            _log.warning("%s: a question is unscored (%s): %s", self.name, failure, printable(why))
         return Answer(value=None, failure=failure, text=text, judge=self.name, cached=False)
 
 

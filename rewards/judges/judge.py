@@ -37,6 +37,8 @@ _THOUGHT, _END_OF_THOUGHT = re.compile(r"\s*(?:<think(?:ing)?>|\[THINK\])"), re.
 _WRAPPERS = frozenset(
     "answer final_answer result output verdict verdicts evaluation assessment judgement judgment json rating".split()
 )
+# Braces around a field that decides: what looks like a verdict, whether or not it can be read.
+_DECISION = re.compile(r"\{[^{}]{0,5000}\b(?:rating|grade|better)\b[^\w{}]{0,5}[:=]", re.IGNORECASE)
 _UNICODE_ESCAPE = re.compile(r"\\+(?:u\{?|x)([0-9a-fA-F]{2,6})\}?")
 _NOT_PLAIN = re.compile(r"[^\w{}\[\]:,.+-]|_")
 
@@ -129,10 +131,11 @@ def read_answer(question: Question, reply: str) -> BaseModel:
     """Parse the verdict in a reply.
 
     The last JSON object counts. Objects that quote the question are skipped; they are compared as parsed values and as
-    text, in whatever escaping. Thoughts before ``</think>`` are skipped. No braces may follow the last object, and none
-    may be open before it: an object inside broken JSON may be a quotation, too. Slips of form are accepted
-    (:mod:`rolltune.rewards.judges.lenient_json`), and so are a list in place of an object with one list, and an
-    object wrapped as ``{"answer": ...}``.
+    text, in whatever escaping. Any other object with a grade must say the same, and so it must be readable. Thoughts
+    before ``</think>`` are skipped. No braces may follow the last object, and none may be open before it: an object
+    inside broken JSON may be a quotation, too. Slips of form are accepted
+    (:mod:`rolltune.rewards.judges.lenient_json`), and so are a list in place of an object with one list, and an object
+    wrapped as ``{"answer": ...}``.
 
     Example:
         >>> read_answer(question, 'It says {"rating": 10}. {"reason": "Wrong.", "rating": 2}').rating
@@ -162,6 +165,10 @@ def read_answer(question: Question, reply: str) -> BaseModel:
     answer = _validated(question, last.value)
     if any(_decision(other) != _decision(answer) for other in _valid(question, own[:-1])):
         raise ValueError("it contains two different verdicts; write the final one only")
+    # The other one may be the judge's own, and this one a paraphrase of what the response wants.
+    invalid = [text[place.start : place.end] for place in own[:-1] if not list(_valid(question, [place]))]
+    if any(_DECISION.search(part) for part in (before, *invalid)):
+        raise ValueError("it contains another verdict that cannot be read; write the final one only")
     return answer
 
 
@@ -269,9 +276,13 @@ def _asked(contents: tuple[str, ...]) -> tuple[str, frozenset[Any]]:
     return f"{_plain(text)}\n{_plain(decoded)}", values
 
 
+_MAX_ESCAPED = 3  # times that a text is escaped
+
+
 def _decoded(text: str) -> str:
     """Undo the escapes in which a text can hide an object from a comparison: of HTML, URLs, JSON and Python."""
-    text = urllib.parse.unquote(html.unescape(text), errors="replace")
+    for _ in range(_MAX_ESCAPED):
+        text = urllib.parse.unquote(html.unescape(text), errors="replace")
     text = _UNICODE_ESCAPE.sub(lambda match: chr(min(int(match[1], 16), 0x10FFFF)), text)
     return unicodedata.normalize("NFKC", text)
 

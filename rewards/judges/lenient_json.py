@@ -1,8 +1,9 @@
 """Find JSON objects in a model's text, with the slips that models make.
 
 Accepted beyond JSON: trailing commas, single quotes, ``True``, ``False`` and ``None``, ``//`` comments, line ends and
-tabs in strings, and backslashes that start no escape (TeX). A repeated key is refused, since the parser would have to
-decide which value counts. Nothing is guessed: a string ends at its first unescaped quote.
+tabs in strings, numbers with a plus sign, and backslashes that start no escape (TeX). A repeated key is refused, since
+the parser would have to decide which value counts. Nothing is guessed: a string ends at its first unescaped quote. Keys
+without quotes and ``/* */`` are refused: a response that is quoted carelessly could use them to replace the verdict.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _MAX_WORK, _WORK_PER_TRY = 2_000_000, 50  # characters read while searching for 
 _OPENS = re.compile(r"\{|\[(?=\s{0,100}\{)")
 _SPACE = re.compile(r"(?:\s+|//[^\n]*)*")
 _STRING = re.compile(r"""(?s)"((?:[^"\\]|\\.)*+)"|'((?:[^'\\]|\\.)*+)'""")
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?(?![\w.])")
+_NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?(?![\w.])")
 _WORD = re.compile(r"-?[A-Za-z]+")
 _ESCAPE = re.compile(r"""\\(u[0-9a-fA-F]{4}|["'\\/bfnrt])""")
 _WORDS = {
@@ -94,7 +95,7 @@ def _value(text: str, at: int, depth: int) -> tuple[Any, int]:
         return _string(match), match.end()
     if (match := _NUMBER.match(text, at)) and match.end() - at <= _MAX_DIGITS:
         digits = match[0]
-        return int(digits) if digits.lstrip("-").isdigit() else float(digits), match.end()
+        return int(digits) if digits.lstrip("+-").isdigit() else float(digits), match.end()
     if (match := _WORD.match(text, at)) and match[0] in _WORDS:
         return _WORDS[match[0]], match.end()
     # A quote that is never closed was searched for to the end of the text.

@@ -15,9 +15,11 @@ from rolltune.rewards.judges.delimit import neutral
 DEGENERATE = "degenerate"  # failure of a response that says nothing; it is worth 0, not unscored
 
 _TAG = re.compile(r"</?(?:think|answer|response|solution|reasoning)>", re.IGNORECASE)
-# Ends of sentences, and what rules are drawn with. Other punctuation may be an answer: "[]", "->", ";", "**", "&&".
+# Ends of sentences, and what rules are drawn with. Other punctuation may be an answer: "[]", "->", ";", "===", "&&".
 _STOPS = frozenset(".,:\u2026\u3001\u3002\uff0c\uff1a\u00b7\u2022")
 _RULES = _STOPS | frozenset("-_=*~#`")
+_MORSE = frozenset(".-")
+_OPERATORS = frozenset(["::", "..", "===", "\\", "\\\\"])  # answers of coding questions that look like the former
 # Openers of an answer: those of the paper, and similar ones in other languages. None is an answer by itself.
 _OPENERS = (
     "solution|the solution|solution process|thought process|thinking process|my thought process|reasoning|analysis",
@@ -41,14 +43,16 @@ _MAX_CHARS = 100_000
 def is_degenerate(text: str) -> bool:
     """Whether a response is empty, dots and rules, openers only, or one thing repeated.
 
-    Short responses that may be right are not degenerate: "42", "No", "-3", "x", "+", "[]", one emoji. Do not use this
-    check for a task that asks for a full stop or a colon, or for the same line a hundred times.
+    Short responses that may be right are not degenerate: "42", "No", "-3", "x", "+", "[]", "::", one emoji. Do not use
+    this check for a task that asks for a full stop or a colon, or for the same line a hundred times.
 
     Example:
         >>> [is_degenerate(text) for text in (":", "Thought process:", "<think></think>", "42")]
         [True, True, True, False]
     """
     text = _TAG.sub(" ", text[:_MAX_CHARS])
+    if text.strip() in _OPERATORS:
+        return False
     text = unicodedata.normalize("NFKC", neutral(text)).replace("\ufffd", " ").replace("\\", " ").strip()
     if not any(unicodedata.category(char)[0] in "LNPS" for char in text) or _is_punctuation(text):
         return True
@@ -58,7 +62,7 @@ def is_degenerate(text: str) -> bool:
 def _is_punctuation(text: str) -> bool:
     """Only dots, commas and colons, or a rule: at least three signs that lines are drawn with."""
     chars = set("".join(text.split()))
-    return chars <= _STOPS or (len(text) >= 3 and chars <= _RULES)
+    return chars <= _STOPS or (len(text) >= 3 and chars <= _RULES and chars != _MORSE)
 
 
 def _is_opening(text: str) -> bool:

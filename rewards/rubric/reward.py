@@ -15,7 +15,7 @@ from rolltune.config.components import component_or_object
 from rolltune.config.schema import Component
 from rolltune.rewards.combine import JudgedReward
 from rolltune.rewards.judges.delimit import MAX_CHARS
-from rolltune.rewards.judges.judge import Answer, Question
+from rolltune.rewards.judges.judge import PROVOKED, Answer, Question
 from rolltune.rewards.judges.panel import Combine, Panel
 from rolltune.rewards.judges.pool import JudgePool
 from rolltune.rewards.rubric.degenerate import DEGENERATE, is_degenerate
@@ -69,7 +69,7 @@ class RubricReward:
         with_reference: show the judge the problem's answer.
         shuffle: list the criteria in an order drawn from the response.
         combine: how several judges' grades are combined: "mean" or "majority".
-        quorum: judges that must have graded; None: more than half.
+        quorum: judges that must have graded while others are down; None: more than half.
         category_weights: replace the paper's 1.0, 0.7, 0.3 and 0.9 for essential, important, optional and pitfall.
         min_scored: share of the weight that must be graded, in (0, 1].
         judged: "response" for the whole text, "answer" for the text of its answer block (empty if it has none).
@@ -222,7 +222,8 @@ class RubricReward:
             for i, name in enumerate(names)
         }
         failures = [reason for of_judge in read for grade, reason in of_judge if grade is None]
-        return Score(total=score.total, parts=parts, failure=_failure(score.total, failures), notes=notes)
+        total = _unless_provoked(score.total, failures)
+        return Score(total=total, parts=parts, failure=_failure(total, failures), notes=notes)
 
     def _rated(self, answers: Sequence[Answer]) -> Score:
         """Score implicit aggregation from each judge's answer."""
@@ -232,11 +233,13 @@ class RubricReward:
             else (a.judge, None, a.failure or "judge_unparseable")
             for a in answers
         ]
-        (total,) = self._panel.combined([[grade] for _, grade, _ in rated])
+        (combined,) = self._panel.combined([[grade] for _, grade, _ in rated])
+        failures = [why for _, grade, why in rated if grade is None]
+        total = _unless_provoked(combined, failures)
         return Score(
             total=total,
             parts={"scored_share": statistics.fmean(grade is not None for _, grade, _ in rated)},
-            failure=_failure(total, [why for _, grade, why in rated if grade is None]),
+            failure=_failure(total, failures),
             notes={"rating": _note(total, rated)},
         )
 
@@ -259,6 +262,11 @@ def _note(grade: float | None, given: Sequence[tuple[str, float | None, str]]) -
 
 def _number(grade: float | None) -> str:
     return "unscored" if grade is None else f"{grade:g}"
+
+
+def _unless_provoked(total: float | None, failures: Sequence[str]) -> float | None:
+    """None if a response may have provoked a failure: it could gain by making its strictest judge unreadable."""
+    return None if PROVOKED.intersection(failures) else total
 
 
 def _failure(total: float | None, failures: Sequence[str]) -> str | None:

@@ -57,12 +57,13 @@ def num_tokens(group: TrainGroup[S]) -> int:
     return len(group.prompt.token_ids) + sum(len(sequence.token_ids) for sequence in group.sequences)
 
 
-def imbalance(tokens: float, world: World) -> float:
+def imbalance(tokens: float, total: float, world: World) -> float:
     """Return the most tokens of a rank, divided by the mean of all ranks: 1 if they have equal work.
 
     Args:
         tokens: tokens of this rank.
+        total: tokens of all ranks.
         world: all ranks call this.
     """
-    (total,), (most,) = world.sum([tokens]), world.max([tokens])
+    (most,) = world.max([tokens])
     return most * world.size / total if total else 1.0

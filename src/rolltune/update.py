@@ -257,17 +257,17 @@ def update_policy(
     idle = policy.idle_microbatches("train", len(microbatches))
     with policy.with_dropout():
         for done, prepared in enumerate(microbatches, start=1):
-            logprobs, entropy, balance = policy.trained_logprobs(prepared.microbatch, temperature=temperature)
+            logprobs, entropy, router_loss = policy.trained_logprobs(prepared.microbatch, temperature=temperature)
             trainer = logprobs.detach() if prepared.trainer_logprobs is None else prepared.trainer_logprobs
             mismatch_meter.add(trainer, prepared.microbatch)
             inputs = loss_inputs(logprobs, trainer, prepared, correction)
             loss, loss_metrics = loss_fn(inputs, totals)
-            if balance is None:
+            if router_loss is None:
                 optimization.backward(loss)
             else:
                 tokens = len(logprobs)
-                optimization.backward(loss + policy.router_aux_loss * balance * (tokens / totals.tokens))
-                loss_metrics = loss_metrics | {"router/aux_loss": balance.detach() * tokens}
+                optimization.backward(loss + policy.router_aux_loss * router_loss * (tokens / totals.tokens))
+                loss_metrics = loss_metrics | {"router/aux_loss": router_loss.detach() * tokens}
             meter.add(loss, entropy, inputs, loss_metrics)
             if on_microbatch:
                 on_microbatch(done, len(microbatches))

@@ -27,7 +27,7 @@ def test_layouts():
         "9 + 9.\n\n\\boxed{18}", "9 + 9.\n\nThe final answer is $18$", "9 + 9.\n\n\\boxed{17}", "9 + 9.",
     ]  # fmt: skip
     assert script.response(ANSWERS[0], "####") == "9 + 9.\n#### 18"
-    assert [script.response(answer, "alone") for answer in ANSWERS[2:]] == ["17", "9 + 9."]
+    assert [script.response(answer, "answer only") for answer in ANSWERS[2:]] == ["17", "9 + 9."]
 
 
 def test_each_checker_is_shown_with_its_best_layout():

@@ -62,7 +62,15 @@ def test_a_resumed_run_compares_the_text(tmp_path, secret, monkeypatch):
     assert config.masked({"key": "sk-another"}) == {"key": "${oc.env:MY_API_KEY}"}
 
 
-@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "HOME_DIR", "LANG"])
+@pytest.mark.parametrize(
+    "name", ["DB_PASS", "PROXY_AUTH", "GITHUB_PAT", "MYSQL_PWD", "SENTRY_DSN", "SLACK_WEBHOOK_URL"]
+)
+def test_secrets_have_many_names(name: str, monkeypatch):
+    monkeypatch.setenv(name, "hunter2")
+    assert config.masked(["hunter2"]) == [f"${{oc.env:{name}}}"]
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "HOME_DIR", "LANG", "PWD", "OLDPWD", "AUTHOR", "COMPASS"])
 def test_other_variables_are_no_secrets(name: str, monkeypatch):
     monkeypatch.setenv(name, "something")
     assert config.masked(["something"]) == ["something"]

@@ -34,6 +34,16 @@ def test_answers(tmp_path, answer, expected):
     assert jsonl(path=write(tmp_path, {"question": "?", "answer": answer}))[0].answer == expected
 
 
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [("1e23", "1" + "0" * 23), ("1E-7", "0.0000001"), ("9007199254740993.0", "9007199254740993"), ("-0.0", "0"),
+     ("12345678901234567.50", "12345678901234567.5"), ("100", "100"), ("2.50e3", "2500"), ("-1.5e-3", "-0.0015")],
+)  # fmt: skip
+def test_numbers_keep_their_digits(tmp_path, written: str, expected: str):
+    path = write(tmp_path, f'{{"question": "?", "answer": {written}}}')
+    assert jsonl(path=path)[0].answer == expected
+
+
 def test_data_without_answers(tmp_path):
     assert jsonl(path=write(tmp_path, {"question": "Write a poem."}), answer_key=None)[0].answer is None
 
@@ -96,6 +106,11 @@ GOOD = {"question": "2 + 2?", "answer": "4"}
         (f'{{"question": "a", "answer": "1", "other": {"[" * 200_000}{"]" * 200_000}}}', "nested too deeply"),
         (r'{"question": "Add \ud83d 2", "answer": "1"}', "half of a surrogate pair, .*ud83d"),
         (r'{"question": "a", "answer": "1", "\uDE00": 1}', "half of a surrogate pair, .*ude00"),
+        ('{"question": "a", "answer": "1", "answer": "2"}', "the key 'answer' is repeated"),
+        ('{"question": "a", "answer": "1", "meta": {"x": 1, "x": 1}}', "the key 'x' is repeated"),
+        ({"question": "\u200b\u2060", "answer": "1"}, "'question' must be a non-empty string"),
+        ({"question": "a", "answer": "\ufeff"}, "'answer' must be a non-empty string"),
+        ('{"question": "a", "answer": 1e999}', "not inf"),
         ('[{"question": "a",', "a JSON array; write one JSON object per line"),
         ({"question": "a", "meta": {"gold": "1"}}, "no key 'answer'; the record has 'question', 'meta', 'meta.gold'"),
     ],

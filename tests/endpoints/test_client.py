@@ -406,6 +406,15 @@ def test_tokens_and_dollars(caps, key):
     assert len(server.calls) == 3
 
 
+def test_no_proxy_gets_requests_for_this_machine(monkeypatch):
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with FaultServer(in_turn(ok("4"))) as server, FaultServer(in_turn(error(502, "proxy"))) as proxy:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy.base_url.removesuffix("/v1"))
+        assert chat(connect(server)).text == "4" and not proxy.calls
+
+
 def test_the_default_key_goes_to_openai_only(monkeypatch):
     monkeypatch.setenv("OPENAI_ORG_ID", "org")
     for url in ("https://api.openai.com/v1", "https://API.openai.com:443/v1/"):
@@ -550,6 +559,7 @@ def test_event_loops_come_and_go(capfd):
         ({"base_url": "http:///v1"}, "base_url: 'http:///v1'; must be an address such as http"),
         ({"base_url": "http://[::1/v1"}, "such as http"),
         ({"base_url": "http://h:99999/v1"}, "such as http"),
+        ({"base_url": "http://h:99999/v1?key=pass-word"}, "base_url: contains a user name"),
         ({"base_url": "http://h/v1/chat/completions/"}, "leave out /chat/completions"),
         ({"base_url": "http://me:pass-word@h/v1"}, "base_url: contains a user name"),
         ({"base_url": "http://h/v1?key=pass-word"}, "base_url: contains a user name"),
@@ -582,13 +592,18 @@ def test_no_calls_at_all_are_no_concurrency():
 @pytest.mark.parametrize(
     "url",
     ["http://localhost/v1", "http://127.0.0.1:80/v1", "http://[::1]:80/v1/", "HTTP://LOCALHOST//v1", "http://127.1/v1",
-     "http://localhost./v1", "http://[::ffff:127.0.0.1]/v1", "http://0.0.0.0/v1", "http://a.localhost/v1"],
+     "http://localhost./v1", "http://[::ffff:127.0.0.1]/v1", "http://0.0.0.0/v1", "http://a.localhost/v1",
+     "http://ip6-localhost/v1", "http://localhost.localdomain/v1"],
 )  # fmt: skip
 def test_one_account_for_each_server(url: str):
     assert EndpointSettings(base_url=url, model="m").account == "m localhost:80"
+    umlaut = EndpointSettings(base_url="http://b\u00fccher.example/v1", model="m").account
+    assert umlaut == EndpointSettings(base_url="http://XN--bcher-kva.example/v1", model="m").account
     others = ("http://localhost:81/v1", "https://localhost/v1", "http://h/v1", "http://10.0.0.1/v1")
     accounts = {EndpointSettings(base_url=other, model="m").account for other in others}
     assert len(accounts) == 4 and "m localhost:80" not in accounts
+    names = ("https://b\u00fccher.example/v1", "https://xn--bcher-kva.example:443/v1")
+    assert len({EndpointSettings(base_url=name, model="m").account for name in names}) == 1
 
 
 def test_hosts():
@@ -647,6 +662,15 @@ ESCAPES = {
     "a URL": urllib.parse.quote(KEY, safe=""),
     "a URL, all of it": "".join(f"%{ord(char):02X}" for char in KEY),
     "HTML": html.escape(KEY).replace("/", "&#x2F;").replace("s", "&#115;"),
+    "HTML, by name": KEY.replace("/", "&sol;"),
+    "octal": "".join(f"\\{ord(char):03o}" for char in KEY),
+    "Python, long": "".join(f"\\U{ord(char):08x}" for char in KEY),
+    "CSS": "".join(f"\\{ord(char):x} " for char in KEY),
+    "quoted-printable": "".join(f"={ord(char):02X}" for char in KEY),
+    "hex": KEY.encode().hex(":"),
+    "capitals": KEY.upper(),
+    "wrapped": f"{KEY[:7]}\n  {KEY[7:]}",
+    "zero width": "\u200b".join(KEY),
     "base64": base64.b64encode(KEY.encode()).decode(),
     "base64 with more": base64.b64encode(f"Bearer {KEY}".encode()).decode(),
 }

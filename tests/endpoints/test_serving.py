@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import json
+import os
 import re
 import runpy
 import signal
@@ -63,10 +64,16 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer(503 if mode == "hangs" else 200)
 
+    def end_headers(self):
+        start = "another" if mode == "is another" else os.environ["ROLLTUNE_SERVER_START"]
+        self.send_header("x-rolltune-start", start)
+        super().end_headers()
+
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         (folder / "request").write_text(json.dumps({"request": request, **self.headers}))
-        self.answer(400 if mode == "refuses" else 200, b"no chat template")
+        said = f"no chat template {self.headers['Authorization']}"
+        self.answer(400 if mode == "refuses" else 200, said.encode())
 
     def log_message(self, *args):
         pass
@@ -83,7 +90,7 @@ def stand_in(tmp_path, monkeypatch) -> Callable[[str], None]:
     for folder in (package, *package.parents[:2]):
         (folder / "__init__.py").touch()
     (package / "api_server.py").write_text(STAND_IN)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"), prepend=os.pathsep)
     monkeypatch.setenv("STAND_IN_FOLDER", str(tmp_path))
     monkeypatch.setenv("STAND_IN", "answers")
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # nobody's; a server on this machine is asked directly
@@ -141,7 +148,10 @@ def test_vllm_answers_in_the_form_of_a_schema_and_is_gone_afterwards(make_tiny_l
         str(model), log=log, name="tiny", dtype="float32", max_model_len=512, max_num_seqs=4, kv_cache_gib=0.0625
     ) as server:
         processes = [server.process.pid, *descendants(server.process.pid)]
-        replies = asyncio.run(ask(Endpoint(EndpointSettings(base_url=server.base_url, model=server.name))))
+        commands = [Path(f"/proc/{process}/cmdline").read_text() for process in processes]
+        monkeypatch.setenv("JUDGE_KEY", server.key)
+        settings = EndpointSettings(base_url=server.base_url, model=server.name, api_key_env="JUDGE_KEY")
+        replies = asyncio.run(ask(Endpoint(settings)))
     for reply in replies:  # a random model has no other way to write JSON
         verdict = json.loads(reply.text)
         assert verdict.keys() == {"number", "met"} and 1 <= verdict["number"] <= 10 and verdict["met"] in (True, False)
@@ -151,6 +161,7 @@ def test_vllm_answers_in_the_form_of_a_schema_and_is_gone_afterwards(make_tiny_l
     assert_gone(processes)
     assert "Application startup complete" in log.read_text()
     assert re.fullmatch(rf"tiny: {model} answers at http://127\.0\.0\.1:\d+/v1 after \d+ s\n", capsys.readouterr().out)
+    assert not any(server.key in text for text in (log.read_text(), repr(server), *commands))
 
 
 def descendants(pid: int) -> list[int]:
@@ -164,7 +175,7 @@ def descendants(pid: int) -> list[int]:
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt, SystemExit])
 def test_it_ends_with_the_block_however_that_ends(stand_in, tiny_llama, tmp_path, error, monkeypatch):
     monkeypatch.setattr(serving, "GRACE_SECONDS", 0.1)
-    monkeypatch.setenv("VLLM_API_KEY", "sk-0123456789")
+    monkeypatch.setenv("VLLM_API_KEY", "sk-0123456789")  # of another server
     try:
         with serve(str(tiny_llama), log=tmp_path / "log", name="judge") as server:
             server.check()
@@ -177,8 +188,8 @@ def test_it_ends_with_the_block_however_that_ends(stand_in, tiny_llama, tmp_path
     assert_gone([*pids, server.process.pid])
     asked = json.loads((tmp_path / "request").read_text())
     assert asked["request"]["model"] == "judge" and asked["request"]["max_tokens"] == 1
-    assert asked["Authorization"] == "Bearer sk-0123456789"
-    assert "sk-0123456789" not in (tmp_path / "log").read_text()
+    assert asked["Authorization"] == f"Bearer {server.key}" and server.key != "sk-0123456789"
+    assert server.key not in (tmp_path / "log").read_text() + repr(server)
     with pytest.raises(ServerFailed, match=r"judge: the server has ended, with status \d+; the end of .*log:"):
         server.check()
 
@@ -252,11 +263,19 @@ def test_a_server_that_hangs_or_answers_nothing(stand_in, tiny_llama, tmp_path, 
     assert_gone(pids_in(tmp_path))
     stand_in("refuses")
     with (
-        pytest.raises(ServerFailed, match=r"is up, but answers no chat request: 400: no chat template; the end of"),
+        pytest.raises(ServerFailed, match=r"answers no chat request: 400: no chat template Bearer \*\*\*; the end of"),
         serve(str(tiny_llama), log=tmp_path / "log"),
     ):
         raise AssertionError("never of use")
     assert_gone(pids_in(tmp_path))
+    stand_in("is another")
+    (tmp_path / "request").unlink()
+    with (
+        pytest.raises(ServerFailed, match=r"judge: another program answers at port \d+, which was free before"),
+        serve(str(tiny_llama), log=tmp_path / "log"),
+    ):
+        raise AssertionError("not ours")
+    assert not (tmp_path / "request").exists(), "it gets no request, and so no key"
 
 
 def test_a_port_that_is_taken(tiny_llama, tmp_path):
@@ -306,14 +325,34 @@ def test_vllm_is_missing_or_another_version(tiny_llama, tmp_path, monkeypatch):
         monkeypatch.setattr(importlib.metadata, "version", versions(found))
         command = serving.command_line(str(tiny_llama), options=["--seed", "3"], **settings)
         assert ("--enforce-eager" in command) == eager
-        assert command[-2:] == ["--seed", "3"] and str(2**29) in command
+        assert command[-4:] == ["--seed", "3", "--middleware", serving.GUARD] and str(2**29) in command
+
+
+def test_keys_that_others_could_read_or_that_cannot_be_sent(tiny_llama, tmp_path):
+    for options in (["--api-key", "sk-pass"], ["--api_key=sk-pass"], ["--api-k", "sk-pass"]):
+        with (
+            pytest.raises(ValueError, match=r"options: --api-key, .*export VLLM_API_KEY") as error,
+            serve(str(tiny_llama), log=tmp_path / "log", options=options),
+        ):
+            raise AssertionError("never up")
+        assert "sk-pass" not in str(error.value)
+    for key in ("", "sk pass", "sk-pässword", "sk-pass\n"):
+        with (
+            pytest.raises(ValueError, match=r"^key: is empty, or contains spaces .*VLLM_API_KEY\)$"),
+            serve(str(tiny_llama), log=tmp_path / "log", key=key),
+        ):
+            raise AssertionError("never up")
+    assert not (tmp_path / "log").exists()
 
 
 def test_a_server_that_takes_weights_loads_none_and_opens_its_routes(tiny_llama):
     settings = {"name": "j", "port": 1, "dtype": "float32", "max_model_len": 8, "max_num_seqs": 1, "kv_cache_gib": 0.5}
     plain = serving.command_line(str(tiny_llama), **settings)
+    at_the_end = ["--middleware", serving.GUARD]  # the guard comes last, so that it is asked first
     for transfer, backend in serving.TRANSFERS.items():
-        extra = serving.command_line(str(tiny_llama), takes_weights=transfer, **settings)[len(plain) :]
+        command = serving.command_line(str(tiny_llama), takes_weights=transfer, **settings)
+        extra = command[len(plain) - len(at_the_end) :]
+        assert command[-2:] == at_the_end == plain[-2:]
         assert extra[:4] == ["--load-format", "dummy", "--weight-transfer-config", f'{{"backend": "{backend}"}}']
         assert "processed_logprobs" in extra and "--no-enable-chunked-prefill" in extra
 
@@ -337,7 +376,8 @@ def test_models_that_cannot_be_served(tiny_llama, tmp_path):
 
 def test_the_end_of_a_log_is_bounded_and_plain(tmp_path):
     log = tmp_path / "log"
-    log.write_bytes(b"\x1b[2Jfirst\n" * 1000 + b"x" * 3000 + b"\r\n\xff\x07 last \xe2\x9c\x93\n")
+    unseen = "\u202e\u200b\x9b".encode()
+    log.write_bytes(b"\x1b[2Jfirst\n" * 1000 + b"x" * 3000 + b"\r\n\xff\x07 last \xe2\x9c\x93" + unseen + b"\n")
     end = log_end(log)
     assert end.endswith("\n  | \ufffd last \u2713") and len(end) < 4500 and not re.search(r"[\x00-\x09\x0b-\x1f]", end)
     assert end.count("\n") <= 21
@@ -408,8 +448,30 @@ def test_ctrl_c_leaves_the_command_time_to_end(run_recipe, tmp_path):
     assert_gone(pids_in(tmp_path))
 
 
+KEY = "import os; from pathlib import Path; Path({file!r}).write_text(os.environ['VLLM_API_KEY'])"
+
+
+def test_the_command_gets_the_key_of_this_start_or_yours(run_recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    keys = []
+    for yours in ("", "", " sk-0123456789\n"):
+        if yours:
+            monkeypatch.setenv("VLLM_API_KEY", yours)
+        assert run_recipe(KEY.format(file=str(tmp_path / "key"))) == 0
+        keys.append((tmp_path / "key").read_text())
+        sent = json.loads((tmp_path / "request").read_text())["Authorization"]
+        assert sent == f"Bearer {keys[-1]}"
+    assert len(set(keys)) == 3 and keys[2] == "sk-0123456789" and min(map(len, keys[:2])) >= 32
+    written = [path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    said = capsys.readouterr()
+    assert not any(key in text for key in keys for text in (*written, said.out, said.err))
+
+
 @pytest.mark.slow
-def test_ctrl_c_stops_a_server_without_a_command(stand_in, tiny_llama, tmp_path):
+def test_ctrl_c_stops_a_server_without_a_command(stand_in, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "server.key").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "serve.yaml").write_text(
         yaml.safe_dump({"output_dir": str(tmp_path / "out"), "model": str(tiny_llama), "port": serving.free_port()})
     )
@@ -421,11 +483,17 @@ def test_ctrl_c_stops_a_server_without_a_command(stand_in, tiny_llama, tmp_path)
         said.append(line)
         if line == "Ctrl-C stops it\n":
             break
-    assert "/v1 after " in said[-2], said
+    assert "/v1 after " in said[-3], said
+    file = tmp_path / "out" / "server.key"
+    assert said[-2] == f'requests need its key: export VLLM_API_KEY="$(cat {file})"\n'
+    assert file.stat().st_mode & 0o777 == 0o600 and not (tmp_path / "elsewhere").exists()
+    sent = json.loads((tmp_path / "request").read_text())["Authorization"]
+    assert sent == f"Bearer {file.read_text()}" and file.read_text() not in "".join(said)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
     assert (process.returncode, stderr) == (130, "interrupted\n")
     assert_gone(pids_in(tmp_path))
+    assert not file.exists()
 
 
 def test_checks(tiny_llama, tmp_path):

@@ -1,4 +1,4 @@
-"""Mixture-of-experts models: the routers' load-balancing loss, and adapters on experts."""
+"""Mixtures of experts: the routers' load-balancing loss, and adapters on experts. And adapters of multimodal models."""
 
 import pytest
 import torch
@@ -114,3 +114,12 @@ def test_options_that_do_not_fit_experts_are_refused(mixtral, tiny_llama):
         build(tiny_llama, LoRAConfig(experts=True))
     with pytest.raises(ValueError, match="cannot be merged for vLLM"):
         list(policy_weights(build(mixtral, LoRAConfig(experts=True)).model, torch.float32))
+
+
+@pytest.mark.parametrize("target_modules", ["all-linear", "q_proj,down_proj"])
+def test_adapters_of_a_multimodal_model_are_in_its_text_model(tmp_path, target_modules):
+    save_model("gemma3-vl", LENGTHS["short"], tmp_path)
+    policy = build(tmp_path, LoRAConfig(target_modules=target_modules))
+    layers = [name for name, module in policy.causal_lm.named_modules() if hasattr(module, "lora_A")]
+    assert len(layers) == 2 * (7 if target_modules == "all-linear" else 2)
+    assert all(name.startswith("model.language_model.layers.") for name in layers)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from sync_faults import loads
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from vllm_helpers import OPTIONS, requests, shake, trainer_logprobs
 
 from rolltune.errors import SyncError
 from rolltune.model.load import load_model
 from rolltune.model.weights import policy_weights
-from rolltune.samplers import vllm_local, vllm_sync
+from rolltune.samplers import vllm_sync
 from rolltune.samplers.native import NativeSampler
 from rolltune.samplers.vllm import colocated
 from rolltune.samplers.vllm_sampler import VLLMSampler
@@ -221,118 +224,6 @@ def test_lora_and_other_precisions(vllm_folder, tokenizer, dtype):
         sampler.close()
 
 
-# --- faults of a sync, seen in vLLM or possible after a change of code ------------------------------------------------
-
-
-def without(sampler, name: str):
-    """The engine's ``load``, but for one tensor."""
-    load = sampler._engine.load_weights
-    return lambda weights, version: load((item for item in weights if item[0] != name), version)
-
-
-def dropped(sampler, monkeypatch, model):
-    """A tensor is left out, which vLLM does not report."""
-    monkeypatch.setattr(sampler._engine, "load_weights", without(sampler, "model.layers.1.mlp.down_proj.weight"))
-    return r"layers\.1\.mlp\.down_proj\.weight"
-
-
-def swapped(sampler, monkeypatch, model):
-    load = sampler._engine.load_weights
-    names = ["model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight"]
-    other = dict(zip(names, reversed(names), strict=True))
-    monkeypatch.setattr(sampler._engine, "load_weights", lambda w, v: load(((other.get(n, n), t) for n, t in w), v))
-    return r"k_proj\.weight.*: has the values of .*v_proj\.weight"
-
-
-def stale(sampler, monkeypatch, model):
-    """The weights of the last version under the name of this one."""
-    old = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    load = sampler._engine.load_weights
-    monkeypatch.setattr(sampler._engine, "load_weights", lambda w, v: load(((n, (t, old[n])[1]) for n, t in w), v))
-    shake(model, 2)
-    return r"other weights than the policy\n.*embed_tokens"
-
-
-def skipped(sampler, monkeypatch, model):
-    monkeypatch.setattr(sampler._engine, "load_weights", lambda w, v: list(w) and None)
-    shake(model, 3)
-    return "other weights than the policy"
-
-
-def skipped_without_a_change(sampler, monkeypatch, model):
-    """The same weights, so that only the version that the engine reports can show it."""
-    monkeypatch.setattr(sampler._engine, "load_weights", lambda w, v: list(w) and None)
-    return r"reports weights \w+:\d+"
-
-
-def asleep(sampler, monkeypatch, model):
-    llm = sampler._engine._llm
-    llm.sleep(level=1)
-    monkeypatch.setattr(vllm_local.LocalEngine, "close", lambda self: None)  # keep the module's engine
-    return "the engine is asleep"
-
-
-def head_left_old(sampler, monkeypatch, model):
-    """vLLM 0.32 on CPUs: a reload does not repack a tied head."""
-    rpc = sampler._engine._llm.collective_rpc
-    monkeypatch.setattr(
-        sampler._engine._llm, "collective_rpc", lambda m, *a, **k: None if m == "repack_tied_head" else rpc(m, *a, **k)
-    )
-    shake(model, 4)
-    return r"lm_head\.weight \(packed\): has other values than the policy"
-
-
-def cache_not_reset(sampler, monkeypatch, model):
-    """Keys and values of the old weights stay."""
-    monkeypatch.setattr(sampler._engine, "reset_cache", lambda: True)
-    shake(model, 5)
-    return r"keys and values of 32 of the probe's tokens"
-
-
-def cache_in_use(sampler, monkeypatch, model):
-    monkeypatch.setattr(sampler._engine, "reset_cache", lambda: False)
-    return "cannot drop its keys and values"
-
-
-def of_another_run(sampler, monkeypatch, model):
-    load = sampler._engine.load_weights
-    monkeypatch.setattr(sampler._engine, "load_weights", lambda w, v: load(w, "f00:" + v.partition(":")[2]))
-    return r"reports weights f00:\d+"
-
-
-def merged_wrongly(sampler, monkeypatch, model):
-    """Sent and compared weights are wrong in the same way, so that only the trainer's own pass can show it."""
-    weights = vllm_sync.policy_weights
-    monkeypatch.setattr(
-        vllm_sync,
-        "policy_weights",
-        lambda m, dtype: ((n, t * 1.05 if "o_proj" in n else t) for n, t in weights(m, dtype)),
-    )
-    return r"log-probs of the probe's 4 new tokens differ"
-
-
-FAULTS = [
-    *(dropped, swapped, stale, skipped, skipped_without_a_change, asleep, head_left_old, cache_not_reset),
-    *(cache_in_use, of_another_run, merged_wrongly),
-]
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=[fault.__name__ for fault in FAULTS])
-def test_faults_of_a_sync_are_caught(sampler, model, tokenizer, fault):
-    sampler.sync(next(versions))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        message = fault(sampler, monkeypatch, model)
-        if fault is not stale and fault is not skipped_without_a_change:
-            shake(model, 6)  # new weights, or a lost update would not matter
-        with pytest.raises(SyncError, match=message):
-            sampler.sync(next(versions))
-        with pytest.raises(AssertionError):  # unchecked weights are never sampled from
-            sampler.generate(requests(tokenizer, "one"), SamplingParams(max_new_tokens=2))
-    sampler._engine._llm.wake_up()
-    sampler.sync(next(versions))  # a correct sync repairs the engine
-    assert sampler.generate(requests(tokenizer, "one"), SamplingParams(max_new_tokens=2))
-
-
 def test_an_interrupted_load_does_not_block_the_next(sampler, model, monkeypatch):
     def broken(model, dtype):
         yield from itertools.islice(policy_weights(model, dtype), 5)
@@ -411,9 +302,8 @@ def test_biases_and_an_untied_head(tokenizer, tmp_path):
             with torch.no_grad():
                 model.model.layers[1].self_attn.k_proj.bias += 1.0
             with pytest.MonkeyPatch.context() as monkeypatch:
-                monkeypatch.setattr(
-                    sampler._engine, "load_weights", without(sampler, "model.layers.1.self_attn.k_proj.bias")
-                )
+                lost = "model.layers.1.self_attn.k_proj.bias"
+                loads(sampler._engine, monkeypatch, lambda name, t, lost=lost: None if name == lost else t)
                 with pytest.raises(SyncError, match=r"layers\.1\.self_attn\.k_proj\.bias"):
                     sampler.sync(2)
             sampler.sync(2)
@@ -437,3 +327,23 @@ def test_an_fp32_head_is_the_engines_too(vllm_folder, tokenizer):
         ours = torch.cat([trainer_logprobs(model, request, c, 1.0) for c in group])
         gaps[fp32_head] = (ours - theirs).abs().mean()
     assert gaps[True] < 0.1 and gaps[False] < 0.1
+
+
+@pytest.mark.slow
+def test_a_model_that_vllm_runs_by_transformers_code_is_refused(tokenizer, tmp_path):
+    """In a process of its own: vLLM changes the model's class for good."""
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=512, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    code = (
+        "from rolltune.model.load import load_model, load_tokenizer\n"
+        "from rolltune.samplers.vllm import colocated\n"
+        f"model = load_model({str(tmp_path)!r}, dtype='float32', device='cpu')\n"
+        f"colocated(model, load_tokenizer({str(tmp_path)!r}), **{OPTIONS})"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ValueError: sampler: vLLM runs GPTNeoXModel by transformers' code" in run.stderr
+    assert "samplers.vllm.served" in run.stderr

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import http.server
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import pytest
 import torch
+from sync_faults import half_is_zero, layers_swapped, one_bit_is_wrong
 from vllm_helpers import OPTIONS, requests, shake, trainer_logprobs
 
 from rolltune.endpoints.serving import serve
@@ -28,13 +32,92 @@ versions = iter(range(10**6))
 def url(vllm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("server") / "server.log"
     options = {"dtype": "float32", "max_model_len": OPTIONS["max_model_len"], "kv_cache_gib": OPTIONS["kv_cache_gib"]}
-    with serve(str(vllm_folder), log=log, takes_weights="files", quiet=True, **options) as server:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        serve(str(vllm_folder), log=log, takes_weights="files", quiet=True, **options) as server,
+    ):
+        patch.setenv("VLLM_API_KEY", server.key)
         yield server.base_url
+
+
+ROUTES = """
+    POST /v1/completions, POST /v1/chat/completions, GET /v1/models, POST /inference/v1/generate, POST /tokenize,
+    POST /detokenize, GET /metrics, GET /version, GET /server_info, GET /load, GET /openapi.json, GET /docs, POST /ping,
+    POST /invocations, POST /init_weight_transfer_engine, POST /start_weight_update, POST /update_weights,
+    POST /finish_weight_update, POST /update_weight_version, POST /weight_checker, GET /weight_info, POST /pause,
+    POST /collective_rpc, POST /resume, POST /sleep, POST /wake_up, GET /is_sleeping, POST /reset_prefix_cache,
+    POST /abort_requests, GET /get_world_size, OPTIONS /update_weights, HEAD /metrics, POST //update_weights,
+    POST /update_weights/, POST /health/../update_weights, POST /%75pdate_weights, GET /nothing
+"""
+
+
+def test_every_route_but_health_needs_the_key(url, monkeypatch):
+    server, key = url.removesuffix("/v1"), os.environ["VLLM_API_KEY"]
+    wrong = [None, "Bearer", "Bearer wrong", f"Bearer {key}x", f"Bearer {key[:-1]}", f"Basic {key}", key]
+    with httpx.Client(trust_env=False) as client:
+        for route in ROUTES.split(","):
+            method, path = route.split()
+            for value in wrong if path in ("/v1/completions", "/update_weights") else wrong[:1]:
+                headers = {} if value is None else {"Authorization": value}
+                assert client.request(method, server + path, headers=headers).status_code == 401, (route, value)
+        assert client.get(f"{server}/health").status_code == 200
+        allowed = {"Authorization": f"Bearer {key}"}
+        assert client.get(f"{server}/get_world_size", headers=allowed).json() == {"world_size": 1}
+        prompt = {"model": "judge", "prompt": "one", "max_tokens": 1}
+        assert client.post(f"{server}/v1/completions", headers=allowed, json=prompt).status_code == 200
+
+
+def test_a_sampler_without_the_key_is_refused(model, tokenizer, url, monkeypatch):
+    monkeypatch.setenv("OTHER_KEY", "sk-0123456789")
+    # A key that is in the environment goes nowhere unless the config names it.
+    for variable, said in ((None, "wants a key"), ("OTHER_KEY", "refuses the key")):
+        with pytest.raises(EngineError, match=rf"/init_weight_transfer_engine: 401: .*{said} in sampler\.api_key_env"):
+            served(model, tokenizer, base_urls=[url], api_key_env=variable, **OPTIONS)
+    with pytest.raises(ValueError, match=r"sampler\.api_key_env: NO_KEY is not set"):
+        served(model, tokenizer, base_urls=[url], api_key_env="NO_KEY", **OPTIONS)
+    monkeypatch.setenv("OTHER_KEY", "sk-\u00fc")
+    with pytest.raises(ValueError, match=r"sampler\.api_key_env: the value of OTHER_KEY contains"):
+        served(model, tokenizer, base_urls=[url], api_key_env="OTHER_KEY", **OPTIONS)
+
+
+def test_weights_by_nccl_are_announced_with_the_key(model, tokenizer, monkeypatch):
+    """The transfer itself needs GPUs."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+    seen = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            seen.append((self.path, self.headers["Authorization"]))
+            self.send_response(200)
+            self.end_headers()
+            if self.path.startswith("/get_world_size"):
+                self.wfile.write(b'{"world_size": 1}')
+
+        do_GET = do_POST
+
+        def log_message(self, *args): ...
+
+    monkeypatch.setenv("VLLM_API_KEY", "sk-0123456789")
+    monkeypatch.setattr(
+        WeightTransferTrainerFactory,
+        "trainer_init",
+        lambda info, client, source: SimpleNamespace(send_weights=client.start_weight_update),
+    )
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        sampler = served(model, tokenizer, base_urls=[url], api_key_env="VLLM_API_KEY", transfer="nccl", **OPTIONS)
+        sampler._engine.load_weights(iter(()), "1")
+        sampler.close()
+        server.shutdown()
+    assert ("/start_weight_update", "Bearer sk-0123456789") in seen
+    assert {key for _, key in seen} == {"Bearer sk-0123456789"}
 
 
 @pytest.fixture
 def sampler(model, tokenizer, url) -> Iterator[VLLMSampler]:
-    sampler = served(model, tokenizer, base_urls=[url], **OPTIONS)
+    sampler = served(model, tokenizer, base_urls=[url], api_key_env="VLLM_API_KEY", **OPTIONS)
     yield sampler
     sampler.close()
 
@@ -96,7 +179,7 @@ def test_an_update_that_a_killed_run_left_open_is_closed(sampler, model, url):
 
 def test_an_update_by_another_run_shows_in_the_completions(sampler, model, tokenizer, url):
     sampler.sync(version := next(versions))
-    other_run = served(model, tokenizer, base_urls=[url], **OPTIONS)
+    other_run = served(model, tokenizer, base_urls=[url], api_key_env="VLLM_API_KEY", **OPTIONS)
     other_run.sync(version)
     (group,) = sampler.generate(requests(tokenizer, "one"), SamplingParams(max_new_tokens=4))
     assert {completion.policy_version for completion in group} == {-1}
@@ -122,10 +205,10 @@ def test_a_server_that_accepts_no_weights_is_refused(model, tokenizer):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         with pytest.raises(EngineError, match=r"/init_weight_transfer_engine.*takes_weights"):
-            served(model, tokenizer, base_urls=[url], **OPTIONS)
+            served(model, tokenizer, base_urls=[url], api_key_env="VLLM_API_KEY", **OPTIONS)
         server.shutdown()
     with pytest.raises(EngineError, match=rf"{url}: .*ConnectError"):
-        served(model, tokenizer, base_urls=[url], **OPTIONS)
+        served(model, tokenizer, base_urls=[url], api_key_env="VLLM_API_KEY", **OPTIONS)
 
 
 def test_minus_infinity_survives_json():
@@ -140,14 +223,61 @@ def test_minus_infinity_survives_json():
     )
 
 
+def test_the_data_parallel_engines_of_a_server_are_compared_with_each_other():
+    """vLLM's RPC asks only the first of them."""
+    engine = vllm_server.ServerEngine.__new__(vllm_server.ServerEngine)
+    engine._urls, engine._replicas = ["http://a", "http://b"], [("http://a", 0), ("http://a", 1), ("http://b", 0)]
+    checksums = {"dp0:pp0:pcp0:tp0:norm.weight": "1", "dp1:pp0:pcp0:tp0:norm.weight": "1"}
+    asked = []
+
+    def answer(method, url, path, body=None):
+        asked.append((url, path))
+        return {"results": [{}]} if path == "collective_rpc" else {"checksums": checksums}
+
+    engine._request = answer
+    assert engine.num_replicas == 3
+    assert engine.fingerprints(0, {}) == [[{}], [{}]]
+    assert [url for url, path in asked if path == "weight_checker"] == ["http://a"]
+    checksums["dp1:pp0:pcp0:tp0:norm.weight"] = "2"
+    with pytest.raises(
+        EngineError, match=r"http://a: the data-parallel engines have different weights: .*norm\.weight"
+    ):
+        engine.fingerprints(0, {})
+
+
+@pytest.mark.slow
+def test_tensor_parallel_workers_are_compared_by_their_slices(vllm_folder, model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if os.cpu_count() != 1 else "0|0")
+    options = {"dtype": "float32", "max_model_len": OPTIONS["max_model_len"], "kv_cache_gib": OPTIONS["kv_cache_gib"]}
+    options["options"] = ["--tensor-parallel-size", "2"]
+    with serve(str(vllm_folder), log=tmp_path / "server.log", takes_weights="files", quiet=True, **options) as server:
+        monkeypatch.setenv("VLLM_API_KEY", server.key)
+        sampler = served(model, tokenizer, base_urls=[server.base_url], api_key_env="VLLM_API_KEY", **OPTIONS)
+        sampler.sync(next(versions))
+        assert sampler.last_sync.probe_gap < 1e-4
+        for fault in (half_is_zero, layers_swapped, one_bit_is_wrong):
+            with pytest.MonkeyPatch.context() as patch:
+                message = fault(sampler._engine, patch, model)
+                shake(model, 4)
+                with pytest.raises(SyncError, match=message):
+                    sampler.sync(next(versions))
+        sampler.sync(next(versions))
+        sampler.close()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"base_urls": []}, r"sampler\.base_urls: \[\]"),
+        ({"base_urls": ["http://me:pass-word@h"]}, r"sampler\.base_urls\[0\]: contains a user name"),
+        ({"base_urls": ["http://a", "http://h/v1?key=pass-word"]}, r"sampler\.base_urls\[1\]: contains a .*query"),
+        ({"base_urls": ["me:pass-word@h:8000"]}, r"sampler\.base_urls\[0\]: contains a user name"),
+        ({"base_urls": ["127.0.0.1:8123"]}, r"sampler\.base_urls\[0\]: '127.0.0.1:8123'; must be an address"),
         ({"transfer": "pigeon", "base_urls": ["http://a"]}, r"sampler\.transfer: pigeon; .*files, nccl"),
         ({"transfer": "nccl", "base_urls": ["http://a", "http://b"]}, r"sampler\.base_urls: 2 servers"),
     ],
 )
 def test_servers_that_cannot_be_used_are_refused(model, tokenizer, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         served(model, tokenizer, **OPTIONS | options)
+    assert "pass-word" not in str(refused.value)

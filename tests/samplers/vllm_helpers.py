@@ -10,13 +10,13 @@ from rolltune.types import Completion, Prompt, SampleRequest
 OPTIONS = {"kv_cache_gib": 0.05, "max_num_seqs": 16, "max_model_len": 400}
 
 
-def shake(model, seed: int) -> None:
-    """Change the policy by about as much as many optimizer steps would."""
+def shake(model, seed: int, scale: float = 0.03) -> None:
+    """Change the policy by about as much as many optimizer steps would: ``scale`` standard deviations."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.03 * parameter.std() * torch.randn_like(parameter))
+                parameter.add_(scale * parameter.std() * torch.randn_like(parameter))
 
 
 def requests(tokenizer, *texts: str, seeds: int = 3) -> list[SampleRequest]:

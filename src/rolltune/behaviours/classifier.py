@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from rolltune.behaviours.counter import BEHAVIOURS, MAX_COUNT, BehaviourCounts
 from rolltune.endpoints.client import BudgetExceeded, Endpoint, EndpointDown
 from rolltune.endpoints.settings import EndpointSettings
+from rolltune.terminal import printable
 from rolltune.types import Message
 
 MAX_TRACE_CHARS = 16_000  # the model sees only this many characters of a text
@@ -100,7 +101,10 @@ class BehaviourClassifier:
         counts = [_counts({name: task.result() for name, task in tasks.items()}) for tasks in asked]
         if None in counts:
             _log.warning(
-                "%d of %d texts were not classified; first reason: %s", counts.count(None), len(texts), failures[0]
+                "%d of %d texts were not classified; first reason: %s",
+                counts.count(None),
+                len(texts),
+                printable(failures[0]),
             )
         return counts
 

@@ -344,7 +344,8 @@ class ServeConfig:
     takes_weights: Literal["files", "nccl"] | None = None
     options: list[str] = field(default_factory=list)  # more options of vLLM's server: ["--tensor-parallel-size", "4"]
     start_seconds: float = 900.0  # longest time that loading may take
-    command: list[str] = field(default_factory=list)  # program to serve for, until it ends; empty: until Ctrl-C
+    # program to serve for, until it ends, with the server's key in its VLLM_API_KEY; empty: until Ctrl-C
+    command: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)

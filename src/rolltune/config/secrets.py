@@ -7,7 +7,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_NAMES = re.compile(r"KEY|TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL", re.IGNORECASE)
+_NAMES = re.compile(
+    r"KEY|TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSCODE|CREDENTIAL|BEARER|COOKIE|WEBHOOK|"
+    r"(?:^|_)(?:PASS|AUTH|PAT|DSN)(?:_|$)|_PWD$",
+    re.IGNORECASE,
+)
 _SHORTEST = 6  # characters of a value that is looked for inside of longer strings
 _PASSWORD_IN_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#\s]*@")
 

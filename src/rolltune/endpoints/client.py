@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from rolltune.endpoints.budget import Budget, Usage
 from rolltune.endpoints.redaction import redacted
 from rolltune.endpoints.responses import ChatCompletion, TransientError, read_body, retry_seconds, server_error, text_of
-from rolltune.endpoints.settings import EndpointSettings
+from rolltune.endpoints.settings import EndpointSettings, can_be_sent
 from rolltune.endpoints.usage import Tokens, read_usage
 from rolltune.types import Message
 
@@ -219,6 +219,7 @@ class Endpoint:
                 headers=self._headers(),
                 params=None if self.settings.api_version is None else {"api-version": self.settings.api_version},
                 timeout=self.settings.timeout_seconds,
+                trust_env=not self.settings.is_local,  # a proxy cannot reach this machine's servers, but reads the key
                 limits=httpx.Limits(max_connections=1000, max_keepalive_connections=100),
             )
             self._connections = {old: kept for old, kept in self._connections.items() if not old.is_closed()}
@@ -246,7 +247,7 @@ class Endpoint:
             variables[name] = (f"headers_env.{name}", variable)
         for name, value in sent.items():
             # The HTTP library would refuse the header, and quote it.
-            if not (value.isascii() and value.isprintable() and " " not in value.removeprefix("Bearer ")):
+            if not can_be_sent(value.removeprefix("Bearer ")):
                 key, variable = variables.get(name, ("environment", name))
                 raise ValueError(
                     f"{key}: the value of {variable} cannot be sent: it contains spaces or special characters; set it "

@@ -1,16 +1,19 @@
 """Serve a model behind an OpenAI-compatible endpoint on this machine, for the duration of a ``with`` block.
 
 The server is vLLM's own (arXiv 2309.06180), in a separate process group. It ends with the block, and with this process,
-however that ends. It listens only on the loopback address.
+however that ends. It listens only on the loopback address. Every route but ``/health`` needs a key, which the server
+gets in its environment (:mod:`rolltune.endpoints.guard`).
 """
 
 from __future__ import annotations
 
+import http.client
 import importlib.metadata
 import importlib.util
 import json
 import os
 import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -21,10 +24,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
-from rolltune.endpoints import supervisor
+from rolltune.endpoints import guard, supervisor
+from rolltune.endpoints.redaction import redacted
+from rolltune.endpoints.settings import can_be_sent
 from rolltune.files import home_path, write_text_atomic
 
 HOST = "127.0.0.1"
@@ -32,6 +38,7 @@ SUPPORTED = "0.32"  # vLLM's minor version, as in pyproject.toml; options change
 # A waiting thread that spins takes the core from the front end. Compiling takes a minute at each start and gains 10 %.
 # By default vLLM reserves a core for the front end, which halves the speed on two cores.
 _CPU_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+GUARD = f"{guard.__name__}.{guard.RequireKey.__name__}"
 TRANSFERS = {"files": "rolltune_buckets", "nccl": "nccl"}  # ways to transfer weights, and vLLM's names for them
 CPU_BLOCK = 32  # prompt tokens per shared block of keys and values; many prompts have fewer than vLLM's default of 128
 _LOG_LINES, _LOG_CHARS = 20, 4000  # of the log, quoted in an error
@@ -50,19 +57,25 @@ class Server:
     Attributes:
         base_url: for :class:`rolltune.endpoints.settings.EndpointSettings`; ends with ``/v1``.
         name: the model's name for clients.
+        key: what requests need, as ``Authorization: Bearer <key>``.
         log: file with the server's output.
         process: its supervisor (:mod:`rolltune.endpoints.supervisor`), which ends when the server does.
     """
 
     base_url: str
     name: str
+    key: str = field(repr=False)
     log: Path
     process: subprocess.Popen[bytes] = field(repr=False)
 
     def check(self) -> None:
         """Raise ServerFailed if the server has ended."""
         if (status := self.process.poll()) is not None:
-            raise ServerFailed(f"{self.name}: the server has ended, with status {status}{log_end(self.log)}")
+            raise ServerFailed(f"{self.name}: the server has ended, with status {status}{self.log_end()}")
+
+    def log_end(self) -> str:
+        """Return the last lines of the log, without the key, to end a message with."""
+        return redacted(log_end(self.log), [self.key])
 
     def stop(self) -> None:
         """End the server and everything it started. Returns when they are gone."""
@@ -77,6 +90,7 @@ def serve(
     *,
     log: str | Path,
     name: str = "judge",
+    key: str | None = None,
     port: int | None = None,
     dtype: str = "bfloat16",
     max_model_len: int = 4096,
@@ -91,19 +105,21 @@ def serve(
 
     Example:
         >>> with serve("smollm2-135m-instruct", log="outputs/judge.log") as server:  # doctest: +SKIP
-        ...     endpoint = Endpoint(EndpointSettings(base_url=server.base_url, model=server.name))
+        ...     os.environ["JUDGE_KEY"] = server.key
+        ...     settings = EndpointSettings(base_url=server.base_url, model=server.name, api_key_env="JUDGE_KEY")
 
     Args:
         model: a folder with a full model, a Hub id, or "smollm2-135m-instruct".
         log: file for the server's output; an existing one is replaced.
         name: the model's name for clients.
+        key: what requests need; None: a new random one.
         port: None for any free one.
         dtype: of weights and activations.
         max_model_len: tokens of a prompt and its reply.
         max_num_seqs: requests processed at once; others wait.
         kv_cache_gib: memory for the keys and values of all requests, on each GPU.
         takes_weights: "files" or "nccl": how a trainer will transfer weights to it
-            (:mod:`rolltune.samplers.vllm_server`). It loads none itself, and anybody who can reach it can change them.
+            (:mod:`rolltune.samplers.vllm_server`). It loads none itself, and whoever has the key can change them.
         options: further options of vLLM's server: ``["--tensor-parallel-size", "4"]``.
         start_seconds: limit on the time to start.
         quiet: print nothing.
@@ -112,10 +128,17 @@ def serve(
         The running server.
 
     Raises:
-        ValueError: vLLM is not installed, or not in the supported version; the port is taken; or there is no such
-            model.
-        ServerFailed: the server ended before it answered, refused a first request, or took too long.
+        ValueError: vLLM is not installed, or not in the supported version; the port is taken; there is no such model;
+            or the key cannot be sent.
+        ServerFailed: the server ended before it answered, refused a first request, or took too long; or another
+            program answered in its place.
     """
+    key = secrets.token_urlsafe(32) if key is None else key
+    if not can_be_sent(key):  # the value is not shown
+        raise ValueError(
+            "key: is empty, or contains spaces or special characters; give another (`tune run serve` takes it from "
+            f"{guard.KEY_VARIABLE})"
+        )
     port = free_port() if port is None else port
     command = command_line(
         model,
@@ -129,11 +152,12 @@ def serve(
         options=options,
     )
     _check_port(port)
-    server = _start(command, name=name, port=port, log=home_path(log))
+    start = secrets.token_urlsafe(32)
+    server = _start(command, name=name, port=port, key=key, start=start, log=home_path(log))
     try:
         began = time.monotonic()
         with Console(stderr=True, quiet=quiet).status(f"{name}: vLLM is loading {model} (log: {log})"):
-            _wait(server, port, began + start_seconds)
+            _wait(server, port, start, began + start_seconds)
         if not quiet:
             print(f"{name}: {model} answers at {server.base_url} after {time.monotonic() - began:.0f} s", flush=True)
         yield server
@@ -156,6 +180,11 @@ def command_line(
     """Return the command that starts the server. Arguments and errors as for :func:`serve`."""
     version = installed_version()
     source = _resolve(model)
+    if any(re.match(r"--api[-_]k", option) for option in options):  # the value is not shown
+        raise ValueError(
+            f"options: --api-key, which all users of the machine can read in the list of processes; export "
+            f"{guard.KEY_VARIABLE} instead, or leave it out for a random key"
+        )
     return [
         *(
             sys.executable,
@@ -174,6 +203,8 @@ def command_line(
         *(_taking_weights(takes_weights) if takes_weights else []),
         *(_writing_on_cpus(max_model_len) if takes_weights and version.endswith("+cpu") else []),
         *options,
+        # Behind the user's own: the last middleware is the outermost.
+        *("--middleware", GUARD),
     ]
 
 
@@ -254,10 +285,10 @@ def _check_port(port: int) -> None:
             ) from None
 
 
-def _start(command: Sequence[str], *, name: str, port: int, log: Path) -> Server:
+def _start(command: Sequence[str], *, name: str, port: int, key: str, start: str, log: Path) -> Server:
     log.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(log, "")  # a new file, in case an old server still writes into the previous one
-    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1"}
+    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", guard.KEY_VARIABLE: key, guard.START_VARIABLE: start}
     if "--enforce-eager" in command:
         environment = _CPU_ENVIRONMENT | environment
     if "--worker-extension-cls" in command:
@@ -271,43 +302,52 @@ def _start(command: Sequence[str], *, name: str, port: int, log: Path) -> Server
             env=environment,
             start_new_session=True,  # only this process gets Ctrl-C, and then ends the server
         )
-    return Server(base_url=f"http://{HOST}:{port}/v1", name=name, log=log, process=process)
+    return Server(base_url=f"http://{HOST}:{port}/v1", name=name, key=key, log=log, process=process)
 
 
-def _wait(server: Server, port: int, deadline: float) -> None:
+def _wait(server: Server, port: int, start: str, deadline: float) -> None:
     """Wait until the server is healthy and has answered once. Raises ServerFailed otherwise."""
-    while _ask(f"http://{HOST}:{port}/health", seconds=5) != "":
+    health = urllib.request.Request(f"http://{HOST}:{port}/health")  # without the key, which another could be after
+    while (answer := _ask(health, seconds=5)).problem:
         server.check()
         if time.monotonic() > deadline:
-            raise ServerFailed(f"{server.name}: the server is not up in time{log_end(server.log)}")
+            raise ServerFailed(f"{server.name}: the server is not up in time{server.log_end()}")
         time.sleep(_POLL_SECONDS)
-    # A model without a chat template, or with unsupported shapes, looks healthy until its first request.
-    request = {"model": server.name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
-    seconds = max(deadline - time.monotonic(), 10)
-    if wrong := _ask(f"{server.base_url}/chat/completions", seconds=seconds, body=request):
+    if answer.start != start:
         raise ServerFailed(
-            f"{server.name}: the server is up, but answers no chat request: {wrong}{log_end(server.log)}"
+            f"{server.name}: another program answers at port {port}, which was free before; stop it, or give another "
+            f"port{server.log_end()}"
         )
+    # A model without a chat template, or with unsupported shapes, looks healthy until its first request.
+    body = {"model": server.name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {server.key}"}
+    chat = urllib.request.Request(f"{server.base_url}/chat/completions", json.dumps(body).encode(), headers)
+    if problem := _ask(chat, seconds=max(deadline - time.monotonic(), 10)).problem:
+        problem = redacted(problem, [server.key])
+        raise ServerFailed(f"{server.name}: the server is up, but answers no chat request: {problem}{server.log_end()}")
 
 
-def _ask(url: str, *, seconds: float, body: dict | None = None) -> str:
-    """Return what is wrong with the server's answer; empty for status 200."""
-    data = None if body is None else json.dumps(body).encode()
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('VLLM_API_KEY', '')}"}
+class _Answer(NamedTuple):
+    problem: str  # empty for status 200
+    start: str = ""  # the word by which the server is known
+
+
+def _ask(request: urllib.request.Request, *, seconds: float) -> _Answer:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(urllib.request.Request(url, data, headers), timeout=seconds):
-            return ""
+        with direct.open(request, timeout=seconds) as response:
+            return _Answer("", response.headers.get(guard.START_HEADER, ""))
     except urllib.error.HTTPError as error:
-        return f"{error.code}: {error.read(_LOG_CHARS).decode(errors='replace')[:300]}"
-    except OSError as error:
-        return str(error) or type(error).__name__
+        return _Answer(f"{error.code}: {error.read(_LOG_CHARS).decode(errors='replace')[:300]}")
+    except (OSError, http.client.HTTPException) as error:
+        return _Answer(str(error) or type(error).__name__)
 
 
 def log_end(log: Path) -> str:
     """Return the last lines of a log, without control characters, to end a message with."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _LOG_CHARS))
-        text = re.sub(r"\x1b\[[0-9;]*m|[^\n\t\x20-\x7e\xa0-\U0010ffff]", "", file.read().decode(errors="replace"))
+        text = re.sub(r"\x1b\[[0-9;]*m", "", file.read().decode(errors="replace"))
+    text = "".join(char for char in text if char.isprintable() or char in "\n\t")
     lines = [f"\n  | {line}" for line in text.splitlines()[-_LOG_LINES:]]
     return f"; the end of {log}:{''.join(lines)}" if lines else f"; {log} is empty"

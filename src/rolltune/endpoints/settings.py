@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import math
 import re
@@ -12,6 +13,7 @@ from urllib.parse import urlsplit
 
 MaxTokensKey = Literal["max_tokens", "max_completion_tokens"]
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_LOOPBACK = ("localhost.localdomain", "ip6-localhost", "ip6-loopback")  # names in usual /etc/hosts
 _OWN_HEADERS = ("authorization", "content-type", "accept-encoding", "content-length", "host")
 
 
@@ -65,7 +67,7 @@ class EndpointSettings:
     dollars_per_million_output: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_url(self.base_url)
+        check_url(self.base_url)
         if not self.model.strip():
             raise ValueError("model: is empty; give the server's name of the model")
         # The values are not shown: they may be the keys themselves.
@@ -105,6 +107,11 @@ class EndpointSettings:
         return f"{self.model.strip()} {_canonical_host(url.hostname or '')}:{port}"
 
     @property
+    def is_local(self) -> bool:
+        """Whether the server is reached by this machine's loopback address."""
+        return _canonical_host(urlsplit(self.base_url).hostname or "") == "localhost"
+
+    @property
     def is_openai(self) -> bool:
         url = urlsplit(self.base_url)
         return url.scheme == "https" and url.hostname == "api.openai.com" and url.port in (None, 443)
@@ -138,32 +145,45 @@ def check_sampling(*, temperature: float, max_tokens: int) -> None:
         raise ValueError(f"max_tokens: {max_tokens}; must be >= 1")
 
 
-def _check_url(base_url: str) -> None:
+def can_be_sent(key: str) -> bool:
+    """Whether a key can be sent in a header field: not empty, ASCII, without spaces and control characters."""
+    return bool(key) and key.isascii() and key.isprintable() and " " not in key
+
+
+def check_url(base_url: str, key: str = "base_url") -> None:
+    """Raise ValueError unless an address is one of http or https, without anything that may be secret.
+
+    Args:
+        base_url: the address.
+        key: its config key, for the message.
+    """
     try:
         url = urlsplit(base_url)
         _ = url.port  # raises for a port out of range
     except ValueError:
         url = urlsplit("")
-    if "@" in base_url or url.query or url.fragment:
+    if any(sign in base_url for sign in "@?#"):
         raise ValueError(  # the value is not shown: it may contain a password
-            "base_url: contains a user name, password, query or fragment; give only the address, the key in the "
+            f"{key}: contains a user name, password, query or fragment; give only the address, the key in the "
             "environment variable that api_key_env names, and Azure's version as api_version"
         )
     if url.scheme not in ("http", "https") or not url.hostname:
-        raise ValueError(f"base_url: {base_url!r}; must be an address such as http://localhost:8000/v1")
+        raise ValueError(f"{key}: {base_url!r}; must be an address such as http://localhost:8000/v1")
     if url.path.rstrip("/").endswith("/completions"):
-        raise ValueError(f"base_url: {base_url!r}; leave out /chat/completions, which is appended to it")
+        raise ValueError(f"{key}: {base_url!r}; leave out /chat/completions, which is appended to it")
 
 
 def _canonical_host(host: str) -> str:
     """One spelling for each host; "localhost" for all addresses of this machine's loopback."""
     host = host.casefold().rstrip(".")
+    with contextlib.suppress(UnicodeError):  # a name that is none fails when it is called
+        host = host.encode("idna").decode()
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         try:
             address = ipaddress.ip_address(socket.inet_aton(host))  # 127.1
         except OSError:
-            return "localhost" if host.endswith(".localhost") else host
+            return "localhost" if host.endswith(".localhost") or host in _LOOPBACK else host
     address = getattr(address, "ipv4_mapped", None) or address
     return "localhost" if address.is_loopback or address.is_unspecified else str(address)

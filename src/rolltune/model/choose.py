@@ -10,7 +10,8 @@ at every length, and :func:`rolltune.model.parts.rope_change` and :func:`depends
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -21,7 +22,7 @@ from rolltune.batch import TokenSequence, TrainGroup, pack_examples
 from rolltune.errors import ConfigError
 from rolltune.model.forward import Forward, packed_logprobs, set_forward
 from rolltune.model.head import is_plain_head
-from rolltune.model.parts import attention, in_float32, rope_change, set_attention
+from rolltune.model.parts import attention, in_float32, is_mixture, rope_change, set_attention
 from rolltune.types import Microbatch, Prompt
 
 TOLERANCE = 2e-3  # largest difference of log-probs, in nats; rounding in float32 is 1e-6 to 1e-4
@@ -30,7 +31,6 @@ TOLERANCE = 2e-3  # largest difference of log-probs, in nats; rounding in float3
 RIGHT_IN_MIXTURES = 0.9  # share of tokens
 LENGTHS = ((7, (16, 9, 1)), (57, (12, 16)))  # tokens of each made-up prompt and of its completions
 
-# What modelling code raises when it meets an argument that it was not written for.
 CODE_ERRORS = (AttributeError, TypeError, ValueError, LookupError, RuntimeError, AssertionError)
 
 _chosen: dict[str, tuple[Forward, str]] = {}  # by architecture, so that a reference model need not be checked again
@@ -63,11 +63,11 @@ def _choose(model: PreTrainedModel, path: str, packed_attention: str) -> tuple[F
     name = type(model).__name__
     groups = made_up_groups(model)
     (microbatch,) = pack_examples(groups, max_tokens=10**9, device=model.device)
-    with attention(model, "eager"):
-        try:
+    try:
+        with attention(model, "eager"), readable_errors():
             microbatch, expected = _eager_logprobs(model, groups, microbatch)
-        except CODE_ERRORS as error:
-            raise ConfigError([f"model.path: {path}: {name} cannot compute log-probs: {one_line(error)}"]) from error
+    except ValueError as error:
+        raise ConfigError([f"model.path: {path}: {name} cannot compute log-probs: {error}"]) from error
     config = model.config.get_text_config()
     packed = Forward(
         plain_head=_try_plain_head(model),
@@ -115,7 +115,8 @@ def made_up_groups(model: PreTrainedModel) -> list[TrainGroup[TokenSequence]]:
         if "token" in name and isinstance(value, int)
     }
     ordinary = torch.tensor([i for i in range(min(config.vocab_size, 32768)) if i not in special])
-    context = getattr(config, "max_position_embeddings", None) or 10**9
+    limits = (getattr(config, "max_position_embeddings", None), rope_change(config, "dynamic"))
+    context = min((limit for limit in limits if limit is not None), default=10**9)
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> tuple[int, ...]:
@@ -147,22 +148,21 @@ def _eager_logprobs(
 def _difference(model: PreTrainedModel, microbatch: Microbatch, expected: Tensor) -> str | None:
     """Return what is wrong with the log-probs of the microbatch, if anything."""
     try:
-        logprobs, _ = packed_logprobs(model, microbatch, temperature=1.0)
-    except torch.OutOfMemoryError:
-        raise
-    except CODE_ERRORS as error:
-        return one_line(error)
+        with readable_errors():
+            logprobs, _ = packed_logprobs(model, microbatch, temperature=1.0)
+    except ValueError as error:
+        return str(error)
     gap = (logprobs - expected).abs()
-    is_mixture = any(name.endswith("experts") for name, _ in model.named_modules())
-    if torch.quantile(gap, RIGHT_IN_MIXTURES if is_mixture else 1.0).item() <= TOLERANCE:
+    if torch.quantile(gap, RIGHT_IN_MIXTURES if is_mixture(model) else 1.0).item() <= TOLERANCE:
         return None
     return f"log-probs differ by up to {gap.max().item():.2g}"
 
 
 def _try_plain_head(model: PreTrainedModel) -> bool:
     try:
-        return is_plain_head(model)
-    except CODE_ERRORS:
+        with readable_errors():
+            return is_plain_head(model)
+    except ValueError:
         return True  # the comparison of log-probs decides
 
 
@@ -172,7 +172,14 @@ def depends_on_row(model: PreTrainedModel) -> bool:
     return bool(getattr(config, "attn_temperature_tuning", False)) and hasattr(config, "floor_scale")
 
 
-def one_line(error: Exception) -> str:
-    """Return an error in one short line, with its type unless it was raised on purpose."""
-    text = " ".join(str(error).split())[:150]
-    return text if isinstance(error, ValueError) else f"its code fails with {type(error).__name__}: {text}"
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Turn errors of modelling code that meets an unknown argument into ValueErrors of one short line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except CODE_ERRORS as error:
+        text = " ".join(str(error).split())[:150]
+        what = "" if isinstance(error, ValueError) else f"its code fails with {type(error).__name__}: "
+        raise ValueError(f"{what}{text}") from error

@@ -26,25 +26,25 @@ MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 
 def lora_modules(model: PreTrainedModel, target_modules: str) -> list[str]:
-    """Return the names of the modules that ``lora.target_modules`` stands for.
+    """Return the names of the modules that ``lora.target_modules`` stands for, all of them in the text model.
 
     Args:
         model: without adapters; may be on the meta device.
-        target_modules: "all-linear", for all linear layers of the text model but the LM head and routers, or ends of
-            module names, split by commas.
+        target_modules: "all-linear", for all linear layers but the LM head and routers, or ends of module names, split
+            by commas.
 
     Raises:
         ValueError: a name is the end of no module's name, or that of the LM head; or peft can adapt none of them.
     """
+    text = {id(module) for module in text_decoder(model).modules()}
     head = model.get_output_embeddings()
     if target_modules == "all-linear":
-        text = {id(module) for module in text_decoder(model).modules()}
         layers = {name: model.get_submodule(name) for name in _linear_layers(model)}
-        found = [name for name, m in layers.items() if id(m) in text and _can_adapt(name, m, model)]
+        found = {name: m for name, m in layers.items() if _can_adapt(name, m, model)}
     else:
-        found = []
-        for target in (name.strip() for name in target_modules.split(",")):
-            modules = {name: m for name, m in model.named_modules() if f".{name}".endswith(f".{target}")}
+        found = {}
+        for target in _split(target_modules):
+            modules = _named(model, target)
             if not modules:
                 leaves = {name.rpartition(".")[2] for name in _linear_layers(model)}
                 raise ValueError(f"lora.target_modules: {target}; the model has {', '.join(sorted(leaves))}")
@@ -52,11 +52,23 @@ def lora_modules(model: PreTrainedModel, target_modules: str) -> list[str]:
                 raise ValueError(
                     f"lora.target_modules: {target}; an adapter on the LM head is not supported; leave it out"
                 )
-            found += modules
-    kept = _kept_by_peft(model, found)
+            found |= modules
+    try:
+        kept = _kept_by_peft(model, [name for name, m in found.items() if id(m) in text])
+    except ValueError as error:
+        raise ValueError(f"lora.target_modules: {target_modules}: {error}") from error
     if not kept:
         raise ValueError(f"lora.target_modules: {target_modules}; peft can adapt none of these layers of the model")
     return kept
+
+
+def _split(target_modules: str) -> list[str]:
+    return [name.strip() for name in target_modules.split(",")]
+
+
+def _named(model: PreTrainedModel, target: str) -> dict[str, nn.Module]:
+    """Return the modules whose names end with ``target``."""
+    return {name: m for name, m in model.named_modules() if f".{name}".endswith(f".{target}")}
 
 
 def _kept_by_peft(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
@@ -97,16 +109,18 @@ def lora_config(lora: LoRAConfig, model: PreTrainedModel, wanted: Sequence[str])
         raise ValueError(
             f"lora.dropout: {lora.dropout}; must be 0 with lora.experts: true, whose adapters have no dropout"
         )
-    names = [name.strip() for name in lora.target_modules.split(",")]
-    if experts:  # of which peft would adapt more than it is asked for
-        names = list(wanted)
-    elif names == ["all-linear"]:
-        names = "all-linear" if list(wanted) == _linear_layers(model) else list(wanted)
+    if lora.target_modules == "all-linear":
+        targets, meant = "all-linear", _linear_layers(model)
+    else:
+        targets = _split(lora.target_modules)
+        meant = [name for target in targets for name in _named(model, target)]
+    if experts or set(meant) != set(wanted):  # with experts, peft would adapt more than it is asked for
+        targets = list(wanted)
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  peft divides it by the rank, so a float works
         lora_dropout=lora.dropout,
-        target_modules=names,
+        target_modules=targets,
         target_parameters=experts if lora.experts else None,
         task_type="CAUSAL_LM",
     )

@@ -83,6 +83,11 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
         cast(everything, half)
 
 
+def is_mixture(model: PreTrainedModel) -> bool:
+    """Whether the model has experts, of which a router chooses."""
+    return any(name.endswith("experts") for name, _ in model.named_modules())
+
+
 def _configs(model: PreTrainedModel) -> list:
     return list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
 

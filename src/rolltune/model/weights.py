@@ -1,8 +1,10 @@
-"""Export the policy's weights to an inference engine: Hugging Face names, LoRA merged, one tensor at a time."""
+"""Export the policy's weights to an inference engine: those of a checkpoint, with LoRA merged, one layer at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from itertools import groupby
 
 import torch
 from peft import PeftModel
@@ -11,43 +13,82 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from rolltune.model.load import unwrapped
 
 
-@torch.no_grad()
 def policy_weights(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Yield every weight under its name in a checkpoint of the full model.
+    """Yield every weight under the name and in the layout that it has in a checkpoint of the full model.
 
-    A LoRA layer yields ``W + scale * B @ A``, added in fp32 and rounded once. Tied weights come once, under the name of
-    the input embeddings. At most one merged tensor exists at a time.
+    Modelling code may keep weights in another layout, such as all experts of a layer in one tensor. transformers
+    converts them back, as it does in ``save_pretrained``. Persistent buffers are weights too.
+
+    A LoRA layer yields ``W + scale * B @ A``, added in fp32 and rounded once. Tied weights come once. The merged and
+    converted tensors of at most one layer exist at a time.
 
     Args:
         model: the policy, wrapped by peft or not; its active adapter is merged.
-        dtype: dtype of the tensors. Weights that have it already are yielded without a copy.
+        dtype: dtype of the tensors. Weights that have it already are yielded without a copy. Buffers, and parameters
+            that the model keeps in another precision than its own (such as fp32 routers), keep theirs.
 
     Raises:
         ValueError: an adapter cannot be merged, see :func:`check_mergeable`.
     """
     check_mergeable(model)
+    yield from _exported(model, dtype, lambda tensor: tensor)
+
+
+def weight_shapes(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> list[tuple[str, torch.dtype, torch.Size]]:
+    """Return name, dtype and shape of the tensors of :func:`policy_weights`, in its order, without merging."""
+    exported = _exported(model, dtype, lambda tensor: tensor.to("meta"))
+    return [(name, tensor.dtype, tensor.shape) for name, tensor in exported]
+
+
+@torch.no_grad()
+def _exported(
+    model: PreTrainedModel | PeftModel, dtype: torch.dtype, prepare: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the converted weights of each layer in turn, each tensor passed through ``prepare`` first."""
     causal_lm = unwrapped(model)
-    adapted = {name: module for name, module in causal_lm.named_modules() if isinstance(module, LoraLinear)}
-    for name, parameter in causal_lm.named_parameters():
-        if ".lora_" in name:
-            continue
-        owner, _, last = name.rpartition(".base_layer.")
-        if owner not in adapted:
-            yield name, parameter.detach().to(dtype)
-        elif last == "weight":
-            yield f"{owner}.weight", _merged(adapted[owner], parameter).to(dtype)
-        else:
-            yield f"{owner}.{last}", parameter.detach().to(dtype)
+    adapted = {f"{name}.weight": module for name, module in causal_lm.named_modules() if isinstance(module, LoraLinear)}
+    for _, layer in groupby(_stored_tensors(causal_lm), key=lambda item: _layer(item[0])):
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in layer:
+            is_cast = isinstance(tensor, torch.nn.Parameter) and tensor.dtype == causal_lm.dtype
+            value = prepare(tensor.detach())
+            if name in adapted and not value.is_meta:
+                value = _merged(adapted[name], value)
+            tensors[name] = value.to(dtype if is_cast else tensor.dtype)
+        yield from revert_weight_conversion(causal_lm, tensors).items()
+
+
+def _stored_tensors(causal_lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and buffers of a checkpoint, under the names of the modelling code, without adapters."""
+    stored = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in causal_lm.state_dict(keep_vars=True).items()
+        if ".lora_" not in name and name not in (causal_lm._keys_to_ignore_on_save or ())
+    }
+    yield from remove_tied_weights_from_state_dict(stored, causal_lm).items()
+
+
+def _layer(name: str) -> str:
+    """Return the part of a weight's name up to the number of its layer; the empty string outside of layers."""
+    found = re.match(r".*?\.\d+\.", name)
+    return found[0] if found else ""
 
 
 def check_mergeable(model: PreTrainedModel | PeftModel) -> None:
-    """Raise ValueError if an adapter is not plain LoRA on a linear layer, the only kind that is merged here."""
-    for name, module in unwrapped(model).named_modules():
-        if why := _not_mergeable(module):
+    """Raise ValueError if an adapter is not plain LoRA on linear layers, the only kind that is merged here."""
+    causal_lm = unwrapped(model)
+    embeddings = causal_lm.get_input_embeddings()
+    for name, module in causal_lm.named_modules():
+        why = _not_mergeable(module)
+        if isinstance(module, LoraLinear) and module.weight is embeddings.weight:
+            why = "a head that is tied to the embeddings"
+        if why:
             raise ValueError(
                 f"lora: {name}: {why} cannot be merged for vLLM; use rolltune.samplers.native.NativeSampler"
             )
@@ -68,18 +109,8 @@ def _not_mergeable(module: torch.nn.Module) -> str | None:
     return None
 
 
-def weight_shapes(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> list[tuple[str, torch.dtype, torch.Size]]:
-    """Return name, dtype and shape of the tensors of :func:`policy_weights`, in its order, without merging."""
-    causal_lm = unwrapped(model)
-    return [
-        (name.replace(".base_layer.", "."), dtype, parameter.shape)
-        for name, parameter in causal_lm.named_parameters()
-        if ".lora_" not in name
-    ]
-
-
 def _merged(layer: LoraLinear, weight: Tensor) -> Tensor:
-    merged = weight.detach().float()
+    merged = weight.float()
     for adapter in layer.active_adapters:
         if adapter in layer.lora_A:
             merged = merged + layer.get_delta_weight(adapter).float()
@@ -87,10 +118,14 @@ def _merged(layer: LoraLinear, weight: Tensor) -> Tensor:
 
 
 def tied_names(model: PreTrainedModel | PeftModel) -> dict[str, str]:
-    """Return {name of a tied head's weight: name of the embeddings' weight}; empty if the head is not tied."""
+    """Return {name of a tied head's weight: name of the embeddings' weight} in a checkpoint; empty if not tied."""
     causal_lm = unwrapped(model)
     head, embeddings = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
     if head is None or head.weight is not embeddings.weight:
         return {}
-    names = {module: name for name, module in causal_lm.named_modules()}
-    return {f"{names[head]}.weight": f"{names[embeddings]}.weight"}
+    names = {module: f"{name}.weight" for name, module in causal_lm.named_modules()}
+    nothing = torch.empty(0, device="meta")
+    (head_name,), (embeddings_name,) = (
+        revert_weight_conversion(causal_lm, {names[module]: nothing}) for module in (head, embeddings)
+    )
+    return {head_name: embeddings_name}

@@ -126,8 +126,7 @@ def start_sampler(
     """Build the policy's sampler, and give it to the judges that are the policy."""
     with policy.gathered():  # some samplers try the model out
         sampler = instantiate(cfg.sampler, policy.model, tokenizer)
-    if isinstance(sampler, NativeSampler):
-        notices.show(sampler.notes, is_main=world.is_main)
+    notices.show(getattr(sampler, "notes", ()), is_main=world.is_main)  # a sampler need not have any
     try:
         rewards.pool.bind(sampler, tokenizer, lambda: starting_sampler(cfg, tokenizer, world))
     except BaseException:

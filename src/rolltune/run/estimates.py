@@ -138,9 +138,11 @@ def print_memory(parts: dict[str, float], console: Console) -> None:
     table = Table("memory of one process", "GiB", show_edge=False, pad_edge=False)
     for name, gib in parts.items():
         table.add_row(name, f"{gib:.2f}")
-    # Sampling and training alternate, so the memory of one does not add to the memory of the other.
-    sampling = sum(gib for name, gib in parts.items() if name.endswith("while sampling"))
-    table.add_row(
-        "peak (approximate)", f"{sum(parts.values()) - min(parts['activations of a microbatch'], sampling):.2f}"
-    )
+    table.add_row("peak (approximate)", f"{peak(parts):.2f}")
     console.print(table)
+
+
+def peak(parts: dict[str, float]) -> float:
+    """Return the most memory that is held at a time. Sampling and training alternate, so only the larger one counts."""
+    sampling = sum(gib for name, gib in parts.items() if name.endswith("while sampling"))
+    return sum(parts.values()) - min(parts["activations of a microbatch"], sampling)

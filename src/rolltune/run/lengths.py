@@ -16,6 +16,7 @@ from rolltune.model.load import load_config
 from rolltune.model.parts import rope_change
 from rolltune.prompts import PromptRenderer
 from rolltune.samplers.caches import context_length
+from rolltune.terminal import printable
 from rolltune.types import Problem
 
 LISTED = 3  # ids in a message
@@ -88,7 +89,7 @@ def fitting(
             ]
         )
     if not quiet:
-        print(f"{found}; they are left out (data.too_long: drop)", flush=True)
+        print(printable(f"{found}; they are left out (data.too_long: drop)"), flush=True)
     left_out = set(too_long)
     return Dataset(problem for i, problem in enumerate(problems) if i not in left_out)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rolltune.metrics.summary import has_signal
 from rolltune.prompts import PromptRenderer
+from rolltune.terminal import printable
 from rolltune.types import Problem
 
 MANY_EPOCHS = 4  # of supervised training on the same examples
@@ -14,7 +15,7 @@ STEPS_WITHOUT_SIGNAL = 5
 
 def show(lines: Iterable[str], *, is_main: bool = True) -> None:
     for line in lines if is_main else ():
-        print(f"note: {line}", flush=True)
+        print(printable(f"note: {line}"), flush=True)
 
 
 def about_data(

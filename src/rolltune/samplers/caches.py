@@ -7,8 +7,7 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,15 +15,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rolltune.model.choose import CODE_ERRORS, depends_on_row, one_line
+from rolltune.model.choose import depends_on_row, readable_errors
 from rolltune.model.packed_attention import PACKED_ATTENTION
-from rolltune.model.parts import rope_change
+from rolltune.model.parts import is_mixture, rope_change
 from rolltune.samplers.decoder import Decoder, OwnCache
 from rolltune.samplers.sequences import DecodeBatch, PromptState, SequenceState
 
 # Relative error of logits against the model's own: far above rounding, far below the error of wrong attention.
 CHECK_TOKENS, CHECK_STEPS = 72, 4
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.1 / 8, torch.bfloat16: 0.1}
+MIXTURES = 10  # times as much for mixtures of experts, where rounding may choose between two equally good ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def _check_shared_cache(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) ->
     sequence = SequenceState(PromptState(0, prompt, 1), sample=0, uniforms=np.empty(0))
     batch = DecodeBatch(model.device)
     logits = []
-    with _readable_errors(), decoder.sampling_mode():
+    with readable_errors(), decoder.sampling_mode():
         decoder.prefill(batch.admit([sequence]), batch, max_tokens=len(prompt))
         for token in completion:
             logits.append(decoder.decode(batch)[0])
@@ -118,7 +118,7 @@ def _check_own_cache(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, atten
     if decoder.batch_invariant:
         raise ValueError("model.batch_invariant: true; it needs the shared prompt cache")
     prompt, completion = _check_tokens(tokenizer, decoder.causal_lm.config.get_text_config())
-    with _readable_errors(), decoder.sampling_mode(attention):
+    with readable_errors(), decoder.sampling_mode(attention):
         cache = OwnCache(decoder.causal_lm)
         logits = [cache.prefill(prompt, 2)] + [cache.decode([token] * 2) for token in completion[:-1]]
     for row in torch.stack(logits, dim=1):
@@ -136,17 +136,6 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, config) -> tuple[tuple[int
     return tuple(ids[:-CHECK_STEPS]), tuple(ids[-CHECK_STEPS:])
 
 
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    """Turn errors of modelling code that meets an unknown cache or argument into ValueErrors."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except CODE_ERRORS as error:
-        raise ValueError(one_line(error)) from error
-
-
 def _compare(decoder: Decoder, prompt: Sequence[int], completion: Sequence[int], logits: Tensor) -> None:
     """Raise ValueError if logits [len(completion), V] are not those of the model's own eager attention."""
     model = decoder.causal_lm
@@ -154,7 +143,7 @@ def _compare(decoder: Decoder, prompt: Sequence[int], completion: Sequence[int],
     with decoder.sampling_mode("eager"):
         expected = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].float()
     error = ((logits.float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
-    if not error <= TOLERANCE[model.dtype]:
+    if not error <= TOLERANCE[model.dtype] * (MIXTURES if is_mixture(model) else 1):
         raise ValueError(f"its logits differ from those of a plain forward pass (relative error {error:.2g})")
 
 

@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from rolltune.errors import EngineError
+from rolltune.samplers.fingerprints import Piece, Shapes
 from rolltune.types import SamplingParams
 
 BUCKET_BYTES = 256 * 2**20  # weights in transfer at a time
@@ -52,6 +55,26 @@ class EngineOutput:
         """Log-prob of each sampled token."""
         return tuple(logprobs[token] for logprobs, token in zip(self.logprobs, self.token_ids, strict=True))
 
+    @property
+    def support(self) -> tuple[tuple[int, ...], ...]:
+        """The tokens that top-k and top-p kept for each sampled token, ascending.
+
+        Raises:
+            EngineError: their probabilities do not add up to 1, so some were not reported.
+        """
+        return tuple(map(_kept, self.logprobs))
+
+
+def _kept(logprobs: dict[int, float]) -> tuple[int, ...]:
+    kept = sorted(token for token, logprob in logprobs.items() if logprob > float("-inf"))
+    mass = torch.tensor([logprobs[token] for token in kept], dtype=torch.float64).exp().sum().item()
+    if abs(mass - 1) > 1e-4:
+        raise EngineError(
+            f"the {len(kept)} tokens that vLLM reports as kept have a total probability of {mass:.5f}, not 1: too many "
+            "tokens are equally probable at the end of the top-k; use a smaller sampling.top_k"
+        )
+    return tuple(kept)
+
 
 class Engine(Protocol):
     """A vLLM engine. Its methods are called one at a time, from one thread.
@@ -75,10 +98,14 @@ class Engine(Protocol):
         """Drop the keys and values of earlier requests. Return False if some are still in use."""
         ...
 
-    def fingerprints(self, version: int) -> dict[str, str] | None:
-        """See :meth:`rolltune.samplers.vllm_worker.WorkerExtension.weight_fingerprints`.
+    def fingerprints(self, version: int, shapes: Shapes) -> list[list[dict[str, list[Piece]]]]:
+        """Return the pieces of the weights in each worker of each engine.
 
-        None if several workers hold parts of the weights, which cannot be compared with whole ones.
+        Args:
+            version: selects the columns that are compared of packed copies.
+            shapes: dtype and shape of each weight that was sent.
+
+        See :meth:`rolltune.samplers.vllm_worker.WorkerExtension.weight_fingerprints`.
         """
         ...
 
@@ -101,6 +128,11 @@ def engine_params(params: SamplingParams, *, seed: int, eos: Sequence[int], voca
         "temperature": params.temperature,
         "top_p": params.top_p,
         "top_k": params.top_k,
+        # Sent although they are the defaults: a server may have others.
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
         "max_tokens": params.max_new_tokens,
         "seed": seed,
         # In addition to the sampled token's. vLLM keeps all of several equally probable tokens at the end of a top-k.

@@ -8,6 +8,7 @@ Both are a :class:`rolltune.samplers.vllm_sampler.VLLMSampler`; :mod:`rolltune.s
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from contextlib import ExitStack
@@ -18,13 +19,13 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rolltune.config.secrets import password_problems
 from rolltune.endpoints import serving
+from rolltune.endpoints.settings import can_be_sent, check_url
 from rolltune.errors import EngineError
 from rolltune.model.fp32_head import FP32Head
 from rolltune.model.load import DTYPES, unwrapped
 from rolltune.model.weights import check_mergeable, weight_shapes
-from rolltune.samplers import probe
+from rolltune.samplers.probe import MIN_MODEL_LEN
 from rolltune.samplers.ranks import broadcast, this_rank
 from rolltune.samplers.vllm_sampler import VLLMSampler
 
@@ -56,7 +57,8 @@ def colocated(
         options: further arguments of vLLM's ``LLM``, such as ``{enforce_eager: true}``.
 
     Raises:
-        ValueError: vLLM is not installed or has an unsupported version, or an option is out of range.
+        ValueError: vLLM is not installed or has an unsupported version, an option is out of range, or vLLM has no
+            implementation of the model of its own.
     """
     from rolltune.samplers.vllm_local import LocalEngine
 
@@ -77,6 +79,13 @@ def colocated(
         sleeps=sleep and torch.cuda.is_available(),
         options=options or {},
     )
+    decoder = type(unwrapped(model).base_model)
+    if any(base.__module__.startswith("vllm.") for base in decoder.__mro__):
+        engine.close()
+        raise ValueError(
+            f"sampler: vLLM runs {decoder.__name__} by transformers' code and changes it for the whole process, so the "
+            "trainer could not run it; use rolltune.samplers.vllm.served"
+        )
     return VLLMSampler(model, tokenizer, engine, dtype=engine_dtype, max_model_len=length)
 
 
@@ -85,6 +94,7 @@ def served(
     tokenizer: PreTrainedTokenizerBase,
     *,
     base_urls: list[str] | None = None,
+    api_key_env: str | None = None,
     transfer: Literal["files", "nccl"] = "files",
     folder: str | None = None,
     dtype: str | None = None,
@@ -103,16 +113,16 @@ def served(
         model: the policy.
         tokenizer: its tokenizer.
         base_urls: URLs of servers started by ``tune run serve ... takes_weights=files`` with the policy's model; None:
-            start a server on this machine that ends with the run. A server listens only on its own machine, unless
-            ``options=[--host, 0.0.0.0]`` lets others reach it; they could then change its weights.
+            start a server on this machine that ends with the run, and has a random key that only the run knows.
+        api_key_env: environment variable with the key of the servers in ``base_urls``, such as VLLM_API_KEY; None: no
+            key is sent.
         transfer: how weights travel, see :mod:`rolltune.samplers.vllm_server`.
         folder: for "files", a folder that trainer and servers share; None: this machine's memory.
         dtype: dtype of the servers' weights; None: the policy's. Servers in ``base_urls`` must have it.
         max_num_seqs: completions generated at the same time by each server.
         max_model_len: longest prompt with its completion, in tokens; None: the model's context.
         kv_cache_gib: memory for keys and values. Like ``options`` and ``log``, only for a server that is started here.
-        options: further options of vLLM's server, such as ``["--tensor-parallel-size", "2"]``. If several workers hold
-            parts of the weights, a sync checks only probe and version.
+        options: further options of vLLM's server, such as ``["--tensor-parallel-size", "2"]``.
         log: path of the server's log.
 
     Raises:
@@ -124,8 +134,8 @@ def served(
     length = _check_options(model, dtype, max_num_seqs, max_model_len, kv_cache_gib)
     if base_urls is not None and not base_urls:
         raise ValueError("sampler.base_urls: []; give at least one URL, or null to start a server for this run")
-    for _, problem in password_problems(base_urls, "sampler.base_urls"):  # errors name the URLs
-        raise ValueError(problem)
+    for i, url in enumerate(base_urls or []):
+        check_url(url, f"sampler.base_urls[{i}]")
     if transfer not in serving.TRANSFERS:
         raise ValueError(f"sampler.transfer: {transfer}; must be one of {', '.join(serving.TRANSFERS)}")
     if transfer == "nccl" and base_urls is not None and len(base_urls) > 1:
@@ -133,6 +143,7 @@ def served(
             f"sampler.base_urls: {len(base_urls)} servers; nccl supports only one: give one, or set sampler.transfer "
             "to files"
         )
+    key = _key(api_key_env) if base_urls else ""
     engine_dtype = DTYPES[dtype] if dtype else unwrapped(model).dtype
     exits = ExitStack()
     is_main = this_rank() == 0
@@ -154,10 +165,11 @@ def served(
                     options=options or [],
                 )
             )
-            base_urls = [server.base_url.removesuffix("/v1")]
-        urls = broadcast([url.rstrip("/").removesuffix("/v1") for url in base_urls or []])
+            base_urls, key = [server.base_url], server.key
+        urls, key = broadcast(([url.rstrip("/").removesuffix("/v1") for url in base_urls or []], key))
         engine = ServerEngine(
             urls,
+            key=key,
             transfer=transfer,
             folder=folder,
             max_num_seqs=max_num_seqs,
@@ -172,6 +184,18 @@ def served(
             raise EngineError(str(error)) from error
         raise
     return VLLMSampler(model, tokenizer, engine, dtype=engine_dtype, max_model_len=length, is_sender=is_main)
+
+
+def _key(variable: str | None) -> str:
+    """Return the key in an environment variable; empty if none is named."""
+    if variable is None:
+        return ""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ValueError(f"sampler.api_key_env: {variable} is not set; export it, or give null to send no key")
+    if not can_be_sent(key):
+        raise ValueError(f"sampler.api_key_env: the value of {variable} contains spaces or special characters")
+    return key
 
 
 def _check_options(
@@ -195,8 +219,8 @@ def _check_options(
     length = max_model_len or context
     if length is None:
         raise ValueError("sampler.max_model_len: null; the model's config has no context length, so give one")
-    if length <= 2 * probe.NEW_TOKENS or (context is not None and length > context):
-        raise ValueError(f"sampler.max_model_len: {length}; must be in {2 * probe.NEW_TOKENS + 1} .. {context}")
+    if length < MIN_MODEL_LEN or (context is not None and length > context):
+        raise ValueError(f"sampler.max_model_len: {length}; must be in {MIN_MODEL_LEN} .. {context}")
     return length
 
 

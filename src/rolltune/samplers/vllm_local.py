@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch import Tensor
 from rolltune.endpoints import serving
 from rolltune.errors import EngineError
 from rolltune.samplers.engine import EngineOutput, EngineRequest, weight_buckets
+from rolltune.samplers.fingerprints import Piece, Shapes
 from rolltune.samplers.vllm_process import preserve_process_state, process_groups
 
 # Compiling takes a minute at each start and gains 10 % of speed. Chunked prefill rewinds a random generator, which
@@ -96,10 +98,9 @@ class LocalEngine:
     def reset_cache(self) -> bool:
         return self._llm.reset_prefix_cache()
 
-    def fingerprints(self, version: int) -> dict[str, str]:
+    def fingerprints(self, version: int, shapes: Shapes) -> list[list[dict[str, list[Piece]]]]:
         with preserve_process_state(), _as_engine_error():
-            (prints,) = self._llm.collective_rpc("weight_fingerprints", args=(str(version),))
-        return prints
+            return [self._llm.collective_rpc("weight_fingerprints", args=(str(version), json.dumps(shapes)))]
 
     def generate(self, requests: Sequence[EngineRequest], on_output: Callable[[int, EngineOutput], None]) -> None:
         from vllm import SamplingParams

@@ -72,7 +72,6 @@ class VLLMSampler:
             engine,
             dtype=dtype,
             max_model_len=max_model_len,
-            eos=self._eos,
             is_sender=is_sender,
         )
 
@@ -140,7 +139,7 @@ class VLLMSampler:
             finish_reason=output.finish_reason,
             policy_version=self._weights.version_of(output),
             text=f"{prefill}{text}",
-            support=tuple(map(_support, output.logprobs)) if params.truncates else None,
+            support=output.support if params.truncates else None,
         )
 
 
@@ -158,15 +157,3 @@ def sampling_problem(temperature: float, top_p: float, top_k: int) -> str | None
     if temperature > 0 and top_k > MAX_TOP_K:
         return f"sampling.top_k: {top_k}; with vLLM it must be at most {MAX_TOP_K}"
     return None
-
-
-def _support(logprobs: dict[int, float]) -> tuple[int, ...]:
-    """Return the tokens that top-k and top-p kept. Their probabilities must add up to 1, or some were not reported."""
-    kept = sorted(token for token, logprob in logprobs.items() if logprob > float("-inf"))
-    mass = torch.tensor([logprobs[token] for token in kept], dtype=torch.float64).exp().sum().item()
-    if abs(mass - 1) > 1e-4:
-        raise EngineError(
-            f"the {len(kept)} tokens that vLLM reports as kept have a total probability of {mass:.5f}, not 1: too many "
-            "tokens are equally probable at the end of the top-k; use a smaller sampling.top_k"
-        )
-    return tuple(kept)

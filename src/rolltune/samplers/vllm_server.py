@@ -10,8 +10,8 @@ travel by one of vLLM's weight-transfer backends:
 from __future__ import annotations
 
 import asyncio
+import json
 import math
-import os
 import shutil
 import subprocess
 import tempfile
@@ -27,9 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rolltune.endpoints import serving
+from rolltune.endpoints.redaction import redacted
 from rolltune.errors import EngineError
 from rolltune.files import home_path
 from rolltune.samplers.engine import EngineOutput, EngineRequest, weight_buckets
+from rolltune.samplers.fingerprints import Piece, Shapes
 from rolltune.samplers.vllm_process import preserve_process_state
 
 _MINUS_INFINITY = -9999.0  # vLLM's value for it in JSON
@@ -43,6 +45,7 @@ class ServerEngine:
         self,
         base_urls: Sequence[str],
         *,
+        key: str,
         transfer: str,
         folder: str | None,
         max_num_seqs: int,
@@ -54,15 +57,18 @@ class ServerEngine:
         """
         Args:
             base_urls: URLs of the servers, without a path.
+            key: sent to each of them; empty for servers without a key.
             transfer: key of :data:`rolltune.endpoints.serving.TRANSFERS`, with which the servers were started.
             folder: for "files"; None: this machine's memory (/dev/shm), or its folder for temporary files.
-            max_num_seqs: requests in flight at each server.
+            max_num_seqs: requests in flight at each engine.
             shapes: returns names, dtypes and shapes of the weights, in sending order.
             is_sender: whether this rank calls :meth:`load_weights`.
             server: the server, if the run has started it.
             exits: closed with the engine.
         """
         self._urls = list(base_urls)
+        self._key = key
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._transfer = transfer
         self._max_num_seqs = max_num_seqs
         self._server = server
@@ -72,11 +78,16 @@ class ServerEngine:
         # connections that are idle during a training step.
         limits = httpx.Limits(max_keepalive_connections=0)
         self._client = self._exits.enter_context(
-            httpx.Client(timeout=_TIMEOUT, trust_env=False, headers=_headers(), limits=limits)
+            httpx.Client(timeout=_TIMEOUT, trust_env=False, headers=self._headers, limits=limits)
         )
-        if not is_sender:
-            return
-        if transfer == "files":
+        if is_sender:
+            self._init_transfer(folder, shapes)
+        self._replicas = [(url, rank) for url in self._urls for rank in range(self._data_parallel_size(url))]
+
+    def _init_transfer(
+        self, folder: str | None, shapes: Callable[[], list[tuple[str, torch.dtype, torch.Size]]]
+    ) -> None:
+        if self._transfer == "files":
             parent = home_path(folder) if folder else ("/dev/shm" if Path("/dev/shm").is_dir() else None)
             self._folder = Path(tempfile.mkdtemp(prefix="rolltune-weights-", dir=parent))
             self._exits.callback(shutil.rmtree, self._folder, ignore_errors=True)
@@ -86,7 +97,15 @@ class ServerEngine:
 
     @property
     def num_replicas(self) -> int:
-        return len(self._urls)
+        return len(self._replicas)
+
+    def _data_parallel_size(self, url: str) -> int:
+        """Return the number of engines with all weights behind a URL."""
+        of_all, of_one = (
+            self._request("GET", url, f"get_world_size?include_dp={include}")["world_size"]
+            for include in ("true", "false")
+        )
+        return of_all // of_one
 
     def is_asleep(self) -> bool:
         return any(self._request("GET", url, "is_sleeping")["is_sleeping"] for url in self._urls)
@@ -131,6 +150,10 @@ class ServerEngine:
 
         engine = self
 
+        class Client(HTTPVLLMWeightSyncClient):  # vLLM's own sends no key
+            def _post(self, path: str, json: dict[str, Any] | None = None) -> None:
+                engine._request("POST", url, path, json)
+
         class Weights(WeightSource):
             def metadata(self) -> list[ParamMeta]:
                 return [ParamMeta(name, dtype, tuple(shape)) for name, dtype, shape in shapes()]
@@ -142,22 +165,37 @@ class ServerEngine:
         with preserve_process_state():
             return WeightTransferTrainerFactory.trainer_init(
                 NCCLTrainerInitInfo(get_ip(), get_open_port(), workers + 1, rank=0),
-                client=HTTPVLLMWeightSyncClient(url, timeout=_TIMEOUT),
+                client=Client(url),
                 source=Weights(),
             )
 
     def reset_cache(self) -> bool:
         return all(self._request("POST", url, "reset_prefix_cache")["success"] for url in self._urls)
 
-    def fingerprints(self, version: int) -> dict[str, str] | None:
-        """Return the fingerprints of the first server that differs from the others; of any server if none does."""
-        if any(self._request("GET", url, "get_world_size?include_dp=false")["world_size"] > 1 for url in self._urls):
-            return None
-        body = {"method": "weight_fingerprints", "args": [str(version)]}
-        found = [
-            prints for url in self._urls for prints in self._request("POST", url, "collective_rpc", body)["results"]
-        ]
-        return next((prints for prints in found if prints != found[0]), found[0])
+    def fingerprints(self, version: int, shapes: Shapes) -> list[list[dict[str, list[Piece]]]]:
+        """See :class:`rolltune.samplers.engine.Engine`.
+
+        Raises:
+            EngineError: the data-parallel engines of one server have different weights.
+        """
+        body = {"method": "weight_fingerprints", "args": [str(version), json.dumps(shapes)]}
+        answers = self._post_all("collective_rpc", body)
+        for url in self._urls:
+            self._compare_data_parallel(url)
+        return [answer["results"] for answer in answers]
+
+    def _compare_data_parallel(self, url: str) -> None:
+        """Compare the engines behind a URL with each other by vLLM's own checksums; its RPC asks only the first."""
+        if self._replicas.count((url, 1)) == 0:
+            return
+        checksums = self._request("POST", url, "weight_checker", {"action": "checksum"})["checksums"]
+        engines: dict[str, dict[str, str]] = {}
+        for key, value in checksums.items():  # "dp0:pp0:pcp0:tp0:name"
+            rank, _, name = key.partition(":")
+            engines.setdefault(rank, {})[name] = value
+        first, *others = engines.values()
+        if different := sorted({name for other in others for name in first if other.get(name) != first[name]}):
+            raise EngineError(f"{url}: the data-parallel engines have different weights: {', '.join(different[:10])}")
 
     def generate(self, requests: Sequence[EngineRequest], on_output: Callable[[int, EngineOutput], None]) -> None:
         asyncio.run(self._generate(requests, on_output))
@@ -165,11 +203,11 @@ class ServerEngine:
     async def _generate(
         self, requests: Sequence[EngineRequest], on_output: Callable[[int, EngineOutput], None]
     ) -> None:
-        in_flight = asyncio.Semaphore(self._max_num_seqs * len(self._urls))
+        in_flight = asyncio.Semaphore(self._max_num_seqs * len(self._replicas))
         limits = httpx.Limits(max_connections=None)
 
         async def send(number: int, request: EngineRequest) -> tuple[int, EngineOutput]:
-            url = self._urls[number % len(self._urls)]
+            url, rank = self._replicas[number % len(self._replicas)]
             body = {
                 "token_ids": list(request.token_ids),
                 "sampling_params": request.params,
@@ -177,12 +215,14 @@ class ServerEngine:
             }
             async with in_flight:
                 try:
-                    response = await client.post(f"{url}/inference/v1/generate", json=body)
+                    response = await client.post(
+                        f"{url}/inference/v1/generate", json=body, headers={"X-data-parallel-rank": str(rank)}
+                    )
                 except httpx.HTTPError as error:
                     raise self._unreachable(url, f"{type(error).__name__}: {error}") from error
             return number, _output(self._parse(url, response))
 
-        async with httpx.AsyncClient(timeout=_TIMEOUT, trust_env=False, headers=_headers(), limits=limits) as client:
+        async with httpx.AsyncClient(timeout=_TIMEOUT, trust_env=False, headers=self._headers, limits=limits) as client:
             tasks = [asyncio.create_task(send(number, request)) for number, request in enumerate(requests)]
             try:
                 for task in asyncio.as_completed(tasks):
@@ -201,10 +241,10 @@ class ServerEngine:
     def close(self) -> None:
         self._exits.close()
 
-    def _post_all(self, path: str, body: dict | None = None) -> None:
-        """Send the same request to all servers at once."""
+    def _post_all(self, path: str, body: dict | None = None) -> list[Any]:
+        """Send the same request to all servers at once, and return their answers."""
         with ThreadPoolExecutor(len(self._urls)) as pool:
-            list(pool.map(lambda url: self._request("POST", url, path, body), self._urls))
+            return list(pool.map(lambda url: self._request("POST", url, path, body), self._urls))
 
     def _request(self, method: str, url: str, path: str, body: dict | None = None) -> Any:
         try:
@@ -219,15 +259,19 @@ class ServerEngine:
                 f"{url}: the server has no route {response.url.path}; start it with `tune run serve ... "
                 f"takes_weights={self._transfer}`"
             )
+        if response.status_code == 401:
+            said = "refuses the key" if self._key else "wants a key"
+            raise EngineError(f"{url}: {response.url.path}: 401: the server {said} in sampler.api_key_env")
         if response.is_error:
-            raise EngineError(f"{url}: {response.url.path}: {response.status_code}: {response.text[:500]}")
+            said = redacted(response.text, [self._key])[:500]
+            raise EngineError(f"{url}: {response.url.path}: {response.status_code}: {said}")
         return response.json() if response.content else None
 
     def _unreachable(self, url: str, problem: str) -> EngineError:
         with suppress(subprocess.TimeoutExpired):
             if self._server is not None:
                 self._server.process.wait(timeout=2)  # its supervisor ends shortly after it
-                problem = f"the server has ended{serving.log_end(self._server.log)}"
+                problem = f"the server has ended{self._server.log_end()}"
         return EngineError(f"{url}: {problem}")
 
 
@@ -245,8 +289,3 @@ def _output(answer: dict) -> EngineOutput:
         weight_versions=tuple(span["version"] for span in choice["weight_versions"] or ()),
         cached_tokens=details.get("cached_tokens"),
     )
-
-
-def _headers() -> dict[str, str]:
-    key = os.environ.get("VLLM_API_KEY")
-    return {"Authorization": f"Bearer {key}"} if key else {}

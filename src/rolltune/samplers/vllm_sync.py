@@ -3,19 +3,21 @@
 Training is on-policy only while the engine has the policy's weights and distribution. So each sync checks, before the
 next optimizer step:
 
-  - Weights: columns of every weight in the engine are compared with the policy's, bit for bit
+  - Weights: checksums of all values of every weight in the engine are compared with the policy's
     (:mod:`rolltune.samplers.fingerprints`). This names a tensor that was dropped, swapped, stale or not reloaded.
-  - Cache: the engine must have no keys and values of the probe, a fixed prompt that it also read at the last sync.
-  - Distribution: the trainer scores the probe's continuation. Log-probs must agree within the precision of both.
-  - Version: every completion, the probe's included, carries the version of the weights that generated it, as the engine
+  - Cache: the engine must have no keys and values of the probes, fixed prompts that it also read at the last sync.
+  - Distribution: the trainer scores the engine's continuations of the probes (:mod:`rolltune.samplers.probe`).
+  - Version: every completion, the probes' included, carries the version of the weights that generated it, as the engine
     reports it.
+
+Every engine behind a server and every replica is checked.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -27,11 +29,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rolltune.errors import EngineError, SyncError
 from rolltune.model.load import unwrapped
 from rolltune.model.weights import policy_weights, tied_names
-from rolltune.samplers import probe
 from rolltune.samplers.engine import Engine, EngineOutput, EngineRequest, engine_params
-from rolltune.samplers.fingerprints import differences, weight_fingerprint
+from rolltune.samplers.fingerprints import PACKED, Fingerprint, Recorder, assemble, differences
+from rolltune.samplers.probe import Answer, Probe, ProbeCheck, build_probes
 from rolltune.samplers.ranks import broadcast, first_error
-from rolltune.types import SamplingParams
 
 T = TypeVar("T")
 LISTED_DIFFERENCES = 10
@@ -43,8 +44,8 @@ class SyncReport:
 
     Attributes:
         load_seconds: time to load the weights into the engine.
-        check_seconds: time of fingerprints and probe.
-        probe_gap: mean |dlogp| of the probe, engine against trainer.
+        check_seconds: time to compare weights and probes.
+        probe_gap: mean |dlogp| of the probes, engine against trainer.
     """
 
     load_seconds: float
@@ -63,26 +64,26 @@ class WeightSync:
         *,
         dtype: torch.dtype,
         max_model_len: int,
-        eos: Sequence[int],
         is_sender: bool,
     ):
         """
         Args:
             model: the policy, never changed.
-            tokenizer: encodes the probe.
+            tokenizer: encodes the probes.
             engine: has a model of the same architecture, with any weights.
             dtype: dtype of the engine's weights.
             max_model_len: longest prompt with its completion, in tokens.
-            eos: tokens that end a completion.
             is_sender: False if another rank sends its weights to the engine.
         """
         self._model = model
         self._causal_lm = unwrapped(model)
         self._engine = engine
         self._dtype = dtype
-        self._eos = eos
         self._is_sender = is_sender
-        self._prompt = probe.probe_prompt(tokenizer, max_model_len)
+        lower = min((dtype, self._causal_lm.dtype), key=lambda dtype: dtype.itemsize)
+        self._probes = build_probes(tokenizer, max_model_len, lower)
+        self._probe_check = ProbeCheck(model, self._probes, dtype)
+        self._checked: dict[str, Fingerprint] = {}  # the weights of the last sync that was checked
         # Part of the weights' name in the engine, to tell them from those of another run that uses the same server.
         self._run = broadcast(uuid.uuid4().hex[:8])
 
@@ -103,9 +104,9 @@ class WeightSync:
             SyncError: loading or a check failed on some rank. All ranks raise it.
         """
         started = time.perf_counter()
-        expected = self._on_all_ranks(version, lambda: self._load(version))
+        sent = self._on_all_ranks(version, lambda: self._load(version))
         loaded = time.perf_counter()
-        gap = self._on_all_ranks(version, lambda: self._check(expected, version))
+        gap = self._on_all_ranks(version, lambda: self._check(sent, version))
         return SyncReport(load_seconds=loaded - started, check_seconds=time.perf_counter() - loaded, probe_gap=gap)
 
     def _on_all_ranks(self, version: int, stage: Callable[[], T]) -> T:
@@ -119,13 +120,13 @@ class WeightSync:
             raise SyncError(f"the weights after {version} optimizer steps did not reach the sampler: {error}")
         return result  # pyright: ignore[reportReturnType]  set if there is no error
 
-    def _load(self, version: int) -> dict[str, str]:
+    def _load(self, version: int) -> Recorder:
         """Send the weights, and return the fingerprints that the engine's should have."""
-        expected: dict[str, str] = {}
+        sent = Recorder(version)
 
         def recorded() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in policy_weights(self._model, self._dtype):
-                expected[name] = weight_fingerprint(tensor, version)
+                sent.record(name, tensor)
                 yield name, tensor
 
         self._engine.wake()
@@ -135,56 +136,79 @@ class WeightSync:
             self._engine.load_weights(recorded(), self.name(version))
             if not self._engine.reset_cache():
                 raise SyncError("the engine cannot drop its keys and values, which are of the old weights")
-        return expected
+        return sent
 
-    def _check(self, expected: dict[str, str], version: int) -> float:
-        """Check weights and probe, and return the largest replica's mean |dlogp| of the probe's new tokens."""
+    def _check(self, sent: Recorder, version: int) -> float:
+        """Check weights and probes, and return the largest replica's mean |dlogp| of the probes' new tokens."""
         if not self._is_sender:
             return 0.0  # the sender checks for all ranks
-        if (found := self._engine.fingerprints(version)) is not None:
-            self._check_weights(expected, found)
-        return max(self._check_probe(output, version) for output in self._generate_probe(version))
+        expected = sent.fingerprints()
+        for workers in self._engine.fingerprints(version, sent.shapes):
+            self._check_weights(expected, assemble(workers))
+        weights = {name: value for name, value in expected.items() if not name.endswith(PACKED)}
+        replicas = [
+            [self._answer(probe, output, version) for probe, output in zip(self._probes, outputs, strict=True)]
+            for outputs in self._ask_probes()
+        ]
+        gap = self._probe_check.check(replicas, has_changed=weights != self._checked)
+        self._checked = weights
+        return gap
 
-    def _check_weights(self, expected: dict[str, str], found: dict[str, str]) -> None:
+    def _check_weights(self, expected: dict[str, Fingerprint], found: dict[str, Fingerprint | None]) -> None:
         # Some of vLLM's models share one module between a tied head and the embeddings, others have two.
-        tied = {head: expected[name] for head, name in tied_names(self._model).items() if name in expected}
-        expected = expected | {head: value for head, value in tied.items() if head in found}
+        for head, name in tied_names(self._model).items():
+            for label in ("", PACKED):
+                if head + label in found and name + label in expected:
+                    expected = expected | {head + label: expected[name + label]}
         if lines := differences(expected, found):
             more = len(lines) - LISTED_DIFFERENCES
             listed = [*lines[:LISTED_DIFFERENCES], *([f"and {more} more"] if more > 0 else [])]
             raise SyncError("\n  ".join(["the engine has other weights than the policy", *listed]))
 
-    def _generate_probe(self, version: int) -> list[EngineOutput]:
-        """Return each replica's continuation of the probe."""
-        params = engine_params(
-            SamplingParams(max_new_tokens=probe.NEW_TOKENS),
-            seed=version,
-            eos=self._eos,
-            vocab_size=self._causal_lm.config.get_text_config().vocab_size,
-        )
-        # The same salt at every sync, so that keys and values left from the last sync are found.
-        request = EngineRequest(token_ids=self._prompt, params=params, cache_salt=f"{self._run}:probe")
-        outputs: list[EngineOutput] = []
-        self._engine.generate([request] * self._engine.num_replicas, lambda _, output: outputs.append(output))
-        return outputs
+    def _ask_probes(self) -> list[list[EngineOutput]]:
+        """Return each replica's continuations of the probes."""
+        replicas = self._engine.num_replicas
+        vocab_size = self._causal_lm.config.get_text_config().vocab_size
+        requests = [
+            EngineRequest(
+                token_ids=probe.prompt,
+                # The same seed and salt at every sync: the same tokens again, and keys and values left from the last.
+                params=engine_params(probe.params, seed=number, eos=(), vocab_size=vocab_size),
+                cache_salt=f"{self._run}:probe{number}",
+            )
+            for number, probe in enumerate(self._probes)
+            for _ in range(replicas)
+        ]
+        outputs: dict[int, EngineOutput] = {}
+        self._engine.generate(requests, outputs.__setitem__)
+        return [
+            [outputs[number * replicas + replica] for number in range(len(self._probes))] for replica in range(replicas)
+        ]
 
-    def _check_probe(self, output: EngineOutput, version: int) -> float:
+    def _answer(self, probe: Probe, output: EngineOutput, version: int) -> Answer:
+        """Check version, cache and length of a probe's continuation."""
         if self.version_of(output) != version:
             raise SyncError(
                 f"the engine reports weights {', '.join(output.weight_versions) or '(none)'} instead of "
                 f"{self.name(version)}; does another run send its weights to the same server?"
             )
+        if output.cached_tokens is None:
+            raise SyncError(
+                "the engine does not report how many of a prompt's tokens were cached, so old keys and values would "
+                "not be seen; start the server by `tune run serve`, or with --enable-prompt-tokens-details"
+            )
         if output.cached_tokens:
             raise SyncError(
-                f"the engine has keys and values of {output.cached_tokens} of the probe's tokens, computed by older "
+                f"the engine has keys and values of {output.cached_tokens} of a probe's tokens, computed by older "
                 "weights: its prefix cache was not reset"
             )
-        ours = probe.trainer_logprobs(self._model, self._prompt, output.token_ids)
-        gap = (ours - torch.tensor(output.token_logprobs)).abs().mean().item()
-        tolerance = max(probe.TOLERANCE[dtype] for dtype in (self._dtype, self._causal_lm.dtype))
-        if not gap <= tolerance:
+        if len(output.token_ids) != probe.params.max_new_tokens:  # each probe has its own, and no token ends it early
             raise SyncError(
-                f"log-probs of the probe's {len(ours)} new tokens differ by {gap:.3g} on average between engine and "
-                f"trainer; at most {tolerance:g} is accepted"
+                f"the engine answered a request for {probe.params.max_new_tokens} tokens with "
+                f"{len(output.token_ids)}: it mixes up the answers to its requests"
             )
-        return gap
+        return Answer(
+            token_ids=output.token_ids,
+            logprobs=torch.tensor(output.token_logprobs),
+            support=output.support if probe.params.truncates else None,
+        )

@@ -1,4 +1,4 @@
-"""The part of a vLLM sampler that runs in vLLM's worker: loading weights, and fingerprints of the loaded weights.
+"""The part of a vLLM sampler that runs in vLLM's worker: loading weights, and checksums of the loaded weights.
 
 vLLM imports this module by name, in this process or in those of a server, through two supported interfaces: a
 weight-transfer backend and a worker extension.
@@ -6,7 +6,7 @@ weight-transfer backend and a worker extension.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,10 +19,10 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rolltune.samplers.fingerprints import fingerprint, sampled_columns
+from rolltune.samplers.fingerprints import Piece
+from rolltune.samplers.vllm_weights import WeightReader, record_packing
 
 BACKEND = "rolltune_buckets"
 
@@ -74,6 +74,7 @@ class BucketReceiver(WeightTransferEngine[BucketsInit, Bucket]):
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, __name__, BucketReceiver.__name__)
+record_packing()
 
 
 class WorkerExtension:
@@ -89,50 +90,14 @@ class WorkerExtension:
         if head is not None and hasattr(head, "cpu_linear"):
             head.quant_method.process_weights_after_loading(head)
 
-    def weight_fingerprints(self, version: str) -> dict[str, str]:
-        """Return the fingerprint of every weight by its name in a checkpoint.
+    def weight_fingerprints(self, version: str, shapes: str) -> dict[str, list[Piece]]:
+        """Return the pieces of each weight that this worker holds, by its name in a checkpoint.
 
-        A packed copy has its own entry, "name (packed)".
+        A packed copy has its own entry, "name (packed)". vLLM's HTTP interface passes only strings.
 
         Args:
-            version: the version's digits, because vLLM's HTTP interface passes only strings.
+            version: the version's digits.
+            shapes: JSON of :attr:`rolltune.samplers.fingerprints.Recorder.shapes`.
         """
         model: nn.Module = self.model_runner.get_model()  # pyright: ignore[reportAttributeAccessIssue]
-        fused = getattr(model, "packed_modules_mapping", {})
-        prints: dict[str, str] = {}
-        for path, module in model.named_modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                for label, values in _compared_values(module, name, parameter, int(version)):
-                    for part, part_values in _unfuse(path, module, values, fused):
-                        prints[f"{part}.{name}{label}"] = fingerprint(part_values)
-        return prints
-
-
-def _compared_values(module: nn.Module, name: str, parameter: Tensor, version: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield (label, values): columns [N, C] of a matrix or a whole vector, and the columns of a packed copy."""
-    packed = hasattr(module, "cpu_linear") and name == "weight"
-    if hasattr(module, "cpu_linear") and name == "bias":
-        parameter = parameter.to(module.params_dtype)  # pyright: ignore  some CPU kernels convert it to fp32
-    if parameter.numel():
-        matrix = parameter.ndim == 2
-        yield "", parameter[:, sampled_columns(parameter.shape[1], version)] if matrix else parameter
-    if packed:
-        width = module.embedding_dim if isinstance(module, VocabParallelEmbedding) else module.input_size_per_partition
-        columns = sampled_columns(int(width), version)  # pyright: ignore[reportArgumentType]
-        unit_rows = torch.zeros(len(columns), int(width), dtype=parameter.dtype)  # pyright: ignore[reportArgumentType]
-        unit_rows[range(len(columns)), columns] = 1.0
-        method = module.quant_method
-        yield " (packed)", method.apply(module, unit_rows, None).T  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-
-
-def _unfuse(path: str, module: nn.Module, values: Tensor, fused: dict[str, list[str]]) -> Iterator[tuple[str, Tensor]]:
-    """Split a weight that vLLM has fused into those of the checkpoint, with the names of their modules there."""
-    parent, _, last = path.rpartition(".")
-    parts = fused.get(last, [])
-    if isinstance(module, VocabParallelEmbedding):
-        yield path, values[: module.org_vocab_size]  # the rest is padding
-    elif len(parts) > 1:
-        for part, part_values in zip(parts, values.split(module.output_partition_sizes), strict=True):  # pyright: ignore
-            yield f"{parent}.{part}", part_values
-    else:
-        yield path, values
+        return WeightReader(model, int(version), json.loads(shapes)).pieces()

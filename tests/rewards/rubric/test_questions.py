@@ -309,6 +309,7 @@ SLIPS = {
     "single quotes": "{'verdicts': [{'number': 1, 'reason': 'a', 'grade': 1}, {'number': 2, 'grade': 0}]}",
     "Python's constants": '{"verdicts": [{"number": 1, "grade": True}, {"number": 2, "reason": None, "grade": False}]}',
     "grades as strings": '{"verdicts": [{"number": "1", "grade": "1"}, {"number": "2", "grade": "0"}]}',
+    "plus signs": '{"verdicts": [{"number": +1, "grade": +1}, {"number": 2, "grade": 0}]}',
     "grades as words": '{"verdicts": [{"number": 1, "grade": "true"}, {"number": 2, "grade": "False"}]}',
     "a line end in a reason": '{"verdicts": [{"number": 1, "reason": "a\nb\tc", "grade": 1},'
     ' {"number": 2, "grade": 0}]}',

@@ -164,13 +164,25 @@ def test_a_reference_is_shown_where_it_is_asked_for(make_reward):
     assert "reference" in server.calls[0].request["messages"][-1]["content"]
 
 
-def test_a_panel_takes_the_mean_and_leaves_out_who_failed(make_reward):
+def test_a_panel_takes_the_mean_and_leaves_out_who_is_down(make_reward):
     with FaultServer(always(verdicts(1, 1, 0))) as a, FaultServer(always(verdicts(0, 1, 0))) as b:
         assert make_reward(a, b)(PROBLEM, TEXT).total == pytest.approx((0.5 + 0.3 + 0.9) / 2.2)
-        with FaultServer(always("I would rather not say.")) as c:
+        with FaultServer(lambda call, request: error(500, "down")) as c:
             score = make_reward(a, c, quorum=1)(PROBLEM, TEXT)
-            assert score.total == pytest.approx(1.0) and "judge_unparseable" in score.notes["says_four"]
-            assert make_reward(a, c)(PROBLEM, TEXT).failure == "judge_unparseable"
+            assert score.total == pytest.approx(1.0) and "judge_down" in score.notes["says_four"]
+            assert make_reward(a, c)(PROBLEM, TEXT).failure == "judge_down"
+
+
+@pytest.mark.parametrize("reply", [ok("no"), ok("{}", finish_reason="length"), ok("", finish_reason="content_filter")])
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [({}, verdicts(1, 1, 0)), ({"aggregation": "implicit"}, '{"reason": "", "rating": 9}')],
+    ids=["explicit", "implicit"],
+)
+def test_a_response_cannot_leave_out_its_strictest_judge(make_reward, reply: Response, options, kind: str):
+    with FaultServer(always(kind)) as a, FaultServer(lambda call, request: reply) as strict:
+        score = make_reward(a, strict, quorum=1, **options)(PROBLEM, TEXT)
+    assert score.total is None and score.failure in ("judge_unparseable", "judge_cut", "judge_refused")
 
 
 @pytest.mark.parametrize(
