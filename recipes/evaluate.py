@@ -44,17 +44,19 @@ from rolltune.eval.comparison import compare, notes
 from rolltune.eval.measures import default_ks, measure_model
 from rolltune.eval.plots import plot_evaluation
 from rolltune.eval.progress import SamplingProgress
-from rolltune.eval.results import Evaluation, results_json
+from rolltune.eval.results import Evaluation, problem_records, results_json
 from rolltune.eval.sample_cache import ProblemSamples, SampleCache
 from rolltune.eval.sampling import check_prompts, check_vocabulary, prompt_digest, sample_missing, sampling_settings
 from rolltune.eval.tables import make_console, print_tables
 from rolltune.eval.verdicts import VerifiedModel, verify
-from rolltune.files import write_json_atomic
+from rolltune.files import json_line, write_json_atomic, write_text_atomic
 from rolltune.model.load import load_for_sampling, load_tokenizer
 from rolltune.prompts import check_visible
+from rolltune.report import try_report
 from rolltune.rewards.combine import gold_kinds
 from rolltune.run import build, checks, lengths, lifecycle
 from rolltune.run.agreement import agree_on_data, agree_on_run, agree_on_weights, together
+from rolltune.run.record import write_record
 from rolltune.samplers.generation import split_stop
 from rolltune.terminal import printable
 from rolltune.types import Problem, Prompt
@@ -108,6 +110,7 @@ def run_models(cfg: EvaluateConfig, world: World) -> None:
         world.barrier()  # every rank has read the caches: from here on the ranks write
         if world.is_main:
             config.save(cfg, cfg.output_dir)
+            write_record(cfg.output_dir, world)
         sample_all(cfg, problems, candidates, world)
         if world.is_main:
             report(cfg, problems, candidates, classifier)
@@ -242,12 +245,15 @@ def report(
     models = [verify_samples(cfg, problems, candidate) for candidate in candidates]
     evaluation = measure(cfg, problems, models)
     results = write_results(cfg, evaluation)
+    lines = "".join(map(json_line, problem_records(problems, models)))
+    write_text_atomic(Path(cfg.output_dir) / "problems.jsonl", lines)
     if classifier is not None:  # after the results are written: its endpoint may fail
         evaluation = add_classified(cfg, evaluation, models, classifier)
         write_results(cfg, evaluation)
     plots = plot_evaluation(evaluation, Path(cfg.output_dir))
     console = make_console()
     print_tables(evaluation, console)
+    try_report(cfg.output_dir)
     console.print(f"numbers: {results}   plots: {', '.join(map(str, plots))}", soft_wrap=True)
 
 

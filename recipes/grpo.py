@@ -51,6 +51,7 @@ from rolltune.mismatch import MismatchError, MismatchLimit
 from rolltune.model.load import load_tokenizer
 from rolltune.model.policy import Policy, build_policy
 from rolltune.prompts import PromptRenderer, check_visible
+from rolltune.report import report_on_exit, try_report
 from rolltune.rewards.combine import format_counts
 from rolltune.rollout import Advantage, Rollout, check_versions, collect, sample_groups, score_groups
 from rolltune.run import build, checks, estimates, lengths, lifecycle, notices
@@ -96,7 +97,9 @@ def run(cfg: GRPOConfig) -> None:
         return
     with (
         joined_world(cfg.device, stall_seconds=cfg.stall_seconds, cpu_offload=cfg.parallel.cpu_offload) as world,
-        watch(world, stall_seconds=cfg.stall_seconds, grace_seconds=cfg.grace_seconds) as watching,
+        watch(
+            world, stall_seconds=cfg.stall_seconds, grace_seconds=cfg.grace_seconds, output_dir=cfg.output_dir
+        ) as watching,
         lifecycle.exclusive(cfg.output_dir, world),
     ):
         run_steps(cfg, world, watching)
@@ -120,10 +123,12 @@ def run_steps(cfg: GRPOConfig, world: World, watching: Watch) -> None:
         world=world,
     )
     with together(world):
-        log = lifecycle.open_log(cfg, world, resume_step=state.step if resume_from else None)
+        resume_step = state.step if resume_from else None
+        log = lifecycle.open_log(cfg, world, resume_step=resume_step, token_text=components.tokenizer.decode)
     console = Console(quiet=not world.is_main)
     with (
         lifecycle.barrier_on_exit(world),
+        report_on_exit(output_dir, is_main=world.is_main),
         closing(log),
         closing(rewards.pool),
         closing(components.sampler),
@@ -166,6 +171,8 @@ def run_steps(cfg: GRPOConfig, world: World, watching: Watch) -> None:
             log.log(step, metrics | lifecycle.judge_costs(rewards.pool, world))
             if step % cfg.logging.samples_every_n_steps == 0:
                 log.log_samples(step, rollout.sampled, [sampled.advantages for sampled in rollout.groups])
+            if world.is_main and "heldout/format" in metrics:  # the step was evaluated
+                try_report(output_dir)
             progress.step(step, live_line(metrics))
             notices.show(signal.after(metrics), is_main=world.is_main)
             state = saver.save(

@@ -37,6 +37,7 @@ from rolltune.metrics.timing import Phases, peak_memory_gib
 from rolltune.model.load import load_tokenizer
 from rolltune.model.policy import Policy, build_policy
 from rolltune.prompts import PromptRenderer, check_visible, completion_ids, worked_response
+from rolltune.report import report_on_exit, try_report
 from rolltune.run import build, checks, estimates, lengths, lifecycle, notices
 from rolltune.run.agreement import agree_on_data, agree_on_run, agree_on_weights, together
 from rolltune.run.checkpoint import Checkpoints, TrainState, load_optimization, load_state
@@ -70,7 +71,9 @@ def run(cfg: SFTConfig) -> None:
         return
     with (
         joined_world(cfg.device, stall_seconds=cfg.stall_seconds, cpu_offload=cfg.parallel.cpu_offload) as world,
-        watch(world, stall_seconds=cfg.stall_seconds, grace_seconds=cfg.grace_seconds) as watching,
+        watch(
+            world, stall_seconds=cfg.stall_seconds, grace_seconds=cfg.grace_seconds, output_dir=cfg.output_dir
+        ) as watching,
         lifecycle.exclusive(cfg.output_dir, world),
     ):
         run_steps(cfg, world, watching)
@@ -96,6 +99,7 @@ def run_steps(cfg: SFTConfig, world: World, watching: Watch) -> None:
         log = lifecycle.open_log(cfg, world, resume_step=state.step if resume_from else None)
     with (
         lifecycle.barrier_on_exit(world),
+        report_on_exit(output_dir, is_main=world.is_main),
         closing(log),
         Progress(cfg.num_steps, state.step, enabled=world.is_main, on_move=watching.beat) as progress,
     ):
@@ -115,6 +119,8 @@ def run_steps(cfg: SFTConfig, world: World, watching: Watch) -> None:
             if step % cfg.eval.every_n_steps == 0 or is_last:
                 metrics["heldout/loss"] = heldout_loss(cfg, components, progress)
             log.log(step, metrics)
+            if world.is_main and "heldout/loss" in metrics:
+                try_report(output_dir)
             progress.step(step, {name: metrics[name] for name in ("loss", "heldout/loss") if name in metrics})
             state = replace(
                 state,

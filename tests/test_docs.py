@@ -43,6 +43,8 @@ EXEMPT = {
     "cd": "part of the line above",
     "pip install": "changes the environment; CI installs the package by the Makefile",
     ".venv/bin/python -m pytest": "would run the tests from a test",
+    "tune report": "needs the folders of finished runs; tests/report runs it",
+    "tune watch": "serves until Ctrl-C; tests/report runs its server",
     "export": "needs the server of the command above",
     "pre-commit": "is the reader's choice, and changes .git",
     ".ci/run": "runs these tests",

@@ -72,7 +72,7 @@ def test_wheel_holds_every_file_and_nothing_at_the_top(wheel: Path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names} == {"rolltune", "rolltune-0.1.0.dist-info"}
     for folder in (*FOLDERS, "src/rolltune"):
-        for suffix in ("py", "yaml", "jsonl", "jinja", "md", "typed"):
+        for suffix in ("py", "yaml", "jsonl", "jinja", "md", "typed", "js", "css", "uplot"):
             for path in (ROOT / folder).rglob(f"*.{suffix}"):
                 inside = (
                     path.relative_to(ROOT / "src")
@@ -101,6 +101,12 @@ def test_installed_tune_finds_recipes_and_configs(environment: Path, tmp_path: P
     assert (tmp_path / "grpo.py").read_bytes() == (ROOT / "recipes" / "grpo.py").read_bytes()
     valid = run(environment / "bin" / "tune", "validate", "quickstart_sft", cwd=tmp_path)
     assert valid == "quickstart_sft: a valid config of sft\n"
+
+
+def test_installed_tune_writes_a_report(environment: Path, tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 0.0, "loss": 1.5}\n')
+    assert run(environment / "bin" / "tune", "report", ".", cwd=tmp_path) == "report.html\n"
+    assert "uPlot" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("name", FOLDERS)

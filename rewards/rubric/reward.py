@@ -19,6 +19,7 @@ from rolltune.rewards.judges.judge import PROVOKED, Answer, Question
 from rolltune.rewards.judges.panel import Combine, Panel
 from rolltune.rewards.judges.pool import JudgePool
 from rolltune.rewards.rubric.degenerate import DEGENERATE, is_degenerate
+from rolltune.rewards.rubric.notes import write_note
 from rolltune.rewards.rubric.questions import Rating, explicit_questions, implicit_question, read_grades
 from rolltune.rewards.rubric.schema import Criterion, check_category_weights, slugs
 from rolltune.rewards.rubric.scoring import explicit_score, rating_score
@@ -218,7 +219,7 @@ class RubricReward:
             parts |= {f"criterion/{name}": credit for name, credit in zip(names, score.credits, strict=True)}
         judges = [of_judge[0].judge for of_judge in answers]
         notes = {
-            name: _note(grades[i], [(judge, *of_judge[i]) for judge, of_judge in zip(judges, read, strict=True)])
+            name: write_note(grades[i], [(judge, *of_judge[i]) for judge, of_judge in zip(judges, read, strict=True)])
             for i, name in enumerate(names)
         }
         failures = [reason for of_judge in read for grade, reason in of_judge if grade is None]
@@ -240,7 +241,7 @@ class RubricReward:
             total=total,
             parts={"scored_share": statistics.fmean(grade is not None for _, grade, _ in rated)},
             failure=_failure(total, failures),
-            notes={"rating": _note(total, rated)},
+            notes={"rating": write_note(total, rated)},
         )
 
 
@@ -252,16 +253,6 @@ def _gate(node: Component) -> Callable[[Problem, str], Score]:
     if "completion" in inspect.signature(reward).parameters:
         raise ValueError(f"gate: {name} takes the completion; a gate gets only the response's text")
     return reward
-
-
-def _note(grade: float | None, given: Sequence[tuple[str, float | None, str]]) -> str:
-    """``0.5: judge-a 1: reason | judge-b 0: reason``"""
-    reasons = " | ".join(f"{judge} {_number(of_judge)}: {reason}" for judge, of_judge, reason in given)
-    return f"{_number(grade)}: {reasons}"
-
-
-def _number(grade: float | None) -> str:
-    return "unscored" if grade is None else f"{grade:g}"
 
 
 def _unless_provoked(total: float | None, failures: Sequence[str]) -> float | None:

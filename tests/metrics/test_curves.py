@@ -74,9 +74,9 @@ def test_a_mismatch_has_a_panel_if_it_is_more_than_rounding(gap, is_drawn):
         {"step": step, "kl": 0.1, "mismatch/mean_abs": gap, "mismatch/k3": gap**2 / 2, "mismatch/outside": 0.05}
         for step in range(3)
     ]
-    assert (curves._plot_mismatch in curves._panels(curves._series(records))) == is_drawn
+    assert (curves._plot_mismatch in curves._panels(curves.collect_series(records))) == is_drawn
     axes = Figure().add_subplot()
-    curves._plot_mismatch(axes, curves._series(records))
+    curves._plot_mismatch(axes, curves.collect_series(records))
     assert list(axes.lines[0].get_ydata()) == [gap**2 / 2] * 3  # pyright: ignore[reportArgumentType]
 
 
@@ -85,8 +85,8 @@ def test_behaviours_have_a_panel_of_their_own():
     record |= {f"reward/seen/{name}/mean": 2.0 for name in BEHAVIOURS}
     assert list(drawn_by(curves._plot_reward, [record])) == ["total", "answer"]
     assert list(drawn_by(curves._plot_behaviours, [record])) == [name.replace("_", " ") for name in BEHAVIOURS]
-    assert curves._plot_behaviours in curves._panels(curves._series([{"step": 1, **record}]))
-    assert curves._panels(curves._series([{"step": 1, "reward/mean": 0.5}])) == [curves._plot_reward]
+    assert curves._plot_behaviours in curves._panels(curves.collect_series([{"step": 1, **record}]))
+    assert curves._panels(curves.collect_series([{"step": 1, "reward/mean": 0.5}])) == [curves._plot_reward]
 
 
 JUDGED = {
@@ -106,13 +106,13 @@ JUDGED = {
 
 def drawn_by(plot, records) -> dict[str, list[float]]:
     axes = Figure().add_subplot()
-    plot(axes, curves._series([{"step": step, **record} for step, record in enumerate(records)]))
+    plot(axes, curves.collect_series([{"step": step, **record} for step, record in enumerate(records)]))
     return {str(line.get_label()): list(line.get_ydata()) for line in axes.lines if str(line.get_label())[0] != "_"}  # pyright: ignore[reportArgumentType]
 
 
 def test_panels_of_a_judged_run():
     gold = {"overoptimization/train_mean": 0.6, "overoptimization/mean": 0.5, "overoptimization/alarm": 0.0}
-    assert curves._panels(curves._series([{"step": 1, **JUDGED, **gold}])) == [
+    assert curves._panels(curves.collect_series([{"step": 1, **JUDGED, **gold}])) == [
         curves._plot_reward,
         curves._plot_overoptimization,
         curves._plot_categories,
@@ -165,7 +165,7 @@ def test_series_leave_nulls_out_and_take_the_last_of_a_step():
         {"step": 1, "time": 2.0, "kl": None, "loss": 3.0},
         {"step": 2, "time": 3.0, "kl": 0.4},
     ]
-    assert curves._series(rows) == {"kl": ([2.0], [0.4]), "loss": ([1.0], [3.0])}
+    assert curves.collect_series(rows) == {"kl": ([2.0], [0.4]), "loss": ([1.0], [3.0])}
 
 
 def test_smoothing():

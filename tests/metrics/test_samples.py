@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from rolltune.metrics import samples
 from rolltune.metrics.samples import write_samples
 from rolltune.types import Completion, Group, Problem, Prompt, Score
 
@@ -34,6 +35,7 @@ def test_samples_of_a_step(tmp_path):
     records = [json.loads(line) for line in text.split("\n")[:-1]]
     assert records[0] == {
         "step": 10,
+        "group": 0,
         "problem": "sums/0",
         "messages": [{"role": "user", "content": "2 + 2?"}],
         "answer": "4",
@@ -58,3 +60,14 @@ def test_samples_need_one_advantage_per_scored_completion(tmp_path):
         write_samples(tmp_path, 1, [UNSCORED], [[1.0, -1.0]])
     with pytest.raises(ValueError):
         write_samples(tmp_path, 1, [GROUP, GROUP], [[1.0, -1.0]])
+
+
+def test_the_first_completions_have_their_tokens(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "MAX_TOKENS_SHOWN", 4)
+    asked = []
+    records = samples.sample_records(
+        1, [GROUP, GROUP], [[1.0, 0.0], None], token_text=lambda token: asked.append(token) or f"<{token}>"
+    )
+    assert [record.get("token_texts") for record in records] == [["<19>", "<2>"], ["<7>"], None, None]
+    assert records[0]["token_logprobs"] == [-0.1, -0.2] and sorted(asked) == [2, 7, 19]
+    assert [record["group"] for record in records] == [0, 0, 1, 1]

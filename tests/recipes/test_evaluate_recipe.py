@@ -129,7 +129,10 @@ def test_an_evaluation_leaves_everything_behind(evaluate, tmp_path: Path, capsys
         "behaviours.png",
         "config.yaml",
         "pass_at_k.png",
+        "problems.jsonl",
+        "report.html",
         "results.json",
+        "run.json",
         "samples",
         "samples.lock",
     }

@@ -13,6 +13,10 @@ import pytest
 import yaml
 from tiny_run import ROOT, read_rows, tiny_grpo
 
+from rolltune.errors import RunStopped
+from rolltune.report.page import gather
+from rolltune.run import stop_file
+
 MORE_REWARDS = """
 
 def constant(problem, text):
@@ -86,3 +90,31 @@ def test_a_longer_run_has_the_numbers_of_one_that_was_long_from_the_start(run_gr
     short = run_grpo("short", num_steps=3, **schedule)
     run_grpo("short", num_steps=6, resume=True, **schedule)
     assert read_rows(short) == read_rows(long)
+
+
+def test_a_run_leaves_a_report_and_honours_the_stop_file(run_grpo, monkeypatch, capsys):
+    from rolltune.metrics.log import MetricsLog
+
+    log = MetricsLog.log
+
+    def log_and_ask(self: MetricsLog, step: int, metrics) -> None:
+        log(self, step, metrics)
+        if step == 2:
+            stop_file.request_stop(self._output_dir)
+
+    stopped = pytest.raises(RunStopped, match=r"step 3: stopped by .*/stop\n.*checkpoint of step 2.*resume=true")
+    with monkeypatch.context() as patch, stopped:
+        patch.setattr(MetricsLog, "log", log_and_ask)
+        run_grpo(checkpoint={"every_n_steps": 4}, eval={"every_n_steps": 4, "max_problems": 2})
+    # The second start removes the request, and goes on to the end.
+    output_dir = run_grpo(resume=True, checkpoint={"every_n_steps": 4}, eval={"every_n_steps": 4, "max_problems": 2})
+    assert [row["step"] for row in read_rows(output_dir)] == [0, 1, 2, 3, 4]
+    assert not (output_dir / "stop").exists()
+    page = gather(output_dir)
+    assert dict(page.facts)["steps"] == "4 of 4" and "rolltune" in dict(page.facts)["versions"]
+    assert page.data()["samples"]["places"] == ["1", "2", "3", "4"]
+    assert "Held-out accuracy" in [panel.title for panel in page.panels]
+    assert "<title>run</title>" in (output_dir / "report.html").read_text()
+    assert "report" not in capsys.readouterr().err
+    records = [json.loads(line) for line in (output_dir / "samples/step_000004.jsonl").read_text().split("\n")[:-1]]
+    assert all(len(record["token_texts"]) == record["tokens"] for record in records)

@@ -106,6 +106,7 @@ def test_the_loss_falls_and_the_best_loads_anywhere(run_sft):
     assert rows[20]["loss"] < 0.6 * rows[1]["loss"]
     assert {"loss", "entropy", "grad_norm", "lr"} <= set(rows[1])
     assert not [name for name in rows[1] if name.startswith(("ratio", "mismatch"))]  # there is no sampler to compare
+    assert '"title":"Loss"' in (output_dir / "report.html").read_text()
     model, tokenizer = (kind.from_pretrained(output_dir / "best") for kind in (AutoModelForCausalLM, AutoTokenizer))
     best = min(heldout[step] for step in (5, 10, 15, 20))
     assert plain_loss(model, tokenizer, sums(**HELDOUT)) == pytest.approx(best, rel=1e-6)

@@ -92,7 +92,7 @@ def test_a_fresh_start_writes_the_whole_config(tmp_path, resume):
     cfg = make_config(tmp_path / "a/run", resume=resume)
     assert start(cfg) is None
     assert yaml.safe_load((tmp_path / "a/run/config.yaml").read_text()) == dataclasses.asdict(cfg)
-    assert os.listdir(tmp_path / "a/run") == ["config.yaml"]
+    assert sorted(os.listdir(tmp_path / "a/run")) == ["config.yaml", "run.json"]
 
 
 def test_an_earlier_run_is_not_written_over(tmp_path):
@@ -375,7 +375,7 @@ def test_resuming_finishes_a_save_that_was_cut_short(tmp_path):
 
 def test_all_ranks_find_the_same(tmp_path):
     found = on_ranks(3, lambda world: start(make_config(tmp_path), world))
-    assert found == [None] * 3 and os.listdir(tmp_path) == ["config.yaml"]
+    assert found == [None] * 3 and sorted(os.listdir(tmp_path)) == ["config.yaml", "run.json"]
     save_step(tmp_path, 1)
     found = on_ranks(3, lambda world: start(make_config(tmp_path, resume=True, device="cpu"), world))
     assert found == [tmp_path / "checkpoints/step_000001"] * 3

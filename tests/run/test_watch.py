@@ -15,6 +15,7 @@ from thread_world import on_ranks
 
 from rolltune.distributed import World
 from rolltune.errors import StopRequested
+from rolltune.run import stop_file
 from rolltune.run.agreement import together
 from rolltune.run.watch import Watch, watch
 
@@ -36,6 +37,17 @@ def test_a_signal_is_a_request_to_stop_and_handlers_come_back():
         os.kill(os.getpid(), signal.SIGTERM)  # from torchrun and from the scheduler, at the same time
         wait_until(lambda: watching.stop_requested() == "stopped by SIGTERM")
     assert signal.getsignal(signal.SIGINT) is before and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_stop_file_is_a_request_to_stop(tmp_path):
+    def run(world: World) -> str | None:
+        return Watch(world, 60, tmp_path if world.is_main else tmp_path / "not_shared").stop_requested()
+
+    assert on_ranks(2, run) == [None, None]
+    stop_file.request_stop(tmp_path)
+    assert on_ranks(2, run) == [f"stopped by {tmp_path / 'stop'}"] * 2
+    stop_file.clear(tmp_path)
+    assert on_ranks(2, run) == [None, None]
 
 
 def test_a_step_that_samples_is_left_after_half_of_the_grace_time():

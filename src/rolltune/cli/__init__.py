@@ -1,4 +1,4 @@
-"""``tune`` (and ``rolltune``, the same command): list, copy, check and run recipes and configs.
+"""``tune`` (and ``rolltune``, the same command): list, copy, check and run recipes and configs, and look at runs.
 
 torchtune's recipes and configs are listed beside rolltune's, and its recipes are run by its own command line.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import rolltune
-from rolltune.cli import catalog
+from rolltune.cli import catalog, reports
 from rolltune.cli.catalog import UsageError
 from rolltune.cli.launch import USER_MISTAKE, is_valid, run, run_torchtune
 from rolltune.files import home_path
@@ -138,6 +138,14 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("config", help="a name that `tune ls` shows, or a file")
     check.add_argument("overrides", nargs="*", metavar="key=value", help="as with `tune run`")
     check.add_argument("--recipe", help="the recipe that the config is for, if its first line does not say so")
+    reports.add_arguments(
+        add("report", reports.report, "Write a run or an evaluation as an HTML page, or a page that compares runs."),
+        add(
+            "watch",
+            reports.watch,
+            "Serve a run's page on this machine while the run goes on, with a button to stop it.",
+        ),
+    )
     get = add("download", download, "Download a model from the Hugging Face Hub.")
     get.add_argument("repo", metavar="org/name", help="the Hub id; for a gated model log in first: hf auth login")
     get.add_argument(

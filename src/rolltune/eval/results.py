@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rolltune.behaviours import Agreement
 from rolltune.eval.passk import Difference, Estimate
+from rolltune.eval.verdicts import VerifiedModel
+from rolltune.types import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,3 +124,25 @@ def results_json(evaluation: Evaluation) -> dict[str, Any]:
     tree = asdict(evaluation)
     tree["models"] = {model.pop("name"): model for model in tree["models"]}
     return tree
+
+
+def problem_records(problems: Sequence[Problem], models: Sequence[VerifiedModel]) -> list[dict[str, Any]]:
+    """Return the lines of ``problems.jsonl``: each problem with every model's verdicts.
+
+    A verdict is 1 or 0, or NaN for a response that is unscored. "samples" has one for each sample.
+    """
+    return [
+        {
+            "problem": problem.id,
+            "messages": list(problem.messages),
+            "answer": problem.answer,
+            "models": {
+                model.name: {
+                    "greedy": float(model.greedy.correct[i]),
+                    "samples": [float(verdict) for verdict in model.sampled.correct[i]],
+                }
+                for model in models
+            },
+        }
+        for i, problem in enumerate(problems)
+    ]

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rolltune.eval.passk import Estimate
+from rolltune.eval.passk import Difference, Estimate
 from rolltune.eval.results import Bin, Evaluation, ModelResult
 from rolltune.terminal import printable
 
@@ -68,17 +68,18 @@ def _main_table(evaluation: Evaluation) -> Table:
     """One row per metric, one column per model."""
     table = _table("", *(model.name for model in evaluation.models))
     for metric in dict.fromkeys(metric for model in evaluation.models for metric in model.metrics):
-        cells = [_cell(model.metrics.get(metric), evaluation.problems) for model in evaluation.models]
-        table.add_row(_label(metric), *cells)
+        cells = [estimate_cell(model.metrics.get(metric), evaluation.problems) for model in evaluation.models]
+        table.add_row(metric_label(metric), *cells)
     return table
 
 
-def _label(metric: str) -> str:
+def metric_label(metric: str) -> str:
+    """Return a metric's name for readers."""
     kind, _, name = metric.partition("/")
     return f"{_LABELS[name]}, {kind}" if name else metric
 
 
-def _cell(estimate: Estimate | None, problems: int | None = None) -> str:
+def estimate_cell(estimate: Estimate | None, problems: int | None = None) -> str:
     """Format an estimate as ``0.412 [0.350, 0.470]``, with its number of problems if that is not ``problems``."""
     if estimate is None or math.isnan(estimate.mean):
         return "-"
@@ -89,18 +90,24 @@ def _cell(estimate: Estimate | None, problems: int | None = None) -> str:
 
 def _differences_table(evaluation: Evaluation) -> Table:
     first = evaluation.comparisons[0]
-    labels = [_label(metric) for metric in first.differences]
+    labels = [metric_label(metric) for metric in first.differences]
     table = _table("", *labels, "McNemar's p, greedy")
     for comparison in evaluation.comparisons:
         cells = []
         for difference in comparison.differences.values():
-            mark = " *" if difference.is_significant else ""
             fewer = "" if difference.problems == evaluation.problems else f" of {difference.problems} problems"
-            shown = f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]{mark}{fewer}"
-            cells.append(shown if difference.problems else "-")
+            cells.append(difference_cell(difference) + (fewer if difference.problems else ""))
         p = comparison.differences["greedy/accuracy"].mcnemar_p
         table.add_row(f"{comparison.second} - {comparison.first}", *cells, "-" if p is None else f"{p:.3g}")
     return table
+
+
+def difference_cell(difference: Difference) -> str:
+    """Format a difference as ``+0.120 [+0.010, +0.230] *``."""
+    if not difference.problems:
+        return "-"
+    mark = " *" if difference.is_significant else ""
+    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]{mark}"
 
 
 def _print_bins(
@@ -114,7 +121,9 @@ def _print_bins(
     table = _table("", "problems", *(model.name for model in models))
     for label in labels:
         problems = max(accuracies[label].problems for accuracies in by_model if label in accuracies)
-        table.add_row(label, str(problems), *(_cell(accuracies.get(label), problems) for accuracies in by_model))
+        table.add_row(
+            label, str(problems), *(estimate_cell(accuracies.get(label), problems) for accuracies in by_model)
+        )
     _print(console, title, table)
 
 
@@ -122,7 +131,9 @@ def _behaviours_table(evaluation: Evaluation) -> Table:
     table = _table("", *(model.name for model in evaluation.models))
     for name in evaluation.models[0].behaviours:
         for measure, label in (("mean", "per completion"), ("any", "share with any")):
-            cells = [_cell(getattr(m.behaviours[name], measure), evaluation.problems) for m in evaluation.models]
+            cells = [
+                estimate_cell(getattr(m.behaviours[name], measure), evaluation.problems) for m in evaluation.models
+            ]
             table.add_row(f"{name.replace('_', ' ')}, {label}", *cells)
     return table
 
@@ -133,6 +144,6 @@ def _classified_table(evaluation: Evaluation) -> Table:
     table.add_row("completions", *(str(c.completions) for c in classified.values()))
     table.add_row("without a verdict", *(str(c.unscored) for c in classified.values()))
     for name in evaluation.models[0].behaviours:
-        cells = [_cell(c.mean.get(name), evaluation.problems) for c in classified.values()]
+        cells = [estimate_cell(c.mean.get(name), evaluation.problems) for c in classified.values()]
         table.add_row(name.replace("_", " "), *cells)
     return table

@@ -45,7 +45,7 @@ def plot_curves(output_dir: str | Path) -> Path:
         ValueError: ``metrics.jsonl`` does not exist or has none of these metrics.
     """
     output_dir = Path(output_dir)
-    curves = _series(read_metrics(output_dir))
+    curves = collect_series(read_metrics(output_dir))
     panels = _panels(curves)
     if not panels:
         raise ValueError(f"{output_dir / 'metrics.jsonl'}: nothing to draw; it has {', '.join(curves) or 'no metrics'}")
@@ -62,7 +62,7 @@ def plot_curves(output_dir: str | Path) -> Path:
     return save_figure(figure, output_dir / "curves.png")
 
 
-def _series(records: Sequence[Record]) -> Curves:
+def collect_series(records: Sequence[Record]) -> Curves:
     """Collect each metric's steps and values, in order of steps, without nulls. The last value of a step counts."""
     points: dict[str, dict[int, float]] = {}
     for record in records:
@@ -92,10 +92,10 @@ def _panels(curves: Curves) -> list[Callable[[Axes, Curves], None]]:
         (_plot_judge, JUDGE.format("questions")),
     ]
     has_mismatch = max(curves.get("mismatch/mean_abs", ([], [0.0]))[1]) > ROUNDING
-    return [draw for draw, needed in panels if _matching(curves, needed) and (draw != _plot_mismatch or has_mismatch)]
+    return [draw for draw, needed in panels if matching(curves, needed) and (draw != _plot_mismatch or has_mismatch)]
 
 
-def _matching(curves: Curves, pattern: str) -> dict[str, str]:
+def matching(curves: Curves, pattern: str) -> dict[str, str]:
     """Return the names of the metrics that match a pattern, each with its label."""
     matches = ((name, re.fullmatch(pattern, name)) for name in curves)
     return {name: re.sub("[-_/]", " ", match[match.lastindex or 0]) for name, match in matches if match}
@@ -121,7 +121,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 def _lines(axes: Axes, curves: Curves, pattern: str) -> None:
     """Draw the curves that match a pattern, those with the most points first, as many as there are colours."""
-    labels = _matching(curves, pattern)
+    labels = matching(curves, pattern)
     for color, name in zip(COLORS, sorted(labels, key=lambda name: -len(curves[name][0])), strict=False):
         _line(axes, curves[name], color, labels[name])
 
@@ -148,8 +148,8 @@ def _second_axis(axes: Axes, series: Series, label: str, *, top: float | None = 
 def _plot_reward(axes: Axes, curves: Curves) -> None:
     title_axes(axes, "Reward", "mean over completions")
     _line(axes, curves["reward/mean"], COLORS[0], "total")
-    counters = {name.split("/")[1] for name in _matching(curves, BEHAVIOUR)}  # another scale and a panel of their own
-    parts = [name for name in _matching(curves, "reward/[^/]+/mean") if name.split("/")[1] not in counters]
+    counters = {name.split("/")[1] for name in matching(curves, BEHAVIOUR)}  # another scale and a panel of their own
+    parts = [name for name in matching(curves, "reward/[^/]+/mean") if name.split("/")[1] not in counters]
     for number, name in enumerate(parts):
         steps, values = curves[name]
         color = COLORS[1 + number % (len(COLORS) - 1)]
@@ -240,7 +240,7 @@ def _plot_criteria(axes: Axes, curves: Curves) -> None:
 def _plot_judge(axes: Axes, curves: Curves) -> None:
     title_axes(axes, "Judge", "so far in this process")
     for ending, style in (("questions", "-"), ("calls", "--"), ("cache_hits", ":")):
-        for color, (name, label) in zip(COLORS, _matching(curves, JUDGE.format(ending)).items(), strict=False):
+        for color, (name, label) in zip(COLORS, matching(curves, JUDGE.format(ending)).items(), strict=False):
             axes.plot(*curves[name], color=color, linestyle=style, linewidth=1.4, label=label)
-    if dollars := next(iter(_matching(curves, JUDGE.format("dollars"))), None):
+    if dollars := next(iter(matching(curves, JUDGE.format("dollars"))), None):
         _second_axis(axes, curves[dollars], "dollars")

@@ -49,6 +49,7 @@ class MetricsLog:
         config: the resolved config, shown by Weights & Biases.
         resume_step: step of the checkpoint the run resumes from. Lines of later steps are dropped, because the run
             repeats these steps. None starts over and drops all earlier lines.
+        token_text: decodes a token id, for the sample files; None leaves out their tokens.
 
     Raises:
         ValueError: ``metrics.jsonl`` of the resumed run has a line that is not JSON, or Weights & Biases does not
@@ -64,8 +65,10 @@ class MetricsLog:
         tensorboard: bool = False,
         config: Mapping[str, Any] | None = None,
         resume_step: int | None = None,
+        token_text: Callable[[int], str | list[str]] | None = None,
     ) -> None:
         self._output_dir = None if output_dir is None else Path(output_dir)
+        self._token_text = token_text
         self._file: _LineFile | None = None
         self._writers: dict[str, Any] = {}  # besides metrics.jsonl, by the config key that asks for them
         if self._output_dir is None:
@@ -121,7 +124,7 @@ class MetricsLog:
         if self._output_dir is None:
             return
         try:
-            write_samples(self._output_dir, step, groups, advantages)
+            write_samples(self._output_dir, step, groups, advantages, token_text=self._token_text)
         except OSError as error:
             _say(f"samples of step {step}: not written ({_reason(error)})")
 

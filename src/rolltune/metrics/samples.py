@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rolltune.files import json_line, write_text_atomic
 from rolltune.types import Group
+
+MAX_TOKENS_SHOWN = 4096  # tokens of a step whose texts and log-probs are written: the first completions
 
 
 def write_samples(
@@ -15,6 +18,8 @@ def write_samples(
     step: int,
     groups: Sequence[Group],
     advantages: Sequence[Sequence[float] | None],
+    *,
+    token_text: Callable[[int], str | list[str]] | None = None,
 ) -> Path:
     """Write every completion of a step to ``<output_dir>/samples/step_000010.jsonl``, one JSON object per line.
 
@@ -24,13 +29,15 @@ def write_samples(
         groups: the sampled groups, including unscored completions.
         advantages: for each group, one value per scored completion, in order; None for a skipped group. A completion
             without an advantage gets null.
+        token_text: decodes a token id. With it the first completions, :data:`MAX_TOKENS_SHOWN` tokens in all, get the
+            text and the sampler's log-prob of each token.
 
     Returns:
         The path of the file, which appears complete or not at all.
     """
     path = Path(output_dir) / "samples" / f"step_{step:06d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(path, "".join(map(json_line, sample_records(step, groups, advantages))))
+    write_text_atomic(path, "".join(map(json_line, sample_records(step, groups, advantages, token_text=token_text))))
     return path
 
 
@@ -38,16 +45,21 @@ def sample_records(
     step: int,
     groups: Sequence[Group],
     advantages: Sequence[Sequence[float] | None],
+    *,
+    token_text: Callable[[int], str | list[str]] | None = None,
 ) -> list[dict[str, Any]]:
     """Make one record per completion; arguments as in :func:`write_samples`."""
+    text_of = functools.cache(token_text) if token_text else None
+    room = MAX_TOKENS_SHOWN
     records: list[dict[str, Any]] = []
-    for group, of_group in zip(groups, advantages, strict=True):
+    for number, (group, of_group) in enumerate(zip(groups, advantages, strict=True)):
         assert of_group is None or len(of_group) == len(group.scored().scores), "one advantage per scored completion"
         values = iter(of_group or ())
         for completion, score in zip(group.completions, group.scores, strict=True):
             records.append(
                 {
                     "step": step,
+                    "group": number,
                     "problem": group.problem.id,
                     "messages": list(group.problem.messages),
                     "answer": group.problem.answer,
@@ -62,4 +74,8 @@ def sample_records(
                     "advantage": None if of_group is None or score.total is None else next(values),
                 }
             )
+            room -= len(completion.token_ids)
+            if text_of and room >= 0:
+                records[-1]["token_texts"] = [str(text_of(token)) for token in completion.token_ids]
+                records[-1]["token_logprobs"] = [round(logprob, 3) for logprob in completion.logprobs]
     return records

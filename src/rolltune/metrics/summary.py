@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from rolltune.files import write_json_atomic
-from rolltune.metrics.log import read_metrics
+from rolltune.metrics.log import Record, read_metrics
 
 
 def live_line(metrics: dict[str, float]) -> dict[str, float | str]:
@@ -34,11 +34,18 @@ def has_signal(metrics: Mapping[str, float | None]) -> bool:
 
 
 def write_summary(output_dir: Path, console: Console) -> dict:
-    """Write ``summary.json``: rewards of the first and last fifth of the steps, held-out accuracy before and after.
+    """Write ``summary.json`` and print it.
 
     It is computed from ``metrics.jsonl``, so the summary of a resumed run covers the whole run.
     """
-    records = read_metrics(output_dir)
+    summary = summarise(read_metrics(output_dir))
+    write_json_atomic(output_dir / "summary.json", summary)
+    _print_summary(summary, output_dir, console)
+    return summary
+
+
+def summarise(records: Sequence[Record]) -> dict:
+    """Summarise a run: rewards of the first and last fifth of the steps, held-out accuracy before and after."""
     steps = [record for record in records if record.get("reward/mean") is not None]
     fifth = max(1, len(steps) // 5)
     evaluations = [record for record in records if record.get("heldout/accuracy") is not None]
@@ -59,8 +66,6 @@ def write_summary(output_dir: Path, console: Console) -> dict:
             summary[f"heldout_{label}_score"] = record["heldout/score"]
         best = max(evaluations[1:] or evaluations, key=lambda record: record["heldout/score"])
         summary |= {"heldout_best": best["heldout/score"], "heldout_best_step": best["step"]}
-    write_json_atomic(output_dir / "summary.json", summary)
-    _print_summary(summary, output_dir, console)
     return summary
 
 

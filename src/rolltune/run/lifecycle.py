@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,9 +26,11 @@ from rolltune.model import parallel
 from rolltune.model.policy import Policy
 from rolltune.rewards.judges.pool import JudgePool
 from rolltune.rollout import Rollout
+from rolltune.run import stop_file
 from rolltune.run.agreement import agree, together, weights_checksum
 from rolltune.run.build import BUDGETS
 from rolltune.run.checkpoint import Checkpoints, TrainState, check_room, damage, load_state, tensor_bytes
+from rolltune.run.record import write_record
 from rolltune.update import Optimization
 
 # Keys that may change on resume because they do not affect training.
@@ -65,6 +67,8 @@ def start(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -
             if not cfg.resume:
                 shutil.rmtree(checkpoints.output_dir / BUDGETS, ignore_errors=True)  # of a run that took no step
             config.save(cfg, checkpoints.output_dir)
+            write_record(checkpoints.output_dir, world)
+            stop_file.clear(checkpoints.output_dir)
             if latest is not None:
                 checkpoints.recover(load_state(latest))
     return latest
@@ -210,8 +214,14 @@ def _free_keys(node: dict[str, Any]) -> Collection[str]:
     return settings.FREE_ON_RESUME if "base_url" in node else ()
 
 
-def open_log(cfg: GRPOConfig | SFTConfig, world: World, *, resume_step: int | None) -> MetricsLog:
-    """Open the metrics log on rank 0, and one that writes nothing on the others."""
+def open_log(
+    cfg: GRPOConfig | SFTConfig,
+    world: World,
+    *,
+    resume_step: int | None,
+    token_text: Callable[[int], str | list[str]] | None = None,
+) -> MetricsLog:
+    """Open the metrics log on rank 0, and one that writes nothing on the others; arguments as in MetricsLog."""
     if not world.is_main:
         return MetricsLog.null()
     return MetricsLog(
@@ -221,6 +231,7 @@ def open_log(cfg: GRPOConfig | SFTConfig, world: World, *, resume_step: int | No
         tensorboard=cfg.logging.tensorboard,
         config=config.masked(asdict(cfg)),
         resume_step=resume_step,
+        token_text=token_text,
     )
 
 

@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
 
 from rolltune.distributed import World
 from rolltune.errors import StopRequested
+from rolltune.run import stop_file
 
 STALLED = 1  # exit status
 _REPEATED = 2.0  # seconds within which a signal counts once: torchrun and a terminal may both send it
@@ -52,11 +54,13 @@ class Watch:
     Attributes:
         world: all ranks.
         grace_seconds: time from a request to stop to the end of the process.
+        output_dir: folder whose stop file (:mod:`rolltune.run.stop_file`) is a request too; None for no folder.
         step: steps taken.
     """
 
     world: World
     grace_seconds: float
+    output_dir: Path | None = None
     step: int = 0
     _beats: int = 0
     _phase: str = "set-up"
@@ -78,7 +82,10 @@ class Watch:
 
     def stop_requested(self) -> str | None:
         """Return why the run should stop, None if nobody asked; all ranks call this, and get one answer."""
-        return next(iter(self.world.gather([self._request] if self._request else [])), None)
+        request = self._request
+        if request is None and self.world.is_main and self.output_dir and stop_file.is_requested(self.output_dir):
+            request = f"stopped by {self.output_dir / stop_file.NAME}"
+        return next(iter(self.world.gather([request] if request else [])), None)
 
     # --- signals
 
@@ -169,15 +176,18 @@ class Watch:
 
 
 @contextmanager
-def watch(world: World, *, stall_seconds: float, grace_seconds: float) -> Iterator[Watch]:
+def watch(
+    world: World, *, stall_seconds: float, grace_seconds: float, output_dir: str | Path | None = None
+) -> Iterator[Watch]:
     """Watch a run, from set-up to its end.
 
     Args:
         world: all ranks enter this.
         stall_seconds: time without any movement after which the process ends; 0: never.
         grace_seconds: time after SIGTERM (Slurm, Kubernetes) or Ctrl-C after which the process ends, whatever it does.
+        output_dir: the run's folder, where a stop file may appear.
     """
-    watching = Watch(world, grace_seconds)
+    watching = Watch(world, grace_seconds, None if output_dir is None else Path(output_dir))
     looking = threading.Thread(target=watching.look, args=(stall_seconds,), daemon=True)
     if stall_seconds:
         looking.start()
