@@ -8,11 +8,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny_run import ROOT, assert_same_numbers, load_recipe, read_rows, tiny_grpo
+from tiny_run import assert_same_numbers, load_recipe, read_rows, tiny_grpo
 from transformers import AutoModelForCausalLM
 
 from rolltune.config.schema import GRPOConfig, SFTConfig
 from rolltune.run import checks
+from rolltune.run.checkpoint import load_state
 
 SCHEMAS = {"grpo": GRPOConfig, "sft": SFTConfig}
 SHARDED = "parallel.weights=fsdp"
@@ -21,7 +22,7 @@ LORA = {"rank": 4, "alpha": 8.0}
 
 @pytest.fixture
 def run(tiny_llama, tmp_path, reward_module):
-    """Run a recipe in this process, or in two that are started; returns the output folder."""
+    """Run a recipe in this process, or in several that are started; returns the output folder."""
 
     def run(recipe, name, *overrides, processes=1, **changes):
         settings = tiny_grpo(tiny_llama, tmp_path / name)
@@ -34,9 +35,9 @@ def run(tiny_llama, tmp_path, reward_module):
         if processes == 1:
             load_recipe(recipe).run(checks.validate(SCHEMAS[recipe], str(file), overrides))
             return tmp_path / name
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = ["-m", "rolltune.cli", "run", "--nproc_per_node", str(processes), recipe]
         done = subprocess.run(
-            [sys.executable, *launcher, str(ROOT / f"recipes/{recipe}.py"), "--config", str(file), *overrides],
+            [sys.executable, *command, "--config", str(file), *overrides],
             capture_output=True,
             text=True,
             timeout=300,
@@ -53,9 +54,20 @@ def weights(run_folder, step=None):
     return load_file(next(folder.glob("*.safetensors")))
 
 
+def assert_same_run(expected, found, step):
+    """Compare metrics, place in the data and weights."""
+    assert_same_numbers(read_rows(expected), read_rows(found))
+    place, other = (load_state(folder / f"checkpoints/step_{step:06d}") for folder in (expected, found))
+    assert (place.data_position, place.policy_version) == (other.data_position, other.policy_version)
+    a, b = weights(expected, step), weights(found, step)
+    assert a.keys() == b.keys()
+    for name, weight in a.items():
+        assert (b[name] - weight).norm() <= 1e-4 * weight.norm(), name
+
+
 SFT = {"batch": {"examples_per_step": 4, "microbatch_tokens": 96}, "eval": {"every_n_steps": 2, "max_problems": 5}}
 GRPO = {
-    "batch": {"prompts_per_step": 4, "microbatch_tokens": 128, "minibatches": 2, "dynamic_sampling_rounds": 2},
+    "batch": {"prompts_per_step": 8, "microbatch_tokens": 128, "minibatches": 2, "dynamic_sampling_rounds": 2},
 }
 
 
@@ -65,17 +77,30 @@ GRPO = {
     [("sft", SFT), ("grpo", GRPO), ("grpo", GRPO | {"lora": LORA})],
     ids=["sft", "grpo", "grpo with lora"],
 )
-def test_two_sharded_processes_equal_one_and_their_run_goes_on_in_one(run, recipe, changes):
+def test_two_sharded_processes_equal_one_and_each_goes_on_in_the_number_of_the_other(run, recipe, changes):
     one = run(recipe, "one", **changes, num_steps=5)
     two = run(recipe, "two", SHARDED, processes=2, **changes, num_steps=5)
-    assert_same_numbers(read_rows(one), read_rows(two))
-    expected, found = weights(one, 5), weights(two, 5)
-    assert expected.keys() == found.keys()
-    for name, weight in expected.items():
-        assert (found[name] - weight).norm() <= 1e-4 * weight.norm(), name
-    for folder in (one, two):
-        run(recipe, folder.name, "resume=true", **changes, num_steps=7)
-    assert_same_numbers(read_rows(one), read_rows(two))
+    assert_same_run(one, two, 5)
+    run(recipe, "two", "resume=true", **changes, num_steps=7)
+    run(recipe, "one", "resume=true", SHARDED, processes=2, **changes, num_steps=7)
+    assert_same_run(one, two, 7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "changes"),
+    [
+        ("grpo", (), GRPO),
+        ("grpo", (SHARDED, "parallel.shard=2"), GRPO),
+        ("grpo", (SHARDED, "parallel.shard=2"), GRPO | {"lora": LORA}),
+        ("sft", (SHARDED, "parallel.shard=2"), SFT),
+    ],
+    ids=["replicated", "two copies in two slices", "lora, two copies in two slices", "sft, two copies in two slices"],
+)
+def test_four_processes_equal_one(run, recipe, overrides, changes):
+    one = run(recipe, "one", **changes, num_steps=5)
+    four = run(recipe, "four", *overrides, processes=4, **changes, num_steps=5)
+    assert_same_run(one, four, 5)
 
 
 @pytest.mark.slow
