@@ -245,6 +245,7 @@ def set_up(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Component
             seed=cfg.seed,
             with_reference=loss.kl_coef > 0,
             resume_from=resume_from / "policy" if resume_from else None,
+            hollow=cfg.parallel.weights == "fsdp",
         )
     agree_on_weights("model.path", policy.model, world)
     build.distribute(cfg, policy, world)

@@ -193,6 +193,7 @@ def set_up(cfg: SFTConfig, world: World, resume_from: Path | None) -> Components
             seed=cfg.seed,
             with_reference=False,
             resume_from=resume_from / "policy" if resume_from else None,
+            hollow=cfg.parallel.weights == "fsdp",
         )
     agree_on_weights("model.path", policy.model, world)
     build.distribute(cfg, policy, world)

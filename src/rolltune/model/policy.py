@@ -19,7 +19,8 @@ from rolltune.model import parallel
 from rolltune.model.batch_invariant import make_batch_invariant
 from rolltune.model.checkpointing import recompute_activations
 from rolltune.model.forward import forward_of
-from rolltune.model.load import adapter_base, load_model, resolve_model, unwrapped
+from rolltune.model.hollow import source_of
+from rolltune.model.load import adapter_base, choose_sharded, load_model, resolve_model, unwrapped
 from rolltune.model.lora import check_adapter, is_adapted, lora_config, lora_modules, set_dropout, without_adapter
 from rolltune.model.router import load_balancing_loss, recorded_router_logits, routers
 from rolltune.seeding import derive_seed
@@ -94,11 +95,16 @@ class Policy:
         return bool(self._dropout_modules)
 
     def shard(self, mesh: DeviceMesh, *, compute_dtype: torch.dtype | None, cpu_offload: bool) -> None:
-        """Shard the model and its reference; all ranks call this. Arguments: :func:`parallel.shard_model`.
+        """Shard the model and its reference, and fill hollow ones; all ranks call this.
+
+        Arguments: :func:`parallel.shard_model`.
 
         Raises:
             ConfigError: the model cannot be sharded.
         """
+        for model in (self.causal_lm, self._reference):
+            if model is not None and source_of(model):
+                choose_sharded(model, mesh)
         if why := parallel.unshardable(self.causal_lm):
             raise ConfigError([f"parallel.weights: fsdp; {why}; set it to replicated"], on_all_ranks=True)
         dtypes = {parameter.dtype for parameter in self.trainable_parameters}
@@ -114,7 +120,7 @@ class Policy:
         parallel.shard_model(self.causal_lm, mesh, compute_dtype=compute_dtype, cpu_offload=cpu_offload)
         if self._reference is not None:
             parallel.shard_model(self._reference, mesh, cpu_offload=cpu_offload)
-        self.mesh, self._saved_dtype = mesh, compute_dtype
+        self.mesh, self._saved_dtype, self._device = mesh, compute_dtype, torch.device(mesh.device_type)
 
     @contextmanager
     def gathered(self, *, with_reference: bool = False) -> Iterator[None]:
@@ -249,6 +255,7 @@ def build_policy(
     seed: int,
     with_reference: bool,
     resume_from: Path | None = None,
+    hollow: bool = False,
 ) -> Policy:
     """Load the policy, and its frozen reference if the loss needs one.
 
@@ -261,6 +268,7 @@ def build_policy(
         with_reference: whether :meth:`Policy.reference_logprobs` will be called.
         resume_from: a checkpoint's policy folder. Its weights replace those at ``config.path`` in the policy, never in
             the reference.
+        hollow: leave out the weights of models that can do without until they are sharded (:meth:`Policy.shard`).
 
     Raises:
         ValueError: the model cannot be loaded, or ``lora`` does not fit it or the adapter at ``config.path``; or the
@@ -273,6 +281,7 @@ def build_policy(
         device=device,
         fp32_head=config.fp32_head,
         batch_invariant=config.batch_invariant,
+        hollow=hollow,
     )
     reference = None
     if lora is not None:
