@@ -210,6 +210,8 @@ def test_torchrun_checks_the_config_before_it_starts_processes(tmp_path: Path):
     assert done.stderr.startswith("grpo: ") and "torch/distributed" not in done.stderr
     done = tune("run", "--nproc_per_node", "many", "grpo", "--config", "my.yaml", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr == "tune run: Unsupported nproc_per_node value: many\n"
+    done = tune("run", "--nnodes", "2", "--max_restarts", "1", "grpo", "--config", "my.yaml", cwd=tmp_path)
+    assert done.returncode == 2 and "restarts on several machines need --rdzv-backend c10d" in done.stderr
 
 
 # --- run --------------------------------------------------------------------------------------------------------------

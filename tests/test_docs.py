@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from repo import ROOT
+from torch.distributed.run import get_args_parser
 
 from rolltune import cli
 from rolltune.config import schema
@@ -40,12 +42,12 @@ SNIPPET_BASES = {"grpo": "quickstart", "sft": "quickstart_sft", "evaluate": "qui
 # Commands that are not run here, and why.
 EXEMPT = {
     "git clone": "needs a network",
+    "export": "sets variables of the other lines, which need a cluster or a server",
     "cd": "part of the line above",
     "pip install": "changes the environment; CI installs the package by the Makefile",
     ".venv/bin/python -m pytest": "would run the tests from a test",
     "tune report": "needs the folders of finished runs; tests/report runs it",
     "tune watch": "serves until Ctrl-C; tests/report runs its server",
-    "export": "needs the server of the command above",
     "pre-commit": "is the reader's choice, and changes .git",
     ".ci/run": "runs these tests",
 }
@@ -204,3 +206,41 @@ def test_a_config_says_what_it_is_for(path: Path):
     first, second, third, *_ = path.read_text().splitlines()
     assert re.fullmatch(rf"# tune run ({'|'.join(SCHEMAS)}) --config {re.escape(path.name)}", first)
     assert second == "#" and re.match(r"# \w", third)
+
+
+EXAMPLES = {
+    "slurm.sbatch": {
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_NODEID": "0",
+    },
+    "skypilot.yaml": {
+        "INTERFACE": "eth0",
+        "SKYPILOT_NODE_IPS": "node1\nnode2",
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NUM_GPUS_PER_NODE": "8",
+        "SKYPILOT_NODE_RANK": "0",
+        "SKYPILOT_TASK_ID": "sky-1",
+    },
+}
+# Programs of a cluster, and `tune`, as it is called on the first node.
+STUBS = {"srun": 'shift; exec "$@"', "scontrol": "printf 'node1\\nnode2\\n'", "tune": "printf '%s\\0' \"$@\""}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").iterdir()), ids=lambda path: path.name)
+def test_cluster_examples_start_a_valid_run(path: Path, tmp_path: Path):
+    text = path.read_text()
+    script = yaml.safe_load(text)["run"] if path.suffix == ".yaml" else text
+    for name, body in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | EXAMPLES[path.name]
+    done = subprocess.run(["bash", "-eu", "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.rstrip("\0").split("\0")
+    launch = get_args_parser().parse_args(words[1:])
+    assert (launch.nnodes, launch.nproc_per_node, launch.rdzv_conf) == ("2", "8", "is_host=1")
+    assert launch.rdzv_endpoint.startswith("node1:") and launch.rdzv_id and launch.training_script == "grpo"
+    check_run(words[1:], tmp_path)

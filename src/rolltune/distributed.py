@@ -7,6 +7,7 @@ only have to be summed over ranks.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from rolltune.errors import STOPS, ConfigError, RankFailed, RunStopped
+from rolltune.errors import STOPS, ConfigError, RankFailed, RankLost, RunStopped
 from rolltune.model.cpu.allocator import keep_freed_memory
 from rolltune.torchrun import end_with_torchrun, process_place
 
@@ -63,15 +64,17 @@ class World:
         if self.size == 1 or not values:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=op)
-        return tensor.tolist()
+        with _connected():
+            dist.all_reduce(tensor, op=op)
+            return tensor.tolist()
 
     def gather(self, items: Iterable[T]) -> list[T]:
         """Return all ranks' items, in rank order, on every rank."""
         if self.size == 1:
             return list(items)
         parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, list(items))
+        with _connected():
+            dist.all_gather_object(parts, list(items))
         return [item for part in parts for item in part]
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
@@ -98,12 +101,26 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            with _connected():
+                dist.barrier()
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Turn the failure of a collective into a RankLost; gloo raises RuntimeErrors."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            what = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]  # without gloo's source file
+            raise RankLost(f"a collective has failed ({what})") from error
+        raise
 
 
 def _reduce_bucket(gradients: list[Tensor]) -> None:
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
+    with _connected():
+        dist.all_reduce(flat)
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
 
@@ -149,6 +166,7 @@ def _join(backend: str, size: int, *, stall_seconds: float) -> None:
     for timer in timers:
         timer.daemon = True
         timer.start()
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "100")  # torch's flight recorder, which a stalled run shows
     try:
         dist.init_process_group(backend, timeout=timedelta(minutes=30, seconds=2 * stall_seconds))
     except dist.DistError as error:

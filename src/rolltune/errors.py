@@ -23,6 +23,10 @@ class RankFailed(RunStopped):
     """Another rank has failed with an error that keeps its traceback there. No rank may wait for it."""
 
 
+class RankLost(RankFailed):
+    """A collective failed, because a rank, its machine or the link to it is gone."""
+
+
 class StopRequested(RuntimeError):
     """A step is left because the run was asked to stop; the weights are those of the last step."""
 

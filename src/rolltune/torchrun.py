@@ -33,6 +33,11 @@ def process_place() -> tuple[int, int, int]:
     return rank, size, _number("LOCAL_RANK", 0, default="0")
 
 
+def count_restarts() -> int:
+    """Return how often torchrun has started the processes again (``--max_restarts``)."""
+    return _number("TORCHELASTIC_RESTART_COUNT", 0, default="0")
+
+
 def end_with_torchrun() -> None:
     """Let this process get SIGTERM when the torchrun that started it ends, also if torchrun was killed (Linux only).
 

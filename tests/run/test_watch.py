@@ -7,10 +7,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.distributed as dist
 from thread_world import on_ranks
 
 from rolltune.distributed import World
@@ -18,6 +22,7 @@ from rolltune.errors import StopRequested
 from rolltune.run import stop_file
 from rolltune.run.agreement import together
 from rolltune.run.watch import Watch, watch
+from rolltune.run.watch import _Sign as Sign
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
@@ -70,6 +75,70 @@ def test_all_ranks_leave_the_step_that_one_leaves():
         return str(error.value)
 
     assert on_ranks(2, run) == ["rank 1: stopped by SIGTERM"] * 2
+
+
+class Ended(Exception):
+    """Raised in place of the end of the process."""
+
+
+@pytest.fixture
+def pair(monkeypatch) -> Watch:
+    """The watch of rank 0 of 2, in a process that has a group, with looks every 20 ms; its report is raised."""
+    for name, value in (("_LONGEST_LOOK", 0.02), ("_PULSE", 0.5)):
+        monkeypatch.setattr(f"rolltune.run.watch.{name}", value)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+
+    def report(self: Watch, what: str, missing: set[int]) -> None:
+        raise Ended(what, self._describe_missing(missing))
+
+    monkeypatch.setattr(Watch, "_report", report)
+    return Watch(World(rank=0, size=2, device=torch.device("cpu")), grace_seconds=60, pulse=0.01)
+
+
+@contextmanager
+def signs(watching: Watch, *, silent: set[int], phase: str = "training") -> Iterator[None]:
+    """Let this rank move and all ranks give signs of life, except for the silent ones."""
+    over = threading.Event()
+
+    def give() -> None:
+        pulses = 0
+        while not over.wait(0.01):
+            pulses += 1
+            given = {rank: Sign(1 if rank in silent else pulses, phase=phase) for rank in range(2)}
+            watching.beat(phase)
+            watching._signs = given
+
+    thread = threading.Thread(target=give)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("silent", "said"),
+    [
+        ({1}, "rank 1 does not answer: it is stopped, or its process or machine is gone"),
+        ({0, 1}, "no sign of rank 1: the store at 10.0.0.1:29500 does not answer; this machine is cut off from it"),
+    ],
+)
+def test_a_rank_without_a_sign_ends_a_run_that_moves(pair, silent, said):
+    with signs(pair, silent=silent), pytest.raises(Ended, match="a rank has given no sign for") as ended:
+        pair.look(1000.0)
+    assert ended.value.args[1][0].startswith(said)
+    with signs(pair, silent=silent):
+        assert pair.roll_call().startswith(said)
+
+
+def test_a_rank_that_has_ended_is_not_missed(pair):
+    with signs(pair, silent={1}, phase="ended"):
+        threading.Timer(1.0, pair._over.set).start()
+        pair.look(1000.0)
+        assert "rank 1 has ended; its own output says why" in pair.roll_call()
 
 
 def run_watched(body: str, *, stall: float = 0.0, grace: float = 60.0) -> subprocess.Popen:

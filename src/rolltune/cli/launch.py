@@ -8,7 +8,11 @@ import re
 import runpy
 import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from rolltune.cli.catalog import (
     Recipe,
@@ -23,6 +27,7 @@ from rolltune.cli.catalog import (
 )
 
 USER_MISTAKE = 2
+STUCK_SECONDS = 45  # torchrun gives its processes 30 seconds to end
 HELP = """\
 usage: tune run [TORCHRUN OPTIONS] <recipe> --config <config> [--dry-run] [key=value ...]
 
@@ -68,6 +73,7 @@ def run(argv: Sequence[str]) -> int:
     if launch is None:
         return _run_here(recipe, arguments)
     local, world_size = _count_processes(launch)
+    _prepare_restarts(launch)
     # Without this torchrun would set 1 and print a banner.
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // local, 1)))
     if schema is not None and not is_valid(schema, arguments, title=recipe.name, world_size=world_size):
@@ -82,14 +88,16 @@ def is_valid(schema: type, arguments: Sequence[str], *, title: str, world_size: 
         schema: the config's dataclass.
         arguments: as a recipe gets them: ``--config``, a path, overrides.
         title: what the printed mistakes are of.
-        world_size: number of processes; None: as torchrun's environment says.
+        world_size: number of processes that are about to start; None: nothing is started.
     """
     from rolltune import config
-    from rolltune.run import checks
+    from rolltune.run import checks, lifecycle
 
     try:
         parsed = config.parse_args(arguments)
-        checks.validate(schema, parsed.config or "", parsed.overrides, world_size=world_size)
+        checked = checks.validate(schema, parsed.config or "", parsed.overrides, world_size=world_size)
+        if world_size is not None and isinstance(checked, lifecycle.Resumable) and not checked.dry_run:
+            lifecycle.check_is_new(checked)
     except config.ConfigError as error:
         print(config.format_mistakes(error, title), file=sys.stderr)
         return False
@@ -178,6 +186,26 @@ def _count_processes(launch: argparse.Namespace) -> tuple[int, int]:
         raise UsageError(str(error)) from error
 
 
+def _prepare_restarts(launch: argparse.Namespace) -> None:
+    """Give each start of the processes a store of its own, if torchrun may start them again.
+
+    By default all starts share one, where processes find the addresses of those that have ended, and torchrun does not
+    tell a machine that joins later where the store is.
+    """
+    from torch.distributed.run import parse_min_max_nnodes
+
+    fewest, most = parse_min_max_nnodes(launch.nnodes)
+    if not launch.max_restarts and fewest == most:
+        return
+    if launch.rdzv_backend == "static" and most > 1:
+        raise UsageError(
+            f"--max_restarts {launch.max_restarts}, --nnodes {launch.nnodes}: restarts on several machines need "
+            "--rdzv-backend c10d --rdzv-endpoint HOST:PORT"
+        )
+    launch.standalone = launch.standalone or launch.rdzv_backend == "static"
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+
+
 def _describe_exit(code: int) -> str:
     """Describe how a process ended; a negative code is the signal that killed it."""
     if code >= 0:
@@ -186,11 +214,39 @@ def _describe_exit(code: int) -> str:
     return f"was killed by signal {-code} ({signal.Signals(-code).name}){hint}"
 
 
+def _end_if_stuck(meeting_point: str) -> None:
+    """End this process if torchrun does not take notice of a process of its own that has ended (Linux only).
+
+    It asks the machine that the rendezvous is on without a time limit. If that machine or the link to it is gone,
+    torchrun hears neither its own processes nor signals.
+    """
+    looks = 0
+    while looks < STUCK_SECONDS:
+        time.sleep(1.0)
+        looks = looks + 1 if _has_ended_child() else 0
+    print(f"tune run: torchrun is stuck, as {meeting_point} does not answer; ended", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _has_ended_child() -> bool:
+    """Whether a child of this process has ended without being waited for."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        for pid in children.read_text().split():
+            with suppress(OSError):
+                if Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z"):
+                    return True
+    return False
+
+
 def _run_torchrun(launch: argparse.Namespace, recipe: Recipe, arguments: Sequence[str]) -> int:
+    from torch.distributed import DistError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
+    meeting_point = launch.rdzv_endpoint or launch.master_addr
+    threading.Thread(target=_end_if_stuck, args=(meeting_point,), daemon=True).start()
     launch.training_script = str(recipe.path)
     launch.training_script_args = list(arguments)
     try:
@@ -201,4 +257,8 @@ def _run_torchrun(launch: argparse.Namespace, recipe: Recipe, arguments: Sequenc
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
         return 128 + error.sigval
+    except (DistError, RendezvousError) as error:
+        reason = f"{type(error).__name__} {error}".strip().splitlines()[0]
+        print(f"tune run: the machines did not meet at {meeting_point}: {reason}", file=sys.stderr)
+        return 1
     return 0

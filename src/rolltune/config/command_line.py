@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TextIO, TypeVar
 import rolltune
 from rolltune.config.explain import explain
 from rolltune.config.load import Check, dump, validate
-from rolltune.errors import STOPS, ConfigError, RankFailed, os_error_text
+from rolltune.errors import STOPS, ConfigError, RankFailed, RankLost, os_error_text
 from rolltune.terminal import printable
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ def main(schema: type[T], run: Callable[[T], None], *, check: Check[T] = lambda 
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except STOPS as stopped:
-        if os.environ.get("RANK", "0") == "0":  # all ranks stop together
+        if os.environ.get("RANK", "0") == "0" or isinstance(stopped, RankLost):  # else all ranks stop together
             print(f"{Path(sys.argv[0]).stem}: stopped: {printable(str(stopped))}", file=sys.stderr)
         if isinstance(stopped, RankFailed):
             time.sleep(SECONDS_FOR_ANOTHER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,7 +32,10 @@ from rolltune.run.agreement import agree, together, weights_checksum
 from rolltune.run.build import BUDGETS
 from rolltune.run.checkpoint import Checkpoints, TrainState, check_room, damage, load_state, tensor_bytes
 from rolltune.run.record import write_record
+from rolltune.torchrun import count_restarts
 from rolltune.update import Optimization
+
+Resumable = GRPOConfig | SFTConfig
 
 # Keys that may change on resume because they do not affect training.
 FREE_ON_RESUME = {
@@ -43,8 +47,10 @@ FREE_ON_RESUME = {
 FREE_JUDGE_ARGUMENTS = {"max_concurrency", "cache", "wait_seconds"}
 
 
-def start(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -> Path | None:
+def start(cfg: Resumable, checkpoints: Checkpoints, world: World) -> Path | None:
     """Start in an empty output folder, or find the checkpoint to resume from.
+
+    Processes that torchrun has started again resume, whatever ``cfg.resume`` says.
 
     Returns:
         The newest complete checkpoint when resuming; None for a fresh start.
@@ -54,6 +60,11 @@ def start(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints, world: World) -
             started with.
     """
     warn_of_slow_dtype(cfg.model.dtype, world)
+    if restarts := count_restarts():
+        cfg = replace(cfg, resume=True)
+        if world.is_main:
+            message = f"restart {restarts} by torchrun: resuming from the last checkpoint, as with resume=true"
+            print(message, file=sys.stderr, flush=True)
     with together(world):
         latest = _find_latest(cfg, checkpoints) if world.is_main else None
     # Rank 0 decides; the folder of another node may be another one.
@@ -87,7 +98,7 @@ def _check_same(path: Path, state: dict[str, Any], world: World) -> None:
     )
 
 
-def _find_latest(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints) -> Path | None:
+def _find_latest(cfg: Resumable, checkpoints: Checkpoints) -> Path | None:
     """Return the checkpoint to resume from; None for a fresh start. Arguments and errors as in :func:`start`."""
     latest = _newest(cfg, checkpoints)
     if latest is not None:
@@ -97,20 +108,14 @@ def _find_latest(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints) -> Path 
     return latest
 
 
-def _newest(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints) -> Path | None:
+def _newest(cfg: Resumable, checkpoints: Checkpoints) -> Path | None:
     """Return the newest checkpoint if the run resumes; raises ConfigError if it is damaged, or should not be there."""
     if obstacle := checkpoints.obstacle():
         raise ConfigError([f"output_dir: {obstacle}"])
     steps = checkpoints.steps()
+    check_is_new(cfg)
     if not steps:
         return None
-    if not cfg.resume:
-        raise ConfigError(
-            [
-                f"output_dir: {cfg.output_dir}: holds the checkpoints of an earlier run; "
-                "add resume=true to continue it, or choose another output_dir"
-            ]
-        )
     latest, newest = checkpoints.latest(), checkpoints.path(steps[-1])
     if latest is None:
         raise ConfigError(
@@ -127,7 +132,21 @@ def _newest(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints) -> Path | Non
     raise ConfigError([f"output_dir: {newest}: the newest checkpoint is damaged ({problem}); delete it {way_out}"])
 
 
-def _check_unchanged(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints) -> None:
+def check_is_new(cfg: Resumable) -> None:
+    """Raise ConfigError if the run does not resume, but its folder holds the checkpoints of an earlier one.
+
+    ``tune run`` asks as well, before it starts processes: after a restart by torchrun they would resume.
+    """
+    if not cfg.resume and Checkpoints(Path(cfg.output_dir), keep_last=cfg.checkpoint.keep_last).steps():
+        raise ConfigError(
+            [
+                f"output_dir: {cfg.output_dir}: holds the checkpoints of an earlier run; "
+                "add resume=true to continue it, or choose another output_dir"
+            ]
+        )
+
+
+def _check_unchanged(cfg: Resumable, checkpoints: Checkpoints) -> None:
     """Raise ConfigError unless the run was started with this config, but for what may change."""
     before = config.read_saved(checkpoints.output_dir)
     if before is None:
@@ -171,7 +190,7 @@ def _advice(key: str, now: dict[str, Any]) -> str:
     return "resume with the same value, or choose another output_dir"
 
 
-def _check_nothing_is_lost(cfg: GRPOConfig | SFTConfig, checkpoints: Checkpoints) -> None:
+def _check_nothing_is_lost(cfg: Resumable, checkpoints: Checkpoints) -> None:
     """Raise ConfigError if a run in the folder had checkpoints; say so if its steps before the first one are lost."""
     if not (checkpoints.output_dir / "metrics.jsonl").is_file():
         return
@@ -215,7 +234,7 @@ def _free_keys(node: dict[str, Any]) -> Collection[str]:
 
 
 def open_log(
-    cfg: GRPOConfig | SFTConfig,
+    cfg: Resumable,
     world: World,
     *,
     resume_step: int | None,
