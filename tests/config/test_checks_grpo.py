@@ -170,7 +170,6 @@ def test_batch_invariance_is_for_the_native_sampler_on_a_cpu(grpo):
         ("model={path: smollm2-135m-instruct, dtype: float16, master_weights: true}", "model.dtype: float16; is not"),
         ("model.batch_invariant=true", "model.batch_invariant: true; is not supported with parallel.weights fsdp"),
         ("optimizer={_component_: torch.optim.Adafactor, lr: 1e-3}", "optimizer._component_: torch.optim.Adafactor"),
-        ("sampler={_component_: rolltune.samplers.vllm.colocated}", "sampler._component_: rolltune.samplers.vllm"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(grpo, override: str, problem: str):

@@ -19,6 +19,7 @@ from rolltune.errors import ConfigError
 from rolltune.model import parallel
 from rolltune.model.forward import forward_of, set_forward
 from rolltune.model.policy import build_policy
+from rolltune.model.weights import policy_weights
 from rolltune.samplers.native import NativeSampler
 from rolltune.types import Prompt, SampleRequest, SamplingParams
 from rolltune.update import MasterWeights, Optimization
@@ -148,6 +149,18 @@ def test_samples_of_gathered_weights_are_those_of_replicated_ones(tiny_llama, to
             completions.append(sampler.generate(requests, SamplingParams(max_new_tokens=8)))
         trained.take_steps(1)  # gathering leaves nothing behind
     assert completions[0] == completions[1]
+
+
+@pytest.mark.parametrize(("lora", "options"), [(None, BF16), (LORA, {"dtype": "bfloat16"})], ids=["full", "lora"])
+def test_gathered_weights_are_those_that_an_engine_gets_of_replicated_ones(tiny_llama, mesh, lora, options):
+    replicated, sharded = Trained(tiny_llama, None, lora, **options), Trained(tiny_llama, mesh, lora, **options)
+    for trained in (replicated, sharded):
+        trained.take_steps(2)
+    expected = dict(policy_weights(replicated.policy.model, torch.bfloat16))
+    with sharded.policy.gathered():
+        sent = dict(policy_weights(sharded.policy.model, torch.bfloat16))
+        assert sent.keys() == expected.keys() and all(same(sent[name], expected[name]) for name in sent)
+        assert not any(isinstance(parameter, DTensor) for parameter in sharded.policy.model.parameters())
 
 
 def test_the_adapter_that_a_run_starts_from_is_its_reference(tiny_llama, tokenizer, mesh, tmp_path):

@@ -229,7 +229,7 @@ def _model_folder(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToken
     causal_lm = unwrapped(model)
     folder = Path(tempfile.mkdtemp(prefix="rolltune-engine-"))
     config = type(causal_lm.config).from_dict(causal_lm.config.to_dict())
-    config.architectures = [type(causal_lm).__name__]
+    config.architectures = [type(causal_lm).__name__.removeprefix("FSDP")]  # of sharded models
     if isinstance(causal_lm.get_output_embeddings(), FP32Head):
         config.head_dtype = "float32"  # vLLM's name for it
     config.save_pretrained(folder)

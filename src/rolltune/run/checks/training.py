@@ -105,11 +105,6 @@ def _check_parallel(cfg: GRPOConfig | SFTConfig, world_size: int) -> Iterator[st
     optimizer = str(cfg.optimizer.get("_component_")) if is_node(cfg.optimizer) else ""
     if optimizer.rpartition(".")[2] in NOT_ELEMENTWISE:
         yield f"optimizer._component_: {optimizer}; {fsdp}, as it needs whole matrices; use AdamW, {alternative}"
-    if isinstance(cfg, GRPOConfig) and str(cfg.sampler.get("_component_")).startswith("rolltune.samplers.vllm."):
-        yield (
-            f"sampler._component_: {cfg.sampler['_component_']}; {fsdp}; use rolltune.samplers.native.NativeSampler, "
-            f"{alternative}"
-        )
 
 
 def _check_data(data: DataConfig) -> Iterator[str]:
