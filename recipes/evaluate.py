@@ -67,16 +67,14 @@ class Candidate:
     """A model under evaluation, without its weights.
 
     Attributes:
-        name: name in tables and plots.
-        path: path of the weights.
+        model: its name in tables and plots, and where its weights are.
         tokenizer: the model's own tokenizer.
         prompts: prompts by problem id, rendered by the model's own chat template.
         cache: sample files of the model.
         done: contents of the sample files at the start.
     """
 
-    name: str
-    path: str
+    model: EvaluatedModel
     tokenizer: PreTrainedTokenizerBase
     prompts: Mapping[str, Prompt]
     cache: SampleCache
@@ -139,8 +137,8 @@ def prepare(cfg: EvaluateConfig, problems: Sequence[Problem], model: EvaluatedMo
     """Load the tokenizer and render the prompts; raise ConfigError for anything that would fail later."""
     with errors_name(key):
         tokenizer, prompts = render(cfg, problems, model)
-        cache = SampleCache(Path(cfg.output_dir) / "samples", model.name, sampling_settings(cfg, model.path))
-    return Candidate(name=model.name, path=model.path, tokenizer=tokenizer, prompts=prompts, cache=cache)
+        cache = SampleCache(Path(cfg.output_dir) / "samples", model.name, sampling_settings(cfg, model))
+    return Candidate(model=model, tokenizer=tokenizer, prompts=prompts, cache=cache)
 
 
 @contextmanager
@@ -190,7 +188,7 @@ def sample_all(cfg: EvaluateConfig, problems: Sequence[Problem], candidates: Seq
     with SamplingProgress(len(candidates), enabled=world.is_main) as progress:
         for number, candidate in enumerate(candidates, start=1):
             if candidate.has_all(problems):
-                progress.say(number, candidate.name, f"all samples are in {candidate.cache.path}")
+                progress.say(number, candidate.model.name, f"all samples are in {candidate.cache.path}")
             else:
                 sample(cfg, problems, candidate, world, progress, number)
             world.barrier()
@@ -208,13 +206,17 @@ def sample(
 ) -> None:
     """Load one model, sample what is missing, and free it again."""
     share = f"; this is the share of one of {world.size} processes" if world.size > 1 else ""
-    progress.say(number, candidate.name, f"samples go to {candidate.cache.path}; loading {candidate.path}{share}")
+    progress.say(
+        number, candidate.model.name, f"samples go to {candidate.cache.path}; loading {candidate.model.path}{share}"
+    )
     with together(world):
-        model = load_for_sampling(candidate.path, dtype=cfg.dtype, device=world.device)
-    agree_on_weights(candidate.path, model, world)
+        model = load_for_sampling(
+            candidate.model.path, dtype=cfg.dtype, device=world.device, quantization=candidate.model.quantization
+        )
+    agree_on_weights(candidate.model.path, model, world)
     with closing(instantiate(cfg.sampler, model, candidate.tokenizer)) as sampler:
         for note in getattr(sampler, "notes", ()):
-            progress.say(number, candidate.name, note)
+            progress.say(number, candidate.model.name, note)
         sampler.sync(0)
         sample_missing(
             problems,
@@ -226,7 +228,7 @@ def sample(
             samples=cfg.sampling.samples,
             seed=cfg.seed,
             world=world,
-            on_progress=progress.model(number, candidate.name),
+            on_progress=progress.model(number, candidate.model.name),
         )
         world.barrier()  # closing rank 0's sampler may stop a server that other ranks still use
     del sampler, model
@@ -260,7 +262,7 @@ def report(
 def verify_samples(cfg: EvaluateConfig, problems: Sequence[Problem], candidate: Candidate) -> VerifiedModel:
     """Verify every response in the model's sample files."""
     return verify(
-        candidate.name,
+        candidate.model.name,
         problems,
         candidate.cache.read(),
         correct=component(cfg.correct),

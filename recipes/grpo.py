@@ -217,6 +217,7 @@ def dry_run(cfg: GRPOConfig) -> None:
         kv_tokens=kv_tokens if engine is None else 0,
         with_reference=instantiate(cfg.loss).kl_coef > 0,
         rearranged_copy=engine is None and cfg.sampler.get("pack_weights", True) and not torch.cuda.is_available(),
+        optimizer=cfg.optimizer["_component_"],
     )
     estimates.check_disk(cfg)
     estimates.print_memory(memory | (engine or {}), console)

@@ -166,7 +166,12 @@ def dry_run(cfg: SFTConfig) -> None:
         f"{len(examples)})"
     )
     memory = estimates.estimate_memory(
-        cfg.model, cfg.lora, microbatch_tokens=cfg.batch.microbatch_tokens, kv_tokens=0, with_reference=False
+        cfg.model,
+        cfg.lora,
+        microbatch_tokens=cfg.batch.microbatch_tokens,
+        kv_tokens=0,
+        with_reference=False,
+        optimizer=cfg.optimizer["_component_"],
     )
     estimates.check_disk(cfg)
     estimates.print_memory(memory, console)

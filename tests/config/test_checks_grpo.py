@@ -85,6 +85,7 @@ MISTAKES = [
         "model={path: smollm2-135m-instruct, batch_invariant: true, dtype: bfloat16, master_weights: true}",
         "model.batch_invariant: true; needs model.dtype float32",
     ),
+    ("model.quantization=nf4", "model.quantization: nf4; weights in 4 bits cannot be trained; add a lora section"),
     ("model.path=gpt2", "model.path: gpt2: no such folder"),
     ("model.path=./nowhere/model", "model.path: ./nowhere/model: no such folder"),
     ("lora.rank=0", "lora.rank: 0; must be >= 1"),
@@ -169,6 +170,8 @@ def test_batch_invariance_is_for_the_native_sampler_on_a_cpu(grpo):
         ("parallel.shard=0", "parallel.shard: 0; must divide the number of processes, 4"),
         ("model={path: smollm2-135m-instruct, dtype: float16, master_weights: true}", "model.dtype: float16; is not"),
         ("model.batch_invariant=true", "model.batch_invariant: true; is not supported with parallel.weights fsdp"),
+        ("model={path: smollm2-135m-instruct, quantization: nf4}", "model.quantization: nf4; is not supported with"),
+        ("optimizer={_component_: bitsandbytes.optim.AdamW8bit, lr: 1e-3}", "optimizer._component_: bitsandbytes"),
         ("optimizer={_component_: torch.optim.Adafactor, lr: 1e-3}", "optimizer._component_: torch.optim.Adafactor"),
     ],
 )
@@ -244,6 +247,12 @@ def test_float16_needs_master_weights_or_adapters(grpo):
     half = ("model.dtype=float16", "model.master_weights=true", "model.fp32_head=true")
     assert grpo(*half) == grpo(*half, f"loss_scale={LOSS_SCALE}") == []
     assert grpo("model.dtype=float16", "lora.rank=4", f"loss_scale={LOSS_SCALE}") == []
+
+
+def test_four_bits_need_adapters_and_have_no_batch_invariant_products(grpo):
+    assert grpo("model.quantization=nf4", "lora.rank=4") == []
+    (found,) = grpo("model.quantization=nf4", "lora.rank=4", "model.batch_invariant=true")
+    assert found.startswith("model.batch_invariant: true; needs model.quantization null")
 
 
 def test_number_of_processes(grpo, monkeypatch: pytest.MonkeyPatch):

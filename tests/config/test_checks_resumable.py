@@ -79,6 +79,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             for name in ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta")
         ),
         *(f"torch.optim.{name}" for name in ("ASGD", "Rprop", "RMSprop", "Adafactor")),
+        *(f"bitsandbytes.optim.{name}" for name in ("AdamW8bit", "PagedAdamW8bit", "Lion8bit")),
         "own_resumable.Noisy",
     ],
 )

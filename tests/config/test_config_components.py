@@ -65,7 +65,10 @@ MISTAKES = [
     ("loss=rolltune.losses.grp.GRPOLoss", "rolltune.losses has no grp; did you mean grpo?"),
     ("loss=roltune.losses.grpo.GRPOLoss", "no module roltune in this folder"),
     ("loss=losses.grpo.GRPOLoss", "did you mean rolltune.losses.grpo.GRPOLoss?"),
-    ("loss=os.system", "os is neither one of rolltune, torchtune, torch, transformers nor a module"),
+    (
+        "loss=os.system",
+        "os is neither one of rolltune, torchtune, torch, transformers, bitsandbytes, torchao nor a module",
+    ),
     ("loss=rolltune.losses.grpo", "loss._component_: rolltune.losses.grpo is a module"),
     ("~loss._component_", "loss: has no _component_"),
     ("loss.beta=0.1", "loss.beta: GRPOLoss takes no such argument; it takes clip_high, clip_low, dual_clip, kl_coef"),

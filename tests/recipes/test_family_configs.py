@@ -72,6 +72,9 @@ SHAPES = {
     "gemma3_1b": shape("Gemma3TextConfig", 1152, 26, 4, 1, 6912, 262144, head_dim=256),
     "smollm3_3b_lora": shape("SmolLM3Config", 2048, 36, 16, 4, 11008, 128256),
     "llama3_1_8b_lora": shape("LlamaConfig", 4096, 32, 32, 8, 14336, 128256),
+    "qwen3_4b_lora_24gb": shape("Qwen3Config", 2560, 36, 32, 8, 9728, 151936, head_dim=128, tie_word_embeddings=True),
+    "llama3_2_3b_qlora_16gb": shape("LlamaConfig", 3072, 28, 24, 8, 8192, 128256, tie_word_embeddings=True),
+    "llama3_1_8b_qlora_24gb": shape("LlamaConfig", 4096, 32, 32, 8, 14336, 128256),
     "gpt_oss_20b_lora": shape("GptOssConfig", 2880, 24, 64, 8, 2880, 201088, head_dim=64, num_local_experts=32),
 }
 PROMPT_TOKENS = 300  # system message, template, and a long question of GSM8K
@@ -90,7 +93,7 @@ def test_the_run_fits_the_gpu_that_the_config_names(name, tmp_path):
         microbatch_tokens=cfg.batch.microbatch_tokens,
         kv_tokens=completions * (cfg.sampling.max_new_tokens + PROMPT_TOKENS),
         with_reference=True,
-        rearranged_copy=False,
+        optimizer=cfg.optimizer["_component_"],
     )
     found = re.search(r"Meant for: one\s+(?:# )?GPU of (\d+) GB", path.read_text())
     assert found and estimates.peak(parts) * 2**30 / 1e9 + CONTEXT_GB < float(found[1]), parts

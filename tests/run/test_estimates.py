@@ -41,13 +41,16 @@ def memory(tiny_llama, monkeypatch):
     """Bytes of each part."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
-    def estimate(lora=None, *, microbatch_tokens=100, kv_tokens=50, with_reference=False, **model) -> dict[str, float]:
+    def estimate(
+        lora=None, *, microbatch_tokens=100, kv_tokens=50, with_reference=False, optimizer="torch.optim.AdamW", **model
+    ) -> dict[str, float]:
         parts = estimate_memory(
             ModelConfig(path=str(tiny_llama), **model),
             lora,
             microbatch_tokens=microbatch_tokens,
             kv_tokens=kv_tokens,
             with_reference=with_reference,
+            optimizer=optimizer,
         )
         return {name: gib * GIB for name, gib in parts.items() if name != "logits of a chunk"}
 
@@ -100,7 +103,7 @@ def test_full_training_in_float32(memory):
         {
             "weights": 4 * PARAMETERS,
             "gradients": 4 * PARAMETERS,
-            "AdamW moments": 8 * PARAMETERS,
+            "optimizer's moments": 8 * PARAMETERS,
             "frozen reference": 4 * PARAMETERS,
             "activations of a microbatch": 100 * 2 * ACTIVATIONS * 4,
             "keys and values while sampling": 50 * 2 * 2 * 16 * 4,  # tokens, keys and values, layers, 2 heads of 8
@@ -114,7 +117,8 @@ def test_bfloat16_and_its_master_weights(memory):
     half = memory(dtype="bfloat16", with_reference=True)
     assert half == pytest.approx({name: value / 2 for name, value in memory(with_reference=True).items()})
     assert memory(dtype="bfloat16", master_weights=True, with_reference=True) == pytest.approx(
-        half | {"gradients": 4 * PARAMETERS, "AdamW moments": 8 * PARAMETERS, "fp32 master weights": 4 * PARAMETERS}
+        half
+        | {"gradients": 4 * PARAMETERS, "optimizer's moments": 8 * PARAMETERS, "fp32 master weights": 4 * PARAMETERS}
     )
 
 
@@ -130,13 +134,22 @@ def test_lora_trains_fp32_adapters_and_has_its_reference_for_nothing(memory):
         {
             "weights": 2 * PARAMETERS + 4 * 4 * LINEAR_FEATURES,
             "gradients": 4 * 4 * LINEAR_FEATURES,
-            "AdamW moments": 8 * 4 * LINEAR_FEATURES,
+            "optimizer's moments": 8 * 4 * LINEAR_FEATURES,
             "activations of a microbatch": 100 * 2 * ACTIVATIONS * 2,
             "keys and values while sampling": 50 * 2 * 2 * 16 * 2,
         }
     )
     narrow = memory(LoRAConfig(rank=4, target_modules="q_proj"))
     assert narrow["gradients"] == pytest.approx(4 * 4 * 2 * 64)
+
+
+def test_frozen_weights_and_moments_in_fewer_bits(memory):
+    lora = memory(LoRAConfig(rank=4), dtype="bfloat16", with_reference=True)
+    qlora = memory(LoRAConfig(rank=4), dtype="bfloat16", quantization="nf4", with_reference=True)
+    linear = 2 * (ATTENTION + 3 * 32 * 64)  # all but the embeddings, the head and the norms
+    assert lora["weights"] - qlora["weights"] == pytest.approx((2 - 0.5 - (1 + 1 / 64) / 64) * linear)
+    assert {**qlora, "weights": 0} == {**lora, "weights": 0}
+    assert memory(optimizer="bitsandbytes.optim.AdamW8bit")["optimizer's moments"] == pytest.approx(2 * PARAMETERS)
 
 
 def test_checkpointing_keeps_the_input_of_each_layer_and_one_whole_layer(memory):

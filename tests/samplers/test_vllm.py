@@ -201,13 +201,16 @@ def test_a_version_is_sent_only_once(sampler, monkeypatch):
     sampler.sync(version)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_lora_and_other_precisions(vllm_folder, tokenizer, dtype):
-    base = load_model(str(vllm_folder), dtype=dtype, device="cpu")
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "engine"),
+    [("bfloat16", None, "bfloat16"), ("float32", None, "bfloat16"), ("float32", "nf4", "float32")],
+)
+def test_lora_and_other_precisions(vllm_folder, tokenizer, dtype, quantization, engine):
+    base = load_model(str(vllm_folder), dtype=dtype, device="cpu", quantization=quantization)
     torch.manual_seed(0)
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(base, lora).train()
-    sampler = colocated(model, tokenizer, **OPTIONS, dtype="bfloat16" if dtype == "float32" else None)
+    sampler = colocated(model, tokenizer, **OPTIONS, dtype=engine)
     try:
         for version in range(2):
             sampler.sync(version)
@@ -219,7 +222,7 @@ def test_lora_and_other_precisions(vllm_folder, tokenizer, dtype):
         (group,) = sampler.generate([request], SamplingParams(max_new_tokens=40))
         model.eval()
         gaps = torch.cat([(trainer_logprobs(model, request, c, 1.0) - torch.tensor(c.logprobs)).abs() for c in group])
-        assert gaps.mean() < 0.1
+        assert gaps.mean() < (0.1 if engine == "bfloat16" else 1e-3)
     finally:
         sampler.close()
 

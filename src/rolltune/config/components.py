@@ -29,7 +29,7 @@ from rolltune.config.values import type_problem, without_none
 from rolltune.errors import ConfigError
 from rolltune.files import home_path
 
-ROOTS = ("rolltune", "torchtune", "torch", "transformers")
+ROOTS = ("rolltune", "torchtune", "torch", "transformers", "bitsandbytes", "torchao")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 

@@ -20,6 +20,7 @@ Component = dict[str, Any]
 FilePath = Annotated[str, "path"]  # a file or folder; ``~`` at its start is replaced by the home folder
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["nf4"] | None
 
 _ANSWER = partial(dict, _component_="rolltune.rewards.answer.answer_reward")
 _LENIENT = partial(dict, _component_="rolltune.rewards.answer.lenient_answer_reward")
@@ -41,6 +42,7 @@ class ModelConfig:
     batch_invariant: bool = False  # grpo, float32 on a CPU: sampler and trainer agree bit for bit, but run slower
     # weight of the load-balancing loss of a mixture-of-experts model's routers, 0.001 for example; 0: none
     router_aux_loss: float = 0.0
+    quantization: Quantization = None  # "nf4": frozen weights in 4 bits under lora (QLoRA); needs bitsandbytes
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, about 1/3 more time
 
 
@@ -354,6 +356,7 @@ class EvaluatedModel:
 
     name: str = MISSING  # in tables, plots and file names
     path: FilePath = MISSING  # Hub id, local folder (a checkpoint, a LoRA adapter), or "smollm2-135m-instruct"
+    quantization: Quantization = None  # as in training; an adapter that was trained on 4 bits fits no other weights
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from rolltune.config.schema import EvaluateConfig
+from rolltune.config.schema import EvaluateConfig, EvaluatedModel
 from rolltune.distributed import World
 from rolltune.errors import ConfigError
 from rolltune.eval.sample_cache import WEIGHTS_KEY, ProblemSamples, Response, SampleCache
@@ -32,15 +32,18 @@ _MODEL_FILES = (".safetensors", ".bin", ".json", ".model")
 # --- what samples depend on -------------------------------------------------------------------------------------------
 
 
-def sampling_settings(cfg: EvaluateConfig, model: str) -> dict[str, Any]:
+def sampling_settings(cfg: EvaluateConfig, model: EvaluatedModel) -> dict[str, Any]:
     """Collect everything a model's samples depend on except the prompts. The answer checkers are not part of it.
 
     Args:
         cfg: config of the whole evaluation.
-        model: path of the model.
+        model: one of its models.
     """
+    weights = {WEIGHTS_KEY: fingerprint(model.path), "dtype": cfg.dtype}
+    if model.quantization is not None:
+        weights["quantization"] = model.quantization
     sampling = {f"sampling.{key}": value for key, value in asdict(cfg.sampling).items()}
-    return {WEIGHTS_KEY: fingerprint(model), "dtype": cfg.dtype, "seed": cfg.seed, **sampling, "sampler": cfg.sampler}
+    return {**weights, "seed": cfg.seed, **sampling, "sampler": cfg.sampler}
 
 
 def fingerprint(path: str) -> str:

@@ -40,6 +40,7 @@ from rolltune.model.fp32_head import use_fp32_head
 from rolltune.model.hollow import hollow_model, source_of
 from rolltune.model.packed_attention import PACKED_ATTENTION
 from rolltune.model.parallel import gather_ends, shard_model
+from rolltune.model.quantized import keep_layout, nf4_config
 
 PACKAGED = "smollm2-135m-instruct"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -185,6 +186,7 @@ def load_model(
     *,
     dtype: str,
     device: torch.device | str,
+    quantization: str | None = None,
     fp32_head: bool = False,
     batch_invariant: bool = False,
     hollow: bool = False,
@@ -195,6 +197,7 @@ def load_model(
         path: ``model.path``, not an adapter.
         dtype: key of ``DTYPES``.
         device: device of the weights.
+        quantization: "nf4": linear layers in 4 bits (:mod:`rolltune.model.quantized`), which cannot be trained.
         fp32_head: whether to compute logits in fp32 (:mod:`rolltune.model.fp32_head`).
         batch_invariant: whether a token's log-prob must not depend on the batch
             (:mod:`rolltune.model.batch_invariant`); float32 on a CPU only.
@@ -208,12 +211,17 @@ def load_model(
     if batch_invariant:
         check_usable(dtype, device)
     source = resolve_model(path)
-    config = load_config(source)
+    config, precision = load_config(source), DTYPES[dtype]
+    load = auto_class(config).from_pretrained
     model = None
     if hollow:
-        model = _from_hub(partial(hollow_model, auto_class(config), config, dtype=DTYPES[dtype]), source)
-    if model is None:
-        model = _from_hub(auto_class(config).from_pretrained, source, dtype=DTYPES[dtype])
+        model = _from_hub(partial(hollow_model, auto_class(config), config, dtype=precision), source)
+    if model is None and quantization is None:
+        model = _from_hub(load, source, dtype=precision)
+    elif model is None:
+        settings = nf4_config(precision)
+        model = _from_hub(load, source, dtype=precision, quantization_config=settings, device_map={"": device})
+        keep_layout(model)
     if fp32_head:
         use_fp32_head(model, path)
     if batch_invariant:
@@ -253,12 +261,12 @@ def choose_sharded(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
 
 def load_for_sampling(
-    path: str, *, dtype: str, device: torch.device, fp32_head: bool = False
+    path: str, *, dtype: str, device: torch.device, quantization: str | None = None, fp32_head: bool = False
 ) -> PreTrainedModel | PeftModel:
     """Load a full model, or an adapter on its base, in eval mode and without gradients."""
     source = resolve_model(path)
     base = adapter_base(source)
-    model = load_model(base or source, dtype=dtype, device=device, fp32_head=fp32_head)
+    model = load_model(base or source, dtype=dtype, device=device, quantization=quantization, fp32_head=fp32_head)
     if base is not None:
         model = PeftModel.from_pretrained(model, source)
     return model.requires_grad_(False).eval()

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from rolltune.config.schema import LoRAConfig
 from rolltune.model.load import unwrapped
 from rolltune.model.parts import text_decoder
+from rolltune.model.quantized import num_weights
 
 try:
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -97,7 +98,8 @@ def _can_adapt(name: str, layer: nn.Module, model: PreTrainedModel) -> bool:
     if type(layer) in (nn.Linear, Conv1D):
         return True
     with torch.no_grad():
-        return isinstance(layer(layer.weight.new_zeros(1, layer.weight.shape[1])), Tensor)  # pyright: ignore
+        inputs = torch.zeros(1, layer.in_features, dtype=model.dtype, device=layer.weight.device)  # pyright: ignore
+        return isinstance(layer(inputs), Tensor)
 
 
 def lora_config(lora: LoRAConfig, model: PreTrainedModel, wanted: Sequence[str]) -> LoraConfig:
@@ -149,10 +151,10 @@ def without_adapter(model: PeftModel | PreTrainedModel, lora: LoRAConfig) -> str
     for name, parameter in text_decoder(causal_lm).named_parameters():
         if ".lora_" in name or name.endswith("bias") or parameter.ndim < 2 or id(parameter) in embeddings:
             continue
-        total += parameter.numel()
+        total += num_weights(parameter)
         if ".base_layer." not in name:
             short = re.sub(r"^.*\.\d+\.", "", name.removesuffix(".weight"))
-            sizes[short] = sizes.get(short, 0) + parameter.numel()
+            sizes[short] = sizes.get(short, 0) + num_weights(parameter)
             has_experts |= parameter.ndim == 3 and "experts" in name
     share = sum(sizes.values()) / max(1, total)
     if share < 0.01:

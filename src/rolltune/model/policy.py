@@ -279,6 +279,7 @@ def build_policy(
         load_model,
         dtype=config.dtype,
         device=device,
+        quantization=config.quantization,
         fp32_head=config.fp32_head,
         batch_invariant=config.batch_invariant,
         hollow=hollow,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from itertools import chain, groupby
+from typing import TypeGuard
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
@@ -17,6 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from rolltune.model.load import unwrapped
+from rolltune.model.quantized import decoded, is_quantized
 
 
 def policy_weights(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -52,15 +55,17 @@ def _exported(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the converted weights of each layer in turn, each tensor passed through ``prepare`` first."""
     causal_lm = unwrapped(model)
-    adapted = {f"{name}.weight": module for name, module in causal_lm.named_modules() if isinstance(module, LoraLinear)}
+    adapted = {f"{name}.weight": module for name, module in causal_lm.named_modules() if _is_lora(module)}
+    quantized = _quantized_layers(causal_lm)
     for _, layer in groupby(_stored_tensors(causal_lm), key=lambda item: _layer(item[0])):
         tensors: dict[str, Tensor] = {}
         for name, tensor in layer:
-            is_cast = isinstance(tensor, torch.nn.Parameter) and tensor.dtype == causal_lm.dtype
-            value = prepare(tensor.detach())
+            stored = decoded(quantized[name]) if name in quantized else tensor
+            is_cast = isinstance(tensor, torch.nn.Parameter) and stored.dtype == causal_lm.dtype
+            value = prepare(stored.detach())
             if name in adapted and not value.is_meta:
                 value = _merged(adapted[name], value)
-            tensors[name] = value.to(dtype if is_cast else tensor.dtype)
+            tensors[name] = value.to(dtype if is_cast else stored.dtype)
         yield from revert_weight_conversion(causal_lm, tensors).items()
 
 
@@ -80,6 +85,15 @@ def _state(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in chain(module._parameters.items(), module._buffers.items()):
             if tensor is not None and name not in module._non_persistent_buffers_set:
                 yield f"{path}.{name}" if path else name, tensor
+
+
+def _quantized_layers(causal_lm: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """Return the layers whose weights are stored in 4 bits, by the weight's name without adapters."""
+    return {
+        f"{name.removesuffix('.base_layer')}.weight": module
+        for name, module in causal_lm.named_modules()
+        if is_quantized(module)
+    }
 
 
 def _layer(name: str) -> str:
@@ -107,7 +121,7 @@ def _not_mergeable(module: torch.nn.Module) -> str | None:
         return f"a module that peft trains besides LoRA ({type(module).__name__})"
     if not isinstance(module, BaseTunerLayer):
         return None
-    if type(module) is not LoraLinear:
+    if not _is_lora(module):
         return f"{type(module).__module__}.{type(module).__name__}"
     for adapter in module.active_adapters:
         if variant := module.lora_variant.get(adapter):
@@ -115,6 +129,11 @@ def _not_mergeable(module: torch.nn.Module) -> str | None:
         if module.lora_bias.get(adapter):
             return "a LoRA bias"
     return None
+
+
+def _is_lora(module: torch.nn.Module) -> TypeGuard[LoraLinear]:
+    """Whether a module is LoRA on a linear layer, whose weight may be stored in 4 bits."""
+    return type(module) is LoraLinear or (isinstance(module, LoraLayer) and is_quantized(module.get_base_layer()))
 
 
 def _merged(layer: LoraLinear, weight: Tensor) -> Tensor:

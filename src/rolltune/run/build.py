@@ -142,7 +142,13 @@ def starting_sampler(cfg: GRPOConfig, tokenizer: PreTrainedTokenizerBase, world:
     weights of one model at a time.
     """
     weights = cfg.model
-    model = load_for_sampling(weights.path, dtype=weights.dtype, device=world.device, fp32_head=weights.fp32_head)
+    model = load_for_sampling(
+        weights.path,
+        dtype=weights.dtype,
+        device=world.device,
+        quantization=weights.quantization,
+        fp32_head=weights.fp32_head,
+    )
     if cfg.sampler["_component_"].startswith("rolltune.samplers.vllm."):
         sampler = NativeSampler(model, tokenizer)
     else:

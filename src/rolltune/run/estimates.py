@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from rolltune.errors import ConfigError
 from rolltune.model.load import DTYPES, empty_model, load_config
 from rolltune.model.logprobs import CHUNK_BYTES
 from rolltune.model.lora import expert_parameters, lora_modules
+from rolltune.model.quantized import NF4_BYTES
 from rolltune.run.checkpoint import free_bytes
 
 GIB = 2**30
@@ -34,6 +36,13 @@ def count_parameters(config, lora: LoRAConfig | None = None) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), features
 
 
+def count_linear(config) -> int:
+    """Return the number of weights of linear layers but the LM head, those that ``model.quantization`` stores."""
+    model = empty_model(config)
+    head = model.get_output_embeddings()
+    return sum(m.weight.numel() for m in model.modules() if type(m) is torch.nn.Linear and m is not head)
+
+
 def estimate_memory(
     model: ModelConfig,
     lora: LoRAConfig | None,
@@ -42,6 +51,7 @@ def estimate_memory(
     kv_tokens: int,
     with_reference: bool,
     rearranged_copy: bool = False,
+    optimizer: str = "AdamW",
 ) -> dict[str, float]:
     """Estimate the memory of one process in GiB, by part. Activations are rough (about +-30 %), the rest is counted.
 
@@ -52,13 +62,18 @@ def estimate_memory(
         kv_tokens: tokens whose keys and values are held while sampling, at most.
         with_reference: whether the loss has a KL term, which needs a frozen reference.
         rearranged_copy: whether the sampler holds a second copy of the weights (on CPUs, in the layout of oneDNN).
+        optimizer: its component; taken for AdamW, with moments in 8 or 4 bits where the name says so.
     """
     config = load_config(model.path)
     text = config.get_text_config()
     size = torch.finfo(DTYPES[model.dtype]).bits // 8
     parameters, linear_features = count_parameters(config, lora)
+    quantized = count_linear(config) if model.quantization else 0
+    weights = (parameters - quantized) * size + quantized * NF4_BYTES
     trained = lora.rank * linear_features if lora else parameters
     trained_size = 4 if lora or model.master_weights else size
+    bits = re.search(r"([48])bit", optimizer)
+    moment_size = int(bits[1]) / 8 if bits else trained_size
     heads = _size(text, "num_attention_heads", default=1)
     head_dim = _size(text, "head_dim", default=text.hidden_size // heads)
     kv_width = head_dim * _size(text, "num_key_value_heads", default=heads)
@@ -67,16 +82,16 @@ def estimate_memory(
     layers = text.num_hidden_layers
     per_token = text.hidden_size * layers + layer if model.gradient_checkpointing else layer * layers
     parts = {
-        "weights": parameters * size + (trained * 4 if lora else 0),
+        "weights": weights + (trained * 4 if lora else 0),
         "gradients": trained * trained_size,
-        "AdamW moments": 2 * trained * trained_size,
+        "optimizer's moments": 2 * trained * moment_size,
         "fp32 master weights": trained * 4 if model.master_weights else 0,
-        "frozen reference": parameters * size if with_reference and not lora else 0,
+        "frozen reference": weights if with_reference and not lora else 0,
         "activations of a microbatch": per_token * microbatch_tokens * size,
         "LM head in fp32": text.vocab_size * text.hidden_size * 4 if model.fp32_head else 0,
         "logits of a chunk": 3 * CHUNK_BYTES["cuda" if torch.cuda.is_available() else "cpu"],
         "keys and values while sampling": 2 * kv_width * layers * kv_tokens * size,
-        "rearranged weights while sampling": parameters * size if rearranged_copy else 0,
+        "rearranged weights while sampling": (parameters - quantized) * size if rearranged_copy else 0,
     }
     return {name: value / GIB for name, value in parts.items() if value}
 

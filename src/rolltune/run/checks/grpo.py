@@ -80,6 +80,8 @@ def _check_batch_invariant(cfg: GRPOConfig) -> Iterator[str]:
         )
     if cfg.lora is not None and cfg.lora.dropout > 0:
         yield "model.batch_invariant: true; needs lora.dropout 0, as the sampler has no dropout"
+    if cfg.model.quantization is not None:
+        yield "model.batch_invariant: true; needs model.quantization null, whose products are torch's own"
     if cfg.model.dropout:
         yield "model.batch_invariant: true; needs model.dropout false, as the sampler has no dropout"
     if not issubclass(component_class(cfg.sampler) or object, NativeSampler):

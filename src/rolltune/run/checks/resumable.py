@@ -33,7 +33,8 @@ def optimizer_problem(node: Component) -> str | None:
     if "capturable" in node:
         node = node | {"capturable": False}  # which needs tensors in CUDA
     with _trial():
-        unbroken = [Parameter(torch.randn(shape)) for shape in ((4,), (3, 4))]
+        # 8-bit optimizers keep the moments of less than 4,096 weights in float32.
+        unbroken = [Parameter(torch.randn(shape)) for shape in ((4,), (3, 4), (64, 65))]
         resumed = _copies(unbroken)
         try:
             optimizer, restarted = _build(node, unbroken), _build(node, resumed)

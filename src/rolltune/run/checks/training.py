@@ -71,6 +71,8 @@ def _check_weights(model: ModelConfig, lora: LoRAConfig | None) -> Iterator[str]
     if model.fp32_head and model.dtype == "float32":
         yield "model.fp32_head: true; has no effect with model.dtype float32, whose logits are float32 already"
     if lora is None:
+        if model.quantization is not None:
+            yield f"model.quantization: {model.quantization}; weights in 4 bits cannot be trained; add a lora section"
         if model.dtype in SMALLEST_UPDATE and not model.master_weights:
             yield (
                 f"model.master_weights: false; must be true with model.dtype {model.dtype}, which would round away an "
@@ -102,7 +104,11 @@ def _check_parallel(cfg: GRPOConfig | SFTConfig, world_size: int) -> Iterator[st
         yield f"model.dtype: float16; {fsdp}; use bfloat16 or float32, {alternative}"
     if cfg.model.batch_invariant:
         yield f"model.batch_invariant: true; {fsdp}; set it to false, {alternative}"
+    if cfg.model.quantization is not None:
+        yield f"model.quantization: {cfg.model.quantization}; {fsdp}; set it to null, {alternative}"
     optimizer = str(cfg.optimizer.get("_component_")) if is_node(cfg.optimizer) else ""
+    if optimizer.startswith("bitsandbytes."):
+        yield f"optimizer._component_: {optimizer}; {fsdp}; use torch.optim.AdamW, {alternative}"
     if optimizer.rpartition(".")[2] in NOT_ELEMENTWISE:
         yield f"optimizer._component_: {optimizer}; {fsdp}, as it needs whole matrices; use AdamW, {alternative}"
 
