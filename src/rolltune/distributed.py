@@ -64,7 +64,7 @@ class World:
         if self.size == 1 or not values:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with _connected():
+        with connected():
             dist.all_reduce(tensor, op=op)
             return tensor.tolist()
 
@@ -73,7 +73,7 @@ class World:
         if self.size == 1:
             return list(items)
         parts: list[Any] = [None] * self.size
-        with _connected():
+        with connected():
             dist.all_gather_object(parts, list(items))
         return [item for part in parts for item in part]
 
@@ -101,17 +101,17 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
-            with _connected():
+            with connected():
                 dist.barrier()
 
 
 @contextmanager
-def _connected() -> Iterator[None]:
+def connected() -> Iterator[None]:
     """Turn the failure of a collective into a RankLost; gloo raises RuntimeErrors."""
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        if isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error)):
             what = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]  # without gloo's source file
             raise RankLost(f"a collective has failed ({what})") from error
         raise
@@ -119,7 +119,7 @@ def _connected() -> Iterator[None]:
 
 def _reduce_bucket(gradients: list[Tensor]) -> None:
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    with _connected():
+    with connected():
         dist.all_reduce(flat)
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
