@@ -96,7 +96,7 @@ def run(cfg: GRPOConfig) -> None:
         dry_run(cfg)
         return
     with (
-        joined_world(cfg.device, stall_seconds=cfg.stall_seconds) as world,
+        joined_world(cfg.device, stall_seconds=cfg.stall_seconds, cpu_offload=cfg.parallel.cpu_offload) as world,
         watch(
             world, stall_seconds=cfg.stall_seconds, grace_seconds=cfg.grace_seconds, output_dir=cfg.output_dir
         ) as watching,
@@ -246,14 +246,17 @@ def set_up(cfg: GRPOConfig, world: World, resume_from: Path | None) -> Component
             seed=cfg.seed,
             with_reference=loss.kl_coef > 0,
             resume_from=resume_from / "policy" if resume_from else None,
+            hollow=cfg.parallel.weights == "fsdp",
         )
+    agree_on_weights("model.path", policy.model, world)
+    build.distribute(cfg, policy, world)
+    with together(world):
         updates_per_step = cfg.batch.num_iterations * cfg.batch.minibatches
         own_ratio = updates_per_step > 1 or policy.has_dropout  # later updates, and those with dropout, are off-policy
         optimization = build.build_optimization(cfg, policy, num_updates=cfg.num_steps * updates_per_step)
         if resume_from:
-            optimization.load_state_dict(load_optimization(resume_from, world.device))
+            optimization.load_state_dict(load_optimization(resume_from))
     notices.show(policy.notes, is_main=world.is_main)
-    agree_on_weights("model.path", policy.model, world)
     return Components(
         world=world,
         policy=policy,
@@ -294,8 +297,6 @@ def sample(
     cfg: GRPOConfig, components: Components, step: int, data_position: int, phases: Phases, progress: Progress
 ) -> Rollout:
     """Sample this rank's groups of one step with the current weights, and score them."""
-    with phases("sync"):
-        components.sampler.sync(components.policy.version)
     reward, params = components.rewards.training, cfg.sampling.params()
 
     def sample_and_score(problems: Sequence[Problem]) -> list[Group]:
@@ -312,16 +313,19 @@ def sample(
             )
             return score_groups(pending, reward)
 
-    with phases("sample"):
-        rollout = collect(
-            components.stream,
-            data_position,
-            components.world,
-            sample_and_score,
-            advantage=components.advantage,
-            num_groups=cfg.batch.prompts_per_step,
-            dynamic_rounds=cfg.batch.dynamic_sampling_rounds,
-        )
+    with components.policy.gathered():
+        with phases("sync"):
+            components.sampler.sync(components.policy.version)
+        with phases("sample"):
+            rollout = collect(
+                components.stream,
+                data_position,
+                components.world,
+                sample_and_score,
+                advantage=components.advantage,
+                num_groups=cfg.batch.prompts_per_step,
+                dynamic_rounds=cfg.batch.dynamic_sampling_rounds,
+            )
     completions = (completion for group in rollout.sampled for completion in group.completions)
     check_versions(completions, components.policy.version, components.world)
     return rollout
@@ -331,7 +335,8 @@ def selftest(
     cfg: GRPOConfig, components: Components, rollout: Rollout, console: Console, *, starts_as_reference: bool
 ) -> None:
     """Check the gradient path on the first batch; raises before anything is trained."""
-    with together(components.world):
+    with_reference = components.loss.kl_coef > 0
+    with components.policy.gathered(with_reference=with_reference), together(components.world):
         results = run_selftest(
             components.policy,
             rollout.sampled,
@@ -341,7 +346,7 @@ def selftest(
             temperature=cfg.sampling.temperature,
             dtype=cfg.model.dtype,
             sampler_dtype=cfg.sampler.get("dtype"),
-            with_reference=components.loss.kl_coef > 0,
+            with_reference=with_reference,
             starts_as_reference=starts_as_reference,
         )
         shown = rollout.sampled[0]
@@ -412,27 +417,28 @@ def prepare(
 def evaluate(cfg: GRPOConfig, components: Components, progress: Progress) -> dict[str, float]:
     """Measure greedy accuracy on the held-out problems, and compare judges with the gold measure if there is one."""
     world, rewards = components.world, components.rewards
-    components.sampler.sync(components.policy.version)
-    with together(world):
-        responses = sample_greedy(
-            components.heldout,
-            render=components.render,
-            sampler=components.sampler,
-            params=SamplingParams(
-                temperature=0.0,
-                max_new_tokens=cfg.eval.max_new_tokens or cfg.sampling.max_new_tokens,
-                stop=tuple(cfg.sampling.stop),
-            ),
-            world=world,
-            on_progress=progress.phase("evaluating"),
-        )
-    check_versions((completion for _, completion in responses), components.policy.version, world)
-    metrics = score_heldout(responses, reward=rewards.heldout, world=world)
-    if rewards.overoptimization is not None:
-        reading = rewards.overoptimization.measure(responses, output_dir=Path(cfg.output_dir), world=world)
-        metrics |= reading.metrics
-        if reading.warning and world.is_main:
-            print(reading.warning, flush=True)
+    with components.policy.gathered():  # judges may be the policy as well
+        components.sampler.sync(components.policy.version)
+        with together(world):
+            responses = sample_greedy(
+                components.heldout,
+                render=components.render,
+                sampler=components.sampler,
+                params=SamplingParams(
+                    temperature=0.0,
+                    max_new_tokens=cfg.eval.max_new_tokens or cfg.sampling.max_new_tokens,
+                    stop=tuple(cfg.sampling.stop),
+                ),
+                world=world,
+                on_progress=progress.phase("evaluating"),
+            )
+        check_versions((completion for _, completion in responses), components.policy.version, world)
+        metrics = score_heldout(responses, reward=rewards.heldout, world=world)
+        if rewards.overoptimization is not None:
+            reading = rewards.overoptimization.measure(responses, output_dir=Path(cfg.output_dir), world=world)
+            metrics |= reading.metrics
+            if reading.warning and world.is_main:
+                print(reading.warning, flush=True)
     return metrics
 
 

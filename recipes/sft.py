@@ -70,7 +70,7 @@ def run(cfg: SFTConfig) -> None:
         dry_run(cfg)
         return
     with (
-        joined_world(cfg.device, stall_seconds=cfg.stall_seconds) as world,
+        joined_world(cfg.device, stall_seconds=cfg.stall_seconds, cpu_offload=cfg.parallel.cpu_offload) as world,
         watch(
             world, stall_seconds=cfg.stall_seconds, grace_seconds=cfg.grace_seconds, output_dir=cfg.output_dir
         ) as watching,
@@ -198,12 +198,15 @@ def set_up(cfg: SFTConfig, world: World, resume_from: Path | None) -> Components
             seed=cfg.seed,
             with_reference=False,
             resume_from=resume_from / "policy" if resume_from else None,
+            hollow=cfg.parallel.weights == "fsdp",
         )
+    agree_on_weights("model.path", policy.model, world)
+    build.distribute(cfg, policy, world)
+    with together(world):
         optimization = build.build_optimization(cfg, policy, num_updates=cfg.num_steps)
         if resume_from:
-            optimization.load_state_dict(load_optimization(resume_from, world.device))
+            optimization.load_state_dict(load_optimization(resume_from))
     notices.show(policy.notes, is_main=world.is_main)
-    agree_on_weights("model.path", policy.model, world)
     return Components(
         world=world,
         policy=policy,
@@ -260,7 +263,7 @@ def selftest(cfg: SFTConfig, components: Components, data_position: int, console
     problems = components.world.shard(components.stream.take(data_position, cfg.batch.examples_per_step))
     examples = [example(cfg, problem, components.render, tokenizer) for problem in problems]
     responses = [worked_response(problem, cfg.answer_format) for problem in problems]
-    with together(components.world):
+    with components.policy.gathered(), together(components.world):
         results = run_sft_selftest(components.policy, examples, responses=responses, tokenizer=tokenizer)
         print_selftest(results, examples[0].prompt, examples[0].sequences[0].token_ids, tokenizer, console)
 
@@ -282,6 +285,7 @@ def train(
             balance(examples, world), max_tokens=cfg.batch.microbatch_tokens, device=world.device
         )
         on_progress = progress.phase("training")
+        idle = policy.idle_microbatches("train", len(microbatches))
         for done, microbatch in enumerate(microbatches, start=1):
             logprobs, entropy, router_loss = policy.trained_logprobs(microbatch, temperature=1.0)
             loss = nll_loss(logprobs, totals)
@@ -295,6 +299,7 @@ def train(
             entropy_sum += entropy.sum().item()
             packed_tokens += len(microbatch.input_ids)
             on_progress(done, len(microbatches))
+        policy.idle_backward(idle)
         metrics = components.optimization.step(world)
     policy.version += not metrics["skipped_step"]
     loss_sum, entropy_sum, router_sum, all_tokens = world.sum([loss_sum, entropy_sum, router_sum, packed_tokens])
@@ -314,10 +319,13 @@ def heldout_loss(cfg: SFTConfig, components: Components, progress: Progress) -> 
     total, count = 0.0, 0
     microbatches = pack_examples(examples, max_tokens=cfg.batch.microbatch_tokens, device=world.device)
     on_progress = progress.phase("evaluating")
+    idle = policy.idle_microbatches("heldout_loss", len(microbatches))
     for done, microbatch in enumerate(microbatches, start=1):
         logprobs, _ = policy.logprobs(microbatch, temperature=1.0)
         total, count = total - logprobs.double().sum().item(), count + len(logprobs)
         on_progress(done, len(microbatches))
+    for microbatch in idle:
+        policy.logprobs(microbatch, temperature=1.0)
     total, count = world.sum([total, count])
     return total / count
 

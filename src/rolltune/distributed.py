@@ -1,4 +1,4 @@
-"""Data parallelism with replicated weights. The same code runs with one process or with many.
+"""Data parallelism over processes. The same code runs with one process or with many.
 
 Each rank works on whole groups of a step. Losses are already divided by totals over all ranks, so gradients and losses
 only have to be summed over ranks.
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rolltune.errors import STOPS, ConfigError, RankFailed, RankLost, RunStopped
 from rolltune.model.cpu.allocator import keep_freed_memory
@@ -63,7 +64,7 @@ class World:
         if self.size == 1 or not values:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with _connected():
+        with connected():
             dist.all_reduce(tensor, op=op)
             return tensor.tolist()
 
@@ -72,17 +73,22 @@ class World:
         if self.size == 1:
             return list(items)
         parts: list[Any] = [None] * self.size
-        with _connected():
+        with connected():
             dist.all_gather_object(parts, list(items))
         return [item for part in parts for item in part]
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Sum ``.grad`` over ranks, in place and in flat buckets. A parameter without a gradient counts as zero."""
+        """Sum ``.grad`` over ranks, in place and in flat buckets. A parameter without a gradient counts as zero.
+
+        FSDP has summed the gradients of sharded parameters already.
+        """
         if self.size == 1:
             return
         bucket: list[Tensor] = []
         size = 0
         for parameter in parameters:
+            if isinstance(parameter, DTensor):
+                continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             if bucket and (size > BUCKET_BYTES or bucket[0].dtype != parameter.grad.dtype):
@@ -95,17 +101,17 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
-            with _connected():
+            with connected():
                 dist.barrier()
 
 
 @contextmanager
-def _connected() -> Iterator[None]:
+def connected() -> Iterator[None]:
     """Turn the failure of a collective into a RankLost; gloo raises RuntimeErrors."""
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        if isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error)):
             what = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". ")[0]  # without gloo's source file
             raise RankLost(f"a collective has failed ({what})") from error
         raise
@@ -113,19 +119,20 @@ def _connected() -> Iterator[None]:
 
 def _reduce_bucket(gradients: list[Tensor]) -> None:
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    with _connected():
+    with connected():
         dist.all_reduce(flat)
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
 
 
-def init_world(device: str = "auto", *, stall_seconds: float = 0.0) -> World:
+def init_world(device: str = "auto", *, stall_seconds: float = 0.0, cpu_offload: bool = False) -> World:
     """Join the process group that torchrun has set up; without torchrun, return a world of one.
 
     Args:
         device: "auto" (CUDA if available), "cpu" or "cuda".
         stall_seconds: time after which the run's own watch gives up on ranks that do not move. A collective waits
             longer, because its error would blame the rank that waits.
+        cpu_offload: with CUDA, let tensors in host memory communicate as well.
     """
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     rank, size, local_rank = process_place()
@@ -136,7 +143,8 @@ def init_world(device: str = "auto", *, stall_seconds: float = 0.0) -> World:
         keep_freed_memory()
     if size > 1 and not dist.is_initialized():
         end_with_torchrun()
-        _join("nccl" if use_cuda else "gloo", size, stall_seconds=stall_seconds)
+        backend = "gloo" if not use_cuda else "cpu:gloo,cuda:nccl" if cpu_offload else "nccl"
+        _join(backend, size, stall_seconds=stall_seconds)
     return World(rank=rank, size=size, device=local)
 
 
@@ -169,13 +177,13 @@ def _join(backend: str, size: int, *, stall_seconds: float) -> None:
 
 
 @contextmanager
-def joined_world(device: str = "auto", *, stall_seconds: float = 0.0) -> Iterator[World]:
+def joined_world(device: str = "auto", *, stall_seconds: float = 0.0, cpu_offload: bool = False) -> Iterator[World]:
     """Join the process group as :func:`init_world` does, and leave it at the end.
 
     A process that exits without leaving it may be aborted by the group's own threads. After an error of one rank alone
     the group is not left, as that waits for the other ranks.
     """
-    world = init_world(device, stall_seconds=stall_seconds)
+    world = init_world(device, stall_seconds=stall_seconds, cpu_offload=cpu_offload)
     try:
         yield world
     except RankFailed:

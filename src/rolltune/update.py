@@ -15,6 +15,7 @@ from rolltune.corrections import Correction
 from rolltune.distributed import World
 from rolltune.loss_scale import LossScale
 from rolltune.mismatch import MismatchLimit, MismatchMeter
+from rolltune.model import parallel
 from rolltune.model.policy import Policy
 from rolltune.types import Loss, LossInputs, LossTotals, RolloutMicrobatch
 
@@ -24,15 +25,16 @@ class MasterWeights:
 
     bf16 has 8 bits of mantissa: an update below 1/256 of a weight is rounded away (1/2048 in fp16). The copies keep it.
     They also take each microbatch's gradient as soon as it is computed, so that gradients add up in fp32. If not
-    ``enabled``, the optimizer steps the parameters themselves.
+    ``enabled``, the optimizer steps the parameters themselves. So it does if they are slices of float32 weights, which
+    FSDP computes with in less; these are saved as master weights.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], *, enabled: bool):
         self.parameters = list(parameters)
-        self.masters = (
-            [torch.nn.Parameter(p.detach().float().clone()) for p in self.parameters] if enabled else self.parameters
-        )
-        if enabled:
+        self.enabled = enabled
+        self.masters = self.parameters
+        if enabled and not parallel.is_sharded(self.parameters):
+            self.masters = [torch.nn.Parameter(p.detach().float().clone()) for p in self.parameters]
             for master, parameter in zip(self.masters, self.parameters, strict=True):
                 parameter.register_post_accumulate_grad_hook(partial(_move_gradient, master))
 
@@ -43,13 +45,12 @@ class MasterWeights:
                 parameter.copy_(master)
 
     def state_dict(self) -> list[Tensor]:
-        return [m.detach() for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]
+        return [master.detach() for master in self.masters] if self.enabled else []
 
     @torch.no_grad()
     def load_state_dict(self, state: list[Tensor]) -> None:
-        copies = [m for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]
-        for master, saved in zip(copies, state, strict=True):
-            master.copy_(saved)
+        for master, saved in zip(self.masters if self.enabled else [], state, strict=True):
+            master.copy_(parallel.slice_like(saved, master))
 
 
 def _move_gradient(master: Tensor, parameter: Tensor) -> None:
@@ -105,7 +106,8 @@ class Optimization:
         if self.loss_scale is not None:
             metrics["loss_scale"] = self.loss_scale.get_scale()
             self.loss_scale.unscale_(self.optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.weights.masters, self.max_grad_norm).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.weights.masters, self.max_grad_norm)
+        grad_norm = parallel.whole(grad_norm).item()
         if not math.isfinite(grad_norm):
             if self.loss_scale is None or metrics["loss_scale"] == 1:
                 raise FloatingPointError(
@@ -128,15 +130,26 @@ class Optimization:
         return metrics | {"grad_norm": grad_norm, "skipped_step": float(grad_norm == 0)}
 
     def state_dict(self) -> dict:
-        return {
+        """Return the state with whole tensors; if the weights are sharded, on rank 0 only. All ranks call this."""
+        state = {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "masters": self.weights.state_dict(),
             "loss_scale": self.loss_scale.state_dict() if self.loss_scale else None,
         }
+        return parallel.collect(state)
 
     def load_state_dict(self, state: dict) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Load a state that was saved with any number of processes, sharded or not."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments = {
+            number: {
+                name: parallel.slice_like(value, parameters[number]) if isinstance(value, Tensor) else value
+                for name, value in of_parameter.items()
+            }
+            for number, of_parameter in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.weights.load_state_dict(state["masters"])
@@ -187,8 +200,10 @@ def prepare_microbatches(
         old_policy: the policy that the ratio will be taken to.
         with_reference: whether the loss has a KL term.
     """
+    microbatches = list(microbatches)
+    idle = policy.idle_microbatches("prepare", len(microbatches))
     prepared = []
-    for microbatch in microbatches:
+    for microbatch in [*microbatches, *idle]:
         trainer = None
         if old_policy == "trainer" or policy.has_dropout:
             with torch.no_grad():
@@ -199,7 +214,7 @@ def prepare_microbatches(
                 microbatch=microbatch, old_policy=old_policy, trainer_logprobs=trainer, reference_logprobs=reference
             )
         )
-    return prepared
+    return prepared[: len(microbatches)]
 
 
 def update_policy(
@@ -239,6 +254,7 @@ def update_policy(
         MismatchError: the mismatch exceeds ``limit``; the weights were left as they were.
     """
     meter, mismatch_meter = _Meter(), MismatchMeter()
+    idle = policy.idle_microbatches("train", len(microbatches))
     with policy.with_dropout():
         for done, prepared in enumerate(microbatches, start=1):
             logprobs, entropy, router_loss = policy.trained_logprobs(prepared.microbatch, temperature=temperature)
@@ -255,6 +271,7 @@ def update_policy(
             meter.add(loss, entropy, inputs, loss_metrics)
             if on_microbatch:
                 on_microbatch(done, len(microbatches))
+        policy.idle_backward(idle)
     metrics = meter.read(world)
     mismatch = mismatch_meter.read(world)
     if mismatch is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny_run import ROOT, read_rows, tiny_grpo
+from tiny_run import ROOT, assert_same_numbers, read_rows, tiny_grpo
 
 from rolltune.errors import ConfigError
 from rolltune.torchrun import process_place
@@ -44,20 +44,8 @@ def test_two_processes_equal_one(tiny_llama, tmp_path, reward_module, minibatche
         )
         assert done.returncode == 0, done.stderr
     one, two = read_rows(tmp_path / "one"), read_rows(tmp_path / "two")
-    assert len(one) == len(two) == 6
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            if name.startswith("mismatch/"):  # noise of 1e-7 itself, so not to 1e-6 of it
-                assert b[name] == pytest.approx(a[name], abs=1e-5), (a["step"], name)
-                continue
-            # A single token's ratio, after updates, is fp32's own noise times the spread of the log-probs.
-            relative = 1e-5 if name in ("ratio/min", "ratio/max") else 1e-6
-            # The loss is a sum of terms near 1 that cancel.
-            assert b[name] == pytest.approx(a[name], rel=relative, abs=1e-6 if name == "loss" else 1e-7), (
-                a["step"],
-                name,
-            )
+    assert len(one) == 6
+    assert_same_numbers(one, two)
     for step in range(1, 6):
         first = {(s["problem"], s["text"]) for s in samples(tmp_path / "one", step)}
         # Rank 0 writes the samples of its own prompts.
@@ -170,7 +158,7 @@ def test_variables_of_a_cluster_without_torchrun_are_named(monkeypatch, variable
 
 @pytest.fixture
 def start_two(tiny_llama, tmp_path, reward_module):
-    """Start a long run on two processes by `tune run`, and return it with the process ids of its ranks."""
+    """Start or resume a long run on two processes by `tune run`, and return it with the process ids of its ranks."""
 
     def begin(*options, **changes) -> tuple[subprocess.Popen, list[int]]:
         config = tmp_path / "run.yaml"
@@ -184,8 +172,9 @@ def start_two(tiny_llama, tmp_path, reward_module):
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         metrics = tmp_path / "run/metrics.jsonl"
+        before = len(metrics.read_text().splitlines()) if metrics.exists() else 0
         deadline = time.monotonic() + 120
-        while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < before + 4:
             assert time.monotonic() < deadline and run.poll() is None
             time.sleep(0.05)
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
@@ -216,6 +205,21 @@ def test_ranks_end_with_a_torchrun_that_is_killed(start_two, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert list((tmp_path / "run/checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_a_sharded_run_resumes_after_one_of_its_ranks_was_killed(start_two, tmp_path):
+    sharded = {"parallel": {"weights": "fsdp"}, "checkpoint": {"every_n_steps": 1, "keep_last": 2}}
+    run, ranks = start_two(**sharded)
+    os.kill(ranks[1], signal.SIGKILL)
+    run.communicate(timeout=120)
+    assert run.returncode != 0 and not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    run, _ = start_two(**sharded, resume=True)
+    run.send_signal(signal.SIGTERM)
+    _, errors = run.communicate(timeout=120)
+    assert "stopped by SIGTERM" in errors and "a checkpoint of step" in errors
+    steps = [row["step"] for row in read_rows(tmp_path / "run")]
+    assert steps == list(range(len(steps))) and (tmp_path / f"run/checkpoints/step_{steps[-1]:06d}").is_dir()
 
 
 @pytest.mark.slow

@@ -200,6 +200,20 @@ def test_two_processes_have_an_engine_each(write_config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sampler", "changes"),
+    [(COLOCATED, {}), (SERVED, {"lora": {"rank": 4, "alpha": 8.0}})],
+    ids=["engine in each process", "server, lora"],
+)
+def test_sharded_weights_reach_the_engines(write_config, tmp_path, sampler, changes):
+    if sampler is SERVED:
+        sampler = SERVED | {"log": str(tmp_path / "server.log")}
+    config = write_config("sharded", sampler=sampler, num_steps=3, **changes)
+    finish(start(config, "parallel.weights=fsdp", processes=2))
+    check_mismatch(tmp_path / "sharded", 3)
+
+
+@pytest.mark.slow
 def test_evaluate_samples_with_it(model, tmp_path):
     config = tmp_path / "evaluate.yaml"
     config.write_text(

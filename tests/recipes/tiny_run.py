@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 from repo import ROOT
 
 # What a user would write: one function in one file, found through PYTHONPATH.
@@ -64,3 +65,21 @@ def read_rows(output_dir: Path, *, timeless: bool = True) -> list[dict[str, Any]
     """The lines of metrics.jsonl, without what a clock, the machine or the number of ranks decides."""
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not (timeless and k.startswith(TIMES))} for row in rows]
+
+
+def assert_same_numbers(expected: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
+    """Compare the metrics of runs that differ in the order of summation only."""
+    assert len(found) == len(expected)
+    for a, b in zip(expected, found, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            if name.startswith("mismatch/"):  # noise of 1e-7 itself, so not to 1e-6 of it
+                assert b[name] == pytest.approx(a[name], abs=1e-5), (a["step"], name)
+                continue
+            # A single token's ratio, after updates, is fp32's own noise times the spread of the log-probs.
+            relative = 1e-5 if name in ("ratio/min", "ratio/max") else 1e-6
+            # The loss of GRPO is a sum of terms near 1 that cancel.
+            assert b[name] == pytest.approx(a[name], rel=relative, abs=1e-6 if name == "loss" else 1e-7), (
+                a["step"],
+                name,
+            )

@@ -116,7 +116,7 @@ def assert_whole(output_dir: Path) -> None:
         assert load_state(path).step == step and load_state(path).data_position == 10 * step
     latest = checkpoints.latest()
     if latest is not None:
-        assert load_optimization(latest, torch.device("cpu"))["moment"] == load_state(latest).step
+        assert load_optimization(latest)["moment"] == load_state(latest).step
     best = output_dir / "best"
     if best.is_symlink():
         assert (best / "weights").read_text() in {"weights of 1", "weights of 2", "weights of 5"}
@@ -280,7 +280,7 @@ def test_state_and_optimizer_come_back_exactly(tmp_path):
     )
     latest = Checkpoints(tmp_path, keep_last=1).latest()
     assert latest is not None and load_state(latest) == state
-    loaded = load_optimization(latest, torch.device("cpu"))
+    loaded = load_optimization(latest)
     assert loaded["param_groups"] == optimizer.state_dict()["param_groups"]
     for name, value in optimizer.state_dict()["state"][0].items():
         assert torch.equal(loaded["state"][0][name], value)

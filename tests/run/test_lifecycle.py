@@ -622,8 +622,12 @@ class Nothing:
     """A policy and an optimization that hold nothing."""
 
     trainable_parameters = saved_parameters = ()
+    mesh = None
 
-    def save(self, folder: Path, tokenizer) -> None:
+    def collect_weights(self) -> None:
+        pass
+
+    def save(self, folder: Path, tokenizer, weights: None) -> None:
         folder.mkdir(parents=True)
 
     def state_dict(self) -> dict:

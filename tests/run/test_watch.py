@@ -18,7 +18,7 @@ import torch.distributed as dist
 from thread_world import on_ranks
 
 from rolltune.distributed import World
-from rolltune.errors import StopRequested
+from rolltune.errors import RankLost, StopRequested
 from rolltune.run import stop_file
 from rolltune.run.agreement import together
 from rolltune.run.watch import Watch, watch
@@ -139,6 +139,12 @@ def test_a_rank_that_has_ended_is_not_missed(pair):
         threading.Timer(1.0, pair._over.set).start()
         pair.look(1000.0)
         assert "rank 1 has ended; its own output says why" in pair.roll_call()
+
+
+def test_a_collective_of_fsdp_that_fails_is_named():
+    with pytest.raises(RankLost, match=r"rank 0: step 1: a collective has failed \(Connection closed by peer"):
+        with watch(ALONE, stall_seconds=0, grace_seconds=60):
+            raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
 
 
 def run_watched(body: str, *, stall: float = 0.0, grace: float = 60.0) -> subprocess.Popen:

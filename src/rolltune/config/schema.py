@@ -60,6 +60,17 @@ class LoRAConfig:
 
 
 @dataclass(kw_only=True)
+class ParallelConfig:
+    """How several processes hold the weights."""
+
+    # replicated: each process holds all of them; fsdp: each holds a slice of weights, gradients, optimizer state
+    weights: Literal["replicated", "fsdp"] = "replicated"
+    # with fsdp: processes that share one copy of the weights, for example those of one host; null: all
+    shard: int | None = None
+    cpu_offload: bool = False  # with fsdp on CUDA: keep slices and optimizer state in host memory; saves memory, slower
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """The data sets of a training run."""
 
@@ -188,6 +199,7 @@ class GRPOConfig:
     dry_run: bool = False  # check everything and print config, tokens and memory, without loading weights
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig | None = None
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     rewards: dict[str, Component] = field(default_factory=dict)  # name: component with its `weight` (default 1)
@@ -233,6 +245,7 @@ class SFTConfig:
     dry_run: bool = False  # check everything and print config, tokens and memory, without loading weights
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig | None = None
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     answer_format: str = _ANSWER_FORMAT  # layout of the response that is trained on

@@ -10,7 +10,7 @@ at every length, and :func:`rolltune.model.parts.rope_change` and :func:`depends
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from rolltune.batch import TokenSequence, TrainGroup, pack_examples
 from rolltune.errors import ConfigError
-from rolltune.model.forward import Forward, packed_logprobs, set_forward
+from rolltune.model import parallel
+from rolltune.model.forward import Forward, set_forward
 from rolltune.model.head import is_plain_head
 from rolltune.model.parts import attention, in_float32, is_mixture, rope_change, set_attention
 from rolltune.types import Microbatch, Prompt
@@ -36,13 +37,20 @@ CODE_ERRORS = (AttributeError, TypeError, ValueError, LookupError, RuntimeError,
 _chosen: dict[str, tuple[Forward, str]] = {}  # by architecture, so that a reference model need not be checked again
 
 
-def choose_forward(model: PreTrainedModel, path: str, *, packed_attention: str) -> None:
+def choose_forward(
+    model: PreTrainedModel,
+    path: str,
+    *,
+    packed_attention: str,
+    tried: Callable[[], PreTrainedModel] | None = None,
+) -> None:
     """Choose how the model's log-probs are computed, and set the model up for it.
 
     Args:
         model: as loaded, in eval mode.
         path: ``model.path``, for messages.
         packed_attention: name of the attention implementation for packed sequences.
+        tried: builds the model that is tried in the place of a hollow one. If it is sharded, all processes call this.
 
     Raises:
         ConfigError: no way gives the log-probs of eager attention.
@@ -50,8 +58,9 @@ def choose_forward(model: PreTrainedModel, path: str, *, packed_attention: str) 
     config = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
     key = json.dumps([config, str(model.dtype), str(model.device), packed_attention], sort_keys=True, default=str)
     if key not in _chosen:
-        with in_float32(model):
-            _chosen[key] = _choose(model, path, packed_attention)
+        subject = model if tried is None else tried()
+        with in_float32(subject):
+            _chosen[key] = _choose(subject, path, packed_attention)
     forward, implementation = _chosen[key]
     set_attention(model, implementation)
     set_forward(model, forward)
@@ -60,7 +69,7 @@ def choose_forward(model: PreTrainedModel, path: str, *, packed_attention: str) 
 @torch.no_grad()
 def _choose(model: PreTrainedModel, path: str, packed_attention: str) -> tuple[Forward, str]:
     """Return how log-probs are computed, and the attention implementation for it."""
-    name = type(model).__name__
+    name = type(model).__name__.removeprefix("FSDP")  # of sharded models
     groups = made_up_groups(model)
     (microbatch,) = pack_examples(groups, max_tokens=10**9, device=model.device)
     try:
@@ -149,7 +158,7 @@ def _difference(model: PreTrainedModel, microbatch: Microbatch, expected: Tensor
     """Return what is wrong with the log-probs of the microbatch, if anything."""
     try:
         with readable_errors():
-            logprobs, _ = packed_logprobs(model, microbatch, temperature=1.0)
+            logprobs, _ = parallel.logprobs(model, microbatch, temperature=1.0)
     except ValueError as error:
         return str(error)
     gap = (logprobs - expected).abs()

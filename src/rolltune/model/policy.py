@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rolltune.config.schema import LoRAConfig, ModelConfig
+from rolltune.errors import ConfigError
+from rolltune.model import parallel
 from rolltune.model.batch_invariant import make_batch_invariant
 from rolltune.model.checkpointing import recompute_activations
-from rolltune.model.forward import forward_of, packed_logprobs
-from rolltune.model.load import adapter_base, load_model, resolve_model, unwrapped
+from rolltune.model.forward import forward_of
+from rolltune.model.hollow import source_of
+from rolltune.model.load import adapter_base, choose_sharded, load_model, resolve_model, unwrapped
 from rolltune.model.lora import about_adapters, check_adapter, is_adapted, lora_config, lora_modules, set_dropout
 from rolltune.model.router import load_balancing_loss, recorded_router_logits, routers
 from rolltune.seeding import derive_seed
@@ -42,6 +46,7 @@ class Policy:
         version: optimizer steps taken.
         router_aux_loss: weight of the load-balancing loss of :meth:`trained_logprobs`; 0: there is none.
         notes: lines for the user about how the model is trained; empty if there is nothing unusual.
+        mesh: the processes that the weights are sharded over; None: each has all of them.
     """
 
     def __init__(
@@ -63,6 +68,9 @@ class Policy:
         """
         self.model = model.eval()
         self.version = 0
+        self.mesh: DeviceMesh | None = None
+        self._device = model.device
+        self._saved_dtype: torch.dtype | None = None  # of sharded weights; None: their own
         self._reference = reference
         self.router_aux_loss = router_aux_loss
         self.notes = notes
@@ -86,6 +94,62 @@ class Policy:
         """Whether the gradient is computed with dropout, so that the log-probs there are not those of the sampler."""
         return bool(self._dropout_modules)
 
+    def shard(self, mesh: DeviceMesh, *, compute_dtype: torch.dtype | None, cpu_offload: bool) -> None:
+        """Shard the model and its reference, and fill hollow ones; all ranks call this.
+
+        Arguments: :func:`parallel.shard_model`.
+
+        Raises:
+            ConfigError: the model cannot be sharded.
+        """
+        for model in (self.causal_lm, self._reference):
+            if model is not None and source_of(model):
+                choose_sharded(model, mesh)
+        if why := parallel.unshardable(self.causal_lm):
+            raise ConfigError([f"parallel.weights: fsdp; {why}; set it to replicated"], on_all_ranks=True)
+        dtypes = {parameter.dtype for parameter in self.trainable_parameters}
+        if compute_dtype is not None and dtypes != {compute_dtype}:
+            listed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            raise ConfigError(
+                [
+                    f"parallel.weights: fsdp; the model's weights are {listed}, and only one dtype can be sharded; "
+                    "set model.dtype to float32, or parallel.weights to replicated"
+                ],
+                on_all_ranks=True,
+            )
+        parallel.shard_model(self.causal_lm, mesh, compute_dtype=compute_dtype, cpu_offload=cpu_offload)
+        if self._reference is not None:
+            parallel.shard_model(self._reference, mesh, cpu_offload=cpu_offload)
+        self.mesh, self._saved_dtype, self._device = mesh, compute_dtype, torch.device(mesh.device_type)
+
+    @contextmanager
+    def gathered(self, *, with_reference: bool = False) -> Iterator[None]:
+        """Hold whole weights on each rank, where they are sharded: for sampling, and passes of which ranks have
+        different numbers. Without gradients only. All ranks enter together.
+
+        Args:
+            with_reference: also the reference's.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(parallel.gathered(self.causal_lm))
+            if with_reference and self._reference is not None:
+                stack.enter_context(parallel.gathered(self._reference))
+            yield
+
+    def idle_microbatches(self, phase: str, count: int) -> list[Microbatch]:
+        """Return the microbatches to compute, to no effect, while other ranks have more than ``count``.
+
+        Empty unless the weights are sharded: then all ranks must make the same passes. All ranks call this before the
+        passes. ``phase`` names them.
+        """
+        return [] if self.mesh is None else parallel.idle_microbatches(phase, count, self._device)
+
+    def idle_backward(self, microbatches: Sequence[Microbatch]) -> None:
+        """Make the passes of :meth:`trained_logprobs` and their backward passes, and add nothing to the gradient."""
+        for microbatch in microbatches:
+            logprobs, _, balance = self.trained_logprobs(microbatch, temperature=1.0)
+            ((logprobs.sum() if balance is None else logprobs.sum() + balance) * 0.0).backward()
+
     @contextmanager
     def with_dropout(self) -> Iterator[None]:
         """Turn on the dropout that the config asks for. Backward passes belong inside: they may run layers again."""
@@ -101,7 +165,7 @@ class Policy:
 
         If top-k or top-p truncated the sampler's distribution, the softmax runs over the tokens that they kept.
         """
-        return packed_logprobs(self.causal_lm, microbatch, temperature=temperature)
+        return parallel.logprobs(self.causal_lm, microbatch, temperature=temperature)
 
     def trained_logprobs(self, microbatch: Microbatch, *, temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return (log-probs, entropy) as :meth:`logprobs` does, and the load-balancing loss of the microbatch's tokens.
@@ -126,7 +190,7 @@ class Policy:
         bring back a token that has left the policy's nucleus.
         """
         with self._as_reference() as reference:
-            return packed_logprobs(reference, microbatch, temperature=temperature)[0]
+            return parallel.logprobs(reference, microbatch, temperature=temperature)[0]
 
     @contextmanager
     def _as_reference(self) -> Iterator[PreTrainedModel]:
@@ -144,14 +208,42 @@ class Policy:
             with self.model.disable_adapter():
                 yield self.causal_lm
 
-    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write weights (the adapter, for LoRA) and tokenizer to a folder that transformers (or peft) loads."""
+    def collect_weights(self) -> dict[str, Tensor] | None:
+        """Return what :meth:`save` writes, on rank 0, where the weights are sharded; otherwise None.
+
+        All ranks call this.
+        """
+        if self.mesh is None:
+            return None
+        every_name = dict(self.model.named_parameters(remove_duplicate=False))
+        tied = every_name.keys() - dict(self.model.named_parameters())
+        state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied}
+        if isinstance(self.model, PeftModel):
+            state = {name: tensor for name, tensor in state.items() if ".default." in name}
+        weights = parallel.collect(state)
+        if self._saved_dtype is None:
+            return weights
+        return {
+            name: tensor.to(self._saved_dtype) if name in every_name else tensor for name, tensor in weights.items()
+        }
+
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None) -> None:
+        """Write weights (the adapter, for LoRA) and tokenizer to a folder that transformers (or peft) loads.
+
+        Args:
+            folder: is created.
+            tokenizer: the policy's.
+            weights: from :meth:`collect_weights`; None: those of the model, which is not sharded.
+        """
         if isinstance(self.model, PeftModel):
             # Absolute, or a Hub id. The adapter that a run started from may name its base by an older place.
             self.model.peft_config["default"].base_model_name_or_path = self.causal_lm.name_or_path
-            self.model.save_pretrained(str(folder), selected_adapters=["default"])
+            self.model.save_pretrained(str(folder), selected_adapters=["default"], state_dict=weights)
         else:
-            self.model.save_pretrained(str(folder))
+            self.model.save_pretrained(str(folder), state_dict=weights)
+            if self._saved_dtype is not None:  # transformers has written that of the slices
+                self.model.config.dtype = self._saved_dtype
+                self.model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
@@ -163,6 +255,7 @@ def build_policy(
     seed: int,
     with_reference: bool,
     resume_from: Path | None = None,
+    hollow: bool = False,
 ) -> Policy:
     """Load the policy, and its frozen reference if the loss needs one.
 
@@ -175,6 +268,7 @@ def build_policy(
         with_reference: whether :meth:`Policy.reference_logprobs` will be called.
         resume_from: a checkpoint's policy folder. Its weights replace those at ``config.path`` in the policy, never in
             the reference.
+        hollow: leave out the weights of models that can do without until they are sharded (:meth:`Policy.shard`).
 
     Raises:
         ValueError: the model cannot be loaded, or ``lora`` does not fit it or the adapter at ``config.path``; or the
@@ -188,6 +282,7 @@ def build_policy(
         quantization=config.quantization,
         fp32_head=config.fp32_head,
         batch_invariant=config.batch_invariant,
+        hollow=hollow,
     )
     reference = None
     if lora is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from typing import TypeGuard
 
 import torch
@@ -84,12 +84,18 @@ def _stored_tensors(causal_lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters and buffers of a checkpoint, under the names of the modelling code, without adapters."""
     stored = {
         name.replace(".base_layer.", "."): tensor
-        for name, tensor in causal_lm.state_dict(keep_vars=True).items()
+        for name, tensor in _state(causal_lm)
         if ".lora_" not in name and name not in (causal_lm._keys_to_ignore_on_save or ())
     }
-    scales = tuple(f"{weight}." for weight in _quantized_layers(causal_lm))  # of blocks, stored beside the weight
-    stored = {name: tensor for name, tensor in stored.items() if not name.startswith(scales)}
     yield from remove_tied_weights_from_state_dict(stored, causal_lm).items()
+
+
+def _state(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield what ``model.state_dict()`` holds, which would cut gathered weights into slices again."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in chain(module._parameters.items(), module._buffers.items()):
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, tensor
 
 
 def _quantized_layers(causal_lm: PreTrainedModel) -> dict[str, torch.nn.Module]:

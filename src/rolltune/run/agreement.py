@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import transformers
+from peft import PeftModel
 from torch import Tensor
-from torch.nn import Module
+from transformers import PreTrainedModel
 
 import rolltune
 from rolltune import config
@@ -28,6 +29,8 @@ from rolltune.errors import (
     SyncError,
     os_error_text,
 )
+from rolltune.model.hollow import first_rows
+from rolltune.model.load import unwrapped
 from rolltune.samplers.generation import PromptTooLong
 from rolltune.types import Problem
 
@@ -114,10 +117,10 @@ def agree_on_data(data: Mapping[str, Sequence[Problem]], world: World) -> None:
         agree(world, {key: _describe(problems) for key, problems in data.items()})
 
 
-def agree_on_weights(key: str, model: Module, world: World) -> None:
-    """Compare a checksum of all weights of a model, which a config key names, over ranks."""
+def agree_on_weights(key: str, model: PreTrainedModel | PeftModel, world: World) -> None:
+    """Compare a checksum of all weights of a model, which a config key names, over ranks; of a hollow one, of rows."""
     if world.size > 1:
-        agree(world, {f"{key}: weights": weights_checksum(model.parameters())})
+        agree(world, {f"{key}: weights": weights_checksum(first_rows(unwrapped(model)))})
 
 
 def source_checksum(package: Path) -> str:

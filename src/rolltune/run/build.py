@@ -22,7 +22,8 @@ from rolltune.data.dataset import overlap
 from rolltune.distributed import World
 from rolltune.errors import ConfigError
 from rolltune.loss_scale import LossScale
-from rolltune.model.load import load_for_sampling
+from rolltune.model.load import DTYPES, load_for_sampling
+from rolltune.model.parallel import make_mesh
 from rolltune.model.policy import Policy
 from rolltune.prompts import PromptRenderer
 from rolltune.rewards.checks.overoptimization import OveroptimizationMonitor
@@ -123,7 +124,8 @@ def start_sampler(
     cfg: GRPOConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, rewards: Rewards, world: World
 ) -> Sampler:
     """Build the policy's sampler, and give it to the judges that are the policy."""
-    sampler = instantiate(cfg.sampler, policy.model, tokenizer)
+    with policy.gathered():  # some samplers try the model out
+        sampler = instantiate(cfg.sampler, policy.model, tokenizer)
     notices.show(getattr(sampler, "notes", ()), is_main=world.is_main)  # a sampler need not have any
     try:
         rewards.pool.bind(sampler, tokenizer, lambda: starting_sampler(cfg, tokenizer, world))
@@ -153,6 +155,22 @@ def starting_sampler(cfg: GRPOConfig, tokenizer: PreTrainedTokenizerBase, world:
         sampler = instantiate(cfg.sampler, model, tokenizer)
     sampler.sync(0)
     return sampler
+
+
+def distribute(cfg: GRPOConfig | SFTConfig, policy: Policy, world: World) -> None:
+    """Distribute the policy's weights over the ranks as ``cfg.parallel`` says; all ranks call this.
+
+    Call it before the optimizer is built, which steps the slices that a rank keeps.
+
+    Raises:
+        ConfigError: the model cannot be sharded.
+    """
+    if cfg.parallel.weights == "fsdp":
+        policy.shard(
+            make_mesh(world.device, cfg.parallel.shard),
+            compute_dtype=DTYPES[cfg.model.dtype] if cfg.model.master_weights else None,
+            cpu_offload=cfg.parallel.cpu_offload,
+        )
 
 
 def build_optimization(cfg: GRPOConfig | SFTConfig, policy: Policy, *, num_updates: int) -> Optimization:

@@ -204,15 +204,15 @@ def load_state(path: Path) -> TrainState:
     return state
 
 
-def load_optimization(path: Path, device: torch.device) -> dict:
-    """Read a checkpoint's trainer.pt.
+def load_optimization(path: Path) -> dict:
+    """Read a checkpoint's trainer.pt into host memory: whole tensors, of which a rank may need a slice only.
 
     Raises:
         ConfigError: it is damaged.
     """
     file = path / "trainer.pt"
     try:
-        return torch.load(file, map_location=device, weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise ConfigError(
             [f"{file}: cannot be read ({str(error).splitlines()[0]}); delete this checkpoint to resume from another"]

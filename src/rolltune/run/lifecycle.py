@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rolltune import config
@@ -22,6 +23,7 @@ from rolltune.endpoints import settings
 from rolltune.errors import STOPS, ConfigError, RankFailed, RunStopped
 from rolltune.files import take_lock
 from rolltune.metrics.log import MetricsLog, read_metrics
+from rolltune.model import parallel
 from rolltune.model.policy import Policy
 from rolltune.rewards.judges.pool import JudgePool
 from rolltune.rollout import Rollout
@@ -37,7 +39,7 @@ Resumable = GRPOConfig | SFTConfig
 
 # Keys that may change on resume because they do not affect training.
 FREE_ON_RESUME = {
-    *("output_dir", "resume", "dry_run", "device", "checkpoint", "logging", "mismatch"),
+    *("output_dir", "resume", "dry_run", "device", "parallel", "checkpoint", "logging", "mismatch"),
     *("stall_seconds", "grace_seconds"),
 }
 
@@ -273,7 +275,9 @@ class Saver:
         Returns:
             The state with the best score updated.
         """
-        if not all(parameter.isfinite().all() for parameter in self.policy.trainable_parameters):
+        weights = [parallel.local(parameter) for parameter in self.policy.trainable_parameters]
+        (not_finite,) = self.world.max([float(not all(tensor.isfinite().all() for tensor in weights))])
+        if not_finite:
             raise RunStopped(
                 f"step {state.step}: the policy's weights are not finite and were not saved; lower optimizer.lr, and "
                 f"start over\n  {self._kept()}"
@@ -283,7 +287,8 @@ class Saver:
             state = replace(state, best_score=score, best_step=state.step)
         if is_best or is_due:
             self._check_replicas(state)
-            problem = self._write(state, is_best=is_best) if self.world.is_main else None
+            collected = self.policy.collect_weights(), self.optimization.state_dict()
+            problem = self._write(state, *collected, is_best=is_best) if self.world.is_main else None
             if problems := self.world.gather([problem] if problem else []):
                 raise RunStopped(f"step {state.step}: the checkpoint was not written: {problems[0]}\n  {self._kept()}")
         return state
@@ -292,21 +297,34 @@ class Saver:
         """Stop before a checkpoint of weights that have become different on some rank."""
         if self.world.size > 1:
             try:
-                agree(self.world, {"weights": weights_checksum(self.policy.trainable_parameters)})
+                agree(self.world, {"weights": self._checksum()})
             except ConfigError as error:
                 raise RunStopped(
                     f"step {state.step}: the ranks' weights have drifted apart and were not saved: {error}\n"
                     f"  {self._kept()}"
                 ) from error
 
-    def _write(self, state: TrainState, *, is_best: bool) -> str | None:
+    def _checksum(self) -> str:
+        """Return the checksum of the copy of the weights that this rank has, or has a slice of."""
+        own = weights_checksum(parallel.local(parameter) for parameter in self.policy.trainable_parameters)
+        if self.policy.mesh is None:
+            return own
+        replica = parallel.replica(self.policy.mesh)
+        slices = self.world.gather([(replica, own)])
+        return " ".join(checksum for number, checksum in slices if number == replica)
+
+    def _write(
+        self, state: TrainState, weights: dict[str, Tensor] | None, optimization: dict, *, is_best: bool
+    ) -> str | None:
         """Write a checkpoint; returns what went wrong, such as a full disk."""
-        folder, optimization = self.checkpoints.folder, self.optimization.state_dict()
+        folder = self.checkpoints.folder
         try:
-            check_room(folder, needed=tensor_bytes(optimization) + tensor_bytes(self.policy.saved_parameters))
+            check_room(
+                folder, needed=tensor_bytes(optimization) + tensor_bytes(weights or self.policy.saved_parameters)
+            )
             self.checkpoints.save(
                 state,
-                save_policy=lambda folder: self.policy.save(folder, self.tokenizer),
+                save_policy=lambda folder: self.policy.save(folder, self.tokenizer, weights),
                 optimization=optimization,
                 is_best=is_best,
             )

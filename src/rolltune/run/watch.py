@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from rolltune.distributed import World
+from rolltune.distributed import World, connected
 from rolltune.errors import RankLost, StopRequested
 from rolltune.run import stop_file
 from rolltune.run.stacks import print_stacks
@@ -256,7 +256,7 @@ def watch(
     for thread in threads:
         thread.start()
     try:
-        with _signals(watching.on_signal):
+        with _signals(watching.on_signal), connected():  # FSDP communicates by itself
             yield watching
     except RankLost as error:
         where = f"rank {world.rank}: step {watching.step + 1}"

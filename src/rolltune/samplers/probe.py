@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rolltune.batch import TrainGroup, TrainSequence, pack
 from rolltune.errors import SyncError
-from rolltune.model.forward import packed_logprobs
+from rolltune.model import parallel
 from rolltune.model.load import unwrapped
 from rolltune.model.parts import is_mixture
 from rolltune.types import Prompt, SamplingParams
@@ -269,7 +269,7 @@ def trainer_logprobs(
     training = [module for module in model.modules() if module.training]
     model.eval()  # the engine has no dropout
     try:
-        return packed_logprobs(causal_lm, microbatch, temperature=temperature)[0].cpu()
+        return parallel.logprobs(causal_lm, microbatch, temperature=temperature)[0].cpu()
     finally:
         for module in training:
             module.training = True

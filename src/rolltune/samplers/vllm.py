@@ -290,7 +290,7 @@ def _model_folder(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToken
     causal_lm = unwrapped(model)
     folder = Path(tempfile.mkdtemp(prefix="rolltune-engine-"))
     config = type(causal_lm.config).from_dict(causal_lm.config.to_dict())
-    config.architectures = [type(causal_lm).__name__]
+    config.architectures = [type(causal_lm).__name__.removeprefix("FSDP")]  # of sharded models
     vars(config).pop("quantization_config", None)  # weights in 4 bits are sent decoded
     if isinstance(causal_lm.get_output_embeddings(), FP32Head):
         config.head_dtype = "float32"  # vLLM's name for it

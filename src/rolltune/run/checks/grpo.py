@@ -27,7 +27,9 @@ OLD_POLICIES = ("trainer", "sampler")
 
 
 def check_grpo(cfg: GRPOConfig, world_size: int) -> Iterator[str]:
-    yield from check_training(cfg, num_updates=cfg.num_steps * cfg.batch.num_iterations * cfg.batch.minibatches)
+    yield from check_training(
+        cfg, world_size, num_updates=cfg.num_steps * cfg.batch.num_iterations * cfg.batch.minibatches
+    )
     yield from check_rewards(cfg.rewards)
     if cfg.rewards and all(node.get("weight", 1.0) == 0 for node in cfg.rewards.values()):
         yield f"rewards: every weight is 0 ({', '.join(cfg.rewards)}); give one a weight, or nothing is trained"

@@ -10,7 +10,7 @@ from rolltune.run.checks.training import check_training
 
 
 def check_sft(cfg: SFTConfig, world_size: int) -> Iterator[str]:
-    yield from check_training(cfg, num_updates=cfg.num_steps)
+    yield from check_training(cfg, world_size, num_updates=cfg.num_steps)
     if cfg.model.batch_invariant:
         yield "model.batch_invariant: true; has no effect in sft, which does not sample; leave it out"
     # A trace's {solution} is a whole response, answer included.

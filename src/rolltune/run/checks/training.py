@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from rolltune.config.components import check_component
+from rolltune.config.components import check_component, is_node
 from rolltune.config.schema import (
     Component,
     DataConfig,
@@ -29,18 +29,22 @@ from rolltune.run.checks.common import (
 # An update is lost if it is less than half of the distance to the next number of the dtype.
 SMALLEST_UPDATE = {"bfloat16": "1/256", "float16": "1/2048"}
 
+NOT_ELEMENTWISE = ("Adafactor", "Muon")  # optimizers of torch whose update of a slice is not a slice of the update
 
-def check_training(cfg: GRPOConfig | SFTConfig, *, num_updates: int) -> Iterator[str]:
+
+def check_training(cfg: GRPOConfig | SFTConfig, world_size: int, *, num_updates: int) -> Iterator[str]:
     """Check the keys that both recipes have.
 
     Args:
         cfg: the config.
+        world_size: number of processes.
         num_updates: optimizer steps of the whole run.
     """
     yield from check_output_dir(cfg.output_dir)
     yield from at_least("seed", cfg.seed, 0)
     yield from check_device(cfg.device)
     yield from _check_weights(cfg.model, cfg.lora)
+    yield from _check_parallel(cfg, world_size)
     yield from _check_data(cfg.data)
     yield from check_prompt(cfg.prompt)
     yield from at_least("num_steps", cfg.num_steps, 1)
@@ -87,6 +91,30 @@ def _check_weights(model: ModelConfig, lora: LoRAConfig | None) -> Iterator[str]
         yield "lora.dora: true; must be false with model.batch_invariant: true"
     if not all(name.strip() for name in lora.target_modules.split(",")):
         yield f"lora.target_modules: {lora.target_modules!r}; must be all-linear, or module names separated by commas"
+
+
+def _check_parallel(cfg: GRPOConfig | SFTConfig, world_size: int) -> Iterator[str]:
+    parallel = cfg.parallel
+    if parallel.weights != "fsdp":
+        if parallel.shard is not None:
+            yield f"parallel.shard: {parallel.shard}; has no effect with parallel.weights {parallel.weights}"
+        if parallel.cpu_offload:
+            yield f"parallel.cpu_offload: true; has no effect with parallel.weights {parallel.weights}"
+        return
+    if parallel.shard is not None and (parallel.shard < 1 or world_size % parallel.shard):
+        yield f"parallel.shard: {parallel.shard}; must divide the number of processes, {world_size}"
+    fsdp, alternative = "is not supported with parallel.weights fsdp", "or set parallel.weights to replicated"
+    if cfg.model.dtype == "float16":
+        yield f"model.dtype: float16; {fsdp}; use bfloat16 or float32, {alternative}"
+    if cfg.model.batch_invariant:
+        yield f"model.batch_invariant: true; {fsdp}; set it to false, {alternative}"
+    if cfg.model.quantization is not None:
+        yield f"model.quantization: {cfg.model.quantization}; {fsdp}; set it to null, {alternative}"
+    optimizer = str(cfg.optimizer.get("_component_")) if is_node(cfg.optimizer) else ""
+    if optimizer.startswith("bitsandbytes."):
+        yield f"optimizer._component_: {optimizer}; {fsdp}; use torch.optim.AdamW, {alternative}"
+    if optimizer.rpartition(".")[2] in NOT_ELEMENTWISE:
+        yield f"optimizer._component_: {optimizer}; {fsdp}, as it needs whole matrices; use AdamW, {alternative}"
 
 
 def _check_data(data: DataConfig) -> Iterator[str]:
