@@ -26,7 +26,7 @@ from typing import NoReturn
 from rolltune import config
 from rolltune.config.schema import ServeConfig
 from rolltune.endpoints.guard import KEY_VARIABLE
-from rolltune.endpoints.serving import HOST, Server, ServerFailed, command_line, serve
+from rolltune.endpoints.serving import HOST, Server, ServerFailed, adapter_room, command_line, serve
 from rolltune.run import checks
 
 FAILED = 1
@@ -44,6 +44,7 @@ def run(cfg: ServeConfig) -> None:
         "max_num_seqs": cfg.max_num_seqs,
         "kv_cache_gib": cfg.kv_cache_gib,
         "takes_weights": cfg.takes_weights,
+        "adapters": cfg.lora_rank and adapter_room(cfg.model, cfg.lora_rank),
         "options": cfg.options,
     }
     if cfg.dry_run:

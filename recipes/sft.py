@@ -264,9 +264,7 @@ def selftest(cfg: SFTConfig, components: Components, data_position: int, console
     examples = [example(cfg, problem, components.render, tokenizer) for problem in problems]
     responses = [worked_response(problem, cfg.answer_format) for problem in problems]
     with components.policy.gathered(), together(components.world):
-        results = run_sft_selftest(
-            components.policy, examples, responses=responses, tokenizer=tokenizer, dtype=cfg.model.dtype
-        )
+        results = run_sft_selftest(components.policy, examples, responses=responses, tokenizer=tokenizer)
         print_selftest(results, examples[0].prompt, examples[0].sequences[0].token_ids, tokenizer, console)
 
 

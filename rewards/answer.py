@@ -61,7 +61,7 @@ from rolltune.rewards.answers.kind import (
     split_unit,
     unread,
 )
-from rolltune.rewards.answers.normalise import fold, normalise
+from rolltune.rewards.answers.normalise import fold, normalise, spell
 from rolltune.rewards.answers.numbers import Number, plain_number, read_number
 from rolltune.rewards.tags import parse_tags
 from rolltune.types import Problem, Score
@@ -231,11 +231,12 @@ lenient_answer_reward.gold_kind = gold_kind  # pyright: ignore[reportFunctionMem
 
 # A number with its sign, fraction or power; digits that belong to a name, a unit or an exponent are passed over.
 _LENIENT = re.compile(
-    r"""(?P<number>(?:(?<![\w)}\]])[-\u2212])?(?:[$\u20ac\u00a3\u20b9]\s?)?(?<![\w.^])
-    (?:\\[dtc]?frac\{-?[0-9]{1,99}\}\{[0-9]{1,99}\}
-      |(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?
-       (?:[eE][-+]?[0-9]{1,3}(?![0-9])|\s?(?:\\times|\\cdot|[*x\u00d7])\s?10\s?\^\s?\{?[-+]?[0-9]{1,3}\}?)?
-       (?:,[0-9]{1,2}(?![0-9,])|\s?/\s?[0-9]+|\^\{?[0-9]{1,3}\}?)?
+    r"""(?P<number>(?:(?<![\w)}\]])-)?(?:[$\u00a4]\s?)?(?<![\w.^])
+    (?:\\frac(?:\{-?[0-9]{1,99}\}|[0-9])(?:\{[0-9]{1,99}\}|[0-9])
+      |[0-9]{1,9}\ [0-9]{1,9}/[0-9]+
+      |(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[1-9][0-9]{0,2}(?:\ [0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?
+       (?:[eE][-+]?[0-9]{1,3}(?![0-9])|\s?[*x]\s?10\s?\^\s?\{?[-+]?[0-9]{1,3}\}?)?
+       (?:(?<!,[0-9])(?<!,[0-9][0-9]),[0-9]{1,2}(?![0-9,])|\s?/\s?[0-9]+|\^\{?-?[0-9]{1,3}\}?)?
       |\.[0-9]+))
     |[A-Za-z][0-9]+|[_^]\{?-?[0-9]+""",
     re.VERBOSE,
@@ -249,7 +250,7 @@ def lenient_number(text: str) -> str | None:
         >>> lenient_number("It costs $1,800.50 in all, or 3/4 of -.5 m^2")
         '-0.5'
     """
-    last = next(iter(deque((m for m in _LENIENT.finditer(text) if m["number"]), maxlen=1)), None)
+    last = next(iter(deque((m for m in _LENIENT.finditer(spell(text)) if m["number"]), maxlen=1)), None)
     if last is None or len(last[0]) > MAX_ANSWER_CHARS:
         return None
     stated = normalise(last["number"])

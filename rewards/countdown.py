@@ -2,7 +2,7 @@
 
 A problem's gold answer is an expression, ``(3 + 5) * 2``: its numbers are the given numbers, and its value is the
 target. Any other expression over the same numbers with the same value is right too. It may be an equation with the
-target on the right, ``(3 + 5) * 2 = 16``, because that is what the question asks for.
+target on one side, ``(3 + 5) * 2 = 16``, because that is what the question asks for.
 
 Markup and signs are those of :mod:`rolltune.rewards.answer`: ``\\boxed{}``, ``$...$``, ``\\times``, ``\\frac{3}{4}``,
 ``\u00d7``, ``\u00f7``. The grammar has whole numbers, ``+ - * /`` (also ``x`` between numbers), brackets and signs, but
@@ -91,7 +91,7 @@ def _value(node: Node) -> Fraction:
 def countdown_reward(problem: Problem, text: str, *, use_all: bool = True) -> Score:
     """Return 1 if the last ``<answer>`` block is an expression that reaches the target with the given numbers, else 0.
 
-    An equation must have the target, and nothing else, on the right.
+    An equation must have the target, and nothing else, on one side.
 
     Example:
         >>> problem = Problem(id="c/0", messages=({"role": "user", "content": "Reach 13."},), answer="2 * 5 + 3")
@@ -150,6 +150,8 @@ def _check(problem: Problem, answer: str, *, use_all: bool) -> Score:
     if len(answer) > MAX_ANSWER_CHARS:
         return Score(total=0.0, failure="too_long")
     left, equals, right = normalise(answer).rpartition("=")
+    if equals and read_number(right.strip()) is None:
+        left, right = right, left
     if equals:
         stated = read_number(right.strip())
         if stated is None or stated.unit:

@@ -331,3 +331,6 @@ def test_tags_that_are_special_tokens_are_refused(tokenizer):
     with pytest.raises(ConfigError, match="answer_format: .*'<think>' is a special token"):
         check_visible(WORKED, tokenizer, "answer_format")
     check_visible("<answer>{answer}</answer>", tokenizer, "answer_format")
+    tokenizer.add_tokens([AddedToken("<answer>", special=True)], special_tokens=True)  # without a role
+    with pytest.raises(ConfigError, match="'<answer>' is a special token"):
+        check_visible("<answer>{answer}</answer>", tokenizer, "answer_format")

@@ -105,7 +105,7 @@ class _Comparison:
         return (self.same_in_order if has_order else self.same_in_any_order)(gold.args, answer.args)
 
     def same_matrix(self, gold: Node, answer: Node) -> bool:
-        gold, answer = _as_vector(gold), _as_vector(answer)
+        gold, answer = _as_vector(_as_matrix(gold)), _as_vector(_as_matrix(answer))
         if gold.op == answer.op == BRACKET and gold.name == answer.name:
             return self.same_in_order(gold.args, answer.args)
         if gold.op != answer.op or gold.name != answer.name or len(gold.args) != len(answer.args):
@@ -286,6 +286,14 @@ def _as_vector(node: Node) -> Node:
     columns = tuple(entry for row in node.args for entry in row.args)
     is_column = all(len(row.args) == 1 for row in node.args)
     return Node(BRACKET, columns, name="()") if is_column or len(node.args) == 1 else node
+
+
+def _as_matrix(node: Node) -> Node:
+    """Write a list of lists in square brackets as a matrix."""
+    is_list = node.op == BRACKET and all(arg.op == BRACKET for arg in node.args)
+    if not is_list or any(part.name != "[]" for part in (node, *node.args)):
+        return node
+    return Node(MATRIX, tuple(Node("row", row.args) for row in node.args))
 
 
 def _as_union(node: Node) -> Node:

@@ -71,7 +71,7 @@ _RELATIONS = frozenset(r"= < > \le \ge \ne \in".split())
 # Commands that start no factor.
 _SEPARATING = _RELATIONS | frozenset(r"\cup \pm \mp \} \\ \end \| \rfloor \rceil \rvert \rangle".split())
 _SPLIT = {",": SEPARATED, ";": SEPARATED, "and": UNORDERED, "or": UNORDERED}
-_ENVIRONMENTS = ("pmatrix", "bmatrix", "vmatrix", "matrix", "array")
+_ENVIRONMENTS = ("pmatrix", "bmatrix", "Bmatrix", "vmatrix", "smallmatrix", "matrix", "array")
 _SUCH_THAT = ([("sign", "|")], [("sign", ":")], [("command", r"\mid")])  # {x | x > 2}
 _CLOSING = {"(": ")]", "[": ")]"}
 

@@ -221,7 +221,7 @@ def read_statement(text: str) -> str:
 def _is_rounded(exact: str, rounded: str) -> bool:
     """Return whether a number is the other one, without symbols, rounded or cut off: ``2\\sqrt{3}`` and ``3.46``."""
     node, number = read_expression(exact), read_number(rounded)
-    if node is None or number is None or any(part.op == "symbol" and not _is_constant(part) for part in node.walk()):
+    if node is None or number is None or not _is_constant(node):
         return False
     try:
         value = float(evaluate(node, timeout=GOLD_SECONDS))
@@ -231,8 +231,8 @@ def _is_rounded(exact: str, rounded: str) -> bool:
     return abs(value - number.value) < 10.0 ** -len(decimals[0] if decimals else "")
 
 
-def _is_constant(node: Node) -> bool:
-    return node.name in ("e", r"\pi")
+def _is_constant(node: Node | None) -> bool:
+    return node is not None and all(part.op != "symbol" or part.name in ("e", r"\pi") for part in node.walk())
 
 
 def read_answer_number(text: str) -> Number | None:
@@ -249,7 +249,7 @@ def _is_sum_of_names(node: Node) -> bool:
     return all(map(_is_sum_of_names, node.args)) if node.op in ("+", "-") else is_name(node)
 
 
-_UNIT = re.compile(r"(.*?\S) ((?:[^\W\d_]{2,}\.?[ /]?){1,4}(?: ?\^ ?\{?[23]\}?)?)", re.DOTALL)
+_UNIT = re.compile(r"(.*?\S) ((?:(?:[^\W\d_]{2,}|[ghlms](?![^\W\d_]))\.?[ /]?){1,4}(?: ?\^ ?\{?[23]\}?)?)", re.DOTALL)
 
 
 def read_expression(text: str) -> Node | None:
@@ -268,6 +268,8 @@ def split_unit(text: str) -> tuple[str, str]:
     match = _UNIT.fullmatch(text)
     if match is None or not is_unit(re.findall(r"[^\W\d_]+", match[2].lower()), known=True):
         return text, ""
+    if not re.search(r"[^\W\d_]{2}", match[2]) and not _is_constant(read_expression(match[1])):
+        return text, ""  # 2\pi r h is a product
     return match[1], canonical_unit(match[2])
 
 

@@ -11,10 +11,12 @@ import re
 import unicodedata
 from functools import lru_cache
 
+_BLANKS = ("FILLER", " BLANK", "NULL NOTEHEAD", "OBJECT REPLACEMENT CHARACTER")  # ends of names
+
 
 def is_visible(character: str) -> bool:
     """Return whether a character shows something: a letter, digit, punctuation or symbol that is not a blank filler."""
-    is_blank = unicodedata.name(character, "").endswith(("FILLER", " BLANK"))
+    is_blank = unicodedata.name(character, "").endswith(_BLANKS)
     return unicodedata.category(character)[0] in "LNPS" and not is_blank
 
 
@@ -27,15 +29,17 @@ def has_content(text: str) -> bool:
 
 _SIGNS = {
     "\u2212": "-", "\u00d7": "*", "\u00b7": "*", "\u22c5": "*", "\u2217": "*", "\u2219": "*",
-    "\u2715": "*", "\u2716": "*", "\u2a2f": "*", "\u00f7": "/",
+    "\u2715": "*", "\u2716": "*", "\u2a2f": "*", "\u2022": "*", "\u00f7": "/", "\u00b5": "\u00b5",
     "\u2044": "/", "\u2215": "/", "\u2236": ":", "\u221a": r"\sqrt ", "\u221b": r"\sqrt[3] ",
     "\u221e": r"\infty ", "\u2264": r"\le ",
     "\u2265": r"\ge ", "\u2a7d": r"\le ", "\u2a7e": r"\ge ", "\u2260": r"\ne ", "\u222a": r"\cup ", "\u2208": r"\in ",
-    "\u00b1": r"\pm ", "\u2205": r"\emptyset ", "\u2018": "'", "\u2019": "'", "\u2032": "'", "\u201c": '"',
-    "\u201d": '"', "\u2033": '"', "\u3002": ".", "\u3001": ",",
+    "\u00b1": r"\pm ", "\u2205": r"\emptyset ", "\u2018": "'", "\u2019": "'", "\u2032": "'", "\u02b9": "'",
+    "\u02bc": "'", "\u00b4": "'", "\u201c": '"', "\u201d": '"', "\u2033": '"', "\u3002": ".", "\u3001": ",",
+    "\u066c": ",",
     "\u00b0": "\u00b0", "\u00ba": "\u00b0", "\u02da": "\u00b0",
 }  # fmt: skip
 _SUPER, _SUB = "\x02", "\x03"  # end a raised or lowered character, so that runs of them can be joined
+_FRACTION = "\x04"  # starts a fraction in one character, which may follow a whole number
 
 
 @lru_cache(maxsize=4096)
@@ -49,7 +53,7 @@ def _spell(character: str) -> str:
     category, name = unicodedata.category(character), unicodedata.name(character, "")
     if character in "\n\r\t":
         return "\n"
-    if category in ("Cc", "Cf") or "VARIATION SELECTOR" in name or name.endswith(("FILLER", " BLANK")):
+    if category in ("Cc", "Cf") or "VARIATION SELECTOR" in name or name.endswith(_BLANKS):
         return ""
     if category == "Zs":
         return "\u00a0"
@@ -59,8 +63,8 @@ def _spell(character: str) -> str:
         opening, mark = ("^{", _SUPER) if tag == "<super>" else ("_{", _SUB)
         return opening + "".join(map(_spell, simple)) + mark + "}"
     if tag == "<fraction>":
-        return " " + "".join(map(_spell, simple))
-    if tag in ("<wide>", "<narrow>", "<font>", "<compat>", "<square>") and parts:
+        return _FRACTION + "".join(map(_spell, simple))
+    if tag in ("<wide>", "<narrow>", "<small>", "<font>", "<compat>", "<square>") and parts:
         return "".join(map(_spell, simple))
     if category == "Pd":
         return "-"
@@ -68,7 +72,7 @@ def _spell(character: str) -> str:
         return "\u00a4"
     if letter := re.fullmatch(r"GREEK SMALL LETTER (\w+)", name):
         return "\\" + letter[1].lower().replace("lamda", "lambda") + " "
-    return character
+    return character if tag.startswith("<") else simple  # the ohm sign is an omega
 
 
 _GROUPS = re.compile(  # between a digit and exactly three more
@@ -80,6 +84,7 @@ _GROUPS = re.compile(  # between a digit and exactly three more
 def _characters(text: str) -> str:
     text = "".join(map(_spell, text)).replace(f"{_SUPER}}}^{{", "").replace(f"{_SUB}}}_{{", "")
     text = text.replace(_SUPER, "").replace(_SUB, "")
+    text = re.sub(rf"(?<=[0-9])\s*{_FRACTION}", " ", text).replace(_FRACTION, "")
     text = _GROUPS.sub(",", text).replace("\u00a0", " ")
     return re.sub(r"(?<=[0-9])[ ]*\n\s*(?=[-0-9.])", ", ", text)  # two lines are two answers
 
@@ -88,7 +93,12 @@ def _characters(text: str) -> str:
 
 _TAGS = re.compile(r"</?(?:b|i|u|em|strong|code|span|p|div|br|font|mark|center|tt|pre|big|small|h[1-6])\b[^<>]*>", re.I)
 _WRAPPER = re.compile(
-    r"\\(boxed|fbox|mbox|text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|rm|it|sf|bb)|emph|operatorname\*?)\s*\{"
+    r"\\(boxed|fbox|framebox|mbox|text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|rm|it|sf|bb)|emph|underline|operatorname\*?)"
+    r"\s*\{"
+)
+_STYLE = re.compile(  # changes the look of what follows
+    r"\\(?:(?:text)?color|colorbox)\s*\{[^{}]*\}|\\(?:begin|end)\s*\{(?:equation|align|aligned|gather|gathered|center)\*?\}"
+    r"|\\(?:bf|rm|it|tt|em|tiny|small|normalsize|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])|```[a-z]*\n"
 )
 _BOLD = re.compile(r"(?<![\w)}\]])(\*\*|__)(?=\S)(.+?)(?<=\S)\1(?![\w({\\])")
 _BOX_OPEN, _BOX_CLOSE = "\x00", "\x01"
@@ -96,7 +106,7 @@ _BOX_OPEN, _BOX_CLOSE = "\x00", "\x01"
 
 def _markup(text: str) -> str:
     text = re.sub(r"<sup>(.*?)</sup>", r"^{\1}", html.unescape(text))
-    text = _TAGS.sub(" ", text).replace("`", " ").replace(r"\$", "\u00a4").replace("$$", "$")
+    text = _STYLE.sub(" ", _TAGS.sub(" ", text)).replace("`", " ").replace(r"\$", "\u00a4").replace("$$", "$")
     text = re.sub(r"\\?#{2,}", " ", text)
     text = re.sub(r"(?<!\\)\\[()\[\]]", " ", text)
     text = _BOLD.sub(r" \2 ", text)
@@ -124,8 +134,13 @@ _COMMANDS = [
         (r"\\(?:left|right|[bB]ig+[lr]?|displaystyle|limits|mathopen|mathclose)(?![A-Za-z])\.?", " "),
         (r"\\!", ""),
         (r"(?<!\\)\\(?:[,;: ]|q?quad(?![A-Za-z]))|~(?=\s*\\|\s*[A-Za-z])|(?<=[0-9}])~", " "),
-        (r"\\[dtc](frac|binom)(?![A-Za-z])", r"\\\1"),
-        (r"\s*\^\s*(?:\{\s*(?:\\circ|\\degree|\u00b0)\s*\}|\\circ|\\degree|\u00b0)|\\degree(?![A-Za-z])", "\u00b0"),
+        (r"\\(?:[dtcs]|nice)(frac|binom)(?![A-Za-z])", r"\\\1"),
+        (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+        (r"\^\{?([0-9]+)\}?\s*/\s*_\{?([0-9]+)\}?", r"\\frac{\1}{\2}"),
+        (r"(?<=[-/])\s*\{\s*([0-9.]+)\s*\}|\{\s*(-)\s*\}", r"\1\2"),
+        (r"(?<=[0-9])\s*\^\s*\{?\s*(st|nd|rd|th)\s*\}?(?![A-Za-z])", r"\1"),
+        (r"\^\s*(?:\{\s*(?:\\circ|\\degree|\u00b0|o)\s*\}|\\circ|\\degree|\u00b0)|\\degree(?![A-Za-z])", "\u00b0"),
+        (r"(?<=[0-9])\s*deg(?:rees?)?(?!\s*[A-Za-z])", "\u00b0"),
         (r"\\(?:cdot|times|ast)(?![A-Za-z])", "*"),
         (r"\\div(?![A-Za-z])", "/"),
         (r"\\(?:lt)(?![A-Za-z])", "<"),
@@ -135,7 +150,11 @@ _COMMANDS = [
         (r"\\neq(?![A-Za-z])|!=", r"\\ne "),
         (r"\\colon(?![A-Za-z])", ":"),
         (r"\\varnothing", r"\\emptyset "),
-        (r"\\([%#&])", r"\1"),
+        (r"\\([%#&*])", r"\1"),
+        (r"\\lbrace(?![A-Za-z])", r"\\{"),
+        (r"\\rbrace(?![A-Za-z])", r"\\}"),
+        (r"(?<=\\\\)\[[0-9.]+[a-z]{2}\]", ""),  # the space behind a row of a matrix
+        (r"(?<=[)\]}])\s*U\s*(?=[(\[{\\])", r"\\cup "),
         (r"(?<=[\w)}\]])\s*\*\*\s*(?=[-\w({\\])", "^"),
     )
 ]
@@ -154,14 +173,20 @@ def spell(text: str) -> str:
 
 # --- what surrounds an answer -----------------------------------------------------------------------------------------
 
-_NOUN = r"(?:answer|result|total|sum|value|solution|number|amount|count|output|equation|expression)"
+_NOUN = (
+    r"(?:answer|ans\.?|result|total|sum|value|solution|number|amount|count|output|equation|expression|option|choice)"
+)
+_OF = r"(?:\s(?:to|of|for)\s(?:the|this)\s(?:question|problem|exercise|equation))?"
 _LEAD_IN = re.compile(
-    rf"""(?:(?:so|thus|hence|therefore|then|finally|in\ conclusion|overall)\b[\s,:]*)?
-    (?:(?:(?:the|my|our|your)\s+)?(?:(?:final|correct|exact|required)\s+)?{_NOUN}\s*(?:is|equals|:|=)\s*:?\s*
-      |(?:it|this|that)(?:\s+is|'s|\s+equals)\s+|(?:we|i)\s+(?:get|have|find|obtain)\s+|=\s*|:\s*)?""",
+    rf"""(?:(?:so|thus|hence|therefore|then|consequently|accordingly|finally|in\ conclusion|in\ total
+      |overall|altogether)\b[\s,:]*|(?:\\(?:therefore|implies|[Rr]ightarrow|to)(?![A-Za-z])|=>|[\u2192\u21d2\u2234])\s*)?
+    (?:(?:(?:the|my|our|your)\s+)?(?:(?:final|correct|exact|required)\s+)?{_NOUN}{_OF}\s*(?:'s\b|is|equals|:|=)\s*:?\s*
+      |equals\s+|(?:it|this|that)(?:\s+is|'s|\s+equals)\s+|(?:we|i)\s+(?:get|have|find|obtain)\s+|=\s*|:\s*)?""",
     re.IGNORECASE | re.VERBOSE,
 )
 _BOILERPLATE = re.compile(r"\.? I hope (?:it|this) is correct\.?$", re.IGNORECASE)
+# Symbols that are more than decoration, by their names: a unit, a denial, a doubt.
+_MEANS_MORE = re.compile("DEGREE SIGN|CROSS MARK|BALLOT X|NO ENTRY|PROHIBITED|NO GOOD|THUMBS DOWN|QUESTION|THINKING")
 _PAIRS = {"*": "*", "_": "_", '"': '"', "\u00ab": "\u00bb"}
 
 
@@ -169,8 +194,10 @@ def _surroundings(text: str) -> str:
     """Strip lead-ins, pairs of marks, outer braces and one full stop, until none is left."""
     while True:
         stripped = text.strip()
-        while stripped and unicodedata.category(stripped[0]) == "So" and stripped[0] != "\u00b0":
+        while stripped and _is_decoration(stripped[0]):
             stripped = stripped[1:].lstrip()
+        while stripped and _is_decoration(stripped[-1]):
+            stripped = stripped[:-1].rstrip()
         stripped = stripped[_LEAD_IN.match(stripped).end() :]  # type: ignore[union-attr]  # it matches the empty text
         if len(stripped) > 2 and _PAIRS.get(stripped[0]) == stripped[-1] and stripped[0] not in stripped[1:-1]:
             stripped = stripped[1:-1]
@@ -179,6 +206,11 @@ def _surroundings(text: str) -> str:
         if stripped == text:
             return text
         text = stripped
+
+
+def _is_decoration(character: str) -> bool:
+    is_symbol = unicodedata.category(character) == "So"
+    return is_symbol and not _MEANS_MORE.search(unicodedata.name(character, ""))
 
 
 def _closing(text: str) -> int:
@@ -211,5 +243,6 @@ _ARTICLE = re.compile(r"(?:an?|the) +(?=[^\W\d_]{2})", re.IGNORECASE)
 def fold(text: str) -> str:
     """Return a normalised text as it is compared with a text: no case, no leading article, no spaces around signs."""
     text = _ARTICLE.sub("", text.casefold(), count=1) if _ARTICLE.match(text) else text.casefold()
+    text = re.sub(r"(?<=[0-9]) ?([ap])\.?m\b\.?", r" \1m", text)  # 8 p.m.
     text = re.sub(r"(\\[a-z]+) *", r"\1 ", re.sub(r"[{}]", "", text))
     return re.sub(r" *([^\w ]) *", r"\1", text).strip()

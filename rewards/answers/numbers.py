@@ -33,7 +33,7 @@ class Number:
     @property
     def is_percentage(self) -> bool:
         """Whether the unit is the percent sign, or its name."""
-        return self.unit.startswith(("%", "percent", "pct"))
+        return self.unit.startswith(("%", "percent", "per cent", "pct"))
 
     def contradicts(self, other: Number) -> bool:
         """Return whether both have units, and different ones: ``5 feet`` and ``5 inches``, ``5 m`` and ``5 m^2``."""
@@ -56,19 +56,21 @@ _QUANTITIES = frozenset(
     """
     one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
     nineteen twenty thirty forty fifty sixty seventy eighty ninety tens hundred hundreds thousand thousands zero dozen
-    dozens doz score scores gross myriad myriads googol bn grand lakh lakhs lac lacs crore crores mil mn mio mrd kk
+    dozens doz score scores gross myriad myriads googol grand grands lakh lakhs lac lacs crore crores mil mill mn mln
+    mio mrd mld mlrd mia bn bln tn trn trln kk tusen duizend ribu juta tys
     half halves third thirds fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth
     tenths twelfth twelfths sixteenth sixteenths hundredth hundredths thousandth thousandths st nd rd
-    th squared cubed factorial pi sqrt root mod plus minus log ln exp sin cos tan nan inf infinity infinite twice thrice
-    double doubled triple tripled fold permille ppm ppb basis bps milli micro nano kilo mega
+    th squared cubed factorial pi sqrt root mod plus minus log ln exp sin cos tan tau nan inf infinity infinite twice
+    thrice double doubled triple tripled fold permille ppm ppb basis bps milli micro nano kilo mega
     giga tera tausend mille mila base hex hexadecimal oct octal binary recurring repeating bc bce am pm
-    below beneath under underneath underwater underground debt deficit negative owed owing overdrawn loss arrears
-    short shortfall behind down downward downwards backward backwards decrease decreased
+    below beneath under underneath underwater underground debt deficit negative owed owing overdraft overdrawn loss
+    arrears short shortfall behind down downward downwards backward backwards decrease decreased
     """.split()
 )
 _NEGATIVE_PHRASES = ("in the red", "in the hole")
 _LATIN = re.compile(r"[a-z\u00b5\u00df-\u024f\u03c9]+")  # quantity words of other scripts are not known here
-_LARGE = re.compile(r"[a-z]+illi(?:on|ard)(?:s|en|e|i|es)?")  # million, Milliarde, quintillion
+# million, Milliarde, quintillion, billones, miljoen
+_LARGE = re.compile(r"[a-z]+illi(?:on|ard)(?:s|en|e|i|es)?|[a-z]+ill[o\u00f3]n(?:es)?|mil[ijy](?:oe?n|ard?)\w{0,3}")
 _UNITS = {
     name: names.split()[0]
     for names in (
@@ -80,6 +82,8 @@ _UNITS = {
         "l liter liters litre litres", "s sec second seconds", "min minute minutes", "h hr hour hours hrs",
         "\u00b0 degree degrees deg", "day days",
         "week weeks", "month months", "year years yr yrs", "cent cents", "dollar dollars",
+        "n newton newtons", "j joule joules", "w watt watts", "v volt volts", "a ampere amperes amp amps",
+        "\u03c9 ohm ohms",
     )
     for name in names.split()
 }  # fmt: skip
@@ -87,32 +91,36 @@ _UNITS = {
 
 def canonical_unit(unit: str) -> str:
     """Write a unit in one spelling: ``miles per hour`` and ``mile/h`` as ``mi/h``."""
-    unit = re.sub(r"^(?:percent|percentage|pct)$", "%", unit)
+    unit = re.sub(r"^(?:percent|percentage|per cent|pct)$", "%", unit)
     unit = re.sub(r"\b(?:square|sq\.?) (\w+)", r"\1^2", re.sub(r"\b(?:cubic|cu\.?) (\w+)", r"\1^3", unit.lower()))
     unit = re.sub(r"\s*[/*]\s*|\s+per\s+|\s+(?=\w)", "/", re.sub(r"[{}]", "", unit)).replace(" ", "")
     return re.sub(r"[^\W\d_]+", lambda word: _UNITS.get(word[0], word[0].removesuffix("s")), unit)
 
 
-_WORD = r"(?:[^\W\d_]{2,}+|[ghlmsL])(?:\ ?\^\ ?(?:\{\ ?-?[1-4]\ ?\}|-?[1-4])|[23](?!\w))?"
+_WORD = (
+    r"(?:(?:sq|cu)\.|[^\W\d_]{2,}+|[ghlmsLACFJNVW\u03a9\u00c5])(?:\ ?\^\ ?(?:\{\ ?-?[1-4]\ ?\}|-?[1-4])|[23](?!\w))?"
+)
 _FRACTION = r"\\frac\ ?(?:\{\ ?(?P<%s>-?[0-9]+)\ ?\}|(?P<%s>[0-9]))\ ?(?:\{\ ?(?P<%s>[0-9]+)\ ?\}|(?P<%s>[0-9]))"
 _POWER = r"(?:\{\ ?[-+]?[0-9]{1,3}\ ?\}|\([-+]?[0-9]{1,3}\)|[-+]?[0-9]{1,3}(?![0-9]))"
 _CODES = "USD EUR GBP CHF CAD AUD NZD JPY CNY RMB INR KRW BRL MXN SEK NOK DKK PLN CZK HUF RUB TRY ZAR SGD HKD"
-_CODES += r" Rs\.? Fr\.? [kK]r\.? Rp\.? RM Ksh Kč zł Ft"
+_CODES += " THB PHP IDR MYR AED SAR ILS NGN KES TWD VND COP ARS CLP PEN UAH RON BDT PKR LKR NPR EGP GHS"
+_CODES += r" Rs\.? S?Fr\.? [kK]r\.? Rp\.? RM K[sS]h R TL Dh Tk Kč zł Ft"
 # Possessive quantifiers where a run could be split in many ways, to prevent backtracking.
 _NUMBER = re.compile(
-    rf"""(?P<sign>[-+]\ ?|minus\ |negative\ )?
-    (?:(?:[A-Z]{{0,3}}[$\u00a4]|(?:{_CODES.replace(" ", "|")})(?=[\ 0-9.-]))\ ?(?P<inner>[-+])?\ ?)?
+    rf"""(?P<sign>[-+]\ ?|[mM]inus\ |[nN]egative\ )?
+    (?:(?:[A-Z]{{0,3}}\ ?[$\u00a4]|(?:{_CODES.replace(" ", "|")})(?=[\ 0-9.-]))\ ?(?P<inner>[-+])?\ ?)?
     (?:10\ ?\^\ ?(?P<ten>{_POWER})
       |{_FRACTION % ("top", "top1", "bottom", "bottom1")}
       |(?P<mixed>[0-9]{{1,9}})
        (?:\ ?{_FRACTION % ("mtop", "mtop1", "mbottom", "mbottom1")}|\ (?P<mn>[0-9]++)/(?P<md>[0-9]++))
       |(?P<numerator>[0-9]++)\ ?/\ ?(?P<denominator>[0-9]++)
-      |(?P<comma>[0-9]++,[0-9]{{1,2}}|[1-9][0-9]{{0,2}}(?:\.[0-9]{{3}})++,[0-9]{{1,2}})(?![0-9,])
+      |(?P<comma>[0-9]++,[0-9]{{1,2}}|[1-9][0-9]{{0,2}}(?:\.[0-9]{{3}})++,[0-9]{{1,2}}
+       |[1-9][0-9]{{0,2}}(?:\.[0-9]{{3}}){{2,}})(?![0-9,])
       |(?P<whole>[1-9][0-9]{{0,2}}(?:(?:,[0-9]{{3}})++|(?:\ [0-9]{{3}})++(?![0-9]))|[0-9]++)?(?P<decimals>\.[0-9]++)?
        (?P<exponent>[eE][-+]?[0-9]{{1,3}}(?![0-9])
         |\ ?[*xX]\ ?10\ ?\^\ ?{_POWER})?
     )
-    (?P<unit>(?:st|nd|rd|th)(?!\w)|[.,]-{{1,2}}|\ ?\u00b0\ ?[CFK]?|'{{1,2}}|"
+    (?P<unit>(?:st|nd|rd|th)(?!\w)|[.,/]-{{1,2}}|\ ?\u00b0\ ?[CFK]?|'{{1,2}}|"
       |\ ?(?:%|[$\u00a4])?(?:\ ?/?\ ?{_WORD}(?:\ ?[\ /*]\ ?{_WORD}){{0,3}}+)?)
     \.?""",
     re.VERBOSE,
@@ -143,7 +151,7 @@ def read_number(text: str) -> Number | None:
         return None
     is_glued = text[: match.start("unit") + 1].endswith(unit[:1]) and not is_ordinal
     is_fraction = any(match[name] for name in ("mixed", "top", "top1", "numerator"))
-    has_minus = (match["sign"] or match["inner"] or "+").strip() in ("-", "minus", "negative")
+    has_minus = (match["sign"] or match["inner"] or "+").strip().lower() in ("-", "minus", "negative")
     return Number(
         value=-value if has_minus else value,
         unit=unit,

@@ -31,7 +31,7 @@ _TAGS = (
     r"s|bos|eos|pad|unk|mask|sep|cls|sop|eop|eod|eot|eom|think|thinking|thought|tool_calls?|tool_responses?|tools?|"
     r"function_calls?|function_results?|system|user|assistant|human|model|developer|(?:start|end)_of_\w{1,20}|"
     r"(?:im|turn|start|end)_?(?:start|end|turn)?|unused\d{1,4}|image\w{0,20}|video|audio|"
-    r"filename|reponame|bot|ipython|toolcalls?|tooloutputs?|eoh|eoa|boh|boa|eoc|0x[0-9a-f]{2}|role|usr|inst|ai|"
+    r"filename|reponame|bot|sys|observation|ipython|toolcalls?|tooloutputs?|eoh|eoa|boh|boa|eoc|0x[0-9a-f]{2}|role|usr|inst|ai|"
     r"(?:start|end|begin)of\w{4,10}|boi|eoi|img|ref|box|quad|(?:ctrl|dummy|madeupword)\d{1,4}|"
     r"gmask|smask|ep|nl|stop"
 )

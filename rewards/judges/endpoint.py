@@ -30,11 +30,9 @@ from rolltune.rewards.judges.judge import (
 from rolltune.terminal import printable
 from rolltune.types import Message
 
-# Status codes that may concern only a question's text: too long, or blocked by a filter.
-_ABOUT_THE_TEXT = frozenset({400, 402, 403, 404, 413, 422, 451})
 _USUALLY_ABOUT_ALL = frozenset({402, 404})  # a service may also route or price one long text differently
-# Finish reasons of replies that are not the judge's whole answer.
-_INCOMPLETE = frozenset({"content_filter", "tool_calls", "function_call", "abort", "safety", "refusal"})
+# Finish reasons of whole replies. Servers name many others, such as "content_filter", "tool_calls" and "abort".
+_WHOLE = frozenset({"", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed"})
 _HARMLESS: tuple[Message, ...] = ({"role": "user", "content": "Reply with an empty JSON object."},)
 _MAX_KEPT_CHARS = 64_000  # of a reply
 _log = logging.getLogger(__name__)
@@ -212,7 +210,10 @@ class EndpointJudge:
         except EndpointDown as error:
             return self._none("judge_down", str(error))
         except Refused as error:
-            if error.status not in _ABOUT_THE_TEXT or await self._refuses_all(question.answer, error.status):
+            # A status may concern only the question's text, which may be too long or blocked by a filter. A wrong key
+            # (401), an exhausted account (429) and a redirection never do.
+            is_final = error.status in (401, 429) or error.status < 400
+            if is_final or await self._refuses_all(question.answer, error.status):
                 raise
             return self._none("judge_refused", str(error))
 
@@ -227,7 +228,7 @@ class EndpointJudge:
             text = self._kept(reply.text if reply.text.strip() else reply.reasoning)
             if reply.finish_reason == "length":
                 return self._none("judge_cut", f"the reply reached max_tokens: {self._max_tokens}", text)
-            if reply.finish_reason in _INCOMPLETE:
+            if reply.finish_reason not in _WHOLE:
                 return self._none("judge_refused", f"the reply is incomplete: {reply.finish_reason}", text)
             try:
                 value = read_answer(question, text)

@@ -39,7 +39,8 @@ _WRAPPERS = frozenset(
 )
 # Braces around a field that decides: what looks like a verdict, whether or not it can be read.
 _DECISION = re.compile(r"\{[^{}]{0,5000}\b(?:rating|grade|better)\b[^\w{}]{0,5}[:=]", re.IGNORECASE)
-_UNICODE_ESCAPE = re.compile(r"\\+(?:u\{?|x)([0-9a-fA-F]{2,6})\}?")
+_HEX = "[0-9a-fA-F]"
+_UNICODE_ESCAPE = re.compile(rf"\\+(?:u({_HEX}{{4}})|U({_HEX}{{8}})|u\{{({_HEX}{{1,6}})\}}|x\{{?({_HEX}{{2}})\}}?)")
 _NOT_PLAIN = re.compile(r"[^\w{}\[\]:,.+-]|_")
 
 
@@ -283,7 +284,7 @@ def _decoded(text: str) -> str:
     """Undo the escapes in which a text can hide an object from a comparison: of HTML, URLs, JSON and Python."""
     for _ in range(_MAX_ESCAPED):
         text = urllib.parse.unquote(html.unescape(text), errors="replace")
-    text = _UNICODE_ESCAPE.sub(lambda match: chr(min(int(match[1], 16), 0x10FFFF)), text)
+    text = _UNICODE_ESCAPE.sub(lambda match: chr(min(int(match[match.lastindex or 0], 16), 0x10FFFF)), text)
     return unicodedata.normalize("NFKC", text)
 
 

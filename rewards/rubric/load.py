@@ -25,7 +25,11 @@ Weights = Literal["categories", "numbers"]
 Unsure = Literal["error", "drop", "bad", "good"]
 
 _MAX_SHOWN = 20  # mistakes of a file that are listed
-_PREFIX = re.compile(r"\s*(\w+)\s+criteri(?:a|on)\s*:\s*", re.IGNORECASE)
+# "Essential Criteria: ", also in bold or brackets, with another sign than the colon, or without the second word.
+_PREFIX = re.compile(
+    rf"\W*(?:(\w+)\s+criteri(?:a|on)|({'|'.join(CATEGORIES)})s?)[*_]*(?:\s*[:\uff1a\]]|\s+[\u2013-]\s)[\s*_:]*",
+    re.IGNORECASE,
+)
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -253,7 +257,7 @@ def _category(item: _RarItem) -> tuple[Category, str]:
     prefix = _PREFIX.match(item.description)
     description = item.description[prefix.end() :].strip() if prefix else item.description.strip()
     for category in CATEGORIES:
-        if prefix and category == prefix[1].casefold():
+        if prefix and category == (prefix[1] or prefix[2]).casefold().removesuffix("s"):
             return category, description or item.title
     return _by_number(item.weight), description or item.title
 

@@ -173,9 +173,15 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((i for i in ids if i in added and added[i].special), tokenizer.eos_token_id)  # pyright: ignore
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the tokens that decoding leaves out: those with a role, such as EOS, and all others marked as special."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]  # pyright: ignore
+    return list(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
+
+
 def special_token_in(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the first special token in a text, which rewards would not see in a response; None if it has none."""
-    return next((token for token in tokenizer.all_special_tokens if token in text), None)
+    return next((token for token in special_tokens(tokenizer) if token in text), None)
 
 
 def check_visible(text: str, tokenizer: PreTrainedTokenizerBase, key: str) -> None:
@@ -213,7 +219,7 @@ def _render(
         )
     except TemplateError:
         raise
-    except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # in an expression of the template
+    except (TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:  # in its expressions
         raise TemplateError(f"{type(error).__name__}: {error}") from error
 
 

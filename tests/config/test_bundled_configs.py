@@ -1,6 +1,7 @@
 """Every config in configs/ is checked as a run would check it, and says how it is run."""
 
 import re
+from statistics import median
 
 import pytest
 from repo import ROOT
@@ -16,6 +17,7 @@ from rolltune.config.schema import (
     WriteRubricsConfig,
     WriteTracesConfig,
 )
+from rolltune.config.tree import read_yaml
 from rolltune.run import checks
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -55,6 +57,19 @@ def test_config(path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_that_others_start_from_has_a_config(stage):
     assert stage in {path.stem for path in CONFIGS}
+
+
+def test_learning_rates_of_lora_are_an_order_of_magnitude_above_those_of_full_training():
+    """Those of full training at the same stage, in models of 0.5B and more: LoRA takes 10 to 30 times as much."""
+    rates = {}
+    for path in CONFIGS:
+        tree = read_yaml(path)
+        if "optimizer" in tree and not path.stem.startswith(("smollm2", "quickstart", "gemma3_270m")):
+            stage = "sft" if path.stem.endswith("_sft") else "grpo"
+            rates.setdefault((stage, "lora" in tree), []).append(float(tree["optimizer"]["lr"]))
+    for stage in ("sft", "grpo"):
+        full, lora = median(rates[stage, False]), rates[stage, True]
+        assert all(10 * full <= rate <= 30.001 * full for rate in lora), (stage, full, lora)
 
 
 def test_there_are_configs():

@@ -171,6 +171,8 @@ def test_batch_invariance_is_for_the_native_sampler_on_a_cpu(grpo):
         ("model={path: smollm2-135m-instruct, dtype: float16, master_weights: true}", "model.dtype: float16; is not"),
         ("model.batch_invariant=true", "model.batch_invariant: true; is not supported with parallel.weights fsdp"),
         ("model={path: smollm2-135m-instruct, quantization: nf4}", "model.quantization: nf4; is not supported with"),
+        ("lora.dora=true", "lora.dora: true; is not supported with parallel.weights fsdp"),
+        ("sampler={_component_: rolltune.samplers.vllm.served, lora: adapter}", "sampler.lora: adapter; is not"),
         ("optimizer={_component_: bitsandbytes.optim.AdamW8bit, lr: 1e-3}", "optimizer._component_: bitsandbytes"),
         ("optimizer={_component_: torch.optim.Adafactor, lr: 1e-3}", "optimizer._component_: torch.optim.Adafactor"),
     ],
@@ -187,6 +189,32 @@ def test_options_of_shards_need_shards(grpo):
     assert [text.partition(";")[0] for text in problems] == ["parallel.shard: 1", "parallel.cpu_offload: true"]
     (problem,) = grpo("parallel.weights=zero")
     assert "parallel.weights: zero" in problem or "parallel.weights: 'zero'" in problem
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "sampler.lora: adapter; the run has no lora section"),
+        (["lora.dora=true"], "lora.dora: true; must be false with sampler.lora: adapter, as vLLM does not serve DoRA"),
+        (["lora.experts=true"], "lora.experts: true; must be false with sampler.lora: adapter"),
+        (["lora.rank=600"], "lora.rank: 600; must be <= 512 with sampler.lora: adapter"),
+        (["lora.rank=4", "sampler.transfer=nccl"], "sampler.transfer: nccl; must be files with sampler.lora: adapter"),
+        (["lora.rank=4", "sampler.lora=both"], "sampler.lora: 'both'"),
+    ],
+)
+def test_adapters_that_vllm_does_not_serve_are_refused(grpo, monkeypatch, overrides, message):
+    monkeypatch.setattr("rolltune.endpoints.serving.installed_version", lambda: "0.32.0")
+    sampler = "sampler={_component_: rolltune.samplers.vllm.served, lora: adapter}"
+    (found,) = grpo(sampler, *overrides)
+    assert found.startswith(message), found
+    assert grpo(sampler, "lora.rank=512") == []
+
+
+def test_kinds_of_adapters_that_contradict(grpo):
+    (found,) = grpo("lora.dora=true", "lora.experts=true")
+    assert found.startswith("lora.dora: true; must be false with lora.experts")
+    (found,) = grpo("lora.dora=true", "model.batch_invariant=true")
+    assert found.startswith("lora.dora: true; must be false with model.batch_invariant")
 
 
 def test_an_overoptimization_check(grpo):
@@ -294,6 +322,7 @@ def test_output_dir_is_a_file(grpo, grpo_yaml: Path):
         ("file/below", ""),
         ("file", "is a file"),
         ("dangling", "dangling leads nowhere, to nowhere"),
+        ("caf\udcc3\udca9", "cannot read it in this locale: export PYTHONUTF8=1"),
         ("dangling/below", "dangling leads nowhere, to nowhere"),
         ("x" * 300, "File name too long"),
     ],

@@ -235,6 +235,8 @@ def test_everything_that_is_missing_is_named(problems):
         ("a: 1\n\tb: 2\n", "bad.yaml, line 2: "),
         ("a: 1\nb: 2\na: 3\n", "bad.yaml, line 3: a: repeated"),
         ("loss:\n  kl_coef: 1\n  kl_coef: 2\n", "bad.yaml, line 3: kl_coef: repeated"),
+        (f"a: {'9' * 5000}\n", "bad.yaml: Exceeds the limit"),
+        (f"a: {'[' * 5000}{']' * 5000}\n", "bad.yaml: brackets are nested too deeply"),
         ("a: !!python/object/apply:os.system [ls]\n", "bad.yaml, line 1: could not determine a constructor"),
     ],
 )

@@ -217,6 +217,12 @@ UNUSUAL = {
         b' "2"]}}]}',
         "42",
     ),
+    "a part of thoughts with a text": (
+        b'{"choices": [{"message": {"content": [{"type": "reasoning", "text": "5"}, {"type": "text", "text": "4"}]}}]}',
+        "4",
+    ),
+    "one part": (b'{"choices": [{"message": {"content": {"type": "text", "text": "4"}}}]}', "4"),
+    "thoughts of an unknown form": (b'{"choices": [{"message": {"content": "4", "reasoning": {"steps": 2}}}]}', "4"),
     "null in all places": (
         b'{"model": null, "choices": [{"message": {"content": "4"}, "finish_reason": null}],'
         b' "usage": {"prompt_tokens": 3, "completion_tokens": null, "total_tokens": null}}',
@@ -247,6 +253,9 @@ ACCOUNT = {
         Response(body=b'{"error": {"code": 401, "message": "No auth"}}'),
         r"is refused by .*401: No",
     ),
+    "no quota, with 403": (Response(status=403, body=b'{"error": {"code": "insufficient_quota"}}'), "no quota left"),
+    "in arrears": (error(429, "Your account is in arrears, please recharge"), "no quota left"),
+    "a bad key, without an error object": (Response(body=b'{"code": 401, "message": "No auth"}'), "401: No auth"),
     "a bad key, in words": (Response(body=b'{"error": {"code": "invalid_api_key"}}'), "is refused by"),
     "a list": (Response(status=401, body=b'[{"error": {"code": 401, "message": "No auth"}}]'), "401: No auth"),
 }
@@ -435,6 +444,11 @@ USAGES = {
     "Anthropic": ({"input_tokens": 900, "output_tokens": 600}, 1500),
     "Gemini": ({"promptTokenCount": 900, "candidatesTokenCount": 100, "totalTokenCount": 1500}, 1500),
     "floats": ({"prompt_tokens": 900.0, "completion_tokens": 600.0}, 1500),
+    "thoughts apart": (
+        {"prompt_tokens": 10, "completion_tokens": 5, "completion_tokens_details": {"reasoning_tokens": 1485}},
+        1500,
+    ),
+    "a cached prompt apart": ({"input_tokens": 5, "cache_read_input_tokens": 1490, "output_tokens": 5}, 1500),
 }
 UNKNOWN = {
     "missing": None,
@@ -556,6 +570,7 @@ def test_event_loops_come_and_go(capfd):
     ("options", "says"),
     [
         ({"base_url": "localhost:8000/v1"}, "base_url: 'localhost:8000/v1'; must be an address such as http"),
+        ({"base_url": "http://h /v1"}, "base_url: 'http://h /v1'; must be an address such as http"),
         ({"base_url": "http:///v1"}, "base_url: 'http:///v1'; must be an address such as http"),
         ({"base_url": "http://[::1/v1"}, "such as http"),
         ({"base_url": "http://h:99999/v1"}, "such as http"),

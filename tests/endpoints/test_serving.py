@@ -357,6 +357,22 @@ def test_a_server_that_takes_weights_loads_none_and_opens_its_routes(tiny_llama)
         assert "processed_logprobs" in extra and "--no-enable-chunked-prefill" in extra
 
 
+def test_a_server_with_room_for_adapters(tiny_llama, monkeypatch):
+    """Their routes open only where vLLM's own loading of any folder is replaced."""
+    settings = {"name": "j", "port": 1, "dtype": "float32", "max_model_len": 8, "max_num_seqs": 1, "kv_cache_gib": 0.5}
+    room = serving.adapter_room(str(tiny_llama), 20)
+    command = serving.command_line(str(tiny_llama), takes_weights="files", adapters=room, **settings)
+    lora = command.index("--enable-lora")
+    assert command[lora : lora + 4] == ["--enable-lora", "--max-lora-rank", "32", "--lora-target-modules"]
+    assert command[lora + 4 : lora + 11] == [f"{name}_proj" for name in ("down", "gate", "k", "o", "q", "up", "v")]
+    started = []
+    monkeypatch.setattr(serving.subprocess, "Popen", lambda command, env, **options: started.append(env))
+    for options in (command, [*command[:6], "--enable-lora"]):
+        serving._start(options, name="j", port=1, key="k", start="s", log=tiny_llama / "log")
+    assert started[0]["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in started[1]
+
+
 def test_the_supported_version_is_the_projects():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     major, minor = map(int, serving.SUPPORTED.split("."))
@@ -507,12 +523,14 @@ def test_checks(tiny_llama, tmp_path):
         max_model_len=0,
         max_num_seqs=0,
         kv_cache_gib=0.0,
+        lora_rank=600,
         start_seconds=0.0,
         command=["no-such-program"],
     )
     keys = [problem.split(":")[0] for problem in check_serve(wrong, 1)]
     assert keys == [
-        *("model", "name", "port", "max_model_len", "max_num_seqs", "kv_cache_gib", "start_seconds", "command[0]"),
+        *("model", "name", "port", "max_model_len", "max_num_seqs", "kv_cache_gib"),
+        *("lora_rank", "lora_rank", "start_seconds", "command[0]"),
     ]
     (tmp_path / "wrong.yaml").write_text(f"output_dir: {tmp_path}\nmodel: {tiny_llama}\n")
     with pytest.raises(ConfigError) as error:

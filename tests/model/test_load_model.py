@@ -208,6 +208,13 @@ def test_a_folder_that_cannot_be_read(tmp_path):
         load_config(str(tmp_path))
 
 
+def test_weights_that_cannot_be_read(tiny_llama, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))  # as after a power cut
+    with pytest.raises(ValueError, match=rf"model\.path: {tmp_path}: cannot be loaded: "):
+        load_model(str(tmp_path), dtype="float32", device=torch.device("cpu"))
+
+
 # --- adapters and tokenizers ------------------------------------------------------------------------------------------
 
 

@@ -84,7 +84,7 @@ def test_adapters_on_experts(mixtral, tmp_path, tokenizer, experts):
     assert kinds == {f"self_attn.{x}_proj" for x in "qkvo"} | ({"mlp.experts"} if experts else set())
     count = sum(p.numel() for p in policy.trainable_parameters)
     assert count == 4 * count_parameters(policy.causal_lm.config, lora)[1]
-    assert bool(policy.notes) is not experts
+    assert ("have no adapter" in "".join(policy.notes)) is not experts
     policy.logprobs(MICROBATCH, temperature=1.0)[0].sum().backward()
     torch.optim.SGD(policy.trainable_parameters, lr=0.1).step()
     policy.save(tmp_path / "adapter", tokenizer)
@@ -99,10 +99,15 @@ def test_adapters_on_experts(mixtral, tmp_path, tokenizer, experts):
         build(tmp_path / "adapter", LoRAConfig(rank=4, alpha=8.0, experts=not experts))
 
 
-def test_the_note_names_what_has_no_adapter(mixtral):
+def test_the_note_names_what_has_an_adapter_and_what_has_none(mixtral, tiny_llama):
+    (note,) = build(tiny_llama, LoRAConfig()).notes
+    kinds = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert note == f"lora: all-linear adapts 14 layers: {kinds}"
+    assert build(tiny_llama, LoRAConfig(target_modules="q_proj")).notes == []
     (note,) = build(mixtral, LoRAConfig()).notes
     assert note == (
-        "lora: 86% of the weights have no adapter: mlp.experts.gate_up_proj, mlp.experts.down_proj, mlp.gate; "
+        "lora: all-linear adapts 8 layers: k_proj, o_proj, q_proj, v_proj; 86% of the weights "
+        "have no adapter: mlp.experts.gate_up_proj, mlp.experts.down_proj, mlp.gate; "
         "lora.experts: true adapts experts"
     )
 

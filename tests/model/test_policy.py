@@ -97,7 +97,29 @@ def test_the_reference_of_a_resumed_policy_is_the_start_of_the_run(tiny_llama, t
         torch.testing.assert_close(resumed.reference_logprobs(microbatch, temperature=1.0), start, rtol=0, atol=0)
 
 
-def test_saved_folders_load_in_plain_transformers_and_peft(tiny_llama, tokenizer, microbatch, tmp_path):
+@pytest.mark.parametrize("kind", [{}, {"rslora": True}, {"dora": True}], ids=["lora", "rslora", "dora"])
+def test_adapters_of_each_kind_train_and_load_in_plain_peft(tiny_llama, tokenizer, microbatch, tmp_path, kind):
+    lora = replace(LORA, **kind)
+    policy = build(tiny_llama, lora)
+    start = {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}
+    train_a_little(policy, microbatch)
+    assert all(not torch.equal(p, start[name]) for name, p in policy.model.named_parameters() if name in start)
+    assert any("lora_magnitude_vector" in name for name in start) == lora.dora
+    policy.save(tmp_path / "lora", tokenizer)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), str(tmp_path / "lora"))
+    ids = microbatch.input_ids[None]
+    with torch.no_grad():
+        logits = policy.causal_lm(ids).logits
+        torch.testing.assert_close(plain(ids).logits, logits, atol=1e-5, rtol=1e-5)
+        merged = plain.merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, logits, atol=1e-4, rtol=1e-4)
+    assert torch.equal(current(build(tmp_path / "lora", lora), microbatch), current(policy, microbatch))
+    if kind:
+        with pytest.raises(ValueError, match=rf"lora\.{next(iter(kind))}: false; the adapter at .* with true"):
+            build(tmp_path / "lora", LORA)
+
+
+def test_saved_folders_load_in_plain_transformers(tiny_llama, tokenizer, microbatch, tmp_path):
     full = build(tiny_llama)
     train_a_little(full, microbatch)
     full.save(tmp_path / "full", tokenizer)
@@ -105,13 +127,6 @@ def test_saved_folders_load_in_plain_transformers_and_peft(tiny_llama, tokenizer
     ids = microbatch.input_ids[None]
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, full.causal_lm(ids).logits, atol=1e-5, rtol=1e-5)
-
-    lora = build(tiny_llama, LORA)
-    train_a_little(lora, microbatch)
-    lora.save(tmp_path / "lora", tokenizer)
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), str(tmp_path / "lora"))
-    with torch.no_grad():
-        torch.testing.assert_close(adapted(ids).logits, lora.causal_lm(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_lora_trains_only_the_adapter(tiny_llama):

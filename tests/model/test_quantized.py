@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from rolltune.config.schema import LoRAConfig, ModelConfig
 from rolltune.errors import ConfigError
 from rolltune.model.load import load_for_sampling, load_model, load_tokenizer, unwrapped
+from rolltune.model.parts import in_float32
 from rolltune.model.policy import Policy, build_policy
 from rolltune.model.quantized import NF4_BYTES, decoded, is_quantized, num_weights
 from rolltune.model.weights import policy_weights, weight_shapes
@@ -48,6 +49,21 @@ def test_linear_layers_hold_nf4_and_everything_else_its_own_weights(tiny_llama, 
     for name, parameter in plain.named_parameters():
         if name.removesuffix(".weight") not in layers:
             assert torch.equal(parameter, model.get_parameter(name)) and model.dtype == parameter.dtype
+
+
+def test_the_forward_pass_is_chosen_in_float32(tiny_llama):
+    """Rounding of bfloat16 would exceed the limit of the comparison with eager attention."""
+    model = load(tiny_llama, "bfloat16")
+    with in_float32(model):
+        exact = model(IDS).logits
+    decoded_model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    rounded = model(IDS).logits
+    assert rounded.dtype == torch.bfloat16
+    for module in filter(is_quantized, model.modules()):
+        module.weight.quant_state.dtype = torch.float32
+    decoded_model.load_state_dict(dict(policy_weights(model, torch.float32)), strict=False)
+    torch.testing.assert_close(exact, decoded_model(IDS).logits, rtol=1e-4, atol=1e-5)
+    assert (rounded - exact).abs().max() > 1e-3
 
 
 def test_bytes_of_a_weight():

@@ -14,7 +14,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from rolltune.model.weights import check_mergeable, policy_weights, tied_names, weight_shapes
+from rolltune.model.adapter import adapted_layers, adapter_rank, adapter_weights
+from rolltune.model.weights import base_weights, check_mergeable, policy_weights, tied_names, weight_shapes
 
 SIZES = {
     "vocab_size": 64,
@@ -101,11 +102,15 @@ def test_weights_that_have_the_dtype_are_not_copied(tiny_llama):
     assert all(tensor.dtype == torch.bfloat16 for _, tensor in policy_weights(model, torch.bfloat16))
 
 
-def test_lora_is_merged_as_peft_merges_it(tiny_llama):
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
+def test_lora_is_merged_as_peft_merges_it(tiny_llama, options):
     torch.manual_seed(0)
-    model = get_peft_model(
-        load(tiny_llama), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
-    )
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, **options)
+    model = get_peft_model(load(tiny_llama), lora)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1.1)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     found = dict(policy_weights(model, torch.float32))
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
@@ -130,7 +135,6 @@ def test_a_low_precision_base_is_merged_in_fp32_and_rounded_once(tiny_llama):
 @pytest.mark.parametrize(
     ("adapter", "why"),
     [
-        (LoraConfig(target_modules=["q_proj"], use_dora=True), r"layers\.0\.self_attn\.q_proj: a variant .*\(Dora\)"),
         (LoraConfig(target_modules=["up_proj"], lora_bias=True), r"layers\.0\.mlp\.up_proj: a LoRA bias"),
         (LoraConfig(target_modules=["embed_tokens"]), r"embed_tokens: peft\.tuners\.lora\.layer\.Embedding"),
         (LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]), r"norm: .* \(ModulesToSaveWrapper\)"),
@@ -140,9 +144,9 @@ def test_a_low_precision_base_is_merged_in_fp32_and_rounded_once(tiny_llama):
         ),
         (IA3Config(target_modules=["k_proj"], feedforward_modules=[]), r"k_proj: peft\.tuners\.ia3"),
     ],
-    ids=["dora", "bias", "embedding", "saved", "tokens", "ia3"],
+    ids=["bias", "embedding", "saved", "tokens", "ia3"],
 )
-def test_adapters_other_than_plain_lora_are_refused(make_tiny_llama, tmp_path, adapter, why):
+def test_adapters_other_than_lora_and_dora_are_refused(make_tiny_llama, tmp_path, adapter, why):
     base = load(make_tiny_llama(tmp_path / "biased", mlp_bias=True))
     check_mergeable(base)
     model = get_peft_model(base, adapter)
@@ -154,6 +158,23 @@ def test_shapes_with_lora_agree_with_the_weights(tiny_llama):
     model = get_peft_model(load(tiny_llama), LoraConfig(target_modules="all-linear"))
     given = [(name, t.dtype, t.shape) for name, t in policy_weights(model, torch.bfloat16)]
     assert weight_shapes(model, torch.bfloat16) == given
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_apart_contains_the_scale_that_peft_applies(tiny_llama, rslora):
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    lora.use_rslora = rslora
+    model = get_peft_model(load(tiny_llama), lora)
+    layers = adapted_layers(model)
+    found = dict(adapter_weights(layers, torch.float32))
+    assert len(found) == 2 * len(layers) == 8 and adapter_rank(layers) == 4
+    for name, layer in layers.items():
+        assert layer.scaling["default"] == (3.0 if rslora else 1.5)  # 6 / sqrt(4), 6 / 4
+        delta = found[f"{name}.lora_B.weight"] @ found[f"{name}.lora_A.weight"]
+        torch.testing.assert_close(delta, layer.get_delta_weight("default"), rtol=0, atol=1e-6)
+    plain = dict(base_weights(model, torch.float32))
+    assert all(torch.equal(plain[name], tensor) for name, tensor in policy_weights(load(tiny_llama), torch.float32))
 
 
 def test_lora_beside_experts_gives_the_checkpoint_of_the_merged_model(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 import yaml
 from tiny_run import ROOT, read_rows, tiny_grpo
 
+from rolltune.endpoints.serving import AdapterRoom, serve
 from rolltune.errors import RunStopped
 from rolltune.run.checkpoint import load_state
 from rolltune.samplers import vllm_local
@@ -74,9 +76,10 @@ def check_mismatch(output_dir: Path, steps: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8.0}], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8.0}], ids=["full", "adapter"])
 def test_a_run_goes_on_to_the_numbers_of_an_unbroken_one(run_grpo, model, lora):
-    options = {"model": model, "sampler": COLOCATED, "lora": lora, "checkpoint": {"every_n_steps": 1, "keep_last": 9}}
+    sampler = COLOCATED | {"lora": "adapter" if lora else "merged"}
+    options = {"model": model, "sampler": sampler, "lora": lora, "checkpoint": {"every_n_steps": 1, "keep_last": 9}}
     whole = run_grpo("whole", **options)
     check_mismatch(whole, 4)
     rewards = [row["reward/mean"] for row in read_rows(whole) if "reward/mean" in row]
@@ -90,6 +93,33 @@ def test_a_run_goes_on_to_the_numbers_of_an_unbroken_one(run_grpo, model, lora):
         late.rmdir()
     resumed = run_grpo("halves", **options, overrides=("resume=true",))
     assert read_rows(resumed) == read_rows(whole)
+
+
+@pytest.mark.slow
+def test_an_adapter_apart_gives_the_run_of_merged_weights(run_grpo, model, tmp_path, monkeypatch):
+    """In the process and on a server, with the same seeds."""
+    room = AdapterRoom(rank=4, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+    options = {"dtype": "float32", "max_model_len": 256, "kv_cache_gib": 0.05, "takes_weights": "files"}
+    runs = {}
+    with serve(str(model), log=tmp_path / "server.log", adapters=room, quiet=True, **options) as server:
+        monkeypatch.setenv("VLLM_API_KEY", server.key)
+        at = SERVED | {"base_urls": [server.base_url], "api_key_env": "VLLM_API_KEY"}
+        for sampler, lora in itertools.product((COLOCATED, at), ("merged", "adapter")):
+            name = f"{sampler['_component_'].rpartition('.')[2]}_{lora}"
+            runs[name] = run_grpo(
+                name,
+                model=model,
+                sampler=sampler | {"lora": lora},
+                lora={"rank": 4, "alpha": 2.0, "rslora": True},
+                num_steps=3,
+                eval={"every_n_steps": 3, "max_problems": 4},
+            )
+    for run in runs.values():
+        check_mismatch(run, 3)
+        for row, expected in zip(read_rows(run), read_rows(runs["colocated_merged"]), strict=True):
+            for key in ("reward/mean", "length/mean", "loss", "grad_norm"):
+                if key in expected:
+                    assert row[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), key
 
 
 @pytest.mark.slow

@@ -42,7 +42,9 @@ def test_refuses_other_layouts(text: str) -> None:
     assert format_reward(PROBLEM, text).total == 0.0
 
 
-@pytest.mark.parametrize("blank", ["\u200c", "\u2800", "\u200e", "\u180e", "\ufe0f", "\U000e0020", "\u3164", "\x00"])
+@pytest.mark.parametrize(
+    "blank", ["\u200c", "\u2800", "\u200e", "\u180e", "\ufe0f", "\U000e0020", "\u3164", "\U0001d159", "\x00"]
+)
 def test_a_block_that_shows_nothing_is_empty(blank: str) -> None:
     assert format_reward(PROBLEM, f"<think>{blank} </think> <answer>4</answer>").total == 0.0
     assert format_reward(PROBLEM, f"<think>2 + 2</think> <answer>{blank}</answer>").total == 0.0

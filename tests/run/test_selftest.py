@@ -147,8 +147,8 @@ def test_half_precision_is_given_room_for_its_rounding_and_no_more(policy, group
         )
 
     assert failed(run(policy, off_by(0.04), tokenizer=tokenizer)) == {RATIO}
-    assert failed(run(policy, off_by(0.04), tokenizer=tokenizer, dtype="bfloat16")) == set()
-    assert failed(run(policy, off_by(0.06), tokenizer=tokenizer, dtype="bfloat16")) == {RATIO}
+    assert failed(run(policy, off_by(0.07), tokenizer=tokenizer, dtype="bfloat16")) == set()
+    assert failed(run(policy, off_by(0.09), tokenizer=tokenizer, dtype="bfloat16")) == {RATIO}
     assert failed(run(policy, off_by(0.019), tokenizer=tokenizer, dtype="float16")) == set()
     assert failed(run(policy, off_by(0.021), tokenizer=tokenizer, dtype="float16")) == {RATIO}
 
@@ -156,10 +156,10 @@ def test_half_precision_is_given_room_for_its_rounding_and_no_more(policy, group
 @pytest.mark.parametrize(
     ("dtype", "sampler_dtype", "room"),
     [
-        ("float32", "bfloat16", 0.05),
+        ("float32", "bfloat16", 0.08),
         ("float32", "float16", 0.02),
-        ("bfloat16", "float32", 0.05),
-        ("float16", "bfloat16", 0.05),
+        ("bfloat16", "float32", 0.08),
+        ("float16", "bfloat16", 0.08),
         ("float32", None, 1e-4),
         ("float32", "a word of its own", 1e-4),
     ],
@@ -182,6 +182,23 @@ def test_the_packed_rows_of_a_coarsely_sampled_policy_are_held_to_its_own(policy
 
     monkeypatch.setattr("rolltune.model.forward.selected_logprobs", blurred)
     assert failed(run(policy, group, tokenizer=tokenizer, sampler_dtype="bfloat16")) == {PACKED}
+
+
+@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=4)], ids=["full", "lora"])
+def test_packed_rows_of_half_precision_weights_are_compared_in_float32(tiny_llama, group, tokenizer, monkeypatch, lora):
+    config = ModelConfig(path=str(tiny_llama), dtype="bfloat16")
+    half = build_policy(config, lora, device=torch.device("cpu"), seed=0, with_reference=True)
+    before = [parameter.clone() for parameter in half.model.parameters()]
+    assert PACKED not in failed(run(half, group, tokenizer=tokenizer, dtype="bfloat16"))
+    after = list(half.model.parameters())
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+    def blurred(*inputs, **options):
+        logprobs, entropy = selected_logprobs(*inputs, **options)
+        return logprobs + 0.01, entropy
+
+    monkeypatch.setattr("rolltune.model.forward.selected_logprobs", blurred)
+    assert PACKED in failed(run(half, group, tokenizer=tokenizer, dtype="bfloat16"))
 
 
 def test_eos_dropped_where_completions_become_training_sequences(policy, group, tokenizer, monkeypatch):
@@ -410,7 +427,7 @@ def examples(tokenizer):
 
 def run_sft(policy, examples, tokenizer):
     written, texts = examples
-    return run_sft_selftest(policy, written, responses=texts, tokenizer=tokenizer, dtype="float32")
+    return run_sft_selftest(policy, written, responses=texts, tokenizer=tokenizer)
 
 
 def test_sft_has_a_self_test_too(policy, examples, tokenizer, monkeypatch):

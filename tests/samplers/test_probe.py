@@ -142,3 +142,34 @@ def test_an_engine_in_bfloat16_may_round_more_than_a_trainer_in_float16(tiny_lla
     ProbeCheck(trainer, probes, torch.bfloat16).check([Engine(other, probes).answers()], has_changed=True)
     with pytest.raises(SyncError, match="log-probs of the probes"):
         ProbeCheck(trainer, probes, torch.float16).check([Engine(other, probes).answers()], has_changed=True)
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-3, 1e-1])
+def test_an_engine_that_ignores_the_adapter_is_found(model, probes, size):
+    """Also where its effect is far below the accepted gap; and one that applies half of it."""
+    base = Engine(copy.deepcopy(model), probes)
+    policy = get_peft_model(model, LoraConfig(target_modules="all-linear")).eval()
+    check = ProbeCheck(policy, probes, model.dtype)
+    check.set_base([base.answers()])
+    trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert check.check([base.answers()], has_changed=True) < 1  # B is zero: the adapter has no effect yet
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=size)
+    with pytest.raises(SyncError, match="does not apply the adapter|older weights|log-probs of the probes"):
+        check.check([base.answers()], has_changed=True)
+    follows = ProbeCheck(policy, probes, model.dtype)
+    follows.set_base([base.answers()])
+    with pytest.raises(SyncError, match="does not apply the adapter|log-probs of the probes"):
+        follows.check([base.answers()], has_changed=True)
+    follows.check([Engine(policy, probes).answers()], has_changed=True)
+    assert trained == {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+
+
+def test_another_base_model_is_found(tiny_llama):
+    model = load_model(str(tiny_llama), dtype="float32", device="cpu")
+    probes = build_probes(load_tokenizer(str(tiny_llama)), 512)
+    policy = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    with pytest.raises(SyncError, match="log-probs of the probes"):
+        ProbeCheck(policy, probes, torch.float32).set_base([Engine(policy, probes).answers()])

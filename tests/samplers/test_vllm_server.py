@@ -9,14 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import adapter_faults
 import httpx
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from sync_faults import half_is_zero, layers_swapped, one_bit_is_wrong
 from vllm_helpers import OPTIONS, requests, shake, trainer_logprobs
 
-from rolltune.endpoints.serving import serve
+from rolltune.endpoints.serving import AdapterRoom, serve
 from rolltune.errors import EngineError, SyncError
+from rolltune.model.load import load_model
 from rolltune.samplers import vllm_server
 from rolltune.samplers.engine import EngineOutput
 from rolltune.samplers.vllm import served
@@ -26,6 +29,7 @@ from rolltune.types import SamplingParams
 pytestmark = pytest.mark.vllm
 
 versions = iter(range(10**6))
+ROOM = AdapterRoom(rank=4, targets=("q_proj", "v_proj", "up_proj", "down_proj"))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,7 @@ def url(vllm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     options = {"dtype": "float32", "max_model_len": OPTIONS["max_model_len"], "kv_cache_gib": OPTIONS["kv_cache_gib"]}
     with (
         pytest.MonkeyPatch.context() as patch,
-        serve(str(vllm_folder), log=log, takes_weights="files", quiet=True, **options) as server,
+        serve(str(vllm_folder), log=log, takes_weights="files", adapters=ROOM, quiet=True, **options) as server,
     ):
         patch.setenv("VLLM_API_KEY", server.key)
         yield server.base_url
@@ -42,12 +46,13 @@ def url(vllm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 ROUTES = """
     POST /v1/completions, POST /v1/chat/completions, GET /v1/models, POST /inference/v1/generate, POST /tokenize,
-    POST /detokenize, GET /metrics, GET /version, GET /server_info, GET /load, GET /openapi.json, GET /docs, POST /ping,
-    POST /invocations, POST /init_weight_transfer_engine, POST /start_weight_update, POST /update_weights,
+    POST /detokenize, GET /metrics, GET /version, GET /server_info, GET /load, GET /openapi.json, GET /docs, POST
+    /ping, POST /invocations, POST /init_weight_transfer_engine, POST /start_weight_update, POST /update_weights,
     POST /finish_weight_update, POST /update_weight_version, POST /weight_checker, GET /weight_info, POST /pause,
-    POST /collective_rpc, POST /resume, POST /sleep, POST /wake_up, GET /is_sleeping, POST /reset_prefix_cache,
-    POST /abort_requests, GET /get_world_size, OPTIONS /update_weights, HEAD /metrics, POST //update_weights,
-    POST /update_weights/, POST /health/../update_weights, POST /%75pdate_weights, GET /nothing
+    POST /collective_rpc, POST /resume, POST /sleep, POST /wake_up, GET /is_sleeping, POST /reset_prefix_cache, POST
+    /abort_requests, GET /get_world_size, OPTIONS /update_weights, HEAD /metrics, POST //update_weights, POST
+    /v1/load_lora_adapter, POST /v1/unload_lora_adapter, POST /update_weights/, POST /health/../update_weights, POST
+    /%75pdate_weights, GET /nothing
 """
 
 
@@ -113,6 +118,17 @@ def test_weights_by_nccl_are_announced_with_the_key(model, tokenizer, monkeypatc
         server.shutdown()
     assert ("/start_weight_update", "Bearer sk-0123456789") in seen
     assert {key for _, key in seen} == {"Bearer sk-0123456789"}
+
+
+def make_policy(folder: Path, seed: int) -> PeftModel:
+    """A policy with an adapter that has been trained a little."""
+    torch.manual_seed(seed)
+    policy = load_model(str(folder), dtype="float32", device="cpu")
+    policy = get_peft_model(policy, LoraConfig(r=4, target_modules=list(ROOM.targets))).eval()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter) if parameter.requires_grad else 0)
+    return policy
 
 
 @pytest.fixture
@@ -186,6 +202,50 @@ def test_an_update_by_another_run_shows_in_the_completions(sampler, model, token
     other_run.close()
 
 
+def test_runs_with_one_base_model_share_a_server(vllm_folder, tokenizer, url):
+    """Each with its own adapter; the second finds the base model there, and closing one leaves the other's."""
+    at = {"base_urls": [url], "api_key_env": "VLLM_API_KEY", "lora": "adapter"}
+    policies = [make_policy(vllm_folder, seed) for seed in range(2)]
+    runs = [(policy, served(policy, tokenizer, **OPTIONS | at)) for policy in policies]
+    for version in range(2):
+        for policy, sampler in runs:
+            shake(policy, version)
+            sampler.sync(version)
+            adapter = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
+            assert (sampler.last_sync.num_bytes == adapter) == (version > 0 or sampler is runs[1][1])
+    for policy, sampler in [*runs, runs[0]]:
+        (request,) = requests(tokenizer, "two and two make " * 12)
+        ((completion, *_),) = sampler.generate([request], SamplingParams(max_new_tokens=20))
+        assert completion.policy_version == 1
+        expected = trainer_logprobs(policy, request, completion, 1.0)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=2e-4)
+    (_, first), (_, second) = runs
+    file = first._engine._adapter_path()
+    body = {"lora_name": "x", "lora_path": str(vllm_folder)}
+    with pytest.raises(EngineError, match=r"/v1/load_lora_adapter: 500: .*adapter x: "):
+        first._engine._request("POST", url.removesuffix("/v1"), "v1/load_lora_adapter", body)
+    assert file.exists()
+    first.close()
+    assert not file.exists()
+    second.sync(2)
+    models = second._engine._request("GET", url.removesuffix("/v1"), "v1/models")["data"]
+    assert [model["id"] for model in models] == ["judge", second._weights.name(2)]
+    second.close()
+
+
+def test_an_adapter_is_not_sent_by_nccl(model, tokenizer, url):
+    policy = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    try:
+        with pytest.raises(ValueError, match=r"^sampler\.lora: adapter; needs sampler\.transfer files, not nccl"):
+            served(policy, tokenizer, base_urls=[url], transfer="nccl", lora="adapter", **OPTIONS)
+        wide = LoraConfig(r=32, target_modules=["k_proj"])
+        with pytest.raises(ValueError, match=r"^sampler\.lora: adapter; .* rank 8 at most, not 32; .* lora_rank=32"):
+            options = OPTIONS | {"base_urls": [url], "api_key_env": "VLLM_API_KEY", "lora": "adapter"}
+            served(get_peft_model(policy.unload(), wide), tokenizer, **options)
+    finally:
+        policy.unload()
+
+
 def test_no_files_are_left(sampler):
     sampler.sync(next(versions))
     assert list(sampler._engine._folder.iterdir()) == []
@@ -250,7 +310,8 @@ def test_tensor_parallel_workers_are_compared_by_their_slices(vllm_folder, model
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if os.cpu_count() != 1 else "0|0")
     options = {"dtype": "float32", "max_model_len": OPTIONS["max_model_len"], "kv_cache_gib": OPTIONS["kv_cache_gib"]}
     options["options"] = ["--tensor-parallel-size", "2"]
-    with serve(str(vllm_folder), log=tmp_path / "server.log", takes_weights="files", quiet=True, **options) as server:
+    options |= {"takes_weights": "files", "adapters": ROOM, "quiet": True}
+    with serve(str(vllm_folder), log=tmp_path / "server.log", **options) as server:
         monkeypatch.setenv("VLLM_API_KEY", server.key)
         sampler = served(model, tokenizer, base_urls=[server.base_url], api_key_env="VLLM_API_KEY", **OPTIONS)
         sampler.sync(next(versions))
@@ -263,6 +324,19 @@ def test_tensor_parallel_workers_are_compared_by_their_slices(vllm_folder, model
                     sampler.sync(next(versions))
         sampler.sync(next(versions))
         sampler.close()
+        policy = make_policy(vllm_folder, seed=0)
+        at = {"base_urls": [server.base_url], "api_key_env": "VLLM_API_KEY", "lora": "adapter"}
+        apart = served(policy, tokenizer, **OPTIONS | at)
+        for fault in (adapter_faults.half_is_zero, adapter_faults.half_loaded, None):
+            with pytest.MonkeyPatch.context() as patch:
+                if fault is None:
+                    apart.sync(next(versions))
+                    assert apart.last_sync.probe_gap < 1e-4
+                    break
+                message = fault(apart._engine, patch, policy)
+                with pytest.raises(SyncError, match=message):
+                    apart.sync(next(versions))
+        apart.close()
 
 
 @pytest.mark.parametrize(

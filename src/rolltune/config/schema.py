@@ -54,6 +54,8 @@ class LoRAConfig:
     alpha: float = 32.0  # scale of the adapters; they are multiplied by alpha / rank
     dropout: float = 0.0  # dropout probability on the adapters' inputs, in [0, 1)
     target_modules: str = "all-linear"  # or module names separated by commas: "q_proj,v_proj"
+    rslora: bool = False  # rsLoRA (arXiv 2312.03732): multiply by alpha / sqrt(rank), for large ranks
+    dora: bool = False  # DoRA (arXiv 2402.09353): also train the norm of each output's weights; slower
     experts: bool = False  # also adapt the experts of a mixture-of-experts model, which are no linear layers; slower
 
 
@@ -344,6 +346,8 @@ class ServeConfig:
     kv_cache_gib: float = 1.0  # memory for the keys and values of all requests, in GiB
     # how training runs send weights to the server (see rolltune.samplers.vllm.served); null: it takes none
     takes_weights: Literal["files", "nccl"] | None = None
+    # largest rank of the LoRA adapters that runs send with `sampler.lora: adapter`; null: it takes none
+    lora_rank: int | None = None
     options: list[str] = field(default_factory=list)  # more options of vLLM's server: ["--tensor-parallel-size", "4"]
     start_seconds: float = 900.0  # longest time that loading may take
     # program to serve for, until it ends, with the server's key in its VLLM_API_KEY; empty: until Ctrl-C

@@ -59,7 +59,12 @@ def parse_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: a syntax error, a repeated key, or an alias inside of what it stands for.
     """
-    return _unshared(yaml.load(text, _Loader))
+    try:
+        return _unshared(yaml.load(text, _Loader))
+    except RecursionError:
+        raise yaml.YAMLError("brackets are nested too deeply") from None
+    except ValueError as error:  # Python converts no integer of more than 4300 digits
+        raise yaml.YAMLError(str(error)) from None
 
 
 def _unshared(value: Any, *around: int) -> Any:

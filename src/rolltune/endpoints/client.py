@@ -40,7 +40,10 @@ _TRANSIENT = frozenset({408, 409, 429})  # and 5xx
 _MESSAGE_CHARS = 300  # of a server's message that an error quotes
 _NO_KEY = "none"  # sent to servers without keys
 # In the code, type or message of an error: the account is exhausted, and waiting does not help.
-_NO_QUOTA = ("insufficient_quota", "billing", "exceeded your current quota", "insufficient balance", "out of credits")
+_NO_QUOTA = (
+    "insufficient_quota", "billing", "exceeded your current quota", "insufficient balance", "out of credits", "arrear"
+)  # fmt: skip
+_CUT = frozenset({"length", "max_tokens", "max_output_tokens", "model_length", "token_limit"})  # finish reasons
 _BAD_KEY = ("invalid_api_key", "authentication_error", "invalid_authentication", "incorrect api key")
 _log = logging.getLogger(__name__)
 
@@ -53,7 +56,8 @@ class Reply:
         text: of the first choice; empty if it has none.
         reasoning: its thoughts, where the server reports them separately.
         model: the server's name of the model, which may be more exact than the name in the settings.
-        finish_reason: "stop", "length" for a reply cut at ``max_tokens``, or another word of the server; may be empty.
+        finish_reason: "stop", "length" for a reply cut at ``max_tokens``, or another word of the server, in lower case;
+            may be empty.
         prompt_tokens: as the server counts them; an upper estimate if it does not.
         completion_tokens: as the server counts them; an upper estimate if it does not.
     """
@@ -367,7 +371,11 @@ class Endpoint:
         limit = request[self.settings.max_tokens_key]
         # An unreadable body shows nothing of the reply's length.
         tokens = read_usage(parsed, len(content), limit if parsed is None else min(limit, len(body)))
-        is_error = isinstance(parsed, dict) and parsed.get("error") and not parsed.get("choices")
+        is_error = (
+            isinstance(parsed, dict)
+            and not parsed.get("choices")
+            and bool(parsed.get("error") or server_error(text).code)
+        )
         if not (is_error and tokens.is_estimate):  # an error with status 200 is no reply that was written
             tokens = self._count_tokens(tokens)
         if is_error:
@@ -387,13 +395,14 @@ class Endpoint:
         if not completion.choices:
             raise TransientError("not a chat completion (choices: is empty)")
         choice = completion.choices[0]
-        if choice.finish_reason == "error":
+        finish_reason = (choice.finish_reason or "").casefold()
+        if finish_reason == "error":
             raise TransientError("the server ended the reply with an error")
         return Reply(
             text=choice.message.content or "",
-            reasoning=choice.message.reasoning_content or choice.message.reasoning or "",
+            reasoning=choice.message.thoughts,
             model=completion.model or "",
-            finish_reason=choice.finish_reason or "",
+            finish_reason="length" if finish_reason in _CUT else finish_reason,
             prompt_tokens=tokens.prompt,
             completion_tokens=tokens.completion,
         )
@@ -405,7 +414,7 @@ class Endpoint:
             status = error.code or (429 if error.says(_NO_QUOTA) else 401 if error.says(_BAD_KEY) else 500)
         said = f"{status}: {self._shown(error.message or body)}"
         variable = self.settings.key_variable
-        if status == 429 and error.says(_NO_QUOTA):
+        if status in (403, 429) and error.says(_NO_QUOTA):
             return Refused(f"api_key_env: the account at {self.settings.host} has no quota left ({said})", status)
         if status in _TRANSIENT or status >= 500 or status < 300:
             return TransientError(said, retry_seconds(headers.get("retry-after")))

@@ -32,21 +32,38 @@ def _without_surrogates(value: object) -> object:
 
 
 def _joined(value: object) -> object:
-    """Join the texts of a content that is a list of parts; other parts (thoughts, images) are left out."""
-    if isinstance(value, list) and all(isinstance(part, str | Mapping) for part in value):
-        texts = [part if isinstance(part, str) else part.get("text") for part in value]
+    """Join the texts of a content of one or more parts; other parts (thoughts, images) are left out."""
+    parts = [value] if isinstance(value, Mapping) else value
+    if isinstance(parts, list) and all(isinstance(part, str | Mapping) for part in parts):
+        texts = [part if isinstance(part, str) else part.get("text") for part in parts if not _is_thought(part)]
         value = "".join(text for text in texts if isinstance(text, str))
     return _without_surrogates(value)
 
 
+def _is_thought(part: str | Mapping) -> bool:
+    return isinstance(part, Mapping) and part.get("type") not in (None, "text", "output_text")
+
+
+def _text_or_none(value: object) -> object:
+    """The text of thoughts; None in a form that is not known, because a reply counts without them."""
+    text = _joined(value)
+    return text if isinstance(text, str) else None
+
+
 _Text = Annotated[str | None, BeforeValidator(_joined)]
+_Thoughts = Annotated[str | None, BeforeValidator(_text_or_none)]
 _Name = Annotated[str | None, BeforeValidator(_without_surrogates)]
 
 
 class _Message(BaseModel):
     content: _Text = None
-    reasoning_content: _Text = None  # vLLM, DeepSeek
-    reasoning: _Text = None  # Ollama, OpenRouter, newer vLLM
+    reasoning_content: _Thoughts = None  # vLLM, DeepSeek
+    reasoning: _Thoughts = None  # Ollama, OpenRouter, newer vLLM
+    thinking: _Thoughts = None  # Ollama's own protocol
+
+    @property
+    def thoughts(self) -> str:
+        return self.reasoning_content or self.reasoning or self.thinking or ""
 
 
 class _Choice(BaseModel):

@@ -41,9 +41,28 @@ _CPU_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TORCHDYNAMO_DISABLE": "1", "V
 GUARD = f"{guard.__name__}.{guard.RequireKey.__name__}"
 TRANSFERS = {"files": "rolltune_buckets", "nccl": "nccl"}  # ways to transfer weights, and vLLM's names for them
 CPU_BLOCK = 32  # prompt tokens per shared block of keys and values; many prompts have fewer than vLLM's default of 128
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # largest ranks that vLLM can be started with
 _LOG_LINES, _LOG_CHARS = 20, 4000  # of the log, quoted in an error
 _POLL_SECONDS = 0.25
 GRACE_SECONDS = 10.0  # for the server to end by itself; vLLM takes about two seconds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterRoom:
+    """Room for LoRA adapters in an engine.
+
+    Attributes:
+        rank: largest rank of an adapter, at most 512.
+        targets: ends of the names of the layers that may have one.
+    """
+
+    rank: int
+    targets: tuple[str, ...]
+
+    @property
+    def max_rank(self) -> int:
+        """The smallest rank that an engine can be started with and that holds these adapters."""
+        return min(rank for rank in ADAPTER_RANKS if rank >= self.rank)
 
 
 class ServerFailed(RuntimeError):
@@ -97,6 +116,7 @@ def serve(
     max_num_seqs: int = 32,
     kv_cache_gib: float = 1.0,
     takes_weights: str | None = None,
+    adapters: AdapterRoom | None = None,
     options: Sequence[str] = (),
     start_seconds: float = 900.0,
     quiet: bool = False,
@@ -120,6 +140,7 @@ def serve(
         kv_cache_gib: memory for the keys and values of all requests, on each GPU.
         takes_weights: "files" or "nccl": how a trainer will transfer weights to it
             (:mod:`rolltune.samplers.vllm_server`). It loads none itself, and whoever has the key can change them.
+        adapters: room for the LoRA adapters that runs send; needs ``takes_weights``.
         options: further options of vLLM's server: ``["--tensor-parallel-size", "4"]``.
         start_seconds: limit on the time to start.
         quiet: print nothing.
@@ -149,6 +170,7 @@ def serve(
         max_num_seqs=max_num_seqs,
         kv_cache_gib=kv_cache_gib,
         takes_weights=takes_weights,
+        adapters=adapters,
         options=options,
     )
     _check_port(port)
@@ -175,6 +197,7 @@ def command_line(
     max_num_seqs: int,
     kv_cache_gib: float,
     takes_weights: str | None = None,
+    adapters: AdapterRoom | None = None,
     options: Sequence[str] = (),
 ) -> list[str]:
     """Return the command that starts the server. Arguments and errors as for :func:`serve`."""
@@ -201,6 +224,7 @@ def command_line(
         *("--generation-config", "vllm", "--disable-uvicorn-access-log"),
         *(["--enforce-eager"] if version.endswith("+cpu") else []),
         *(_taking_weights(takes_weights) if takes_weights else []),
+        *(_taking_adapters(adapters) if adapters else []),
         *(_writing_on_cpus(max_model_len) if takes_weights and version.endswith("+cpu") else []),
         *options,
         # Behind the user's own: the last middleware is the outermost.
@@ -217,6 +241,14 @@ def _taking_weights(transfer: str) -> tuple[str, ...]:
         *("--enable-scale-out", "--enable-prompt-tokens-details"),
         # The cache's size is fixed, so the rest of this option is only a check.
         *("--gpu-memory-utilization", "0.01"),
+    )
+
+
+def _taking_adapters(room: AdapterRoom) -> tuple[str, ...]:
+    """Options for LoRA adapters of several runs: two in a batch, and more in memory."""
+    return (
+        *("--enable-lora", "--max-lora-rank", str(room.max_rank), "--lora-target-modules", *room.targets),
+        *("--max-loras", "2", "--max-cpu-loras", "8"),
     )
 
 
@@ -273,6 +305,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def adapter_room(model: str, rank: int) -> AdapterRoom:
+    """Return room for adapters on all linear layers of a model but its head."""
+    from rolltune.model.load import empty_model, load_config  # here: transformers takes seconds to import
+    from rolltune.model.lora import lora_modules
+
+    layers = lora_modules(empty_model(load_config(_resolve(model))), "all-linear")
+    return AdapterRoom(rank=rank, targets=tuple(sorted({name.rpartition(".")[2] for name in layers})))
+
+
 def _check_port(port: int) -> None:
     """Raise ValueError if another program listens on the port."""
     with socket.socket() as probe:
@@ -293,6 +334,8 @@ def _start(command: Sequence[str], *, name: str, port: int, key: str, start: str
         environment = _CPU_ENVIRONMENT | environment
     if "--worker-extension-cls" in command:
         environment["VLLM_SERVER_DEV_MODE"] = "1"  # the routes that change weights
+        # The routes that load adapters, from files that runs have written (rolltune.samplers.vllm_adapters).
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = str("--enable-lora" in command)
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", supervisor.__file__, str(GRACE_SECONDS), *command],

@@ -167,7 +167,8 @@ def check_url(base_url: str, key: str = "base_url") -> None:
             f"{key}: contains a user name, password, query or fragment; give only the address, the key in the "
             "environment variable that api_key_env names, and Azure's version as api_version"
         )
-    if url.scheme not in ("http", "https") or not url.hostname:
+    is_one_word = base_url.isprintable() and " " not in base_url
+    if url.scheme not in ("http", "https") or not url.hostname or not is_one_word:
         raise ValueError(f"{key}: {base_url!r}; must be an address such as http://localhost:8000/v1")
     if url.path.rstrip("/").endswith("/completions"):
         raise ValueError(f"{key}: {base_url!r}; leave out /chat/completions, which is appended to it")

@@ -11,13 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_PLACES = ("usage", "usagemetadata", "xgroq", "meta", "metrics", "timings")  # objects with counts; or the reply itself
+# Objects with counts; or the reply itself.
+_PLACES = ("usage", "usagemetadata", "xgroq", "meta", "metrics", "timings", "completiontokensdetails")
 # Names in lower case, without underscores.
 _PROMPT = ("prompttokens", "inputtokens", "prompttokencount", "inputtokencount", "promptevalcount", "promptn")
 _COMPLETION = (
     "completiontokens", "outputtokens", "candidatestokencount", "completiontokencount", "outputtokencount", "evalcount",
     "generatedtokens", "tokenspredicted", "predictedn",
 )  # fmt: skip
+_CACHED = ("cachereadinputtokens", "cachecreationinputtokens")  # Anthropic's: not among the prompt's tokens
+_THOUGHTS = ("reasoningtokens", "thoughtstokencount")  # among the reply's tokens, or apart from them
 _TOTAL = ("totaltokens", "totaltokencount", "tokens")
 _COST = ("cost", "totalcost", "costusd", "costinusd", "estimatedcost")
 _LARGEST = 10**9
@@ -58,6 +61,10 @@ def read_usage(reply: Any, prompt_bytes: int, most_completion: int) -> Tokens:
     """
     counts = dict(_numbers(reply)) if isinstance(reply, Mapping) else {}
     prompt, completion, total = (_first(counts, names) for names in (_PROMPT, _COMPLETION, _TOTAL))
+    if prompt:
+        prompt += sum(_first(counts, (name,)) for name in _CACHED)
+    if completion and (thoughts := _first(counts, _THOUGHTS)) > completion:
+        completion += thoughts
     dollars = max((counts[name] for name in _COST if name in counts), default=0.0)
     if total and not (prompt and completion):
         return Tokens(

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AutoConfig,
@@ -282,7 +283,7 @@ def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def _from_hub(load, source: str, **kwargs):
     try:
         return load(source, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if Path(source).is_dir():
             raise ValueError(f"model.path: {source}: cannot be loaded: {error}") from error
         raise ValueError(

@@ -124,6 +124,8 @@ def lora_config(lora: LoRAConfig, model: PreTrainedModel, wanted: Sequence[str])
         lora_dropout=lora.dropout,
         target_modules=targets,
         target_parameters=experts if lora.experts else None,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
         task_type="CAUSAL_LM",
     )
 
@@ -139,14 +141,17 @@ def expert_parameters(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def without_adapter(model: PeftModel | PreTrainedModel, lora: LoRAConfig) -> str:
-    """Return a line about the matrices that all-linear leaves without an adapter; empty if there are hardly any."""
+def about_adapters(model: PeftModel | PreTrainedModel, lora: LoRAConfig) -> str:
+    """Return a line about the layers that all-linear stands for, and the matrices that it leaves out, if any matter."""
     causal_lm = unwrapped(model)
     if lora.target_modules != "all-linear":
         return ""
+    layers = [n for n, m in causal_lm.named_modules() if is_adapted(m) and not isinstance(m, ParamWrapper)]
+    kinds = sorted({name.rpartition(".")[2] for name in layers})
+    said = f"lora: all-linear adapts {len(layers)} layers: {', '.join(kinds)}"
     ends = (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
     embeddings = {id(module.weight) for module in ends if module is not None}
-    sizes: dict[str, int] = {}  # by name without the number of the layer
+    sizes: dict[str, int] = {}  # of matrices without an adapter, by name without the number of the layer
     total, has_experts = 0, False
     for name, parameter in text_decoder(causal_lm).named_parameters():
         if ".lora_" in name or name.endswith("bias") or parameter.ndim < 2 or id(parameter) in embeddings:
@@ -158,11 +163,11 @@ def without_adapter(model: PeftModel | PreTrainedModel, lora: LoRAConfig) -> str
             has_experts |= parameter.ndim == 3 and "experts" in name
     share = sum(sizes.values()) / max(1, total)
     if share < 0.01:
-        return ""
+        return said
     largest = sorted(sizes, key=lambda name: -sizes[name])
     names = ", ".join(largest[:4]) + (", ..." if len(largest) > 4 else "")
     remedy = "; lora.experts: true adapts experts" if has_experts else ""
-    return f"lora: {share:.0%} of the weights have no adapter: {names}{remedy}"
+    return f"{said}; {share:.0%} of the weights have no adapter: {names}{remedy}"
 
 
 def check_adapter(model: PeftModel, lora: LoRAConfig, wanted: Sequence[str], path: str) -> None:
@@ -173,6 +178,12 @@ def check_adapter(model: PeftModel, lora: LoRAConfig, wanted: Sequence[str], pat
             f"lora: rank {lora.rank}, alpha {lora.alpha}; the adapter at {path} has rank {loaded.r}, "  # pyright: ignore[reportAttributeAccessIssue]
             f"alpha {loaded.lora_alpha}; give the same values"  # pyright: ignore[reportAttributeAccessIssue]
         )
+    for key, is_loaded in (("rslora", loaded.use_rslora), ("dora", loaded.use_dora)):  # pyright: ignore
+        if is_loaded != getattr(lora, key):
+            raise ValueError(
+                f"lora.{key}: {str(not is_loaded).lower()}; the adapter at {path} was trained with "
+                f"{str(is_loaded).lower()}; give the same value"
+            )
     has_experts = bool(loaded.target_parameters)  # pyright: ignore[reportAttributeAccessIssue]
     if has_experts != lora.experts:
         raise ValueError(

@@ -21,7 +21,7 @@ from rolltune.model.checkpointing import recompute_activations
 from rolltune.model.forward import forward_of
 from rolltune.model.hollow import source_of
 from rolltune.model.load import adapter_base, choose_sharded, load_model, resolve_model, unwrapped
-from rolltune.model.lora import check_adapter, is_adapted, lora_config, lora_modules, set_dropout, without_adapter
+from rolltune.model.lora import about_adapters, check_adapter, is_adapted, lora_config, lora_modules, set_dropout
 from rolltune.model.router import load_balancing_loss, recorded_router_logits, routers
 from rolltune.seeding import derive_seed
 from rolltune.types import Microbatch
@@ -296,7 +296,7 @@ def build_policy(
     if config.gradient_checkpointing:
         recompute_activations(unwrapped(model))
     check_router_loss(unwrapped(model), config)
-    notes = [forward_of(unwrapped(model)).note, "" if lora is None else without_adapter(model, lora)]
+    notes = [forward_of(unwrapped(model)).note, "" if lora is None else about_adapters(model, lora)]
     return Policy(
         model,
         reference,

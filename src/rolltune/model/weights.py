@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
@@ -28,8 +29,8 @@ def policy_weights(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> It
     Modelling code may keep weights in another layout, such as all experts of a layer in one tensor. transformers
     converts them back, as it does in ``save_pretrained``. Persistent buffers are weights too.
 
-    A LoRA layer yields ``W + scale * B @ A``, added in fp32 and rounded once. Tied weights come once. The merged and
-    converted tensors of at most one layer exist at a time.
+    A LoRA layer yields ``W + scale * B @ A``, added in fp32 and rounded once; with DoRA its norms are the adapter's.
+    Tied weights come once. The merged and converted tensors of at most one layer exist at a time.
 
     Args:
         model: the policy, wrapped by peft or not; its active adapter is merged.
@@ -43,6 +44,11 @@ def policy_weights(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> It
     yield from _exported(model, dtype, lambda tensor: tensor)
 
 
+def base_weights(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yield what :func:`policy_weights` does for the base model, without its adapters."""
+    yield from _exported(model, dtype, lambda tensor: tensor, merge=False)
+
+
 def weight_shapes(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> list[tuple[str, torch.dtype, torch.Size]]:
     """Return name, dtype and shape of the tensors of :func:`policy_weights`, in its order, without merging."""
     exported = _exported(model, dtype, lambda tensor: tensor.to("meta"))
@@ -51,11 +57,16 @@ def weight_shapes(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> lis
 
 @torch.no_grad()
 def _exported(
-    model: PreTrainedModel | PeftModel, dtype: torch.dtype, prepare: Callable[[Tensor], Tensor]
+    model: PreTrainedModel | PeftModel,
+    dtype: torch.dtype,
+    prepare: Callable[[Tensor], Tensor],
+    *,
+    merge: bool = True,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the converted weights of each layer in turn, each tensor passed through ``prepare`` first."""
     causal_lm = unwrapped(model)
-    adapted = {f"{name}.weight": module for name, module in causal_lm.named_modules() if _is_lora(module)}
+    layers = causal_lm.named_modules() if merge else ()
+    adapted = {f"{name}.weight": module for name, module in layers if is_lora(module)}
     quantized = _quantized_layers(causal_lm)
     for _, layer in groupby(_stored_tensors(causal_lm), key=lambda item: _layer(item[0])):
         tensors: dict[str, Tensor] = {}
@@ -103,37 +114,46 @@ def _layer(name: str) -> str:
 
 
 def check_mergeable(model: PreTrainedModel | PeftModel) -> None:
-    """Raise ValueError if an adapter is not plain LoRA on linear layers, the only kind that is merged here."""
+    """Raise ValueError if an adapter is neither LoRA nor DoRA on linear layers, the only kinds that are merged here."""
+    for name, why in adapter_problems(model):
+        raise ValueError(f"lora: {name}: {why} cannot be merged for vLLM; use rolltune.samplers.native.NativeSampler")
+
+
+def adapter_problems(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, str]]:
+    """Yield name and kind of each module with an adapter that is neither LoRA nor DoRA on an untied linear layer."""
     causal_lm = unwrapped(model)
     embeddings = causal_lm.get_input_embeddings()
     for name, module in causal_lm.named_modules():
-        why = _not_mergeable(module)
+        why = _problem(module)
         if isinstance(module, LoraLinear) and module.weight is embeddings.weight:
             why = "a head that is tied to the embeddings"
         if why:
-            raise ValueError(
-                f"lora: {name}: {why} cannot be merged for vLLM; use rolltune.samplers.native.NativeSampler"
-            )
+            yield name, why
 
 
-def _not_mergeable(module: torch.nn.Module) -> str | None:
+def _problem(module: torch.nn.Module) -> str | None:
     if isinstance(module, AuxiliaryTrainingWrapper):
         return f"a module that peft trains besides LoRA ({type(module).__name__})"
     if not isinstance(module, BaseTunerLayer):
         return None
-    if not _is_lora(module):
+    if not is_lora(module):
         return f"{type(module).__module__}.{type(module).__name__}"
     for adapter in module.active_adapters:
-        if variant := module.lora_variant.get(adapter):
+        variant = module.lora_variant.get(adapter)
+        if variant and not isinstance(variant, DoraLinearVariant):
             return f"a variant of LoRA ({type(variant).__name__.removesuffix('LinearVariant')})"
         if module.lora_bias.get(adapter):
             return "a LoRA bias"
     return None
 
 
-def _is_lora(module: torch.nn.Module) -> TypeGuard[LoraLinear]:
+def is_lora(module: torch.nn.Module) -> TypeGuard[LoraLinear]:
     """Whether a module is LoRA on a linear layer, whose weight may be stored in 4 bits."""
     return type(module) is LoraLinear or (isinstance(module, LoraLayer) and is_quantized(module.get_base_layer()))
+
+
+def is_dora(layer: LoraLinear) -> bool:
+    return any(isinstance(layer.lora_variant.get(name), DoraLinearVariant) for name in layer.active_adapters)
 
 
 def _merged(layer: LoraLinear, weight: Tensor) -> Tensor:
@@ -141,7 +161,16 @@ def _merged(layer: LoraLinear, weight: Tensor) -> Tensor:
     for adapter in layer.active_adapters:
         if adapter in layer.lora_A:
             merged = merged + layer.get_delta_weight(adapter).float()
+            if is_dora(layer):  # arXiv 2402.09353: a trained norm for each output
+                merged = merged * _dora_factors(layer, adapter, merged)
     return merged
+
+
+def _dora_factors(layer: LoraLinear, adapter: str, merged: Tensor) -> Tensor:
+    """Return what each output's weights are multiplied by, to have the adapter's norm: [out, 1], or [1, out]."""
+    inputs = 0 if layer.fan_in_fan_out else 1  # dimension
+    magnitude = layer.lora_magnitude_vector[adapter].weight.float()
+    return magnitude.unsqueeze(inputs) / torch.linalg.norm(merged, dim=inputs, keepdim=True)  # pyright: ignore
 
 
 def tied_names(model: PreTrainedModel | PeftModel) -> dict[str, str]:

@@ -19,16 +19,16 @@ from transformers import PreTrainedTokenizerBase
 
 from rolltune.batch import TokenSequence, TrainGroup, pack, pack_examples, train_group
 from rolltune.model.batch_invariant import is_batch_invariant
-from rolltune.model.parts import attention
+from rolltune.model.parts import attention, in_float32
 from rolltune.model.policy import Policy
 from rolltune.prompts import without_prefill, worked_response
 from rolltune.terminal import printable
 from rolltune.types import Completion, Group, Microbatch, Prompt, Reward, RolloutMicrobatch
 
 # Limits on |difference| of log-probs: (mean, max) over tokens. In fp32 only the order of summation differs. bf16 keeps
-# 8 bits of each logit, so single unlikely tokens may be far off while the mean stays small. fp16 keeps 11 bits; vLLM in
-# fp16 was seen 1.4e-2 off in the mean. Batch-invariant models must agree exactly with their sampler.
-TOLERANCE = {"exact": (0.0, 0.0), "float32": (1e-4, 1e-2), "float16": (0.02, 0.3), "bfloat16": (0.05, 1.0)}
+# 8 bits of each logit, so single unlikely tokens may be far off while the mean stays small; fp16 keeps 11. vLLM was
+# 4.3e-2 off in the mean in bf16, and 1.4e-2 in fp16. Batch-invariant models must agree exactly with their sampler.
+TOLERANCE = {"exact": (0.0, 0.0), "float32": (1e-4, 1e-2), "float16": (0.02, 0.3), "bfloat16": (0.08, 1.0)}
 KL_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-3 / 8}
 
 
@@ -85,7 +85,7 @@ def run_selftest(
     logprobs = policy.logprobs(microbatch, temperature=temperature)[0]
     checks = [
         _check_ratio(logprobs, microbatch, "exact" if is_batch_invariant(policy.causal_lm) else sampled_in),
-        _check_plain_forward(policy, trained, microbatch, logprobs, temperature, dtype),
+        _check_plain_forward(policy, trained, microbatch, temperature),
         _check_tokens(trained, [completion.token_ids for completion in completions], microbatch),
         _check_eos(completions, microbatch, tokenizer),
         _check_text(chosen, microbatch, tokenizer),
@@ -104,7 +104,6 @@ def run_sft_selftest(
     *,
     responses: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
-    dtype: str,
 ) -> list[Check]:
     """Check the gradient path of SFT on the shortest and the longest example, packed into one microbatch.
 
@@ -113,7 +112,6 @@ def run_sft_selftest(
         examples: prompts, each with its one response.
         responses: the text of each response, prefill included.
         tokenizer: the policy's tokenizer.
-        dtype: the policy's dtype, which sets the tolerances.
 
     Returns:
         The results of all checks, passed or not.
@@ -122,11 +120,10 @@ def run_sft_selftest(
     chosen = dict.fromkeys((by_length[0], by_length[-1]))  # one and the same if there is one example
     trained = [examples[i] for i in chosen]
     (microbatch,) = pack_examples(trained, max_tokens=10**9, device=next(policy.model.parameters()).device)
-    logprobs = policy.logprobs(microbatch, temperature=1.0)[0]
     ends = [(i, example.sequences[0].token_ids[-1]) for i, example in enumerate(trained)]
     texts = [without_prefill(responses[i], examples[i].prompt.prefill) for i in chosen]
     return [
-        _check_plain_forward(policy, trained, microbatch, logprobs, 1.0, dtype),
+        _check_plain_forward(policy, trained, microbatch, 1.0),
         _check_tokens(trained, [example.sequences[0].token_ids for example in trained], microbatch),
         _check_end(ends, microbatch, tokenizer),
         _check_decoded(texts, microbatch, tokenizer),
@@ -202,22 +199,25 @@ def _check_plain_forward(
     policy: Policy,
     trained: Sequence[TrainGroup[TokenSequence]],
     microbatch: Microbatch,
-    logprobs: Tensor,
     temperature: float,
-    dtype: str,
 ) -> Check:
-    """Compare packing and the chunked head with the model's own logits of each completion."""
+    """Compare packing and the chunked head with the model's own logits of each completion.
+
+    In float32: in bf16 a right packing may be 0.1 nats off in the mean of a completion.
+    """
     name = "packed sequences give the model's own log-probs"
     gaps = []
     sequences = [(group.prompt, sequence) for group in trained for sequence in group.sequences]
-    for number, (prompt, sequence) in enumerate(sequences):
-        plain = _plain_logprobs(policy, prompt, sequence, temperature)
+    with in_float32(policy.causal_lm):
+        logprobs = policy.logprobs(microbatch, temperature=temperature)[0]
+        of_each = [_plain_logprobs(policy, prompt, sequence, temperature) for prompt, sequence in sequences]
+    for number, plain in enumerate(of_each):
         packed = logprobs[microbatch.target_sequence_index == number]
         if len(packed) != len(plain):
             detail = f"{len(packed)} trained tokens in a completion of {len(plain)}"
             return Check(name=name, passed=False, detail=detail)
         gaps.append((plain - packed).abs())
-    mean, largest = TOLERANCE[dtype]
+    mean, largest = TOLERANCE["float32"]
     return Check(
         name=name,
         passed=all(gap.mean().item() <= mean and gap.max().item() <= largest for gap in gaps),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,11 +24,13 @@ class EngineRequest:
         token_ids: the prompt.
         params: fields of vLLM's SamplingParams, as JSON values.
         cache_salt: requests share keys and values only with requests of the same salt.
+        adapter: name of a loaded LoRA adapter; None: the model without one.
     """
 
     token_ids: tuple[int, ...]
     params: dict[str, int | float | bool | list[int] | list[str]]
     cache_salt: str
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +44,7 @@ class EngineOutput:
         weight_versions: versions of the weights that generated it, as reported by the engine; more than one if an
             update came in between.
         cached_tokens: prompt tokens whose keys and values were in the cache; None if not reported.
+        adapter: name of the LoRA adapter that the engine applied, as it reports it; None without one.
     """
 
     token_ids: tuple[int, ...]
@@ -49,6 +52,7 @@ class EngineOutput:
     finish_reason: str | None
     weight_versions: tuple[str, ...]
     cached_tokens: int | None
+    adapter: str | None = None
 
     @property
     def token_logprobs(self) -> tuple[float, ...]:
@@ -94,6 +98,14 @@ class Engine(Protocol):
         """Load the weights of :func:`rolltune.model.weights.policy_weights` under the name ``version``."""
         ...
 
+    def adapter_problems(self, rank: int, layers: Sequence[str]) -> list[str]:
+        """Return why the engine cannot take a LoRA adapter of this rank on these layers, named as in a checkpoint."""
+        ...
+
+    def load_adapter(self, tensors: Mapping[str, Tensor], name: str) -> None:
+        """Load the matrices of :func:`rolltune.model.adapter.adapter_weights` in place of the adapter before."""
+        ...
+
     def reset_cache(self) -> bool:
         """Drop the keys and values of earlier requests. Return False if some are still in use."""
         ...
@@ -107,6 +119,10 @@ class Engine(Protocol):
 
         See :meth:`rolltune.samplers.vllm_worker.WorkerExtension.weight_fingerprints`.
         """
+        ...
+
+    def adapter_fingerprints(self, name: str, shapes: Shapes) -> list[list[dict[str, list[Piece]]]]:
+        """Return the pieces of an adapter in the slots of each worker of each engine."""
         ...
 
     def generate(self, requests: Sequence[EngineRequest], on_output: Callable[[int, EngineOutput], None]) -> None:

@@ -17,7 +17,7 @@ syncs of a run cover all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -104,16 +104,25 @@ class Recorder:
 
     Attributes:
         shapes: dtype and shape of each weight so far.
+        num_bytes: their size.
     """
 
     def __init__(self, version: int):
         self.shapes: Shapes = {}
+        self.num_bytes = 0
         self._version = version
         self._counts: dict[str, int] = {}
         self._checksums: dict[str, Tensor] = {}
 
+    def recorded(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights, recording each."""
+        for name, values in weights:
+            self.record(name, values)
+            yield name, values
+
     def record(self, name: str, values: Tensor) -> None:
         self.shapes[name] = (dtype_name(values), tuple(values.shape))
+        self.num_bytes += values.nbytes
         self._add(name, row_sums(values), values.numel())
         if values.ndim == 2:
             columns = sampled_columns(values.shape[1], self._version).to(values.device)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rolltune.prompts import special_token_in, turn_end
+from rolltune.prompts import special_token_in, special_tokens, turn_end
 from rolltune.types import Completion, SampleRequest
 
 
@@ -77,7 +77,7 @@ def split_stop(stop: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple
     Raises:
         ValueError: a stop string holds a special token and more.
     """
-    special = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in tokenizer.all_special_tokens}  # pyright: ignore
+    special = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in special_tokens(tokenizer)}  # pyright: ignore
     strings = tuple(text for text in stop if text not in special)
     for text in strings:
         if token := special_token_in(text, tokenizer):

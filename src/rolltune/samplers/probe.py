@@ -4,7 +4,8 @@ The engine samples a continuation of each probe: one from the whole distribution
 temperature under top-k and top-p. In an engine that has the right weights but does not sample from them,
 
   - the log-probs are further from the trainer's than rounding explains, or
-  - they did not follow the trainer's change since an earlier sync, whose weights the kernels may still use.
+  - they did not follow the trainer's change since an earlier sync, whose weights the kernels may still use, or
+  - they do not differ from the base model's as the trainer's do, because a LoRA adapter is not applied.
 """
 
 from __future__ import annotations
@@ -103,6 +104,17 @@ class ProbeCheck:
         self._measured_rounding = 0.0  # smallest mean |dlogp| of the trainer from fp32 so far
         self._last: dict[int, _Scored] = {}  # by replica: the last sync
         self._anchors: dict[int, _Scored] = {}  # by replica: the sync before the last visible change
+        self._base: list[_Scored] = []  # by replica: the base model, under an adapter
+
+    def set_base(self, replicas: Sequence[Sequence[Answer]]) -> None:
+        """Check each replica's answers without an adapter, which :meth:`check` compares those with one to.
+
+        Raises:
+            SyncError: a replica does not have the base model's distribution.
+        """
+        assert isinstance(self._model, PeftModel)
+        with self._model.disable_adapter():
+            self._base = self._scored(replicas)
 
     def check(self, replicas: Sequence[Sequence[Answer]], *, has_changed: bool) -> float:
         """Check the answers of each replica, one a probe.
@@ -117,17 +129,24 @@ class ProbeCheck:
         Raises:
             SyncError: a replica does not have the policy's distribution.
         """
+        scored = self._scored(replicas)
+        for replica, one in enumerate(scored):
+            self._check_change(replica, one, has_changed)
+            if self._base:
+                self._check_effect(self._base[replica], one)
+        return max(one.gap for one in scored)
+
+    def _scored(self, replicas: Sequence[Sequence[Answer]]) -> list[_Scored]:
+        """Score each replica's answers with the trainer, and check the gap."""
         scores: dict[tuple, Tensor] = {}  # replicas mostly give the same answers
-        gaps = []
-        for replica, answers in enumerate(replicas):
+        scored = []
+        for answers in replicas:
             for probe, answer in zip(self._probes, answers, strict=True):
                 if (probe, answer.token_ids, answer.support) not in scores:
                     scores[probe, answer.token_ids, answer.support] = self._score(probe, answer)
             ours = [scores[p, a.token_ids, a.support] for p, a in zip(self._probes, answers, strict=True)]
-            scored = _Scored(answers=answers, scores=ours, gap=self._check_gap(answers, ours))
-            self._check_change(replica, scored, has_changed)
-            gaps.append(scored.gap)
-        return max(gaps)
+            scored.append(_Scored(answers=answers, scores=ours, gap=self._check_gap(answers, ours)))
+        return scored
 
     def _score(self, probe: Probe, answer: Answer) -> Tensor:
         return trainer_logprobs(
@@ -171,15 +190,24 @@ class ProbeCheck:
         self._last[replica] = scored
         anchor = self._anchors.setdefault(replica, scored)
         theirs, ours = scored.changes_since(anchor)
-        change = ours.abs().mean().item() if len(ours) else 0.0
-        noise = max(anchor.gap, TOLERANCE / 100)
-        if change > _VISIBLE * noise and _distance(theirs, ours) > change / 2 + 2 * noise:
+        if _strays(theirs, ours, anchor.gap):
             raise SyncError(
-                f"since an earlier sync log-probs of the probes have changed by {change:.3g} on average in the trainer "
-                f"and by {theirs.abs().mean().item():.3g} in the engine: it computes with older weights"
+                f"since an earlier sync log-probs of the probes have changed by {_size(ours):.3g} on average in the "
+                f"trainer and by {_size(theirs):.3g} in the engine: it computes with older weights"
             )
-        if change > _VISIBLE * noise or len(ours) < sum(map(len, scored.scores)) / 2:
+        if _is_visible(ours, anchor.gap) or len(ours) < sum(map(len, scored.scores)) / 2:
             self._anchors[replica] = scored
+
+    def _check_effect(self, base: _Scored, scored: _Scored) -> None:
+        """Check that the adapter changes the engine's log-probs as it changes the trainer's."""
+        theirs, ours = scored.changes_since(base)
+        # Smaller effects may be rounded away in an engine of lower precision.
+        is_ignored = _size(ours) > TOLERANCE / 100 and not theirs.any()
+        if is_ignored or _strays(theirs, ours, base.gap):
+            raise SyncError(
+                f"the adapter changes log-probs of the probes by {_size(ours):.3g} on average in the trainer and by "
+                f"{_size(theirs):.3g} in the engine: it does not apply the adapter"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,8 +231,21 @@ class _Scored:
         return torch.cat(theirs), torch.cat(ours)
 
 
+def _strays(theirs: Tensor, ours: Tensor, gap: float) -> bool:
+    """Whether the engine's log-probs have not changed as the trainer's have, visibly beside a gap between both."""
+    return _is_visible(ours, gap) and _distance(theirs, ours) > _size(ours) / 2 + 2 * max(gap, TOLERANCE / 100)
+
+
+def _is_visible(change: Tensor, gap: float) -> bool:
+    return _size(change) > _VISIBLE * max(gap, TOLERANCE / 100)
+
+
+def _size(change: Tensor) -> float:
+    return change.abs().mean().item() if len(change) else 0.0
+
+
 def _distance(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().mean().item()
+    return _size(a - b)
 
 
 @torch.no_grad()

@@ -20,11 +20,14 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rolltune.endpoints import serving
+from rolltune.endpoints.serving import ADAPTER_RANKS, AdapterRoom
 from rolltune.endpoints.settings import can_be_sent, check_url
 from rolltune.errors import EngineError
+from rolltune.model.adapter import adapted_layers, adapter_rank
 from rolltune.model.fp32_head import FP32Head
 from rolltune.model.load import DTYPES, unwrapped
 from rolltune.model.weights import check_mergeable, weight_shapes
+from rolltune.samplers.engine import Engine
 from rolltune.samplers.probe import MIN_MODEL_LEN
 from rolltune.samplers.ranks import broadcast, this_rank
 from rolltune.samplers.vllm_sampler import VLLMSampler
@@ -35,6 +38,7 @@ def colocated(
     tokenizer: PreTrainedTokenizerBase,
     *,
     dtype: str | None = None,
+    lora: Literal["merged", "adapter"] = "merged",
     max_num_seqs: int = 256,
     max_model_len: int | None = None,
     kv_cache_gib: float = 4.0,
@@ -50,6 +54,7 @@ def colocated(
         model: the policy.
         tokenizer: its tokenizer.
         dtype: dtype of the engine's weights and activations; None: the policy's.
+        lora: what each sync sends of a policy with LoRA: all weights with the adapter "merged", or only the "adapter".
         max_num_seqs: completions generated at the same time.
         max_model_len: longest prompt with its completion, in tokens; None: the model's context.
         kv_cache_gib: memory for keys and values.
@@ -64,21 +69,28 @@ def colocated(
 
     serving.installed_version()
     length = _check_options(model, dtype, max_num_seqs, max_model_len, kv_cache_gib)
+    room = _adapter_room(model, lora)
     engine_dtype = DTYPES[dtype] if dtype else unwrapped(model).dtype
     if (parts := (options or {}).get("tensor_parallel_size", 1)) != 1:
         raise ValueError(
             f"sampler.options.tensor_parallel_size: {parts}; must be 1, because each rank has its own engine; use "
             "rolltune.samplers.vllm.served"
         )
-    engine = LocalEngine(
-        _model_folder(model, tokenizer),
-        dtype=str(engine_dtype).removeprefix("torch."),
-        max_model_len=length,
-        max_num_seqs=max_num_seqs,
-        kv_cache_gib=kv_cache_gib,
-        sleeps=sleep and torch.cuda.is_available(),
-        options=options or {},
-    )
+    try:
+        engine = LocalEngine(
+            _model_folder(model, tokenizer),
+            dtype=str(engine_dtype).removeprefix("torch."),
+            max_model_len=length,
+            max_num_seqs=max_num_seqs,
+            kv_cache_gib=kv_cache_gib,
+            sleeps=sleep and torch.cuda.is_available(),
+            adapter=room,
+            options=options or {},
+        )
+    except ValueError as error:
+        if room is None or "LoRA" not in str(error):
+            raise
+        raise ValueError(f"sampler.lora: adapter; vLLM: {error}; set it to merged") from error
     decoder = type(unwrapped(model).base_model)
     if any(base.__module__.startswith("vllm.") for base in decoder.__mro__):
         engine.close()
@@ -86,7 +98,10 @@ def colocated(
             f"sampler: vLLM runs {decoder.__name__} by transformers' code and changes it for the whole process, so the "
             "trainer could not run it; use rolltune.samplers.vllm.served"
         )
-    return VLLMSampler(model, tokenizer, engine, dtype=engine_dtype, max_model_len=length)
+    _check_room(model, engine, room)
+    return VLLMSampler(
+        model, tokenizer, engine, dtype=engine_dtype, max_model_len=length, only_adapter=room is not None
+    )
 
 
 def served(
@@ -98,6 +113,7 @@ def served(
     transfer: Literal["files", "nccl"] = "files",
     folder: str | None = None,
     dtype: str | None = None,
+    lora: Literal["merged", "adapter"] = "merged",
     max_num_seqs: int = 256,
     max_model_len: int | None = None,
     kv_cache_gib: float = 4.0,
@@ -119,6 +135,9 @@ def served(
         transfer: how weights travel, see :mod:`rolltune.samplers.vllm_server`.
         folder: for "files", a folder that trainer and servers share; None: this machine's memory.
         dtype: dtype of the servers' weights; None: the policy's. Servers in ``base_urls`` must have it.
+        lora: what each sync sends of a policy with LoRA: all weights with the adapter "merged", or only the "adapter".
+            Servers in ``base_urls`` must have been started with a ``lora_rank``. Runs with the same base model can then
+            share them.
         max_num_seqs: completions generated at the same time by each server.
         max_model_len: longest prompt with its completion, in tokens; None: the model's context.
         kv_cache_gib: memory for keys and values. Like ``options`` and ``log``, only for a server that is started here.
@@ -132,6 +151,7 @@ def served(
     from rolltune.samplers.vllm_server import ServerEngine
 
     length = _check_options(model, dtype, max_num_seqs, max_model_len, kv_cache_gib)
+    room = _adapter_room(model, lora)
     if base_urls is not None and not base_urls:
         raise ValueError("sampler.base_urls: []; give at least one URL, or null to start a server for this run")
     for i, url in enumerate(base_urls or []):
@@ -143,6 +163,8 @@ def served(
             f"sampler.base_urls: {len(base_urls)} servers; nccl supports only one: give one, or set sampler.transfer "
             "to files"
         )
+    if room is not None and transfer != "files":
+        raise ValueError(f"sampler.lora: adapter; needs sampler.transfer files, not {transfer}")
     key = _key(api_key_env) if base_urls else ""
     engine_dtype = DTYPES[dtype] if dtype else unwrapped(model).dtype
     exits = ExitStack()
@@ -162,6 +184,7 @@ def served(
                     max_num_seqs=max_num_seqs,
                     kv_cache_gib=kv_cache_gib,
                     takes_weights=transfer,
+                    adapters=room,
                     options=options or [],
                 )
             )
@@ -183,7 +206,16 @@ def served(
         if isinstance(error, serving.ServerFailed):
             raise EngineError(str(error)) from error
         raise
-    return VLLMSampler(model, tokenizer, engine, dtype=engine_dtype, max_model_len=length, is_sender=is_main)
+    _check_room(model, engine, room)
+    return VLLMSampler(
+        model,
+        tokenizer,
+        engine,
+        dtype=engine_dtype,
+        max_model_len=length,
+        is_sender=is_main,
+        only_adapter=room is not None,
+    )
 
 
 def _key(variable: str | None) -> str:
@@ -198,6 +230,36 @@ def _key(variable: str | None) -> str:
     return key
 
 
+def _adapter_room(model: PreTrainedModel | PeftModel, lora: str) -> AdapterRoom | None:
+    """Return the room that the engine needs for the policy's adapter; None if weights are sent merged."""
+    if lora not in ("merged", "adapter"):
+        raise ValueError(f"sampler.lora: {lora}; must be merged or adapter")
+    if lora == "merged":
+        check_mergeable(model)
+        return None
+    layers = adapted_layers(model)
+    if (rank := adapter_rank(layers)) > ADAPTER_RANKS[-1]:
+        raise ValueError(f"lora.rank: {rank}; must be <= {ADAPTER_RANKS[-1]} with sampler.lora: adapter")
+    return AdapterRoom(rank=rank, targets=tuple(sorted({name.rpartition(".")[2] for name in layers})))
+
+
+def _check_room(model: PreTrainedModel | PeftModel, engine: Engine, room: AdapterRoom | None) -> None:
+    """Close the engine and raise ValueError if it cannot take the policy's adapter."""
+    if room is None:
+        return
+    try:
+        problems = engine.adapter_problems(room.rank, list(adapted_layers(model)))
+    except BaseException:
+        engine.close()
+        raise
+    if problems:
+        engine.close()
+        raise ValueError(
+            f"sampler.lora: adapter; the engine {problems[0]}; start a server with lora_rank={room.rank}, or set "
+            "sampler.lora to merged"
+        )
+
+
 def _check_options(
     model: PreTrainedModel | PeftModel,
     dtype: str | None,
@@ -206,7 +268,6 @@ def _check_options(
     kv_cache_gib: float,
 ) -> int:
     """Raise ValueError for a value out of range, and return the longest prompt with its completion, in tokens."""
-    check_mergeable(model)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"sampler.dtype: {dtype}; must be one of {', '.join(DTYPES)}")
     for name, value, is_valid, accepted in (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from rolltune.endpoints import serving
+from rolltune.endpoints.serving import AdapterRoom
 from rolltune.errors import EngineError
 from rolltune.samplers.engine import EngineOutput, EngineRequest, weight_buckets
 from rolltune.samplers.fingerprints import Piece, Shapes
+from rolltune.samplers.vllm_adapters import write_adapter
 from rolltune.samplers.vllm_process import preserve_process_state, process_groups
 
 # Compiling takes a minute at each start and gains 10 % of speed. Chunked prefill rewinds a random generator, which
@@ -36,6 +38,7 @@ class LocalEngine:
         max_num_seqs: int,
         kv_cache_gib: float,
         sleeps: bool,
+        adapter: AdapterRoom | None,
         options: dict[str, Any],
     ):
         """
@@ -46,9 +49,11 @@ class LocalEngine:
             max_num_seqs: completions generated at the same time.
             kv_cache_gib: memory for keys and values.
             sleeps: whether :meth:`sleep` frees memory (only on GPUs).
+            adapter: room for a LoRA adapter; None: the policy's weights come merged.
             options: further arguments of vLLM's ``LLM``.
         """
         self._folder = folder
+        self._adapter: Any = None  # vLLM's LoRARequest
         self._sleeps = sleeps
         self._num_requests = 0
         arguments: dict[str, Any] = {
@@ -67,6 +72,9 @@ class LocalEngine:
             "enable_sleep_mode": sleeps,
             "disable_log_stats": True,
         }
+        if adapter is not None:
+            arguments |= {"enable_lora": True, "max_lora_rank": adapter.max_rank}
+            arguments["lora_target_modules"] = list(adapter.targets)
         if torch.cuda.is_available():
             arguments["device_ids"] = [torch.cuda.current_device()]  # or every rank would take the first one
         if serving.installed_version().endswith("+cpu"):
@@ -95,12 +103,37 @@ class LocalEngine:
             self._llm.finish_weight_update(version)
             self._llm.collective_rpc("repack_tied_head")
 
+    def adapter_problems(self, rank: int, layers: Sequence[str]) -> list[str]:
+        with preserve_process_state():
+            return self._llm.collective_rpc("adapter_problems", args=(str(rank), json.dumps(layers)))[0]
+
+    def load_adapter(self, tensors: Mapping[str, Tensor], name: str) -> None:
+        from vllm.lora.request import LoRARequest
+
+        number = self._adapter.lora_int_id + 1 if self._adapter else 1
+        request = LoRARequest(name, number, str(self._folder / f"adapter_{number}.safetensors"))
+        write_adapter(Path(request.lora_path), tensors, name)
+        try:
+            with preserve_process_state(), _as_engine_error():
+                self._llm.llm_engine.add_lora(request)
+        except BaseException:
+            Path(request.lora_path).unlink()
+            raise
+        if self._adapter is not None:
+            self._llm.llm_engine.remove_lora(self._adapter.lora_int_id)
+            Path(self._adapter.lora_path).unlink()
+        self._adapter = request
+
     def reset_cache(self) -> bool:
         return self._llm.reset_prefix_cache()
 
     def fingerprints(self, version: int, shapes: Shapes) -> list[list[dict[str, list[Piece]]]]:
         with preserve_process_state(), _as_engine_error():
             return [self._llm.collective_rpc("weight_fingerprints", args=(str(version), json.dumps(shapes)))]
+
+    def adapter_fingerprints(self, name: str, shapes: Shapes) -> list[list[dict[str, list[Piece]]]]:
+        with preserve_process_state(), _as_engine_error():
+            return [self._llm.collective_rpc("adapter_fingerprints", args=(name, json.dumps(shapes)))]
 
     def generate(self, requests: Sequence[EngineRequest], on_output: Callable[[int, EngineOutput], None]) -> None:
         from vllm import SamplingParams
@@ -117,6 +150,7 @@ class LocalEngine:
                     request_id,
                     {"prompt_token_ids": list(request.token_ids), "cache_salt": request.cache_salt},
                     params,
+                    lora_request=self._adapter if request.adapter else None,
                 )
             try:
                 while engine.has_unfinished_requests():
@@ -155,6 +189,7 @@ def _output(output: Any) -> EngineOutput:
         finish_reason=completion.finish_reason,
         weight_versions=tuple(span.version for span in completion.weight_versions or ()),
         cached_tokens=output.num_cached_tokens,
+        adapter=output.lora_request and output.lora_request.lora_name,
     )
 
 
@@ -163,5 +198,5 @@ def _as_engine_error() -> Iterator[None]:
     """Raise vLLM's errors (out of memory, an unknown weight) as EngineError."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise EngineError(f"vLLM: {type(error).__name__}: {error}") from error

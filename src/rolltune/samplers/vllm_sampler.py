@@ -21,6 +21,7 @@ from rolltune.errors import EngineError
 from rolltune.model.load import unwrapped
 from rolltune.samplers.engine import Engine, EngineOutput, EngineRequest, engine_params
 from rolltune.samplers.generation import Results, check_lengths, eos_token_ids, split_stop
+from rolltune.samplers.vllm_adapter_sync import AdapterSync
 from rolltune.samplers.vllm_sync import SyncReport, WeightSync
 from rolltune.types import Completion, SampleRequest, SamplingParams
 
@@ -47,6 +48,7 @@ class VLLMSampler:
         dtype: torch.dtype,
         max_model_len: int,
         is_sender: bool = True,
+        only_adapter: bool = False,
     ):
         """
         Args:
@@ -56,6 +58,7 @@ class VLLMSampler:
             dtype: dtype of the engine's weights.
             max_model_len: longest prompt with its completion, in tokens.
             is_sender: False if another rank sends its weights to the engine.
+            only_adapter: whether only the policy's LoRA adapter is sent, to an engine with room for it.
         """
         self.last_sync: SyncReport | None = None
         causal_lm = unwrapped(model)
@@ -66,7 +69,8 @@ class VLLMSampler:
         self._vocab_size = causal_lm.config.get_text_config().vocab_size
         self._version = -1  # of the engine's weights, once checked
         self._calls = itertools.count()
-        self._weights = WeightSync(
+        sync = AdapterSync if only_adapter else WeightSync
+        self._weights = sync(
             model,
             tokenizer,
             engine,
@@ -114,6 +118,7 @@ class VLLMSampler:
                 token_ids=requests[i].prompt.token_ids,
                 params=engine_params(asked, seed=requests[i].seeds[j], eos=ends, vocab_size=self._vocab_size),
                 cache_salt=salt,
+                adapter=self._weights.adapter(self._version),
             )
             for i, j in samples
         ]

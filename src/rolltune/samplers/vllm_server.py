@@ -15,7 +15,7 @@ import math
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -32,6 +32,7 @@ from rolltune.errors import EngineError
 from rolltune.files import home_path
 from rolltune.samplers.engine import EngineOutput, EngineRequest, weight_buckets
 from rolltune.samplers.fingerprints import Piece, Shapes
+from rolltune.samplers.vllm_adapters import write_adapter
 from rolltune.samplers.vllm_process import preserve_process_state
 
 _MINUS_INFINITY = -9999.0  # vLLM's value for it in JSON
@@ -73,6 +74,8 @@ class ServerEngine:
         self._max_num_seqs = max_num_seqs
         self._server = server
         self._exits = exits or ExitStack()
+        self._adapter = ""  # name of the one that is loaded
+        self._num_adapters = 0  # that were sent
         self._weights: Iterator[tuple[str, Tensor]] = iter(())  # in transfer
         # No proxy, which could lead a request for this machine elsewhere. No keep-alive, because servers close
         # connections that are idle during a training step.
@@ -169,6 +172,37 @@ class ServerEngine:
                 source=Weights(),
             )
 
+    def adapter_problems(self, rank: int, layers: Sequence[str]) -> list[str]:
+        body = {"method": "adapter_problems", "args": [str(rank), json.dumps(layers)]}
+        answers = self._post_all("collective_rpc", body)
+        return [
+            f"{url} {problem}"
+            for url, answer in zip(self._urls, answers, strict=True)
+            for problem in answer["results"][0]
+        ]
+
+    def load_adapter(self, tensors: Mapping[str, Tensor], name: str) -> None:
+        """See :class:`rolltune.samplers.engine.Engine`. The file stays until the next: the server may read it again."""
+        previous, path = self._adapter, self._adapter_path()
+        self._num_adapters += 1
+        write_adapter(self._adapter_path(), tensors, name)
+        try:
+            self._post_all("v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self._adapter_path())})
+        except BaseException:
+            self._unload(name, self._adapter_path())
+            raise
+        self._adapter = name
+        self._unload(previous, path)
+
+    def _adapter_path(self) -> Path:
+        return self._folder / f"adapter_{self._num_adapters}.safetensors"
+
+    def _unload(self, adapter: str, path: Path) -> None:
+        if adapter:
+            with suppress(EngineError):  # it has failed to load, or the server has been started again
+                self._post_all("v1/unload_lora_adapter", {"lora_name": adapter})
+        path.unlink(missing_ok=True)
+
     def reset_cache(self) -> bool:
         return all(self._request("POST", url, "reset_prefix_cache")["success"] for url in self._urls)
 
@@ -183,6 +217,10 @@ class ServerEngine:
         for url in self._urls:
             self._compare_data_parallel(url)
         return [answer["results"] for answer in answers]
+
+    def adapter_fingerprints(self, name: str, shapes: Shapes) -> list[list[dict[str, list[Piece]]]]:
+        body = {"method": "adapter_fingerprints", "args": [name, json.dumps(shapes)]}
+        return [answer["results"] for answer in self._post_all("collective_rpc", body)]
 
     def _compare_data_parallel(self, url: str) -> None:
         """Compare the engines behind a URL with each other by vLLM's own checksums; its RPC asks only the first."""
@@ -212,6 +250,7 @@ class ServerEngine:
                 "token_ids": list(request.token_ids),
                 "sampling_params": request.params,
                 "cache_salt": request.cache_salt,
+                "model": request.adapter,
             }
             async with in_flight:
                 try:
@@ -220,7 +259,8 @@ class ServerEngine:
                     )
                 except httpx.HTTPError as error:
                     raise self._unreachable(url, f"{type(error).__name__}: {error}") from error
-            return number, _output(self._parse(url, response))
+            answer = self._parse(url, response)
+            return number, _output(answer, adapter=answer["model"] if request.adapter else None)
 
         async with httpx.AsyncClient(timeout=_TIMEOUT, trust_env=False, headers=self._headers, limits=limits) as client:
             tasks = [asyncio.create_task(send(number, request)) for number, request in enumerate(requests)]
@@ -239,6 +279,8 @@ class ServerEngine:
         pass
 
     def close(self) -> None:
+        if self._server is None and self._num_adapters:
+            self._unload(self._adapter, self._adapter_path())
         self._exits.close()
 
     def _post_all(self, path: str, body: dict | None = None) -> list[Any]:
@@ -254,7 +296,7 @@ class ServerEngine:
         return self._parse(url, response)
 
     def _parse(self, url: str, response: httpx.Response) -> Any:
-        if response.status_code == 404:
+        if response.status_code == 404 and "does not exist" not in response.text:  # which it says of adapters
             raise EngineError(
                 f"{url}: the server has no route {response.url.path}; start it with `tune run serve ... "
                 f"takes_weights={self._transfer}`"
@@ -265,7 +307,8 @@ class ServerEngine:
         if response.is_error:
             said = redacted(response.text, [self._key])[:500]
             raise EngineError(f"{url}: {response.url.path}: {response.status_code}: {said}")
-        return response.json() if response.content else None
+        is_text = response.url.path.endswith("_lora_adapter")
+        return response.json() if response.content and not is_text else None
 
     def _unreachable(self, url: str, problem: str) -> EngineError:
         with suppress(subprocess.TimeoutExpired):
@@ -275,7 +318,7 @@ class ServerEngine:
         return EngineError(f"{url}: {problem}")
 
 
-def _output(answer: dict) -> EngineOutput:
+def _output(answer: dict, adapter: str | None = None) -> EngineOutput:
     (choice,) = answer["choices"]
     logprobs = []
     for content in choice["logprobs"]["content"]:
@@ -288,4 +331,5 @@ def _output(answer: dict) -> EngineOutput:
         finish_reason=choice["finish_reason"],
         weight_versions=tuple(span["version"] for span in choice["weight_versions"] or ()),
         cached_tokens=details.get("cached_tokens"),
+        adapter=adapter,
     )

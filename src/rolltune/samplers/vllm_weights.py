@@ -87,6 +87,7 @@ class WeightReader:
     def _held(self) -> Iterator[tuple[str, nn.Module, _Held]]:
         """Yield (vLLM's name, module, row sums) of each parameter, expert and packed copy."""
         for path, module in self._model.named_modules():
+            path = path.removesuffix(".base_layer")  # of a layer that may have a LoRA adapter
             tensors = dict(module.named_parameters(recurse=False))
             tensors |= {n: t for n, t in module.named_buffers(recurse=False) if f"{path}.{n}" in self._parts}
             for name, tensor in tensors.items():

@@ -22,6 +22,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rolltune.samplers.fingerprints import Piece
+from rolltune.samplers.vllm_adapters import AdapterReader, accept_only_sent_adapters, adapter_problems
 from rolltune.samplers.vllm_weights import WeightReader, record_packing
 
 BACKEND = "rolltune_buckets"
@@ -75,6 +76,7 @@ class BucketReceiver(WeightTransferEngine[BucketsInit, Bucket]):
 
 WeightTransferEngineFactory.register_engine(BACKEND, __name__, BucketReceiver.__name__)
 record_packing()
+accept_only_sent_adapters()
 
 
 class WorkerExtension:
@@ -101,3 +103,25 @@ class WorkerExtension:
         """
         model: nn.Module = self.model_runner.get_model()  # pyright: ignore[reportAttributeAccessIssue]
         return WeightReader(model, int(version), json.loads(shapes)).pieces()
+
+    def adapter_problems(self, rank: str, layers: str) -> list[str]:
+        """Return why this worker cannot take an adapter.
+
+        Args:
+            rank: the adapter's rank, in digits.
+            layers: JSON of the names of the adapted layers in a checkpoint.
+        """
+        manager = getattr(self.model_runner, "lora_manager", None)  # pyright: ignore[reportAttributeAccessIssue]
+        if manager is None:
+            return ["takes no adapters"]
+        return list(adapter_problems(manager, int(rank), json.loads(layers)))
+
+    def adapter_fingerprints(self, name: str, shapes: str) -> dict[str, list[Piece]]:
+        """Return the pieces of an adapter in the slots of this worker, by the names of its matrices.
+
+        Args:
+            name: the adapter's.
+            shapes: JSON of :attr:`rolltune.samplers.fingerprints.Recorder.shapes`.
+        """
+        manager = self.model_runner.lora_manager  # pyright: ignore[reportAttributeAccessIssue]
+        return AdapterReader(manager, json.loads(shapes)).pieces(name)

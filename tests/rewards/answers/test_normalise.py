@@ -38,7 +38,8 @@ def test_any_text_can_be_normalised(text: str) -> None:
 @pytest.mark.parametrize(
     "blank",
     ["", " \n\t", "\u00a0\u3000\u2003", "\u200b\u200c\u200d\u2060\ufeff", "\u200e\u200f\u202a\u2066", "\u2800", "\u180e\ufe0f",
-     "\U000e0020\U000e0001", "\u00ad\u034f", "\u115f\u1160\u3164\uffa0", "\x00\x07\x1b", "\ufe00\U000e0100", "\u0301", "\u2028"],
+     "\U000e0020\U000e0001", "\u00ad\u034f", "\u115f\u1160\u3164\uffa0", "\x00\x07\x1b", "\ufe00\U000e0100", "\u0301", "\u2028",
+     "\U0001d159", "\ufffc"],
 )  # fmt: skip
 def test_what_shows_nothing_is_no_content(blank: str) -> None:
     assert not has_content(blank)

@@ -174,8 +174,9 @@ def test_two_malformed_replies_are_unscored(name: str):
     assert len(server.calls) == 2 and judge.metrics()["judge_unparseable"] == 1
 
 
-def test_a_reply_that_is_cut_is_unscored_even_if_it_could_be_read():
-    with FaultServer(in_turn(ok(GOOD, finish_reason="length"))) as server:
+@pytest.mark.parametrize("reason", ["length", "MAX_TOKENS", "model_length"])
+def test_a_reply_that_is_cut_is_unscored_even_if_it_could_be_read(reason: str):
+    with FaultServer(in_turn(ok(GOOD, finish_reason=reason))) as server:
         judge = connect(server, max_tokens=7)
         (answer,) = ask(judge, rating_of("4"))
     assert (answer.value, answer.failure, answer.text) == (None, "judge_cut", GOOD)
@@ -191,7 +192,7 @@ def test_a_part_of_the_verdicts_leaves_the_response_unscored(tmp_path):
     assert len(AnswerCache(tmp_path / "c")) == 0
 
 
-@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
 def test_a_verdict_among_the_thoughts_is_read_where_the_content_is_empty(field: str):
     def thinking(thought: str, content: str | None) -> Response:
         reply = json.loads(ok(content).body)
@@ -206,7 +207,7 @@ def test_a_verdict_among_the_thoughts_is_read_where_the_content_is_empty(field: 
     assert "the content is empty" in server.calls[2].request["messages"][-1]["content"]
 
 
-@pytest.mark.parametrize("reason", ["tool_calls", "content_filter", "function_call"])
+@pytest.mark.parametrize("reason", ["tool_calls", "content_filter", "tool_use", "SAFETY", "a word of next year"])
 def test_a_reply_that_ended_otherwise_is_not_a_verdict(reason: str):
     with FaultServer(in_turn(ok(GOOD, finish_reason=reason))) as server:
         (answer,) = ask(connect(server), rating_of("4"))
@@ -257,7 +258,7 @@ def refusing(text: str, status: int):
     return lambda call, request: error(status, "too long") if text in json.dumps(request) else ok(GOOD)
 
 
-@pytest.mark.parametrize("status", [400, 403, 413, 422])
+@pytest.mark.parametrize("status", [400, 403, 413, 414, 422, 431])
 def test_a_question_that_is_refused_is_unscored_and_the_others_are_asked(status: int):
     with FaultServer(refusing("forbidden", status)) as server:
         judge = connect(server)

@@ -52,6 +52,8 @@ WRITTEN = {
     "URL in URL": lambda value: urllib.parse.quote(urllib.parse.quote(json.dumps(value))),
     "URL": lambda value: urllib.parse.quote(json.dumps(value)),
     "unicode escapes": lambda value: "".join(f"\\u{ord(char):04x}" for char in json.dumps(value)),
+    "long unicode escapes": lambda value: "".join(f"\\U{ord(char):08x}" for char in json.dumps(value)),
+    "escaped quotes": lambda value: json.dumps(value).replace('"', "\\u0022"),
     "as strings": lambda value: json.dumps(value).replace(": 10", ': "10"').replace(": 1}", ': "1"}'),
     "capitals": lambda value: json.dumps(value).replace("There", "THERE"),
     "full width": lambda value: json.dumps(value).translate({ord(c): ord(c) + 0xFEE0 for c in '{}[]":,'}),

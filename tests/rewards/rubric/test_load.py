@@ -206,6 +206,11 @@ def test_every_pitfall_that_does_not_say_is_named():
         ("Important Criterion: Names the cause.", 5, "important", "Names the cause."),
         ("Pitfall Criteria: Avoids jargon.", -2, "pitfall", "Avoids jargon."),
         ("Essential Criteria: ", 5, "essential", "Title"),
+        ("**Essential Criteria**: Names the cause.", 1, "essential", "Names the cause."),
+        ("- [Important] Names the cause.", 5, "important", "Names the cause."),
+        ("Optional \u2013 Names the cause.", 5, "optional", "Names the cause."),
+        ("Pitfalls Criteria\uff1aAvoids jargon.", -2, "pitfall", "Avoids jargon."),
+        ("Essential-oil use is discouraged.", 3, "important", "Essential-oil use is discouraged."),
     ],
 )
 def test_category_by_prefix_else_by_number(description, weight, category, kept):

@@ -158,6 +158,8 @@ def check_output_dir(output_dir: str) -> Iterator[str]:
         yield "output_dir: empty; give a folder"
         return
     try:
+        if any("\ud800" <= char <= "\udfff" for char in output_dir):
+            raise OSError("Python cannot read it in this locale: export PYTHONUTF8=1")
         folder = Path(output_dir)
         if folder.exists() and not folder.is_dir():
             raise OSError("is a file")

@@ -37,6 +37,8 @@ def check_grpo(cfg: GRPOConfig, world_size: int) -> Iterator[str]:
     yield from _check_sampling(cfg.sampling)
     yield from check_context(cfg.model.path, cfg.sampling.max_new_tokens, "model.path")
     yield from check_sampler(cfg.sampler, cfg.sampling)
+    if cfg.sampler.get("lora") == "adapter":
+        yield from _check_adapter_sync(cfg)
     if cfg.model.batch_invariant:
         yield from _check_batch_invariant(cfg)
     yield from build_component(cfg.advantage, "advantage", [0.0, 1.0])[1]
@@ -66,6 +68,24 @@ def _check_sampling(sampling: SamplingConfig) -> Iterator[str]:
         yield "sampling.temperature: 0; must be > 0: greedy completions of a prompt are all the same"
     if sampling.top_k == 1:
         yield "sampling.top_k: 1; must be 0 (no limit) or >= 2: completions of a prompt would all be the same"
+
+
+def _check_adapter_sync(cfg: GRPOConfig) -> Iterator[str]:
+    """Check what can be known of an adapter before the model is loaded."""
+    from rolltune.endpoints.serving import ADAPTER_RANKS
+
+    key, remedy = "sampler.lora: adapter", "set sampler.lora to merged"
+    if cfg.lora is None:
+        yield f"{key}; the run has no lora section; add one, or {remedy}"
+        return
+    if cfg.lora.dora:
+        yield f"lora.dora: true; must be false with {key}, as vLLM does not serve DoRA; or {remedy}"
+    if cfg.lora.experts:
+        yield f"lora.experts: true; must be false with {key}; or use rolltune.samplers.native.NativeSampler"
+    if cfg.lora.rank > ADAPTER_RANKS[-1]:
+        yield f"lora.rank: {cfg.lora.rank}; must be <= {ADAPTER_RANKS[-1]} with {key}; or {remedy}"
+    if cfg.sampler.get("transfer", "files") != "files":
+        yield f"sampler.transfer: {cfg.sampler['transfer']}; must be files with {key}"
 
 
 def _check_batch_invariant(cfg: GRPOConfig) -> Iterator[str]:

@@ -85,6 +85,10 @@ def _check_weights(model: ModelConfig, lora: LoRAConfig | None) -> Iterator[str]
     yield from above("lora.alpha", lora.alpha, 0)
     if not 0 <= lora.dropout < 1:
         yield f"lora.dropout: {lora.dropout}; must be in [0, 1)"
+    if lora.dora and lora.experts:
+        yield "lora.dora: true; must be false with lora.experts: true, whose adapters have no norms"
+    if lora.dora and model.batch_invariant:
+        yield "lora.dora: true; must be false with model.batch_invariant: true"
     if not all(name.strip() for name in lora.target_modules.split(",")):
         yield f"lora.target_modules: {lora.target_modules!r}; must be all-linear, or module names separated by commas"
 
@@ -106,6 +110,10 @@ def _check_parallel(cfg: GRPOConfig | SFTConfig, world_size: int) -> Iterator[st
         yield f"model.batch_invariant: true; {fsdp}; set it to false, {alternative}"
     if cfg.model.quantization is not None:
         yield f"model.quantization: {cfg.model.quantization}; {fsdp}; set it to null, {alternative}"
+    if cfg.lora is not None and cfg.lora.dora:
+        yield f"lora.dora: true; {fsdp}; set it to false, {alternative}"
+    if isinstance(cfg, GRPOConfig) and cfg.sampler.get("lora") == "adapter":
+        yield f"sampler.lora: adapter; {fsdp}; set it to merged, {alternative}"
     optimizer = str(cfg.optimizer.get("_component_")) if is_node(cfg.optimizer) else ""
     if optimizer.startswith("bitsandbytes."):
         yield f"optimizer._component_: {optimizer}; {fsdp}; use torch.optim.AdamW, {alternative}"
