@@ -164,6 +164,34 @@ def test_batch_invariance_is_for_the_native_sampler_on_a_cpu(grpo):
 
 
 @pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("parallel.shard=3", "parallel.shard: 3; must divide the number of processes, 4"),
+        ("parallel.shard=0", "parallel.shard: 0; must divide the number of processes, 4"),
+        ("model={path: smollm2-135m-instruct, dtype: float16, master_weights: true}", "model.dtype: float16; is not"),
+        ("model.batch_invariant=true", "model.batch_invariant: true; is not supported with parallel.weights fsdp"),
+        ("model={path: smollm2-135m-instruct, quantization: nf4}", "model.quantization: nf4; is not supported with"),
+        ("lora.dora=true", "lora.dora: true; is not supported with parallel.weights fsdp"),
+        ("sampler={_component_: rolltune.samplers.vllm.served, lora: adapter}", "sampler.lora: adapter; is not"),
+        ("optimizer={_component_: bitsandbytes.optim.AdamW8bit, lr: 1e-3}", "optimizer._component_: bitsandbytes"),
+        ("optimizer={_component_: torch.optim.Adafactor, lr: 1e-3}", "optimizer._component_: torch.optim.Adafactor"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(grpo, override: str, problem: str):
+    four = {"world_size": 4}
+    assert grpo("parallel={weights: fsdp, shard: 2, cpu_offload: true}", **four) == []
+    found = grpo("parallel.weights=fsdp", override, **four)
+    assert [text for text in found if "parallel" in text and text.startswith(problem)], found
+
+
+def test_options_of_shards_need_shards(grpo):
+    problems = grpo("parallel={shard: 1, cpu_offload: true}")
+    assert [text.partition(";")[0] for text in problems] == ["parallel.shard: 1", "parallel.cpu_offload: true"]
+    (problem,) = grpo("parallel.weights=zero")
+    assert "parallel.weights: zero" in problem or "parallel.weights: 'zero'" in problem
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ([], "sampler.lora: adapter; the run has no lora section"),
@@ -187,32 +215,6 @@ def test_kinds_of_adapters_that_contradict(grpo):
     assert found.startswith("lora.dora: true; must be false with lora.experts")
     (found,) = grpo("lora.dora=true", "model.batch_invariant=true")
     assert found.startswith("lora.dora: true; must be false with model.batch_invariant")
-
-
-@pytest.mark.parametrize(
-    ("override", "problem"),
-    [
-        ("parallel.shard=3", "parallel.shard: 3; must divide the number of processes, 4"),
-        ("parallel.shard=0", "parallel.shard: 0; must divide the number of processes, 4"),
-        ("model={path: smollm2-135m-instruct, dtype: float16, master_weights: true}", "model.dtype: float16; is not"),
-        ("model.batch_invariant=true", "model.batch_invariant: true; is not supported with parallel.weights fsdp"),
-        ("model={path: smollm2-135m-instruct, quantization: nf4}", "model.quantization: nf4; is not supported with"),
-        ("optimizer={_component_: bitsandbytes.optim.AdamW8bit, lr: 1e-3}", "optimizer._component_: bitsandbytes"),
-        ("optimizer={_component_: torch.optim.Adafactor, lr: 1e-3}", "optimizer._component_: torch.optim.Adafactor"),
-    ],
-)
-def test_what_cannot_be_sharded_is_refused(grpo, override: str, problem: str):
-    four = {"world_size": 4}
-    assert grpo("parallel={weights: fsdp, shard: 2, cpu_offload: true}", **four) == []
-    found = grpo("parallel.weights=fsdp", override, **four)
-    assert [text for text in found if "parallel" in text and text.startswith(problem)], found
-
-
-def test_options_of_shards_need_shards(grpo):
-    problems = grpo("parallel={shard: 1, cpu_offload: true}")
-    assert [text.partition(";")[0] for text in problems] == ["parallel.shard: 1", "parallel.cpu_offload: true"]
-    (problem,) = grpo("parallel.weights=zero")
-    assert "parallel.weights: zero" in problem or "parallel.weights: 'zero'" in problem
 
 
 def test_an_overoptimization_check(grpo):

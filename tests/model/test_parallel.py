@@ -18,6 +18,7 @@ from rolltune.distributed import World, close_world
 from rolltune.errors import ConfigError
 from rolltune.model import parallel
 from rolltune.model.forward import forward_of, set_forward
+from rolltune.model.parts import in_float32
 from rolltune.model.policy import build_policy
 from rolltune.model.weights import policy_weights
 from rolltune.samplers.native import NativeSampler
@@ -161,6 +162,18 @@ def test_gathered_weights_are_those_that_an_engine_gets_of_replicated_ones(tiny_
         sent = dict(policy_weights(sharded.policy.model, torch.bfloat16))
         assert sent.keys() == expected.keys() and all(same(sent[name], expected[name]) for name in sent)
         assert not any(isinstance(parameter, DTensor) for parameter in sharded.policy.model.parameters())
+
+
+def test_passes_in_float32_leave_gathered_weights_where_they_are(tiny_llama, mesh):
+    replicated, sharded = Trained(tiny_llama, None, **BF16), Trained(tiny_llama, mesh, **BF16)
+    for _ in range(2):
+        with sharded.policy.gathered(), in_float32(sharded.policy.causal_lm), torch.no_grad():
+            exact = sharded.logprobs()
+        assert not same(exact, sharded.logprobs())
+        for trained in (replicated, sharded):
+            trained.take_steps(1)
+    with sharded.policy.gathered(), torch.no_grad():
+        assert same(sharded.logprobs(), replicated.logprobs())
 
 
 def test_the_adapter_that_a_run_starts_from_is_its_reference(tiny_llama, tokenizer, mesh, tmp_path):

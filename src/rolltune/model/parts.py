@@ -64,30 +64,35 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
     def tensors(module: nn.Module) -> list[Tensor]:
         return [tensor for tensor in chain(module.parameters(), module.buffers()) if tensor.dtype == half]
 
-    def cast(some: Iterable[Tensor], dtype: torch.dtype) -> None:
+    def cast(some: Iterable[Tensor]) -> None:
         for tensor in some:
-            tensor.data = tensor.data.to(dtype)
+            tensor.data = tensor.data.float()
+
+    def restore(some: Iterable[Tensor]) -> None:  # the same memory, which FSDP gathers weights into
+        for tensor in some:
+            tensor.data = stored[id(tensor)]
 
     def set_products(dtype: torch.dtype) -> None:
         for module in filter(is_quantized, model.modules()):
             module.compute_dtype = dtype  # pyright: ignore[reportArgumentType]
 
     everything = tensors(model)
+    stored = {id(tensor): tensor.data for tensor in everything}
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     by_layer = {layer: tensors(layer) for layer in layers}
     in_layers = {id(tensor) for own in by_layer.values() for tensor in own}
     hooks = []
     for layer, own in by_layer.items():
-        hooks.append(layer.register_forward_pre_hook(lambda *_, own=own: cast(own, torch.float32)))
-        hooks.append(layer.register_forward_hook(lambda *_, own=own: cast(own, half)))
+        hooks.append(layer.register_forward_pre_hook(lambda *_, own=own: cast(own)))
+        hooks.append(layer.register_forward_hook(lambda *_, own=own: restore(own)))
     try:
-        cast([tensor for tensor in everything if id(tensor) not in in_layers], torch.float32)
+        cast(tensor for tensor in everything if id(tensor) not in in_layers)
         set_products(torch.float32)
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        cast(everything, half)
+        restore(everything)
         set_products(half)
 
 

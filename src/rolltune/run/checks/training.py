@@ -110,6 +110,10 @@ def _check_parallel(cfg: GRPOConfig | SFTConfig, world_size: int) -> Iterator[st
         yield f"model.batch_invariant: true; {fsdp}; set it to false, {alternative}"
     if cfg.model.quantization is not None:
         yield f"model.quantization: {cfg.model.quantization}; {fsdp}; set it to null, {alternative}"
+    if cfg.lora is not None and cfg.lora.dora:
+        yield f"lora.dora: true; {fsdp}; set it to false, {alternative}"
+    if isinstance(cfg, GRPOConfig) and cfg.sampler.get("lora") == "adapter":
+        yield f"sampler.lora: adapter; {fsdp}; set it to merged, {alternative}"
     optimizer = str(cfg.optimizer.get("_component_")) if is_node(cfg.optimizer) else ""
     if optimizer.startswith("bitsandbytes."):
         yield f"optimizer._component_: {optimizer}; {fsdp}; use torch.optim.AdamW, {alternative}"
