@@ -226,6 +226,9 @@ def test_everything_that_is_missing_is_named(problems):
     ]
 
 
+ALIASES = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+
+
 @pytest.mark.parametrize(
     ("text", "fragment"),
     [
@@ -237,6 +240,8 @@ def test_everything_that_is_missing_is_named(problems):
         ("loss:\n  kl_coef: 1\n  kl_coef: 2\n", "bad.yaml, line 3: kl_coef: repeated"),
         (f"a: {'9' * 5000}\n", "bad.yaml: Exceeds the limit"),
         (f"a: {'[' * 5000}{']' * 5000}\n", "bad.yaml: brackets are nested too deeply"),
+        ("a: &x [1, *x]\n", "bad.yaml: an alias stands inside of its own anchor"),
+        ("a0: &a0 {b: 1}\n" + ALIASES, "bad.yaml: aliases stand for more than 100000 values"),
         ("a: !!python/object/apply:os.system [ls]\n", "bad.yaml, line 1: could not determine a constructor"),
     ],
 )

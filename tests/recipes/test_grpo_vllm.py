@@ -111,11 +111,11 @@ def test_an_adapter_apart_gives_the_run_of_merged_weights(run_grpo, model, tmp_p
                 model=model,
                 sampler=sampler | {"lora": lora},
                 lora={"rank": 4, "alpha": 2.0, "rslora": True},
-                num_steps=3,
-                eval={"every_n_steps": 3, "max_problems": 4},
+                num_steps=2,
+                eval={"every_n_steps": 2, "max_problems": 4},
             )
     for run in runs.values():
-        check_mismatch(run, 3)
+        check_mismatch(run, 2)
         for row, expected in zip(read_rows(run), read_rows(runs["colocated_merged"]), strict=True):
             for key in ("reward/mean", "length/mean", "loss", "grad_norm"):
                 if key in expected:
@@ -153,6 +153,23 @@ def test_a_fault_of_a_sync_stops_the_run_before_the_next_step(run_grpo, model, m
         ),
         4,
     )
+
+
+@pytest.mark.slow
+def test_an_ignored_adapter_stops_the_run_before_the_next_step(run_grpo, model, monkeypatch, tmp_path):
+    """An engine that reports the adapter of version 2, but samples from the base model."""
+    generate = vllm_local.LocalEngine.generate
+
+    def faulty(self, requests, on_output):
+        names = [request.adapter for request in requests]
+        asked = [replace(r, adapter=None if (r.adapter or "").endswith(":2") else r.adapter) for r in requests]
+        generate(self, asked, lambda n, output: on_output(n, replace(output, adapter=names[n])))
+
+    monkeypatch.setattr(vllm_local.LocalEngine, "generate", faulty)
+    sampler, lora = COLOCATED | {"lora": "adapter"}, {"rank": 4, "alpha": 8.0}
+    with pytest.raises(RunStopped, match=r"step 3: the weights after 2 .*(apply the adapter|of the probes' .* differ)"):
+        run_grpo("ignored", model=model, sampler=sampler, lora=lora, eval={"every_n_steps": 4, "max_problems": 4})
+    assert load_state(max((tmp_path / "ignored" / "checkpoints").glob("step_*"))).step == 2
 
 
 @pytest.mark.slow

@@ -209,6 +209,7 @@ def test_lora_and_other_precisions(vllm_folder, tokenizer, dtype, quantization, 
     base = load_model(str(vllm_folder), dtype=dtype, device="cpu", quantization=quantization)
     torch.manual_seed(0)
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules="all-linear", init_lora_weights=False)
+    lora.use_dora = dtype == "bfloat16"
     model = get_peft_model(base, lora).train()
     sampler = colocated(model, tokenizer, **OPTIONS, dtype=engine)
     try:

@@ -30,9 +30,10 @@ RSLORA = LoraConfig(r=9, lora_alpha=6, target_modules=["q_proj", "v_proj", "down
 def make_policy(vllm_folder: Path) -> Callable:
     """A policy with an adapter that has been trained a little: B is no longer zero."""
 
-    def make(lora: LoraConfig, dtype: str = "float32"):
+    def make(lora: LoraConfig, dtype: str = "float32", quantization: str | None = None):
         torch.manual_seed(0)
-        model = get_peft_model(load_model(str(vllm_folder), dtype=dtype, device="cpu"), lora).eval()
+        base = load_model(str(vllm_folder), dtype=dtype, device="cpu", quantization=quantization)
+        model = get_peft_model(base, lora).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if ".lora_B." in name:
@@ -77,9 +78,10 @@ def test_only_the_first_sync_sends_the_base_model(sampler):
     assert len(list(sampler._engine._folder.glob("adapter_*"))) == 1
 
 
-def test_completions_are_those_of_merged_weights(make_policy, tokenizer):
+@pytest.mark.parametrize(("adapter", "quantization"), [(RSLORA, None), (LORA, "nf4")], ids=["rslora", "qlora"])
+def test_completions_are_those_of_merged_weights(make_policy, tokenizer, adapter, quantization):
     """For the same seeds; and both are the trainer's, whose adapter peft scales."""
-    policy, written = make_policy(RSLORA), {}
+    policy, written = make_policy(adapter, quantization=quantization), {}
     wanted = requests(tokenizer, "one", "two and two make " * 12)
     for lora in ("merged", "adapter"):
         sampler = colocated(policy, tokenizer, **OPTIONS, lora=lora)

@@ -220,7 +220,7 @@ def test_runs_with_one_base_model_share_a_server(vllm_folder, tokenizer, url):
         expected = trainer_logprobs(policy, request, completion, 1.0)
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=2e-4)
     (_, first), (_, second) = runs
-    file = first._engine._adapter_path()
+    _, file = first._engine._adapter
     body = {"lora_name": "x", "lora_path": str(vllm_folder)}
     with pytest.raises(EngineError, match=r"/v1/load_lora_adapter: 500: .*adapter x: "):
         first._engine._request("POST", url.removesuffix("/v1"), "v1/load_lora_adapter", body)

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -14,6 +15,8 @@ import yaml
 
 from rolltune.config.values import show, without_none
 from rolltune.errors import ConfigError
+
+MAX_VALUES = 100_000  # of a config
 
 
 class _Loader(yaml.SafeLoader):
@@ -57,23 +60,42 @@ def parse_yaml(text: str) -> Any:
     """Parse a YAML value, by the rules of a config file.
 
     Raises:
-        yaml.YAMLError: a syntax error, a repeated key, or an alias inside of what it stands for.
+        yaml.YAMLError: a syntax error, a repeated key, an alias inside of what it stands for, or aliases of aliases
+            that stand for too much.
     """
+    loader = _Loader(text)
     try:
-        return _unshared(yaml.load(text, _Loader))
+        node = loader.get_single_node()
+        if _num_values(node, {}) > MAX_VALUES:
+            raise yaml.YAMLError(f"aliases stand for more than {MAX_VALUES} values")
+        return None if node is None else _unshared(loader.construct_document(node))
     except RecursionError:
         raise yaml.YAMLError("brackets are nested too deeply") from None
     except ValueError as error:  # Python converts no integer of more than 4300 digits
         raise yaml.YAMLError(str(error)) from None
+    finally:
+        loader.dispose()
 
 
-def _unshared(value: Any, *around: int) -> Any:
-    """A copy in which an anchor and its aliases are values of their own, so that one can change without the others."""
-    if id(value) in around:
+def _num_values(node: yaml.Node | None, known: dict[int, int | None]) -> int:
+    """Count the values of a node, those behind its aliases included. ``known`` are counts by the node's id."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = None  # being counted
+        children = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_num_values(child, known) for child in children)
+    count = known[id(node)]
+    if count is None:
         raise yaml.YAMLError("an alias stands inside of its own anchor")
+    return count
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which an anchor and its aliases are values of their own, so that one can change without the others."""
     if isinstance(value, dict):
-        return {key: _unshared(item, *around, id(value)) for key, item in value.items()}
-    return [_unshared(item, *around, id(value)) for item in value] if isinstance(value, list) else value
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class ServerEngine:
         self._max_num_seqs = max_num_seqs
         self._server = server
         self._exits = exits or ExitStack()
-        self._adapter = ""  # name of the one that is loaded
+        self._adapter: tuple[str, Path] | None = None  # name and file of the one that is loaded
         self._num_adapters = 0  # that were sent
         self._weights: Iterator[tuple[str, Tensor]] = iter(())  # in transfer
         # No proxy, which could lead a request for this machine elsewhere. No keep-alive, because servers close
@@ -183,25 +183,23 @@ class ServerEngine:
 
     def load_adapter(self, tensors: Mapping[str, Tensor], name: str) -> None:
         """See :class:`rolltune.samplers.engine.Engine`. The file stays until the next: the server may read it again."""
-        previous, path = self._adapter, self._adapter_path()
         self._num_adapters += 1
-        write_adapter(self._adapter_path(), tensors, name)
+        adapter = name, self._folder / f"adapter_{self._num_adapters}.safetensors"
+        write_adapter(adapter[1], tensors, name)
         try:
-            self._post_all("v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self._adapter_path())})
+            self._post_all("v1/load_lora_adapter", {"lora_name": name, "lora_path": str(adapter[1])})
         except BaseException:
-            self._unload(name, self._adapter_path())
+            self._unload(adapter)
             raise
-        self._adapter = name
-        self._unload(previous, path)
+        previous, self._adapter = self._adapter, adapter
+        if previous is not None:
+            self._unload(previous)
 
-    def _adapter_path(self) -> Path:
-        return self._folder / f"adapter_{self._num_adapters}.safetensors"
-
-    def _unload(self, adapter: str, path: Path) -> None:
-        if adapter:
-            with suppress(EngineError):  # it has failed to load, or the server has been started again
-                self._post_all("v1/unload_lora_adapter", {"lora_name": adapter})
-        path.unlink(missing_ok=True)
+    def _unload(self, adapter: tuple[str, Path]) -> None:
+        name, path = adapter
+        with suppress(EngineError):  # some server has not loaded it, or has been started again
+            self._post_all("v1/unload_lora_adapter", {"lora_name": name})
+        path.unlink()
 
     def reset_cache(self) -> bool:
         return all(self._request("POST", url, "reset_prefix_cache")["success"] for url in self._urls)
@@ -279,8 +277,9 @@ class ServerEngine:
         pass
 
     def close(self) -> None:
-        if self._server is None and self._num_adapters:
-            self._unload(self._adapter, self._adapter_path())
+        if self._server is None and self._adapter is not None:
+            self._unload(self._adapter)
+            self._adapter = None
         self._exits.close()
 
     def _post_all(self, path: str, body: dict | None = None) -> list[Any]:
