@@ -47,7 +47,7 @@ from rolltune.metrics.progress import Progress
 from rolltune.metrics.step_metrics import rollout_metrics, update_metrics
 from rolltune.metrics.summary import live_line, write_summary
 from rolltune.metrics.timing import Phases, peak_memory_gib
-from rolltune.mismatch import MismatchError, MismatchLimit
+from rolltune.mismatch import MismatchError, MismatchLimit, TokenGaps
 from rolltune.model.load import load_tokenizer
 from rolltune.model.policy import Policy, build_policy
 from rolltune.prompts import PromptRenderer, check_visible
@@ -150,7 +150,8 @@ def run_steps(cfg: GRPOConfig, world: World, watching: Watch) -> None:
                     saver.stop(state, why)
                 if step == first_step:
                     selftest(cfg, components, rollout, console, starts_as_reference=state.policy_version == 0)
-                metrics = train(cfg, components, step, rollout, phases, progress)
+                gaps = TokenGaps() if step % cfg.logging.samples_every_n_steps == 0 else None
+                metrics = train(cfg, components, step, rollout, phases, progress, gaps)
                 state = replace(
                     state,
                     step=step,
@@ -169,8 +170,8 @@ def run_steps(cfg: GRPOConfig, world: World, watching: Watch) -> None:
             except FloatingPointError as error:  # earlier updates of the step may have been taken
                 saver.stop_without_saving(state, str(error))
             log.log(step, metrics | lifecycle.judge_costs(rewards.pool, world))
-            if step % cfg.logging.samples_every_n_steps == 0:
-                log.log_samples(step, rollout.sampled, [sampled.advantages for sampled in rollout.groups])
+            if gaps is not None:
+                log.log_samples(step, rollout.sampled, [sampled.advantages for sampled in rollout.groups], gaps.of)
             if world.is_main and "heldout/format" in metrics:  # the step was evaluated
                 try_report(output_dir)
             progress.step(step, live_line(metrics))
@@ -354,9 +355,15 @@ def selftest(
 
 
 def train(
-    cfg: GRPOConfig, components: Components, step: int, rollout: Rollout, phases: Phases, progress: Progress
+    cfg: GRPOConfig,
+    components: Components,
+    step: int,
+    rollout: Rollout,
+    phases: Phases,
+    progress: Progress,
+    gaps: TokenGaps | None,
 ) -> dict[str, float]:
-    """Take the optimizer steps on one rollout; returns the metrics of the step."""
+    """Take the optimizer steps on one rollout, and note each token's mismatch; returns the metrics of the step."""
     world = components.world
     torch.manual_seed(derive_seed(cfg.seed, step, world.rank, "dropout"))
     with phases("prepare"):
@@ -365,6 +372,7 @@ def train(
     with phases("train"):
         for _ in range(cfg.batch.num_iterations):
             for microbatches, totals in minibatches:
+                has_sampled = components.policy.version == version
                 updates.append(
                     update_policy(
                         components.policy,
@@ -375,7 +383,8 @@ def train(
                         world,
                         temperature=cfg.sampling.temperature,
                         correction=components.correction,
-                        limit=components.mismatch if components.policy.version == version else None,
+                        limit=components.mismatch if has_sampled else None,
+                        gaps=gaps if has_sampled else None,
                         on_microbatch=progress.phase("training"),
                     )
                 )

@@ -9,8 +9,16 @@ from thread_world import on_ranks
 
 from rolltune.batch import TrainGroup, TrainSequence, pack
 from rolltune.distributed import World
-from rolltune.mismatch import BUCKETS, Mismatch, MismatchError, MismatchLimit, MismatchMeter, completion_quarters
-from rolltune.types import Prompt
+from rolltune.mismatch import (
+    BUCKETS,
+    Mismatch,
+    MismatchError,
+    MismatchLimit,
+    MismatchMeter,
+    TokenGaps,
+    completion_quarters,
+)
+from rolltune.types import Completion, Prompt
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
@@ -56,6 +64,21 @@ def test_by_hand():
     assert metrics["mismatch/k3"] == seen.k3 and metrics["mismatch/position/quarter_2"] == seen.by_position[1]
     assert metrics["mismatch/probability/0.9_to_1"] == seen.by_probability[4]
     assert "mismatch/position/quarter_4" not in metrics and "mismatch/probability/0.01_to_0.1" not in metrics
+
+
+def test_gaps_of_tokens_are_found_by_completion():
+    row = make_row((-0.1, -0.2, -3.0), (-0.7,))
+    gaps = TokenGaps()
+    gaps.add(row.sampler_logprobs + torch.tensor([0.5, -0.25, 0.0, 1.0]), row)
+
+    def completion(*logprobs: float, token: int = 7) -> Completion:
+        return Completion(
+            token_ids=(token,) * len(logprobs), logprobs=logprobs, finish_reason="stop", policy_version=0, text=""
+        )
+
+    assert gaps.of(completion(-0.1, -0.2, -3.0)) == pytest.approx([0.5, -0.25, 0.0], abs=1e-6)
+    assert gaps.of(completion(-0.7)) == pytest.approx([1.0], abs=1e-6)
+    assert gaps.of(completion(-0.7, token=8)) is gaps.of(completion(-0.1)) is None
 
 
 def test_policies_that_agree_are_apart_by_exactly_nothing():

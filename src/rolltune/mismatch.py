@@ -31,7 +31,7 @@ from torch import Tensor
 from rolltune.corrections import MAX_LOG_RATIO, log_ratios
 from rolltune.distributed import World
 from rolltune.losses.terms import sequence_sums
-from rolltune.types import Microbatch, RolloutMicrobatch
+from rolltune.types import Completion, Microbatch, RolloutMicrobatch
 
 QUARTERS = 4
 EDGES = (0.01, 0.1, 0.5, 0.9)  # between the buckets of the sampler's probability
@@ -140,6 +140,26 @@ class MismatchMeter:
             by_position=split[0],
             by_probability=split[1],
         )
+
+
+class TokenGaps:
+    """Trainer's minus sampler's log-prob of each token, of the completions that this rank has trained on."""
+
+    def __init__(self) -> None:
+        self._gaps: dict[tuple[tuple[int, ...], tuple[float, ...]], list[float]] = {}
+
+    def add(self, old_logprobs: Tensor, microbatch: RolloutMicrobatch) -> None:
+        """Add the completions of a microbatch; arguments as in :meth:`MismatchMeter.add`."""
+        sizes = torch.bincount(microbatch.target_sequence_index, minlength=microbatch.num_sequences).tolist()
+        sampler = microbatch.sampler_logprobs
+        columns = (microbatch.target_ids, sampler, old_logprobs.detach() - sampler)
+        for token_ids, logprobs, gaps in zip(*(column.split(sizes) for column in columns), strict=True):
+            self._gaps[tuple(token_ids.tolist()), tuple(logprobs.tolist())] = gaps.tolist()
+
+    def of(self, completion: Completion) -> list[float] | None:
+        """Return one number per token; None for a completion that was not trained on here."""
+        logprobs = torch.tensor(completion.logprobs, dtype=torch.float32).tolist()
+        return self._gaps.get((completion.token_ids, tuple(logprobs)))
 
 
 def completion_quarters(microbatch: Microbatch) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from rolltune.corrections import Correction
 from rolltune.distributed import World
 from rolltune.loss_scale import LossScale
-from rolltune.mismatch import MismatchLimit, MismatchMeter
+from rolltune.mismatch import MismatchLimit, MismatchMeter, TokenGaps
 from rolltune.model import parallel
 from rolltune.model.policy import Policy
 from rolltune.types import Loss, LossInputs, LossTotals, RolloutMicrobatch
@@ -228,6 +228,7 @@ def update_policy(
     temperature: float,
     correction: Correction | None = None,
     limit: MismatchLimit | None = None,
+    gaps: TokenGaps | None = None,
     on_microbatch: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """Take one optimizer step.
@@ -242,6 +243,7 @@ def update_policy(
         temperature: the sampling temperature.
         correction: importance weights for the sampler/trainer mismatch; None: the weights are 1.
         limit: limit on the mismatch, checked before the step; None: the mismatch is reported but never stops the run.
+        gaps: notes the mismatch of each token.
         on_microbatch: called with (microbatches done, all microbatches).
 
     Returns:
@@ -260,6 +262,8 @@ def update_policy(
             logprobs, entropy, router_loss = policy.trained_logprobs(prepared.microbatch, temperature=temperature)
             trainer = logprobs.detach() if prepared.trainer_logprobs is None else prepared.trainer_logprobs
             mismatch_meter.add(trainer, prepared.microbatch)
+            if gaps is not None:
+                gaps.add(trainer, prepared.microbatch)
             inputs = loss_inputs(logprobs, trainer, prepared, correction)
             loss, loss_metrics = loss_fn(inputs, totals)
             if router_loss is None:

@@ -33,7 +33,12 @@ def run(tiny_llama, tmp_path, reward_module):
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump(settings | changes))
         if processes == 1:
-            load_recipe(recipe).run(checks.validate(SCHEMAS[recipe], str(file), overrides))
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # as in the others: sums round differently with more
+            try:
+                load_recipe(recipe).run(checks.validate(SCHEMAS[recipe], str(file), overrides))
+            finally:
+                torch.set_num_threads(threads)
             return tmp_path / name
         command = ["-m", "rolltune.cli", "run", "--nproc_per_node", str(processes), recipe]
         done = subprocess.run(

@@ -66,6 +66,8 @@ def test_what_a_run_leaves_behind(run_grpo):
     assert (output_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     samples = [json.loads(line) for line in (output_dir / "samples/step_000004.jsonl").read_text().splitlines()]
     assert len(samples) == 16
+    gaps = [abs(gap) for sample in samples for gap in sample.get("token_gaps", ())]
+    assert sum(gaps) / len(gaps) == pytest.approx(rows[4]["mismatch/mean_abs"], rel=0.05)  # written to two digits
     AutoModelForCausalLM.from_pretrained(output_dir / "best")
     kept = sorted(path.name for path in (output_dir / "checkpoints").iterdir())
     assert kept[-2:] == ["step_000003", "step_000004"] and len(kept) <= 3

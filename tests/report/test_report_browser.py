@@ -89,7 +89,12 @@ def test_a_run_opens_from_disk_with_its_curves(make_run, open_report):
 
 
 def test_samples_are_filtered_and_searched(make_run, open_report):
-    tab = open_report(make_run())
+    folder = make_run()
+    file = folder / "samples/step_000004.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    records[2]["token_gaps"] = [0.0005, -0.05, 0.7]  # sums/1, which has the most reward
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    tab = open_report(folder)
     page = tab.page
     assert tab.texts("#groups h3") == ["step 4 · sums/0 mean reward 0.2", "step 4 · sums/1 mean reward 0.41"]
     assert tab.texts("#groups .completion:nth-child(2) .flag") == ["truncated", "unscored", "judge_down", "no gradient"]
@@ -119,6 +124,11 @@ def test_samples_are_filtered_and_searched(make_run, open_report):
     page.wait_for_selector("#groups .t4")
     assert tab.texts("#groups .completion:first-child pre")[0] == "<t0><t1><t2>"
     assert page.locator("#groups .t2").first.get_attribute("title") == "log-prob -1, probability 0.368"
+    page.select_option("#colour", "gap")
+    page.wait_for_selector("#key:has-text('Difference of the log-probs')")
+    coloured = page.locator("#groups pre span[class^=t]")
+    assert [coloured.nth(i).get_attribute("class") for i in range(coloured.count())] == ["t0", "t2", "t4"]
+    assert coloured.nth(1).get_attribute("title") == "log-prob of the trainer minus that of the sampler: -0.05"
     assert tab.problems == []
 
 

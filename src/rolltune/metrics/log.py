@@ -23,7 +23,7 @@ from typing import Any
 
 from rolltune.files import json_line, write_text_atomic
 from rolltune.metrics.samples import sample_records, write_samples
-from rolltune.types import Group
+from rolltune.types import Completion, Group
 
 Record = dict[str, Any]
 
@@ -119,12 +119,15 @@ class MetricsLog:
         step: int,
         groups: Sequence[Group],
         advantages: Sequence[Sequence[float] | None],
+        token_gaps: Callable[[Completion], list[float] | None] | None = None,
     ) -> None:
         """Write the sample file of a step, and a table to Weights & Biases; arguments as in :func:`write_samples`."""
         if self._output_dir is None:
             return
         try:
-            write_samples(self._output_dir, step, groups, advantages, token_text=self._token_text)
+            write_samples(
+                self._output_dir, step, groups, advantages, token_gaps=token_gaps, token_text=self._token_text
+            )
         except OSError as error:
             _say(f"samples of step {step}: not written ({_reason(error)})")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rolltune.files import json_line, write_text_atomic
-from rolltune.types import Group
+from rolltune.types import Completion, Group
 
 MAX_TOKENS_SHOWN = 4096  # tokens of a step whose texts and log-probs are written: the first completions
 
@@ -19,6 +19,7 @@ def write_samples(
     groups: Sequence[Group],
     advantages: Sequence[Sequence[float] | None],
     *,
+    token_gaps: Callable[[Completion], list[float] | None] | None = None,
     token_text: Callable[[int], str | list[str]] | None = None,
 ) -> Path:
     """Write every completion of a step to ``<output_dir>/samples/step_000010.jsonl``, one JSON object per line.
@@ -29,15 +30,17 @@ def write_samples(
         groups: the sampled groups, including unscored completions.
         advantages: for each group, one value per scored completion, in order; None for a skipped group. A completion
             without an advantage gets null.
+        token_gaps: returns the mismatch of each token of a completion; None if it is not known.
         token_text: decodes a token id. With it the first completions, :data:`MAX_TOKENS_SHOWN` tokens in all, get the
-            text and the sampler's log-prob of each token.
+            text, the sampler's log-prob and the mismatch of each token.
 
     Returns:
         The path of the file, which appears complete or not at all.
     """
     path = Path(output_dir) / "samples" / f"step_{step:06d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(path, "".join(map(json_line, sample_records(step, groups, advantages, token_text=token_text))))
+    records = sample_records(step, groups, advantages, token_gaps=token_gaps, token_text=token_text)
+    write_text_atomic(path, "".join(map(json_line, records)))
     return path
 
 
@@ -46,6 +49,7 @@ def sample_records(
     groups: Sequence[Group],
     advantages: Sequence[Sequence[float] | None],
     *,
+    token_gaps: Callable[[Completion], list[float] | None] | None = None,
     token_text: Callable[[int], str | list[str]] | None = None,
 ) -> list[dict[str, Any]]:
     """Make one record per completion; arguments as in :func:`write_samples`."""
@@ -78,4 +82,6 @@ def sample_records(
             if text_of and room >= 0:
                 records[-1]["token_texts"] = [str(text_of(token)) for token in completion.token_ids]
                 records[-1]["token_logprobs"] = [round(logprob, 3) for logprob in completion.logprobs]
+                if token_gaps and (found := token_gaps(completion)) is not None:
+                    records[-1]["token_gaps"] = [float(f"{gap:.2g}") for gap in found]
     return records

@@ -22,6 +22,7 @@ from rolltune.model.forward import forward_of
 from rolltune.model.hollow import source_of
 from rolltune.model.load import adapter_base, choose_sharded, load_model, resolve_model, unwrapped
 from rolltune.model.lora import about_adapters, check_adapter, is_adapted, lora_config, lora_modules, set_dropout
+from rolltune.model.quantized import check_quantization, is_quantized, note_quantization
 from rolltune.model.router import load_balancing_loss, recorded_router_logits, routers
 from rolltune.seeding import derive_seed
 from rolltune.types import Microbatch
@@ -239,6 +240,8 @@ class Policy:
             # Absolute, or a Hub id. The adapter that a run started from may name its base by an older place.
             self.model.peft_config["default"].base_model_name_or_path = self.causal_lm.name_or_path
             self.model.save_pretrained(str(folder), selected_adapters=["default"], state_dict=weights)
+            if any(map(is_quantized, self.model.modules())):
+                note_quantization(folder)
         else:
             self.model.save_pretrained(str(folder), state_dict=weights)
             if self._saved_dtype is not None:  # transformers has written that of the slices
@@ -355,6 +358,8 @@ def _load_with_lora(
     resume_from: Path | None,
 ) -> PeftModel:
     base = adapter_base(start)
+    if base is not None:
+        check_quantization(start, config.quantization)
     model = load(base or start)
     wanted = lora_modules(model, lora.target_modules)
     if base is not None or resume_from is not None:

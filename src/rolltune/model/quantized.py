@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from rolltune.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
+_NOTE = "quantization.json"
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # a weight: 4 bits; a block of 64: a byte; 256 blocks: a float32
 
 
@@ -55,6 +57,19 @@ def keep_layout(model: nn.Module) -> None:
     for module in model.modules():
         if is_quantized(module):
             module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
+
+
+def note_quantization(folder: Path) -> None:
+    """Note beside a saved adapter that it was trained on weights in 4 bits, which peft does not record."""
+    (folder / _NOTE).write_text('{"base_model": "nf4"}\n', encoding="utf-8")
+
+
+def check_quantization(adapter: str, quantization: str | None) -> None:
+    """Raise ValueError if training would go on with an adapter on other weights than those that it was trained on."""
+    if quantization is None and (Path(adapter) / _NOTE).exists():
+        raise ValueError(
+            f"model.quantization: null; the adapter at {adapter} was trained on weights in 4 bits; set it to nf4"
+        )
 
 
 def is_quantized(module: nn.Module) -> bool:

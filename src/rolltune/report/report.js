@@ -479,20 +479,49 @@
     );
   }
 
+  // How tokens are coloured, in five levels.
+  const SCALES = {
+    logprob: {
+      values: "token_logprobs",
+      level: (logprob) => [-0.1, -0.7, -1.6, -3].filter((edge) => logprob < edge).length,
+      title: (logprob) => `log-prob ${number(logprob)}, probability ${number(Math.exp(logprob))}`,
+      key: "Probability of the token: ",
+      labels: ["≥ 0.9", "≥ 0.5", "≥ 0.2", "≥ 0.05", "less"],
+      hint: " Only the first completions of a step have tokens.",
+    },
+    gap: {
+      values: "token_gaps",
+      level: (gap) => [0.001, 0.01, 0.1, 0.5].filter((edge) => Math.abs(gap) > edge).length,
+      title: (gap) => `log-prob of the trainer minus that of the sampler: ${number(gap)}`,
+      key: "Difference of the log-probs: ",
+      labels: ["≤ 0.001", "≤ 0.01", "≤ 0.1", "≤ 0.5", "more"],
+      hint: " Only completions that were trained on have one.",
+    },
+  };
+
+  function colourKey() {
+    const scale = SCALES[state.colour];
+    const key = el("p", { id: "key", hidden: !scale });
+    if (scale) {
+      key.append(scale.key, ...scale.labels.map((label, i) => el("span", { class: "t" + i }, label)));
+      key.append(el("span", { class: "hint" }, scale.hint));
+    }
+    return key;
+  }
+
   // A completion's text; by tokens if they are to be coloured and the run has logged them.
   function body(c) {
-    if (state.colour === "logprob" && c.token_texts) {
-      const spans = c.token_texts.map((text, i) => {
-        const logprob = c.token_logprobs[i];
-        const level = [-0.1, -0.7, -1.6, -3].filter((edge) => logprob < edge).length;
-        const title = `log-prob ${number(logprob)}, probability ${number(Math.exp(logprob))}`;
-        return el("span", { class: "t" + level, title }, visible(text));
-      });
+    const scale = SCALES[state.colour];
+    const values = scale && c[scale.values];
+    if (values && c.token_texts) {
+      const spans = c.token_texts.map((text, i) =>
+        el("span", { class: "t" + scale.level(values[i]), title: scale.title(values[i]) }, visible(text)),
+      );
       return el("pre", {}, ...spans);
     }
     const pre = long(c.text ?? "");
     if (state.colour === "trained") pre.classList.add(c.advantage > 0 ? "up" : c.advantage < 0 ? "down" : "still");
-    if (state.colour === "logprob") pre.classList.add("unknown");
+    if (scale) pre.classList.add("unknown");
     return pre;
   }
 
@@ -544,11 +573,16 @@
         choose();
       }, 250);
     });
-    const colours = [["none", "nothing"], ["logprob", "log-prob of the sampler"], ["trained", "trained up or down"]];
+    const colours = [
+      ["none", "nothing"],
+      ["logprob", "log-prob of the sampler"],
+      ["gap", "difference of sampler and trainer"],
+      ["trained", "trained up or down"],
+    ];
     const colour = el("select", { id: "colour" }, ...colours.map(([value, label]) => el("option", { value }, label)));
     colour.addEventListener("change", () => {
       state.colour = colour.value;
-      document.getElementById("key").hidden = colour.value !== "logprob";
+      document.getElementById("key").replaceWith(colourKey());
       showGroups();
     });
     const turn = (by) => {
@@ -556,7 +590,6 @@
       showGroups();
       document.getElementById("samples").scrollIntoView();
     };
-    const levels = ["≥ 0.9", "≥ 0.5", "≥ 0.2", "≥ 0.05", "less"];
     return section(
       "samples",
       "Samples",
@@ -572,13 +605,7 @@
         query,
         ...(axis === "step" ? [el("label", { for: "colour" }, "Colour by"), colour] : []),
       ),
-      el(
-        "p",
-        { id: "key", hidden: true },
-        "Probability of the token: ",
-        ...levels.map((label, i) => el("span", { class: "t" + i }, label)),
-        el("span", { class: "hint" }, " Only the first completions of a step have tokens."),
-      ),
+      colourKey(),
       el(
         "p",
         { class: "tools" },

@@ -166,7 +166,7 @@ def make_group(problem: str, messages: Sequence[Any], answer: str | None, comple
     """Make a group as the page shows it: the prompt once, and its completions."""
     shown = (
         *("text", "tokens", "finish_reason", "reward", "parts", "failure", "notes", "advantage", "label"),
-        *("token_texts", "token_logprobs"),
+        *("token_texts", "token_logprobs", "token_gaps"),
     )
     return {
         "problem": problem,
