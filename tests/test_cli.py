@@ -124,13 +124,14 @@ def test_every_bundled_config_opens_with_its_command():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.usefixtures("earlier_stages")
 def test_every_bundled_config_is_valid(path: Path):
-    """Keys, types and values are valid, and components come from rolltune, torch or transformers."""
+    """Keys, types and values are valid, and the packages of components are installed, or the header names them."""
     recipe = next(recipe for recipe in catalog.recipes() if recipe.name == catalog.recipe_of(path))
     schema = catalog.schema_of(recipe.path)
     assert schema is not None
     validate(schema, path)
+    extra = ("bitsandbytes",) if "rolltune[qlora]" in path.read_text() else ()
     for node in _components(yaml.safe_load(path.read_text())):
-        assert node.split(".")[0] in ("rolltune", "torch", "transformers")
+        assert node.split(".")[0] in ("rolltune", "torch", "transformers", *extra)
         locate(node)
 
 

@@ -4,5 +4,6 @@ import logging
 
 __version__ = "0.1.0"
 
-# torchtune and peft import torchao, which logs a complaint about optional CUDA kernels that are not used here.
+# torchtune and peft import these where they are installed, and they complain about kernels that are not used here.
 logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -8,7 +8,6 @@ sampler use the same decoded weights, and vLLM gets them with the adapter merged
 from __future__ import annotations
 
 import importlib.util
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +38,6 @@ def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
         raise ConfigError(
             ['model.quantization: nf4; bitsandbytes is not installed; run `pip install "rolltune[qlora]"`']
         )
-    # When it is imported on some CPUs, it warns that it has no kernel for the layout that keep_layout() rules out.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
