@@ -150,7 +150,7 @@ def run_steps(cfg: GRPOConfig, world: World, watching: Watch) -> None:
                     saver.stop(state, why)
                 if step == first_step:
                     selftest(cfg, components, rollout, console, starts_as_reference=state.policy_version == 0)
-                gaps = TokenGaps() if step % cfg.logging.samples_every_n_steps == 0 else None
+                gaps = TokenGaps() if world.is_main and step % cfg.logging.samples_every_n_steps == 0 else None
                 metrics = train(cfg, components, step, rollout, phases, progress, gaps)
                 state = replace(
                     state,

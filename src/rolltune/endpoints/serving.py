@@ -149,7 +149,7 @@ def serve(
         The running server.
 
     Raises:
-        ValueError: vLLM is not installed, or not in the supported version; the port is taken; there is no such model;
+        ValueError: vLLM is missing or has an unsupported version; the port is taken; the model does not exist;
             or the key cannot be sent.
         ServerFailed: the server ended before it answered, refused a first request, or took too long; or another
             program answered in its place.

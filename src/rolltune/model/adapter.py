@@ -21,7 +21,7 @@ def adapted_layers(model: PreTrainedModel | PeftModel) -> dict[str, LoraLinear]:
     """Return the layers that have an adapter, by the names that they have in a checkpoint.
 
     Raises:
-        ValueError: there is no adapter, or one that vLLM does not serve.
+        ValueError: the model has no adapter, or one of a kind that vLLM does not serve.
     """
     merged = "set sampler.lora: merged"
     if not isinstance(model, PeftModel):

@@ -143,7 +143,7 @@ def made_up_groups(model: PreTrainedModel) -> list[TrainGroup[TokenSequence]]:
 def _eager_logprobs(
     model: PreTrainedModel, groups: Sequence[TrainGroup[TokenSequence]], microbatch: Microbatch
 ) -> tuple[Microbatch, Tensor]:
-    """Return the microbatch with the most likely tokens as targets, and their log-probs, from each sequence alone."""
+    """Compute each sequence by itself. Return the microbatch with the most likely tokens as targets, and log-probs."""
     rows = []
     for group in groups:
         for sequence in group.sequences:

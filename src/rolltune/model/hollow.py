@@ -1,4 +1,4 @@
-"""Models without memory for their weights, of which each process then reads only its own slices from the files.
+"""Models whose weights take no memory until they are sharded. Each process then reads its own slices from the files.
 
 A hollow model has its modules, names, shapes, dtypes and buffers, so adapters can be put on it. Each weight is a view
 of one number. :func:`rolltune.model.parallel.shard_model` replaces the weights by slices and fills them.
@@ -98,7 +98,7 @@ def _file(path: str, name: str) -> str | None:
 
 
 def _stored(files: dict[str, str], names: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """Yield tensors in files, of which slices can be read, by name."""
+    """Yield name and tensor of what the files hold. A tensor is read only when it is sliced."""
     with ExitStack() as stack:
         opened = {file: stack.enter_context(safe_open(file, "pt")) for file in {files[name] for name in names}}
         for name in names:

@@ -38,7 +38,7 @@ class AdapterSync(WeightSync):
         """See :class:`~rolltune.samplers.vllm_sync.WeightSync`.
 
         Raises:
-            ValueError: there is no adapter, or one that vLLM does not serve.
+            ValueError: the model has no adapter, or one of a kind that vLLM does not serve.
         """
         super().__init__(model, *args, **kwargs)
         self._layers = adapted_layers(model)
